@@ -1,0 +1,52 @@
+"""What can go wrong, by cause. A `NasError` is the user's to mend: the command line prints it as one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NasError(ValueError):
+    """Something the user can mend; the message names the bad value, what is allowed and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(NasError):
+    """An argument has a value that is not allowed."""
+
+    exit_code = 2
+
+
+class DataError(NasError):
+    """An image data set is missing, unreadable or unfit for classification."""
+
+
+class RunError(NasError):
+    """A run folder cannot be used: foreign, damaged, unwritable, or made under other conditions."""
+
+
+class InfeasibleError(NasError):
+    """No architecture was found that meets the stated budgets."""
+
+    exit_code = 3
+
+
+class TrialFailure(NasError):
+    """Scoring one architecture failed in an expected way; the search records the reason and goes on.
+
+    Attributes:
+        reason: one of `out_of_memory`, `non_finite`, `timeout`.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UsageError:
+    """A `UsageError` that lists the allowed names and, where one is close, suggests it."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UsageError(f"unknown {what} {str(name)[:80]!r}: choose from {', '.join(names)}.{hint}")

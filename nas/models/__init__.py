@@ -1,0 +1,10 @@
+"""Architecture -> `nn.Module`. Importing this package registers `mixnas` with timm.
+
+Imports torch, timm and its two neighbours `architecture` and `errors` only, and relatively, so that an export can carry
+these files as they are.
+"""
+
+from .backbone import Backbone, mixnas
+from .mixers import MIXERS
+
+__all__ = ["MIXERS", "Backbone", "mixnas"]

@@ -1,0 +1,306 @@
+"""A search space: a fixed, ordered set of knobs, each a tuple of choices, and how they become an architecture.
+
+A space is written stage by stage. Wherever a `StageChoices` field holds a tuple there is a knob named
+`stage<i>.<field>`; a single value is fixed. Mixer options are knobs too (`options`), shared by the mixers that have
+them. Every combination of choices decodes to a valid architecture: heads that do not divide the width become the
+nearest divisor, options of other mixers are dropped, and a compression that no longer changes the mixer becomes the
+smallest choice that builds the same one. So equal networks have equal keys, and `size` counts networks, not spellings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .architecture import (
+    Architecture,
+    Head,
+    Mixer,
+    Stage,
+    Stem,
+    mixer_from_dict,
+    mixer_label,
+    mixer_to_dict,
+    parse_json,
+    check_mapping,
+)
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Choice = int | float | str
+"""What a knob takes: a number, a word, or a mixer's label."""
+
+_PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", "local")
+
+
+@dataclass(frozen=True)
+class StageChoices:
+    """What one stage may be. A tuple is a knob; a single value is fixed.
+
+    Args:
+        mixer: token mixers with their options.
+        depth: numbers of blocks.
+        width: channels.
+        mlp_ratio: MLP ratios.
+        compression: channel compression ratios.
+        local: local units.
+        options: mixer option -> choices, for the mixers that have it; the others keep what `mixer` says.
+    """
+
+    mixer: Mixer | tuple[Mixer, ...]
+    depth: int | tuple[int, ...]
+    width: int | tuple[int, ...]
+    mlp_ratio: float | tuple[float, ...] = 4.0
+    compression: int | tuple[int, ...] = 1
+    local: str | tuple[str, ...] = "dw"
+    options: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("mixer", *_PLAIN_FIELDS):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        object.__setattr__(self, "options", {name: _as_tuple(c) for name, c in self.options.items()})
+
+    @cached_property
+    def mixers(self) -> dict[str, Mixer]:
+        """Label -> mixer. A label is the mixer's name; where two share it, the options are added."""
+        mixers = _as_tuple(self.mixer)
+        names = [m.name for m in mixers]
+        return {m.name if names.count(m.name) == 1 else mixer_label(m): m for m in mixers}
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[Choice, ...]]:
+        """Every field (and mixer option) with what it may be, in order; one choice means fixed."""
+        plain: dict[str, tuple[Choice, ...]] = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        return {"mixer": tuple(self.mixers)} | plain | dict(self.options)
+
+    def build(self, chosen: Mapping[str, Any]) -> Stage:
+        """The stage for one choice per field, repaired where the choices do not fit together."""
+        mixer = self.mixers[chosen["mixer"]]
+        own = {f.name for f in fields(mixer)}
+        mixer = replace(mixer, **{name: chosen[name] for name in self.options if name in own})
+        width = chosen["width"]
+        if "heads" in own and width % mixer.heads:  # type: ignore[union-attr]
+            mixer = replace(mixer, heads=_nearest_divisor(width, mixer.heads))  # type: ignore[union-attr]
+        inner = mixer.inner_width(width, chosen["compression"])
+        compression = min(c for c in self.choices["compression"] if mixer.inner_width(width, int(c)) == inner)
+        plain = {name: chosen[name] for name in _PLAIN_FIELDS}
+        return Stage(mixer=mixer, **plain | {"compression": compression})
+
+    @cached_property
+    def cores(self) -> dict[tuple[int, Mixer, int], dict[str, Choice]]:
+        """Distinct (width, mixer, compression) of the stage -> the first choices that give it.
+
+        The remaining fields are independent of these and of each other.
+        """
+        names = ("mixer", "width", "compression", *self.options)
+        rest: dict[str, Choice] = {name: self.choices[name][0] for name in ("depth", "mlp_ratio", "local")}
+        cores: dict[tuple[int, Mixer, int], dict[str, Choice]] = {}
+        for values in itertools.product(*(self.choices[name] for name in names)):
+            chosen = dict(zip(names, values, strict=True))
+            stage = self.build(rest | chosen)
+            cores.setdefault((stage.width, stage.mixer, stage.compression), chosen)
+        return cores
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A declared space of architectures.
+
+    Args:
+        name: a short word; names run folders.
+        description: one line for people.
+        stages: the choices stage by stage.
+        stem: fixed stem.
+        head: fixed head.
+        norm: fixed norm.
+    """
+
+    name: str
+    description: str
+    stages: tuple[StageChoices, ...]
+    stem: Stem = Stem()
+    head: Head = Head()
+    norm: str = "bn"
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "_-" for c in self.name) or len(self.name) > 64:
+            raise UsageError(f"space name {self.name[:80]!r}: letters, digits, '-' and '_' only, at most 64")
+        for number, stage in enumerate(self.stages, start=1):
+            for name, choices in stage.choices.items():
+                where = f"space {self.name}: stage{number}.{name}"
+                if not choices:
+                    raise UsageError(f"{where} has no choices")
+                if len(set(choices)) != len(choices):
+                    raise UsageError(f"{where} repeats a choice: {', '.join(map(str, choices))}")
+            for option in stage.options:
+                if not any(option in {f.name for f in fields(m)} for m in stage.mixers.values()):
+                    raise UsageError(f"space {self.name}: stage{number} has no mixer with the option {option!r}")
+            _ = stage.cores  # builds each combination once, so that a bad choice is found here and not in a search
+        self.decode(self._first)
+
+    @cached_property
+    def knobs(self) -> dict[str, tuple[Choice, ...]]:
+        """Knob name -> its choices, in a fixed order."""
+        return {
+            f"stage{i}.{name}": choices
+            for i, stage in enumerate(self.stages, start=1)
+            for name, choices in stage.choices.items()
+            if len(choices) > 1
+        }
+
+    @cached_property
+    def _first(self) -> dict[str, Choice]:
+        return {name: choices[0] for name, choices in self.knobs.items()}
+
+    @cached_property
+    def size(self) -> int:
+        """The number of distinct architectures."""
+        free = ("depth", "mlp_ratio", "local")
+        return math.prod(len(s.cores) * math.prod(len(s.choices[name]) for name in free) for s in self.stages)
+
+    def decode(self, choices: Mapping[str, Choice]) -> Architecture:
+        """The architecture for one choice per knob; every combination gives one.
+
+        Raises:
+            UsageError: where a knob is missing or unknown, or its value is not one of its choices.
+        """
+        if set(choices) != set(self.knobs):
+            odd = sorted(set(choices) ^ set(self.knobs))
+            raise UsageError(f"space {self.name}: missing or unknown knobs {', '.join(odd)}")
+        for name, value in choices.items():
+            if value not in self.knobs[name]:
+                raise UsageError(f"space {self.name}: {name} is {value!r}, allowed are {', '.join(map(str, self.knobs[name]))}")
+        stages = tuple(
+            stage.build({n: choices.get(f"stage{i}.{n}", c[0]) for n, c in stage.choices.items()})
+            for i, stage in enumerate(self.stages, start=1)
+        )
+        return Architecture(stages=stages, stem=self.stem, head=self.head, norm=self.norm)
+
+    def encode(self, architecture: Architecture) -> dict[str, Choice]:
+        """Choices that decode to `architecture`; a knob without effect gets its first choice (or what repair asks for).
+
+        Raises:
+            UsageError: where the architecture is not a point of this space.
+        """
+        frame = Architecture(stages=architecture.stages, stem=self.stem, head=self.head, norm=self.norm)
+        if frame != architecture or len(architecture.stages) != len(self.stages):
+            raise UsageError(f"architecture {architecture.key} is not in space {self.name}: another stem, head, norm or number of stages")
+        found = dict(self._first)
+        for i, (stage, declared) in enumerate(zip(architecture.stages, self.stages, strict=True), start=1):
+            core = declared.cores.get((stage.width, stage.mixer, stage.compression))
+            free: dict[str, Choice] = {name: getattr(stage, name) for name in ("depth", "mlp_ratio", "local")}
+            if core is None or any(value not in declared.choices[name] for name, value in free.items()):
+                raise UsageError(f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices")
+            for name, value in (core | free).items():
+                if (knob := f"stage{i}.{name}") in found:
+                    found[knob] = value
+        return found
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """An architecture with every knob drawn uniformly."""
+        return self.decode({name: choices[int(rng.integers(len(choices)))] for name, choices in self.knobs.items()})
+
+    def neighbours(self, architecture: Architecture) -> list[Architecture]:
+        """The distinct other architectures that one knob's change gives, in the order of the knobs."""
+        base = self.encode(architecture)
+        near = (self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name])
+        return [a for a in dict.fromkeys(near) if a != architecture]
+
+    def __iter__(self) -> Iterator[Architecture]:
+        """Every distinct architecture once, in a fixed order; see `size` before you ask for all."""
+        per_stage = []
+        for stage in self.stages:
+            free = [dict(zip(("depth", "mlp_ratio", "local"), v, strict=True)) for v in
+                    itertools.product(*(stage.choices[n] for n in ("depth", "mlp_ratio", "local")))]
+            per_stage.append([stage.build(core | f) for core in stage.cores.values() for f in free])
+        for stages in itertools.product(*per_stage):
+            yield Architecture(stages=stages, stem=self.stem, head=self.head, norm=self.norm)
+
+    def largest(self) -> list[Architecture]:
+        """For each mixer label of the space, the architecture with the most work: used where offered, all sizes at their top."""
+        labels = dict.fromkeys(label for stage in self.stages for label in stage.mixers)
+        result = []
+        for label in labels:
+            choices = {}
+            for name, values in self.knobs.items():
+                if name.endswith(".mixer"):
+                    choices[name] = label if label in values else values[0]
+                elif name.endswith((".compression", ".kv_reduction")):
+                    choices[name] = min(values)
+                elif all(isinstance(v, int | float) for v in values):
+                    choices[name] = max(values)
+                else:
+                    choices[name] = values[-1]
+            result.append(self.decode(choices))
+        return list(dict.fromkeys(result))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which `from_dict` makes an equal space."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "stages": [
+                {n: list(c) for n, c in s.choices.items() if n in _PLAIN_FIELDS}
+                | {"mixer": [mixer_to_dict(m) for m in s.mixers.values()], "options": {k: list(v) for k, v in s.options.items()}}
+                for s in self.stages
+            ],
+            "stem": {"stride": self.stem.stride},
+            "head": {"width": self.head.width},
+            "norm": self.norm,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+        """The inverse of `to_dict`; reads data only, runs no code.
+
+        Raises:
+            UsageError: where a field is unknown, missing or has a value that is not allowed.
+        """
+        names = tuple(f.name for f in fields(cls))
+        values = check_mapping(data, "a search space", names, ("name", "description", "stages"))
+        if not isinstance(values["stages"], list):
+            raise UsageError("a search space's stages must be a list")
+        stages = []
+        for entry in values["stages"]:
+            own = check_mapping(entry, "a stage's choices", tuple(f.name for f in fields(StageChoices)), ("mixer", "depth", "width"))
+            own["mixer"] = tuple(mixer_from_dict(m) for m in _as_tuple(own["mixer"]))
+            for name in _PLAIN_FIELDS:
+                if name in own:
+                    own[name] = _as_tuple(own[name])
+            options = own.get("options", {})
+            own["options"] = {str(k): _as_tuple(v) for k, v in check_mapping(options, "options", tuple(options)).items()}
+            stages.append(StageChoices(**own))
+        return cls(
+            name=str(values["name"]),
+            description=str(values["description"]),
+            stages=tuple(stages),
+            stem=Stem(**check_mapping(values.get("stem", {}), "a stem", ("stride",))),
+            head=Head(**check_mapping(values.get("head", {}), "a head", ("width",))),
+            norm=values.get("norm", "bn"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchSpace:
+        """The inverse of `to_json`; refuses text of more than 100,000 characters before parsing it."""
+        return cls.from_dict(parse_json(text, "a search space"))
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal spaces give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _nearest_divisor(width: int, heads: int) -> int:
+    """The divisor of `width` nearest to `heads`; of two equally near, the smaller."""
+    divisors = [d for d in range(1, width + 1) if width % d == 0]
+    return min(divisors, key=lambda d: (abs(d - heads), d))
