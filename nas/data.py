@@ -1,0 +1,339 @@
+"""Image classification data for scoring: decoded once, kept in memory, split so that a search never sees a test image.
+
+Names a user may give: `digits` (scikit-learn's 1,797 bundled 8x8 digits), a folder of class folders (its `train`
+sub-folder where there is one), a `.tar` of class folders, `torch/NAME` (torchvision) and `hfds/NAME` (Hugging Face
+datasets). The last two must be on disk already, under `data_root`: nothing is ever downloaded.
+
+Only the training split is read. A stratified share of it is held out to measure proxy accuracy; the rest trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .errors import DataError, UsageError
+
+HOLDOUT_SHARE = 0.25
+DIGITS_TEST_SHARE = 0.2
+MAX_IMAGES = 20_000
+NOT_MIRRORED = ("digits", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
+"""Sets whose images mean something else when mirrored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Decoded images and their classes.
+
+    Args:
+        pixels: uint8 of shape (n, 3, size, size).
+        labels: int64 of shape (n,).
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A training split, ready for scoring.
+
+    Args:
+        name: as the user gave it.
+        train: what proxies train on.
+        holdout: what proxy accuracy is measured on; disjoint from `train`, no test image in it.
+        classes: class names in the order of the labels.
+        input_size: (channels, height, width).
+        interpolation: how images were resized, in timm's words.
+        mean: of the training pixels by channel, on a scale of 0 to 1.
+        std: likewise.
+        mirrored: whether training may mirror images left to right.
+        num_available: images of the training split before any subset was drawn.
+        corrupt: names of the images that could not be read.
+        fingerprint: short hash of every decoded pixel and label.
+    """
+
+    name: str
+    train: Images
+    holdout: Images
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mirrored: bool
+    num_available: int
+    corrupt: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A training split that is not decoded yet: class indices, and how to get the i-th image and its name."""
+
+    targets: np.ndarray
+    classes: tuple[str, ...]
+    read: Callable[[int], bytes | Image.Image]
+    name: Callable[[int], str]
+    interpolation: str = "bicubic"
+
+
+def load_data(
+    name: str,
+    input_size: int | None = None,
+    data_root: str | Path | None = None,
+    max_images: int = MAX_IMAGES,
+    seed: int = 0,
+) -> ImageData:
+    """Read, decode and split a data set.
+
+    Args:
+        name: see the module's text.
+        input_size: side of the square images; None takes the data's own, a multiple of 32 from 32 to 224.
+        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        max_images: of a larger training split, a stratified sample of this many is used.
+        seed: of the sample and the held-out part.
+
+    Raises:
+        DataError: where the set is missing, unreadable, empty or has one class only.
+        UsageError: where the name or a number is not allowed.
+    """
+    if max_images < 2:
+        raise UsageError(f"--images {max_images}: at least 2 are needed")
+    source = _open(name, data_root)
+    rng = np.random.default_rng(seed)
+    chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng)
+    if len(chosen) == 0:
+        raise DataError(f"{name}: no images found")
+    size = input_size or _native_size(source, chosen)
+    pixels, corrupt = _decode(source, chosen, size)
+    if len(corrupt) == len(chosen):
+        raise DataError(f"{name}: none of its {len(chosen)} images could be read, the first is {corrupt[0][1]}")
+    bad = {index for index, _ in corrupt}
+    labels = torch.from_numpy(source.targets[[i for i in chosen if i not in bad]])
+    counts = torch.bincount(labels, minlength=len(source.classes))
+    if int((counts > 0).sum()) < 2:
+        raise DataError(f"{name}: images of {int((counts > 0).sum())} class found, classification needs at least 2")
+    held, rest = stratified_split(labels.numpy(), HOLDOUT_SHARE, rng)
+    if len(held) == 0:
+        raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: 4 or more of a class are needed")
+    train, holdout = (Images(pixels[torch.from_numpy(i)], labels[torch.from_numpy(i)]) for i in (rest, held))
+    mean, std = _channel_statistics(train.pixels)
+    return ImageData(
+        name=name,
+        train=train,
+        holdout=holdout,
+        classes=source.classes,
+        input_size=(3, size, size),
+        interpolation=source.interpolation,
+        mean=mean,
+        std=std,
+        mirrored=name.lower() not in NOT_MIRRORED,
+        num_available=len(source.targets),
+        corrupt=tuple(file for _, file in corrupt),
+        fingerprint=hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16],
+    )
+
+
+def stratified_split(
+    targets: np.ndarray | Sequence[int], share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of a random `share` of each class, and of the rest.
+
+    The number taken of a class is rounded; a class keeps at least one image in the rest unless `share` is 1 or more.
+    """
+    targets = np.asarray(targets)
+    if share >= 1:
+        return np.arange(len(targets)), np.arange(0)
+    taken: list[int] = []
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        taken.extend(members[: min(round(share * len(members)), len(members) - 1)])
+    inside = np.zeros(len(targets), dtype=bool)
+    inside[taken] = True
+    return np.flatnonzero(inside), np.flatnonzero(~inside)
+
+
+def _open(name: str, data_root: str | Path | None) -> _Source:
+    if name == "digits":
+        return _digits()
+    prefix = name.partition("/")[0].lower()
+    if prefix in ("torch", "hfds"):
+        if data_root is None:
+            raise UsageError(f"--data {name} needs --data-root, the folder in which the set lies")
+        if not Path(data_root).is_dir():
+            raise DataError(f"--data-root {data_root} is not a folder")
+        return _torchvision(name, data_root) if prefix == "torch" else _hugging_face(name, data_root)
+    return _files(name)
+
+
+def _digits() -> _Source:
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    # no official split: a part is set aside for good, so that a final test on unseen digits stays possible
+    _, kept = stratified_split(bundle.target, DIGITS_TEST_SHARE, np.random.default_rng(0))
+    pixels = np.round(bundle.images[kept] * (255 / 16)).astype(np.uint8)
+    return _Source(
+        targets=bundle.target[kept].astype(np.int64),
+        classes=tuple(str(c) for c in bundle.target_names),
+        read=lambda i: Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BILINEAR),
+        name=lambda i: f"digit {kept[i]}",
+        interpolation="bilinear",
+    )
+
+
+def _files(name: str) -> _Source:
+    from timm.data.readers import create_reader
+
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise DataError(f"--data {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)")
+    if path.is_file() and path.suffix != ".tar":
+        raise DataError(f"--data {name}: not a .tar of class folders")
+    if (path / "train").is_dir():
+        path = path / "train"
+    try:
+        # no cached index: timm would unpickle one from beside the archive
+        reader = create_reader("", root=str(path), **({"cache_tarinfo": False} if path.is_file() else {}))
+    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise DataError(f"--data {name}: no readable images in class folders ({_one_line(error)})") from None
+    in_tar = hasattr(reader, "targets")
+    targets = reader.targets if in_tar else [target for _, target in reader.samples]
+    by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx
+
+    def read(i: int) -> bytes:
+        with reader[i][0] as file:
+            return file.read()
+
+    return _Source(np.asarray(targets, dtype=np.int64), tuple(sorted(by_name, key=by_name.get)), read, reader.filename)
+
+
+def _torchvision(name: str, data_root: str | Path) -> _Source:
+    from timm.data import create_dataset
+
+    try:
+        dataset = create_dataset(name, root=str(data_root), split="train", download=False)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"--data {name}: not found under {data_root} ({_one_line(error)})") from None
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [dataset[i][1] for i in range(len(dataset))]
+    labels = np.asarray(targets, dtype=np.int64)
+    classes = getattr(dataset, "classes", None) or [str(c) for c in range(int(labels.max()) + 1)]
+    return _Source(labels, tuple(map(str, classes)), lambda i: dataset[i][0], lambda i: f"{name}[{i}]")
+
+
+def _hugging_face(name: str, data_root: str | Path) -> _Source:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # sets on disk only
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    from timm.data.readers import create_reader
+
+    try:
+        reader = create_reader(name, root=str(data_root), split="train")
+    except ImportError:
+        raise DataError(f"--data {name}: reading it needs the package datasets (pip install datasets)") from None
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"--data {name}: not found under {data_root} ({_one_line(error)})") from None
+    labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
+    by_index = {index: label for label, index in reader.class_to_idx.items()}
+    classes = tuple(str(by_index.get(c, c)) for c in range(int(labels.max()) + 1))
+
+    def read(i: int) -> bytes:
+        with reader[i][0] as file:
+            return file.read()
+
+    return _Source(labels, classes, read, lambda i: f"{name}[{i}]")
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _as_image(raw: bytes | Image.Image) -> Image.Image:
+    image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
+    return image.convert("RGB")
+
+
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
+
+
+def _native_size(source: _Source, chosen: np.ndarray) -> int:
+    """The median shorter side of up to 64 images, as a multiple of 32 between 32 and 224."""
+    sides = []
+    for i in chosen[:: max(1, len(chosen) // 64)]:
+        try:
+            sides.append(min(_as_image(source.read(int(i))).size))
+        except _DECODE_ERRORS:
+            continue
+    return int(np.clip(round(float(np.median(sides)) / 32) * 32, 32, 224)) if sides else 224
+
+
+def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+    """The chosen images, shorter side to `size` and centre cropped, and (index, name) of those that cannot be read."""
+    resample = Image.Resampling[source.interpolation.upper()]
+
+    def fit(raw: bytes | Image.Image | None) -> np.ndarray | None:
+        if raw is None:
+            return None
+        try:
+            image = _as_image(raw)
+        except _DECODE_ERRORS:
+            return None
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), resample).crop((left, top, left + size, top + size))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def read(i: int) -> bytes | Image.Image | None:
+        try:
+            return source.read(i)
+        except _DECODE_ERRORS:
+            return None
+
+    pixels = np.empty((len(chosen), 3, size, size), dtype=np.uint8)
+    good, corrupt = 0, []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for chunk in _chunks(chosen.tolist(), 256):
+            # files are read one after the other (an open archive has one position), decoded side by side
+            for i, image in zip(chunk, pool.map(fit, [read(i) for i in chunk]), strict=True):
+                if image is None:
+                    corrupt.append((i, source.name(i)))
+                else:
+                    pixels[good] = image
+                    good += 1
+    return torch.from_numpy(pixels[:good]), corrupt
+
+
+def _chunks(items: list[int], length: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), length):
+        yield items[start : start + length]
+
+
+def _channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel on a scale of 0 to 1; a constant channel gets a deviation of 1."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(pixels.shape[1]):
+        weights = torch.bincount(pixels[:, channel].flatten(), minlength=256).double()
+        weights /= weights.sum()
+        average = float((weights * levels).sum())
+        deviation = float((weights * (levels - average) ** 2).sum().sqrt())
+        mean.append(round(average, 4))
+        std.append(round(deviation, 4) or 1.0)
+    return tuple(mean), tuple(std)

@@ -1,0 +1,386 @@
+"""A run folder: its only reader and writer.
+
+    run.json                what was asked for, on what machine, with which versions (written once, at creation)
+    study.db                Optuna's SQLite storage: the truth; absent where the storage is a server
+    trials.csv              every trial, derived
+    front.csv front.json    the Pareto set, derived
+    weights/<key>.safetensors   proxy-trained weights of the front
+    exports/<key>/          what `export` made
+
+Derived files can be deleted at any time. Every file is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from sqlalchemy.exc import SQLAlchemyError
+
+from .architecture import Architecture
+from .errors import RunError, UsageError
+from .search.objectives import OBJECTIVES, Objective, Scores, parse_objectives
+from .search.pareto import hypervolume, non_dominated
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a run.
+
+    Args:
+        number: position in the run, from 0.
+        state: `complete`, `pruned` (over a budget), `failed` or `running`.
+        architecture: what was scored; None where a trial ended before it was drawn.
+        scores: what was measured.
+        failure: `reason: message` of a failed trial, the exceeded budgets of a pruned one, else ''.
+    """
+
+    number: int
+    state: str
+    architecture: Architecture | None
+    scores: Scores = field(default_factory=Scores)
+    failure: str = ""
+
+    @property
+    def key(self) -> str:
+        """The architecture's key, '' where there is none."""
+        return self.architecture.key if self.architecture else ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An existing run folder.
+
+    Args:
+        path: the folder.
+        manifest: the content of `run.json`.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read a run folder's manifest.
+
+        Raises:
+            RunError: where the folder is not a run's, or its manifest is damaged.
+        """
+        folder = Path(path)
+        manifest = folder / "run.json"
+        if not folder.is_dir():
+            raise RunError(f"no run folder at {folder}")
+        if not manifest.is_file():
+            raise RunError(f"{folder} is not a run folder: it has no run.json")
+        try:
+            data = json.loads(manifest.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise RunError(f"{manifest} has format {data['format']}, this release reads {FORMAT}")
+            run = cls(folder, data)
+            _ = run.objectives, run.reference
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{manifest} is damaged ({type(error).__name__}: {error})") from None
+        return run
+
+    @classmethod
+    def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
+        """Write `run.json`, the last step of a run's creation."""
+        write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        return cls.open(path)
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the run minimises and maximises, in order."""
+        config = self.manifest["config"]
+        return parse_objectives(config["objectives"], config["proxy"], self.manifest["proxy_trained"])
+
+    @cached_property
+    def reference(self) -> dict[str, float]:
+        """The hypervolume's reference point, fixed at creation: objective -> value."""
+        return {o.name: float(self.manifest["reference"][o.name]) for o in self.objectives}
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    def columns(self) -> dict[str, str]:
+        """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
+        proxy = f"proxy_{self.manifest['config']['proxy']}"
+        names = {name: name for name in Scores.__dataclass_fields__} | {"proxy": proxy, "proxy_std": f"{proxy}_std"}
+        first = [o.field for o in self.objectives] + [OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")]
+        return {name: names[name] for name in dict.fromkeys([*first, *names])}
+
+    def storage(self) -> optuna.storages.BaseStorage:
+        """The study's storage."""
+        return open_storage(self.path, self.manifest["config"]["storage"])
+
+    def trials(self) -> list[Trial]:
+        """Every trial of the study, in order.
+
+        Raises:
+            RunError: where the storage is missing or damaged.
+        """
+        if self.manifest["config"]["storage"] is None and not (self.path / "study.db").is_file():
+            raise RunError(f"{self.path} has no study.db: its trials are lost; start another run")
+        with storage_errors(self.path):
+            storage = self.storage()
+            study_id = storage.get_study_id_from_name(self.manifest["study"])
+            frozen = storage.get_all_trials(study_id, deepcopy=False)
+            return [read_trial(t) for t in frozen]
+
+    def front(self, trials: list[Trial] | None = None) -> list[Trial]:
+        """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
+        complete = [t for t in (self.trials() if trials is None else trials) if t.state == "complete"]
+        if not complete:
+            return []
+        losses = self.losses(complete)
+        chosen = np.flatnonzero(non_dominated(losses))
+        return [complete[i] for i in sorted(chosen, key=lambda i: tuple(losses[i]))]
+
+    def losses(self, trials: list[Trial]) -> np.ndarray:
+        """Objective values in loss space, of shape (trials, objectives)."""
+        return np.array([[o.loss(_known(o.read(t.scores))) for o in self.objectives] for t in trials])
+
+    def hypervolume(self, front: list[Trial]) -> float:
+        """Hypervolume of a front against the run's reference point, in the product of the objectives' units."""
+        corner = [o.loss(self.reference[o.name]) for o in self.objectives]
+        return hypervolume(self.losses(front) if front else np.empty((0, len(corner))), corner)
+
+    def write_tables(self) -> None:
+        """Derive `trials.csv`, `front.csv` and `front.json` from the study."""
+        import pandas as pd
+
+        trials = self.trials()
+        front = self.front(trials)
+        columns = self.columns()
+
+        def row(trial: Trial) -> dict[str, Any]:
+            architecture = trial.architecture
+            scores = {column: getattr(trial.scores, name) for name, column in columns.items()}
+            return {
+                "key": trial.key,
+                **scores,
+                "mixer": architecture.dominant_mixer if architecture else "",
+                "trial": trial.number,
+                "state": trial.state,
+                "failure": trial.failure,
+                "architecture": architecture.to_json() if architecture else "",
+            }
+
+        names = ["key", *columns.values(), "mixer", "trial", "state", "failure", "architecture"]
+        for file, chosen in (("trials.csv", trials), ("front.csv", front)):
+            table = pd.DataFrame([row(t) for t in chosen], columns=names)
+            # whole numbers stay whole where some are missing; a column nothing was measured for is left out
+            table = table.convert_dtypes().dropna(axis="columns", how="all")
+            if file == "front.csv":
+                table = table.drop(columns=["state", "failure"], errors="ignore")
+            write_file(self.path / file, table.to_csv(index=False))
+        write_file(self.path / "front.json", json.dumps(self.front_dict(front), indent=2) + "\n")
+
+    def front_dict(self, front: list[Trial]) -> dict[str, Any]:
+        """The front as plain data, with objectives, hypervolume and its reference point."""
+        columns = self.columns()
+        return {
+            "run": self.name,
+            "objectives": [
+                {"name": o.name, "column": columns[o.field], "unit": o.unit, "direction": o.direction}
+                for o in self.objectives
+            ],
+            "reference": self.reference,
+            "hypervolume": self.hypervolume(front),
+            "points": [
+                {
+                    "key": t.key,
+                    "trial": t.number,
+                    **{columns[name]: value for name, value in t.scores.to_dict().items()},
+                    "architecture": t.architecture.to_dict() if t.architecture else None,
+                }
+                for t in front
+            ],
+        }
+
+    def find(self, key: str) -> Trial:
+        """The scored trial whose architecture's key is, or starts with, `key`.
+
+        Raises:
+            UsageError: where none or several match.
+        """
+        found = {t.key: t for t in self.trials() if t.architecture and t.key.startswith(key) and t.state != "running"}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if not found or not key:
+            keys = ", ".join(t.key for t in self.front()) or "(none)"
+            raise UsageError(f"no architecture {key!r} in {self.path}: its front has {keys}")
+        raise UsageError(f"{key!r} is ambiguous in {self.path}: {', '.join(found)}")
+
+    def weights_file(self, key: str) -> Path:
+        """Where the proxy-trained weights of a front's architecture are."""
+        return self.path / "weights" / f"{key}.safetensors"
+
+    def save_weights(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Keep trained weights."""
+        from safetensors.torch import save
+
+        write_file(self.weights_file(key), save(dict(weights)))
+
+    def drop_weights(self, keep: set[str]) -> None:
+        """Delete the weights of architectures that are not in `keep`."""
+        for file in self.path.glob("weights/*.safetensors"):
+            if file.stem not in keep:
+                file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder: one search at a time.
+
+        Raises:
+            RunError: where another process searches in it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"another search is running in {self.path}: wait for it, or give another --out") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def prepare_folder(path: Path) -> None:
+    """Make an empty run folder, or take over one whose creation was cut short.
+
+    Raises:
+        RunError: where the folder cannot be made or written, or holds something else.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        foreign = [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
+        if foreign:
+            raise RunError(f"{path} is not a run folder and not empty (it holds {sorted(foreign)[0]}): give another --out")
+        for name in STUDY_FILES:
+            (path / name).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, NotADirectoryError) as error:
+        raise RunError(f"cannot write the run folder {path}: {error.strerror or error}") from None
+
+
+def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
+    """The SQLite storage in a run folder, or the one at `url`."""
+    if url is not None:
+        return optuna.storages.RDBStorage(url)
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{(path / 'study.db').resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a missing or damaged storage raises into one line."""
+    try:
+        yield
+    except KeyError:
+        raise RunError(f"{path}: its storage holds no study of this run; it was emptied or replaced") from None
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, UnicodeDecodeError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise RunError(f"{path}: study.db cannot be read or written ({cause}): restore it, or start another run") from None
+
+
+def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
+    """Optuna's record of a trial as ours."""
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
+    attributes = frozen.user_attrs
+    described = attributes.get("architecture")
+    return Trial(
+        number=frozen.number,
+        state=states[frozen.state.name],
+        architecture=Architecture.from_dict(described) if described else None,
+        scores=Scores.from_dict(attributes.get("scores", {})),
+        failure=str(attributes.get("failure", "")),
+    )
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What the figures of a run were measured on."""
+    import torch
+
+    machine: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": properties.name, "gpu_memory_mib": properties.total_memory // 2**20, "cuda": torch.version.cuda}
+    return machine
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions of Python and of the packages a score depends on, and the commit of a source checkout."""
+    names = ("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy")
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent.parent
+        if (here / ".git").exists():
+            command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            versions["commit"] = result.stdout.strip()
+    return versions
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "a complete trial lacks an objective's value"
+    return value
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+

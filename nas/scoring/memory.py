@@ -1,0 +1,78 @@
+"""Peak memory of inference."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+
+
+def measure_memory_mib(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Peak MiB of one forward pass in eval and inference mode; the model stays as it is.
+
+    On CUDA the allocator's peak while a copy of the model and its input are there. On the CPU, where allocations are
+    not observable, parameters and buffers plus the peak of live activations (outputs of operations, the input
+    included), which is a property of the network and repeats to the byte; scratch space inside operations is not seen.
+    """
+    target = torch.device(device)
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+        before = torch.cuda.memory_allocated(target)
+        torch.cuda.reset_peak_memory_stats(target)
+    probe = copy.deepcopy(model).to(target, dtype).eval()
+    images = torch.zeros(batch_size, *input_size, device=target, dtype=dtype)
+    if target.type == "cuda":
+        with torch.inference_mode():
+            probe(images)
+        torch.cuda.synchronize(target)
+        return (torch.cuda.max_memory_allocated(target) - before) / MIB
+    live = _LiveActivations(probe)
+    live.see(images)
+    with torch.no_grad(), live:
+        probe(images)
+    weights = sum(t.untyped_storage().nbytes() for t in (*probe.parameters(), *probe.buffers()))
+    return (weights + live.peak_bytes) / MIB
+
+
+class _LiveActivations(TorchDispatchMode):
+    """Follows the bytes of storages that operations make, from their making to their release."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def see(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage until it is released, unless it is a weight's or counted already."""
+        storage = tensor.untyped_storage()
+        pointer, nbytes = storage.data_ptr(), storage.nbytes()
+        if nbytes == 0 or pointer in self._known:
+            return
+        self._known.add(pointer)
+        self.live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._release, pointer, nbytes)
+
+    def _release(self, pointer: int, nbytes: int) -> None:
+        self._known.discard(pointer)
+        self.live_bytes -= nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return result

@@ -1,0 +1,149 @@
+"""Architecture -> Scores, cheap numbers first, so that what is over budget is never trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .. import models as _models  # registers `mixnas` with timm
+from ..architecture import Architecture
+from ..data import ImageData
+from ..errors import TrialFailure, UsageError
+from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.cost import count_cost
+from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
+from ..scoring.memory import measure_memory_mib
+from .objectives import OBJECTIVES, Scores
+
+assert _models
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out of scoring one architecture.
+
+    Args:
+        scores: everything measured.
+        excess: budget -> by how much it is exceeded, as a share of the budget; empty where all are met.
+        weights: trained weights, where the proxy trains and no budget is exceeded.
+    """
+
+    scores: Scores
+    excess: Mapping[str, float]
+    weights: dict[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores architectures under fixed conditions: equal architectures get equal scores, up to timing noise.
+
+    Args:
+        data: what to train and to validate on; gives the image size and the number of classes.
+        objectives: names of what is wanted.
+        budgets: objective -> largest value allowed.
+        latency: under which conditions to time; its device is where everything runs.
+        proxy: a row of `ESTIMATORS`, used where `accuracy` is an objective.
+        fidelity: how much effort the proxy may take.
+        seed: of initial weights and training.
+    """
+
+    data: ImageData
+    objectives: tuple[str, ...]
+    budgets: Mapping[str, float]
+    latency: LatencyConfig
+    proxy: str
+    fidelity: Fidelity
+    seed: int
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        """The architecture's module for the data's classes, with initial weights that depend on the seed alone.
+
+        Raises:
+            UsageError: where the images are smaller than the architecture's total stride.
+        """
+        side = min(self.data.input_size[1:])
+        if side < architecture.reduction:
+            raise UsageError(
+                f"images of {side} pixels are too small for a total stride of {architecture.reduction}: "
+                f"set --input-size to {architecture.reduction} or more, or use a space with fewer stages"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return timm.create_model("mixnas", architecture=architecture, num_classes=len(self.data.classes))
+
+    def evaluate(self, architecture: Architecture) -> Evaluation:
+        """Score one architecture.
+
+        Raises:
+            TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout).
+        """
+        start = time.perf_counter()
+        try:
+            evaluation = self._evaluate(architecture)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrialFailure("out_of_memory", str(error).splitlines()[0] if str(error) else "out of memory") from None
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # what torch's CPU allocator says
+                raise TrialFailure("out_of_memory", str(error).splitlines()[0]) from None
+            raise
+        finally:
+            if self.latency.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
+        return replace(evaluation, scores=scores)
+
+    def _evaluate(self, architecture: Architecture) -> Evaluation:
+        model = self.build(architecture)
+        wanted = {*self.objectives, *self.budgets}
+        cost = count_cost(model, self.data.input_size)
+        assert not cost.uncounted, f"MACs of {architecture.key} are incomplete: {cost.uncounted}"
+        scores = Scores(params=cost.params, macs=cost.macs, flops=cost.flops)
+        if excess := self._excess(scores):
+            return Evaluation(scores, excess)
+        if "memory" in wanted:
+            scores = replace(scores, memory_mib=self._memory(model))
+            if excess := self._excess(scores):
+                return Evaluation(scores, excess)
+        if "latency" in wanted:
+            scores = replace(scores, **self._latency(model))
+            if excess := self._excess(scores):
+                return Evaluation(scores, excess)
+        if "accuracy" not in wanted:
+            return Evaluation(scores, {})
+        estimator = ESTIMATORS[self.proxy]
+        estimate = estimator.estimate(model, self.data, self.fidelity, self.seed, self.latency.device)
+        if estimator.trained:
+            scores = replace(scores, accuracy=estimate.score, accuracy_std=estimate.std)
+        else:
+            scores = replace(scores, proxy=estimate.score, proxy_std=estimate.std)
+        return Evaluation(scores, {}, estimate.weights)
+
+    def _memory(self, model: nn.Module) -> float:
+        at = self.latency
+        return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, DTYPES[at.dtype])
+
+    def _latency(self, model: nn.Module) -> dict[str, Any]:
+        measured = measure_latency(model, self.data.input_size, self.latency)
+        return {
+            "latency_ms": measured.median_ms,
+            "latency_q1_ms": measured.q1_ms,
+            "latency_q3_ms": measured.q3_ms,
+            "latency_low_ms": measured.low_ms,
+            "latency_high_ms": measured.high_ms,
+            "latency_repeats": measured.repeats,
+        }
+
+    def _excess(self, scores: Scores) -> dict[str, float]:
+        """Budgets that what is measured so far exceeds, and by which share."""
+        excess = {}
+        for name, budget in self.budgets.items():
+            value = OBJECTIVES[name].read(scores)
+            if value is not None and value > budget:
+                excess[name] = value / budget - 1
+        return excess

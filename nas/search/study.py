@@ -1,0 +1,512 @@
+"""Run a search: ask for an architecture, score it, tell the study; stop, resume and report.
+
+The study in the storage is the only state. A process that dies leaves one trial RUNNING; the next one finishes that very
+trial, under its number and with its draw, so nothing is lost and nothing is scored twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from ..architecture import Architecture
+from ..data import MAX_IMAGES, ImageData, load_data
+from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
+from ..runs import (
+    Run,
+    Trial,
+    describe_machine,
+    describe_software,
+    open_storage,
+    prepare_folder,
+    read_trial,
+    storage_errors,
+)
+from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
+from ..space import SearchSpace
+from .evaluate import Evaluation, Evaluator
+from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
+from .samplers import SAMPLERS, UnseenSampler, suggest
+
+log = logging.getLogger(__name__)
+
+MAX_OVER_BUDGET = 100
+"""Architectures in a row that may be over budget before a search gives up."""
+MAX_FAILURES = 10
+"""Likewise for failures."""
+MAX_ATTEMPTS = 3
+"""How often a trial may die with its process before it counts as failed."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything a search depends on.
+
+    Args:
+        space: what may be built.
+        objectives: two to four of `OBJECTIVES`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; trains and times.
+        data: a data set as `nas.data` names it.
+        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        max_images: of a larger training split, a stratified sample of this many is used.
+        input_size: side of the images; None takes the data's own.
+        proxy: a row of `ESTIMATORS`; what `accuracy` is read from.
+        epochs: of the short training.
+        train_batch_size: images a training step.
+        trials: architectures to score in all, resumed ones included.
+        timeout_minutes: no trial is started after this long.
+        trial_timeout_minutes: a training that takes longer fails.
+        sampler: a row of `SAMPLERS`.
+        budgets: objective -> largest value allowed; what exceeds one is not trained.
+        runtime: a row of `RUNTIMES`.
+        dtype: of the timed network, a row of `DTYPES`.
+        batch_size: images a timed forward pass.
+        threads: CPU threads of the timed network; None for torch's own number.
+        channels_last: memory format of the timed network.
+        seed: of every draw, of initial weights and of training.
+        out: the run folder; None makes `results/SPACE-DATA-TIME`.
+        storage: URL of an Optuna RDB storage; None keeps `study.db` in the run folder.
+    """
+
+    space: SearchSpace
+    objectives: tuple[str, ...] = ("latency", "accuracy")
+    device: str = "auto"
+    data: str = "digits"
+    data_root: str | None = None
+    max_images: int = MAX_IMAGES
+    input_size: int | None = None
+    proxy: str = "train"
+    epochs: int = Fidelity.epochs
+    train_batch_size: int = Fidelity.batch_size
+    trials: int = 24
+    timeout_minutes: float | None = None
+    trial_timeout_minutes: float | None = None
+    sampler: str = "tpe"
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    runtime: str = "eager"
+    dtype: str = "fp32"
+    batch_size: int = 1
+    threads: int | None = None
+    channels_last: bool = False
+    seed: int = 0
+    out: Path | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, name, table in (
+            ("proxy", self.proxy, ESTIMATORS),
+            ("sampler", self.sampler, SAMPLERS),
+            ("runtime", self.runtime, RUNTIMES),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if name not in table:
+                raise unknown_name(what, name, table)
+        parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained)
+        for name in ("trials", "epochs", "train_batch_size", "batch_size", "max_images", "threads", "input_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        for name in ("timeout_minutes", "trial_timeout_minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} is {value!r}: it must be a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to {2**32 - 1}")
+        if self.storage is not None and _has_password(self.storage):
+            raise UsageError(
+                "the storage URL holds a password, which would end up in run.json: leave it out and let the driver read "
+                "it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the space (kept apart) and the folder are left out."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out")}
+        return data | {"objectives": list(self.objectives), "budgets": dict(self.budgets)}
+
+    @classmethod
+    def from_run(cls, run: Run) -> SearchConfig:
+        """The configuration a run was created with."""
+        try:
+            values = dict(run.manifest["config"])
+            values["objectives"] = tuple(values["objectives"])
+            return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands, after a trial.
+
+    Args:
+        run: the run folder.
+        trial: the trial that just ended; None at the start.
+        scored: complete trials so far.
+        target: complete trials wanted.
+        front: the current front.
+        hypervolume: of the current front.
+    """
+
+    run: Run
+    trial: Trial | None
+    scored: int
+    target: int
+    front: list[Trial]
+    hypervolume: float
+
+
+def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = None) -> Run:
+    """Search until `config.trials` architectures are scored, and return the run.
+
+    An existing run folder at `config.out` is resumed. Ctrl-C and kill -9 lose nothing but the work on one trial.
+
+    Args:
+        config: what to search, on what and how.
+        on_trial: called at the start and after every trial.
+
+    Raises:
+        UsageError: for a value that is not allowed.
+        DataError: for an unusable data set.
+        RunError: for an unusable run folder, or one made under conditions that change scores.
+        InfeasibleError: where no architecture meets the budgets.
+        NasError: where one trial after the other fails.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    device = resolve_device(config.device)
+    existing = Run.open(config.out) if config.out is not None and (config.out / "run.json").is_file() else None
+    if existing is None and config.out is None:
+        config = replace(config, out=_new_folder(config))
+    assert config.out is not None
+    if existing is None:
+        prepare_folder(config.out)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    if data.corrupt:
+        shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
+        log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)
+    evaluator = _evaluator(config, device, data)
+    evaluator.build(config.space.largest()[0])  # refuses images that are too small, before anything is written
+    conditions = score_conditions(config, device, data)
+    run = existing or _create(config, device, data, evaluator, conditions)
+    _check_same(run, conditions)
+    with run.locked(), storage_errors(run.path):
+        return _Search(run, config, evaluator, on_trial).run_trials()
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to a device; others checked.
+
+    Raises:
+        UsageError: where the device is not known or not there.
+    """
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return f"cuda:{int(index or 0)}"
+
+
+def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict[str, Any]:
+    """Everything that changes a score: two runs with equal conditions score an architecture alike."""
+    machine = describe_machine(device)
+    return {
+        "space": config.space.to_dict(),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
+        "input_size": data.input_size[1],
+        "objectives": list(config.objectives),
+        "budgets": dict(config.budgets),
+        "proxy": config.proxy,
+        "epochs": config.epochs,
+        "train_batch_size": config.train_batch_size,
+        "device": machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores",
+        "runtime": config.runtime,
+        "dtype": config.dtype,
+        "batch_size": config.batch_size,
+        "threads": config.threads or torch.get_num_threads(),
+        "channels_last": config.channels_last,
+        "seed": config.seed,
+    }
+
+
+def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
+    limit = config.trial_timeout_minutes
+    return Evaluator(
+        data=data,
+        objectives=config.objectives,
+        budgets=config.budgets,
+        latency=LatencyConfig(
+            device=device,
+            runtime=config.runtime,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            channels_last=config.channels_last,
+        ),
+        proxy=config.proxy,
+        fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None),
+        seed=config.seed,
+    )
+
+
+def _new_folder(config: SearchConfig) -> Path:
+    stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
+    base = Path("results") / f"{config.space.name}-{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def _create(
+    config: SearchConfig, device: str, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]
+) -> Run:
+    """Fix the reference point, create the study, and only then write the manifest that makes the folder a run."""
+    assert config.out is not None
+    objectives = parse_objectives(config.objectives, config.proxy, ESTIMATORS[config.proxy].trained)
+    reference = _reference(config, evaluator, objectives)
+    name = config.out.resolve().name
+    try:
+        with storage_errors(config.out):
+            study = optuna.create_study(
+                storage=open_storage(config.out, config.storage),
+                study_name=name,
+                directions=[o.direction for o in objectives],
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([o.name for o in objectives])
+            study.set_user_attr("reference", reference)
+    except optuna.exceptions.DuplicatedStudyError:
+        raise RunError(f"the storage already has a study named {name!r}: give another --out") from None
+    resolved = replace(config, device=device, input_size=data.input_size[1])
+    return Run.create(
+        config.out,
+        {
+            "study": name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": resolved.to_dict(),
+            "space": config.space.to_dict(),
+            "proxy_trained": ESTIMATORS[config.proxy].trained,
+            "reference": reference,
+            "conditions": conditions,
+            "data": {
+                "name": data.name,
+                "fingerprint": data.fingerprint,
+                "classes": list(data.classes),
+                "input_size": list(data.input_size),
+                "mean": list(data.mean),
+                "std": list(data.std),
+                "interpolation": data.interpolation,
+                "num_available": data.num_available,
+                "num_train": len(data.train),
+                "num_holdout": len(data.holdout),
+                "corrupt": list(data.corrupt),
+            },
+            "machine": describe_machine(device),
+            "software": describe_software(),
+        },
+    )
+
+
+def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Objective, ...]) -> dict[str, float]:
+    """A corner worse than what a search should find: budgets, or a tenth beyond the space's largest architectures.
+
+    What is maximised has 0.
+    """
+    minimised = [o for o in objectives if o.minimize]
+    open_ones = tuple(o.name for o in minimised if o.name not in config.budgets)
+    worst = dict.fromkeys(open_ones, 0.0)
+    if open_ones:
+        measured = 0
+        cheap = replace(evaluator, objectives=open_ones, budgets={})
+        for architecture in config.space.largest():
+            with contextlib.suppress(TrialFailure):
+                scores = cheap.evaluate(architecture).scores
+                worst = {name: max(value, OBJECTIVES[name].read(scores) or 0.0) for name, value in worst.items()}
+                measured += 1
+        if not measured:
+            raise NasError(
+                f"none of the largest architectures of space {config.space.name} can be measured on this device: set "
+                + " ".join(f"--max {name}=…" for name in open_ones)
+            )
+    return {o.name: config.budgets.get(o.name, 1.1 * worst.get(o.name, 0.0)) if o.minimize else 0.0 for o in objectives}
+
+
+def _check_same(run: Run, conditions: dict[str, Any]) -> None:
+    before = run.manifest.get("conditions", {})
+    for name, value in conditions.items():
+        if before.get(name) != value:
+            then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in (before.get(name), value))
+            detail = f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
+            raise RunError(f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out")
+    if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
+        log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
+
+
+def _has_password(url: str) -> bool:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).password is not None
+    except ArgumentError:
+        raise UsageError("the storage must be a database URL such as sqlite:///study.db or postgresql://host/database") from None
+
+
+class _Search:
+    """The loop of one process over one run."""
+
+    def __init__(
+        self, run: Run, config: SearchConfig, evaluator: Evaluator, on_trial: Callable[[Progress], None] | None
+    ) -> None:
+        self.run, self.config, self.evaluator = run, config, evaluator
+        self.on_trial = on_trial or (lambda _: None)
+        self.space = config.space
+        self.known: set[str] = set()
+        self.study = optuna.load_study(
+            study_name=run.manifest["study"],
+            storage=run.storage(),
+            sampler=UnseenSampler(config.sampler, config.space, self.known, config.seed),
+        )
+        frozen = self.study.get_trials(deepcopy=False)
+        self.trials = [read_trial(t) for t in frozen if t.state.is_finished()]
+        self.known.update(t.key for t in self.trials if t.architecture)
+        self.unfinished = [t for t in frozen if not t.state.is_finished()]
+        self.front = run.front(self.trials)
+
+    def run_trials(self) -> Run:
+        """Score until done; the tables are derived however it ends."""
+        started = time.monotonic()
+        limit = self.config.timeout_minutes
+        self._report(None)
+        try:
+            while self._count("complete") < self.config.trials:
+                if limit is not None and time.monotonic() - started > limit * 60:
+                    log.warning("the time limit of %g minutes is reached", limit)
+                    break
+                if len(self.known) >= self.space.size and not self.unfinished:
+                    log.warning("space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size)
+                    break
+                if self._stuck():
+                    break
+                self._one_trial()
+        except BaseException:
+            # the reason for ending is what the user must see, not a second failure on the way out
+            with contextlib.suppress(NasError):
+                self.run.write_tables()
+            raise
+        self.run.write_tables()
+        if not self._count("complete") and self._count("pruned"):
+            raise InfeasibleError(self._nothing_feasible())
+        return self.run
+
+    def _one_trial(self) -> None:
+        if self.unfinished:
+            left = self.unfinished.pop(0)
+            trial, attempts = optuna.Trial(self.study, left._trial_id), left.user_attrs.get("attempts", 1) + 1
+            trial.set_user_attr("attempts", attempts)
+        else:
+            trial, attempts = self.study.ask(), 1
+        architecture = suggest(trial, self.space)
+        if architecture.key in self.known:  # only where a process died while it was drawing
+            self._fail(trial, None, TrialFailure("killed", "the process died while the architecture was drawn"))
+            return
+        trial.set_user_attr("architecture", architecture.to_dict())
+        self.known.add(architecture.key)
+        try:
+            if attempts > MAX_ATTEMPTS:
+                raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
+            evaluation = self.evaluator.evaluate(architecture)
+            values = self._values(evaluation)
+        except TrialFailure as failure:
+            self._fail(trial, architecture, failure)
+            return
+        trial.set_user_attr("scores", evaluation.scores.to_dict())
+        for name, budget in self.config.budgets.items():
+            value = OBJECTIVES[name].read(evaluation.scores)
+            if value is not None:
+                trial.set_constraint(name, value / budget - 1)
+        if evaluation.excess:
+            failure = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
+            trial.set_user_attr("failure", failure)
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, failure))
+            return
+        done = Trial(trial.number, "complete", architecture, evaluation.scores)
+        front = self.run.front([*self.front, done])
+        if evaluation.weights is not None and done in front:
+            self.run.save_weights(done.key, evaluation.weights)
+        self.study.tell(trial, values)
+        self.front = front
+        self.run.drop_weights({t.key for t in front})
+        self._ended(done)
+
+    def _values(self, evaluation: Evaluation) -> list[float] | None:
+        """Objective values, None where a budget stopped the scoring."""
+        if evaluation.excess:
+            return None
+        values = [o.read(evaluation.scores) for o in self.run.objectives]
+        if not all(v is not None and math.isfinite(v) for v in values):
+            raise TrialFailure("non_finite", f"objective values are {values}")
+        return [float(v) for v in values if v is not None]
+
+    def _fail(self, trial: optuna.Trial, architecture: Architecture | None, failure: TrialFailure) -> None:
+        text = f"{failure.reason}: {failure}"
+        trial.set_user_attr("failure", text)
+        self.study.tell(trial, state=TrialState.FAIL)
+        self._ended(Trial(trial.number, "failed", architecture, Scores(), text))
+
+    def _ended(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        self._report(trial)
+
+    def _report(self, trial: Trial | None) -> None:
+        hypervolume = self.run.hypervolume(self.front)
+        self.on_trial(
+            Progress(self.run, trial, self._count("complete"), self.config.trials, list(self.front), hypervolume)
+        )
+
+    def _count(self, state: str) -> int:
+        return sum(t.state == state for t in self.trials)
+
+    def _stuck(self) -> bool:
+        """Whether the last trials all ended badly; raises where there is nothing to show for it."""
+        states = [t.state for t in self.trials]
+        if len(states) >= MAX_FAILURES and set(states[-MAX_FAILURES:]) == {"failed"}:
+            raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {self.trials[-1].failure}")
+        if len(states) >= MAX_OVER_BUDGET and set(states[-MAX_OVER_BUDGET:]) == {"pruned"}:
+            log.warning("the last %d architectures were all over budget: stopped", MAX_OVER_BUDGET)
+            return True
+        return False
+
+    def _nothing_feasible(self) -> str:
+        parts = []
+        for name, budget in self.config.budgets.items():
+            objective = OBJECTIVES[name]
+            seen = [v for t in self.trials if (v := objective.read(t.scores)) is not None]
+            if seen and min(seen) > budget:
+                parts.append(f"{name} {format_value(objective, budget)} (least seen: {format_value(objective, min(seen))})")
+        budgets = " and ".join(parts) or ", ".join(self.config.budgets)
+        return (
+            f"none of {len(self.trials)} architectures of space {self.space.name} meets the budget {budgets}: "
+            "raise it, or search a smaller space"
+        )
