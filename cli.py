@@ -1,0 +1,466 @@
+"""The command line: arguments, printing and exit codes. What a command does lives in `nas`.
+
+Results go to standard output, progress and logs to standard error. Everything heavy is imported where it is used, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from nas import __version__
+from nas.errors import NasError, UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nas.runs import Run, Trial
+    from nas.search import Progress
+    from nas.targets import Target
+
+SPACE, OBJECTIVES = "mini", "latency,accuracy"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mixnas")
+def cli() -> None:
+    """Find an efficient vision backbone for your own device.
+
+    TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("nas").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+        sys.stdout.flush()
+    except NasError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _on_sigterm(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+def _program() -> str:
+    """How this program was called, for the commands it suggests."""
+    script = Path(sys.argv[0])
+    if script.name != "cli.py":
+        return "mixnas"
+    python = Path(sys.executable)
+    inside = python.is_relative_to(Path.cwd())
+    return f"{python.relative_to(Path.cwd()) if inside else 'python'} {script}"
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    # in a pipe there is no width to keep to: never cut a figure
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console.print(table)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, title=title, title_justify="left")
+    for column in columns:
+        name, right = column.removesuffix(">"), column.endswith(">")
+        table.add_column(name, justify="right" if right else "left", no_wrap=right)
+    return table
+
+
+def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Table:
+    """The front, best first objective first, with spreads."""
+    from nas.report.plots import describe_stages
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+
+    shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
+    hypervolume = f"{run.hypervolume(front):.5g}"
+    table = _table(
+        "key",
+        *(f"{o.label}>" for o in shown),
+        "stages",
+        title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {hypervolume}",
+    )
+    for trial in front[:limit]:
+        cells = []
+        for objective in shown:
+            value = objective.read(trial.scores)
+            text = "" if value is None else format_value(objective, value)
+            if objective.field == "latency_ms" and trial.scores.latency_low_ms is not None:
+                assert trial.scores.latency_high_ms is not None
+                text += f" ±{(trial.scores.latency_high_ms - trial.scores.latency_low_ms) / 2:.2f}"
+            if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
+                text += f" ±{trial.scores.accuracy_std:.2f}"
+            cells.append(text)
+        assert trial.architecture is not None
+        stages = ", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture))
+        table.add_row(trial.key, *cells, stages)
+    if limit is not None and len(front) > limit:
+        table.add_row("…")
+    return table
+
+
+def _conditions(command: Any) -> Any:
+    """The options that say how latency is measured."""
+    for option in (
+        click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
+        click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
+        click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
+        click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
+        click.option("--runtime", default="eager", show_default=True, help="What runs the timed network."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command("search")
+@click.option("--objective", default=OBJECTIVES, show_default=True, help="Two to four of latency, accuracy, macs, flops, params, memory.")
+@click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
+@click.option("--data", default="digits", show_default=True, help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.")
+@click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
+@click.option("--images", type=int, default=20_000, show_default=True, help="Of a larger training split, a stratified sample of this many.")
+@click.option("--input-size", type=int, help="Side of the images in pixels.  [default: the data's own]")
+@click.option("--proxy", default="train", show_default=True, help="Where accuracy comes from: train, or an untrained proxy (params, macs).")
+@click.option("--epochs", type=int, default=4, show_default=True, help="Of the short training.")
+@click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
+@click.option("--trials", type=int, default=24, show_default=True, help="Architectures to score in all.")
+@click.option("--timeout", type=float, metavar="MINUTES", help="Start no trial after this long.")
+@click.option("--trial-timeout", type=float, metavar="MINUTES", help="A training that takes longer fails.")
+@click.option("--sampler", default="tpe", show_default=True, help="tpe, nsga2, nsga3, gp or random.")
+@click.option("--max", "budgets", multiple=True, metavar="OBJECTIVE=VALUE", help="A budget, such as latency=5ms, params=6M or macs=600M; repeatable.")
+@_conditions
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every draw and training.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="The run folder; an existing run is resumed.  [default: results/SPACE-DATA-TIME]")
+@click.option("--storage", metavar="URL", help="An Optuna database instead of study.db in the run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
+@click.pass_context
+def search_command(context: click.Context, as_json: bool, **options: Any) -> None:
+    """Run or resume a search for a Pareto front.
+
+    Resuming takes every option that is not given from the run.
+    """
+    typed = {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    config = _search_config(options, typed)
+
+    from nas.search import search
+
+    with _ProgressDisplay(config.trials) as display:
+        try:
+            run = search(config, display.update)
+        except (KeyboardInterrupt, SystemExit):
+            if display.run_path is not None:
+                click.echo(f"interrupted; resume with: {_program()} search --out {display.run_path}", err=True)
+            raise
+    front = run.front()
+    if as_json:
+        _print_json(run.front_dict(front))
+        return
+    _print_table(_front_table(run, front))
+    click.echo(f"next:\n  {_program()} plot {run.path}\n  {_program()} export {run.path} --all")
+    if front:
+        click.echo(f"  {_program()} measure {run.path}@{front[0].key}")
+
+
+_FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout": "trial_timeout_minutes"}
+
+
+def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
+    """The options as a `SearchConfig`; those not typed come from the run that is resumed, if there is one."""
+    import search_spaces
+    from nas.runs import Run
+    from nas.search import SearchConfig
+    from nas.search.objectives import parse_budgets
+
+    out: Path | None = options["out"]
+    resumed = out is not None and (out / "run.json").is_file()
+    taken = {name: value for name, value in options.items() if name in typed or not resumed}
+    values: dict[str, Any] = {}
+    for name, value in taken.items():
+        if name == "objective":
+            values["objectives"] = tuple(part.strip() for part in value.split(",") if part.strip())
+        elif name == "space":
+            values["space"] = search_spaces.load(value)
+        elif name == "budgets":
+            values["budgets"] = parse_budgets(value)
+        else:
+            values[_FIELDS.get(name, name)] = value
+    if resumed and out is not None:
+        return replace(SearchConfig.from_run(Run.open(out)), **values)
+    return SearchConfig(**values)
+
+
+class _ProgressDisplay:
+    """Progress on standard error: a live bar with the current front on a terminal, plain lines elsewhere."""
+
+    def __init__(self, target: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.run_path: Path | None = None
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("scored"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        )
+        self._task = self._bar.add_task("search", total=target)
+        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+
+    def __enter__(self) -> _ProgressDisplay:
+        if self._live is not None:
+            self._live.start()
+        else:
+            click.echo("reading data and measuring the reference point …", err=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show where the search stands."""
+        self.run_path = progress.run.path
+        if self._live is not None:
+            from rich.console import Group
+
+            self._bar.update(self._task, completed=progress.scored, total=progress.target)
+            room = max(3, self._console.height - 10)
+            self._live.update(Group(self._bar, _front_table(progress.run, progress.front, limit=room)))
+        elif progress.trial is None:
+            click.echo(f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored", err=True)
+        else:
+            click.echo(_line(progress), err=True)
+
+
+def _line(progress: Progress) -> str:
+    """One finished trial in one line."""
+    from nas.search.objectives import format_value
+
+    trial = progress.trial
+    assert trial is not None
+    if trial.state == "complete":
+        values = ((o, o.read(trial.scores)) for o in progress.run.objectives)
+        what = ", ".join(f"{o.name} {format_value(o, v)}" for o, v in values if v is not None)
+    else:
+        what = f"{trial.state}: {trial.failure}"
+    return (
+        f"[{progress.scored}/{progress.target}] trial {trial.number} {trial.key or '-'}: {what} "
+        f"(front {len(progress.front)}, hypervolume {progress.hypervolume:.5g})"
+    )
+
+
+_run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@_run_argument
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
+    """Print a run's Pareto front."""
+    from nas.runs import Run
+
+    if as_json and as_csv:
+        raise UsageError("--json and --csv exclude each other")
+    run = Run.open(run_path)
+    if as_csv:
+        run.write_tables()
+        click.echo((run.path / "front.csv").read_text(encoding="utf-8"), nl=False)
+        return
+    trials = run.front()
+    if as_json:
+        _print_json(run.front_dict(trials))
+    else:
+        _print_table(_front_table(run, trials))
+
+
+@cli.command()
+@click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: the first run's]")
+@click.option("--json", "as_json", is_flag=True, help="Print the files' paths as JSON.")
+def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Draw the fronts of one or several runs: front.png, front.svg and the interactive front.html."""
+    from nas.report.plots import plot as draw
+    from nas.runs import Run
+
+    files = [str(file) for file in draw([Run.open(path) for path in run_paths], out)]
+    if as_json:
+        _print_json({"files": files})
+    else:
+        click.echo("\n".join(files))
+
+
+@cli.command()
+@_run_argument
+@click.option("--arch", "keys", multiple=True, metavar="KEY", help="An architecture of the front, by its key or the start of it; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Every point of the front.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: RUN/exports]")
+@click.option("--json", "as_json", is_flag=True, help="Print the folders as JSON.")
+def export(run_path: Path, keys: tuple[str, ...], everything: bool, out: Path | None, as_json: bool) -> None:
+    """Make folders that timm.create_model('local-dir:…', pretrained=True) loads."""
+    if bool(keys) == everything:
+        raise UsageError("name what to export: either --arch KEY (repeatable) or --all")
+
+    from nas.export import export as make
+    from nas.runs import Run
+
+    run = Run.open(run_path)
+    chosen = [run.find(key).key for key in keys] or [trial.key for trial in run.front()]
+    if not chosen:
+        raise NasError(f"{run_path} has no front yet: no architecture is scored")
+    folders = []
+    for key in chosen:
+        folders.append(str(make(run, key, None if out is None else out / key)))
+        if not as_json:
+            click.echo(folders[-1])
+    if as_json:
+        _print_json({"folders": folders})
+
+
+@cli.command()
+@click.argument("targets", metavar="TARGET…", nargs=-1, required=True)
+@_conditions
+@click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def measure(targets: tuple[str, ...], input_size: int | None, as_json: bool, **options: Any) -> None:
+    """Measure latency, MACs, parameters and memory of networks."""
+    from nas.measure import measure as take
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+    from nas.targets import resolve
+
+    chosen = [resolve(text) for text in targets]
+    rows = [take(target, input_size, **options) for target in chosen]
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
+    for row in rows:
+        table.add_row(
+            row["target"],
+            f"{row['input_size']}",
+            f"{row['latency_ms']:.3f} ms",
+            f"{row['latency_low_ms']:.3f} to {row['latency_high_ms']:.3f}",
+            f"{row['images_per_second']:.1f}",
+            format_value(ALL["macs"], row["macs"]) + (" at least" if row["uncounted"] else ""),
+            format_value(ALL["params"], row["params"]),
+            format_value(ALL["memory"], row["memory_mib"]),
+        )
+    _print_table(table)
+    at = rows[0]
+    click.echo(f"{at['runtime']}, {at['dtype']}, batch {at['batch_size']}, {at['threads']} threads, {at['machine']}")
+    for row in rows:
+        if row["uncounted"]:
+            click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
+
+
+@cli.command()
+@click.argument("target")
+@click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def describe(target: str, input_size: int | None, as_json: bool) -> None:
+    """Show a network, or a space, stage by stage."""
+    import search_spaces
+
+    if target in search_spaces.names():
+        _describe_space(target, as_json)
+        return
+
+    from nas.measure import describe as take
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+    from nas.targets import resolve
+
+    found: Target = resolve(target)
+    data = take(found, input_size)
+    if as_json:
+        _print_json(data)
+        return
+    table = _table("part", "mixer", "depth>", "width>", "compression>", "MLP ratio>", "local", "map>", "MACs>", "parameters>",
+                   title=f"{data['target']} at {data['input_size']}x{data['input_size']}")
+    for part in data["parts"]:
+        cells = [str(part.get(name, "")) for name in ("part", "mixer", "depth", "width", "compression", "mlp_ratio", "local", "map")]
+        table.add_row(*cells, format_value(ALL["macs"], part["macs"]), format_value(ALL["params"], part["params"]))
+    table.add_section()
+    table.add_row("whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"]))
+    _print_table(table)
+    if data["uncounted"]:
+        click.echo(f"not counted: {', '.join(data['uncounted'])}")
+
+
+def _describe_space(name: str, as_json: bool) -> None:
+    import search_spaces
+
+    space = search_spaces.load(name)
+    if as_json:
+        _print_json(space.to_dict() | {"size": space.size})
+        return
+    columns = list(dict.fromkeys(field for stage in space.stages for field in stage.choices))
+    table = _table("stage>", *columns, title=f"{space.name}: {space.description} ({_count(space.size)} architectures)")
+    for i, stage in enumerate(space.stages, start=1):
+        table.add_row(str(i), *(", ".join(map(str, stage.choices.get(field, ()))) for field in columns))
+    _print_table(table)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def spaces(as_json: bool) -> None:
+    """List the declared search spaces."""
+    import search_spaces
+
+    loaded = [search_spaces.load(name) for name in search_spaces.names()]
+    if as_json:
+        _print_json([{"name": s.name, "description": s.description, "size": s.size, "knobs": len(s.knobs)} for s in loaded])
+        return
+    table = _table("space", "architectures>", "knobs>", "stages>", "description")
+    for space in loaded:
+        table.add_row(space.name, _count(space.size), str(len(space.knobs)), str(len(space.stages)), space.description)
+    _print_table(table)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 1e6 else f"{number:.2g}"
+
+
+if __name__ == "__main__":
+    main()

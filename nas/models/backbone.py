@@ -194,7 +194,7 @@ def _init_linear(module: nn.Module) -> None:
 
 default_cfgs = generate_default_cfgs(
     {
-        "mixnas.untrained": {
+        "mixnas": {
             "url": "",
             "num_classes": 1000,
             "input_size": (3, 224, 224),

@@ -1,0 +1,1 @@
+"""Pictures of run folders. Reads numbers only, never imports torch."""

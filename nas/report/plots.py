@@ -1,0 +1,291 @@
+"""The Pareto front of one or several runs as PNG, SVG and an interactive page."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..architecture import MIXER_TYPES, Architecture, mixer_label
+from ..errors import RunError, UsageError
+from ..runs import Run, Trial, write_file
+from ..search.objectives import Objective, format_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito: safe for all eyes
+MARKERS = "osD^vP"
+PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
+MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
+
+
+def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
+    """Draw the runs' fronts over all their scored architectures; returns the files `front.png`, `.svg` and `.html`.
+
+    Colour is the dominant mixer (most blocks). Latency has its 95 % interval on the front. With more than two
+    objectives there is a panel for each against the first.
+
+    Args:
+        runs: runs with the same objectives.
+        out: the folder for the files; None takes the first run's.
+
+    Raises:
+        UsageError: where the runs' objectives differ.
+        RunError: where no run has a scored architecture, or the files cannot be written.
+    """
+    names = [tuple(o.name for o in run.objectives) for run in runs]
+    if len(set(names)) != 1:
+        raise UsageError(
+            "these runs have different objectives: "
+            + "; ".join(f"{run.name} has {','.join(n)}" for run, n in zip(runs, names, strict=True))
+        )
+    scored: list[tuple[Run, list[Trial], list[Trial]]] = []
+    for run in runs:
+        trials = [t for t in run.trials() if t.state == "complete"]
+        scored.append((run, trials, run.front(trials)))
+    if not any(trials for _, trials, _ in scored):
+        raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
+    folder = runs[0].path if out is None else out
+    files = []
+    figure = _draw(scored)
+    for suffix in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=160)
+        files.append(folder / f"front.{suffix}")
+        write_file(files[-1], buffer.getvalue())
+    files.append(folder / "front.html")
+    write_file(files[-1], _page(scored))
+    return files
+
+
+def axis_title(objective: Objective, run: Run) -> str:
+    """The objective with its unit and, for latency, the conditions it was timed under."""
+    unit = f" ({objective.unit})" if objective.unit else ""
+    if objective.name == "latency":
+        config = run.manifest["config"]
+        return f"{objective.label} (ms, {config['runtime']}, {config['dtype']}, batch {config['batch_size']})"
+    return f"{objective.label}{unit}"
+
+
+def _title(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+    run = scored[0][0]
+    count = sum(len(trials) for _, trials, _ in scored)
+    names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
+    machine = run.manifest["conditions"]["device"]
+    return f"{names}: {count} architectures of {run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}\n{machine}"
+
+
+def describe_stages(architecture: Architecture) -> list[str]:
+    """One line a stage: mixer with its options, depth x width, compression and MLP ratio."""
+    return [
+        f"stage {i}: {mixer_label(s.mixer)} {s.depth}x{s.width}"
+        + (f" /{s.compression}" if s.compression > 1 else "")
+        + f" mlp {s.mlp_ratio:g}"
+        for i, s in enumerate(architecture.stages, start=1)
+    ]
+
+
+def _mixer(trial: Trial) -> str:
+    assert trial.architecture is not None
+    return trial.architecture.dominant_mixer
+
+
+def _by_mixer(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
+    for name in MIXER_TYPES:
+        if chosen := [t for t in trials if _mixer(t) == name]:
+            yield name, chosen
+
+
+def _values(objective: Objective, trials: list[Trial]) -> list[float]:
+    return [value for t in trials if (value := objective.read(t.scores)) is not None]
+
+
+def _latency_errors(trials: list[Trial]) -> tuple[list[float], list[float]]:
+    """How far the 95 % interval reaches below and above each median."""
+    below, above = [], []
+    for trial in trials:
+        s = trial.scores
+        middle = s.latency_ms or 0.0
+        below.append(middle - (s.latency_low_ms if s.latency_low_ms is not None else middle))
+        above.append((s.latency_high_ms if s.latency_high_ms is not None else middle) - middle)
+    return below, above
+
+
+def _use_log(values: list[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > 20
+
+
+def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    objectives = scored[0][0].objectives
+    panels = len(objectives) - 1
+    figure = Figure(figsize=(2.2 + 4.8 * panels, 4.8), layout="constrained")
+    for column, objective in enumerate(objectives[1:]):
+        axes = figure.add_subplot(1, panels, column + 1)
+        for (run, trials, front), marker in zip(scored, itertools.cycle(MARKERS), strict=False):
+            _draw_run(axes, run, trials, front, objectives[0], objective, marker, outline=panels == 1)
+        axes.set_xlabel(axis_title(objectives[0], scored[0][0]))
+        axes.set_ylabel(axis_title(objective, scored[0][0]))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        everything = [t for _, trials, _ in scored for t in trials]
+        for which, set_scale in ((objectives[0], axes.set_xscale), (objective, axes.set_yscale)):
+            if _use_log(_values(which, everything)):
+                set_scale("log")
+    present = dict.fromkeys(_mixer(t) for _, trials, _ in scored for t in trials)
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=f"mostly {name}")
+        for name in MIXER_TYPES
+        if name in present
+    ]
+    if len(scored) == 1:
+        handles.append(Line2D([], [], color="#333333", marker="o", markerfacecolor="white", label="Pareto front"))
+    else:
+        handles += [
+            Line2D([], [], color="#333333", marker=m, markerfacecolor="white", label=f"front of {run.name}")
+            for (run, _, _), m in zip(scored, itertools.cycle(MARKERS), strict=False)
+        ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
+    figure.suptitle(_title(scored), fontsize="medium")
+    return figure
+
+
+def _draw_run(
+    axes: Axes, run: Run, trials: list[Trial], front: list[Trial], x: Objective, y: Objective, marker: str, outline: bool
+) -> None:
+    keys = {t.number for t in front}
+    for name, chosen in _by_mixer([t for t in trials if t.number not in keys]):
+        axes.scatter(
+            _values(x, chosen), _values(y, chosen), s=22, marker=marker, color=MIXER_COLOURS[name], alpha=0.45, linewidths=0
+        )
+    if outline:
+        # best x first: holding y until the next x bounds what the front dominates, whatever the directions
+        axes.plot(_values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2)
+    for which, name in ((x, "xerr"), (y, "yerr")):
+        if which.name == "latency" and front:
+            axes.errorbar(
+                _values(x, front),
+                _values(y, front),
+                **{name: _latency_errors(front)},
+                fmt="none",
+                ecolor="#333333",
+                elinewidth=1.2,
+                capsize=3,
+                zorder=2.5,
+            )
+    for name, chosen in _by_mixer(front):
+        axes.scatter(
+            _values(x, chosen),
+            _values(y, chosen),
+            s=60,
+            marker=marker,
+            color=MIXER_COLOURS[name],
+            edgecolors="#333333",
+            linewidths=1,
+            zorder=3,
+        )
+
+
+def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    objectives = scored[0][0].objectives
+    panels = len(objectives) - 1
+    figure = make_subplots(rows=1, cols=panels, horizontal_spacing=0.08)
+    shown: set[str] = set()
+    for column, objective in enumerate(objectives[1:], start=1):
+        for (run, trials, front), symbol in zip(scored, itertools.cycle(PLOTLY_MARKERS), strict=False):
+            if panels == 1:
+                figure.add_trace(
+                    go.Scatter(
+                        x=_values(objectives[0], front),
+                        y=_values(objective, front),
+                        mode="lines",
+                        line={"color": "#333333", "width": 1.2, "shape": "hv"},
+                        name=escape(f"front of {run.name}"),
+                        hoverinfo="skip",
+                    ),
+                    row=1,
+                    col=column,
+                )
+            keys = {t.number for t in front}
+            for on_front in (False, True):
+                for name, chosen in _by_mixer([t for t in trials if (t.number in keys) == on_front]):
+                    label = f"mostly {name}" + (", front" if on_front else "")
+                    figure.add_trace(
+                        _points(run, chosen, objectives[0], objective, name, symbol, on_front)
+                        .update(name=label, legendgroup=label, showlegend=label not in shown),
+                        row=1,
+                        col=column,
+                    )
+                    shown.add(label)
+        everything = [t for _, trials, _ in scored for t in trials]
+        for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
+            scale = "log" if _use_log(_values(which, everything)) else "linear"
+            update(title_text=escape(axis_title(which, scored[0][0])), type=scale, row=1, col=column)
+    title = _title(scored)
+    figure.update_layout(
+        template="plotly_white",
+        title={"text": escape(title).replace("\n", "<br>"), "font": {"size": 16}},
+        hoverlabel={"align": "left", "font": {"family": "monospace"}},
+        legend={"itemsizing": "constant"},
+        margin={"t": 90},
+    )
+    body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="94vh", config={"responsive": True})
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{escape(title.splitlines()[0])}</title>\n"
+        "<style>body { margin: 0; font-family: sans-serif; }</style>\n</head>\n<body>\n"
+        f"{body}\n</body>\n</html>\n"
+    )
+
+
+def _points(
+    run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: str, symbol: str, on_front: bool
+) -> Any:
+    import plotly.graph_objects as go
+
+    errors = {}
+    for which, name in ((x, "error_x"), (y, "error_y")):
+        if on_front and which.name == "latency":
+            below, above = _latency_errors(trials)
+            errors[name] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "color": "#333333"}
+    return go.Scatter(
+        x=_values(x, trials),
+        y=_values(y, trials),
+        mode="markers",
+        marker={
+            "color": MIXER_COLOURS[mixer],
+            "symbol": symbol,
+            "size": 11 if on_front else 7,
+            "opacity": 1 if on_front else 0.5,
+            "line": {"width": 1.2 if on_front else 0, "color": "#333333"},
+        },
+        text=[_hover(run, t) for t in trials],
+        hovertemplate="%{text}<extra></extra>",
+        **errors,
+    )
+
+
+def _hover(run: Run, trial: Trial) -> str:
+    assert trial.architecture is not None
+    lines = [f"<b>{escape(run.name)}@{escape(trial.key)}</b>  trial {trial.number}"]
+    for objective in run.objectives:
+        value = objective.read(trial.scores)
+        spread = ""
+        if objective.name == "latency" and trial.scores.latency_low_ms is not None:
+            spread = f" [{trial.scores.latency_low_ms:.2f}, {trial.scores.latency_high_ms:.2f}]"
+        if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
+            spread = f" ± {trial.scores.accuracy_std:.2f}"
+        lines.append(f"{escape(objective.label)}: {format_value(objective, value if value is not None else math.nan)}{spread}")
+    lines += [escape(line) for line in describe_stages(trial.architecture)]
+    return "<br>".join(lines)

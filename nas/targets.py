@@ -1,0 +1,97 @@
+"""What a user may point at: a preset, any timm model, an architecture file, a point of a run, an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from . import models as _models  # registers `mixnas` with timm
+from .architecture import Architecture
+from .errors import UsageError, unknown_name
+from .models.presets import PRESETS
+from .runs import Run
+
+assert _models
+
+KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network that can be built, measured and described.
+
+    Args:
+        name: what to print.
+        build: makes the module, with untrained weights.
+        input_size: side of the images it is meant for.
+        architecture: its architecture; None for a timm model of another family.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    input_size: int
+    architecture: Architecture | None = None
+
+
+def resolve(text: str) -> Target:
+    """The network a user names.
+
+    Raises:
+        UsageError: where there is no such network, or its description is not valid.
+        RunError: where the run folder cannot be read.
+    """
+    if text.startswith("timm:"):
+        return _timm(text.removeprefix("timm:"))
+    if text in PRESETS:
+        return _ours(text, PRESETS[text], 1000, 224)
+    run_path, at, key = text.rpartition("@")
+    if at:
+        run = Run.open(run_path)
+        trial = run.find(key)
+        assert trial.architecture is not None
+        data = run.manifest["data"]
+        return _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
+    path = Path(text)
+    if path.suffix == ".json" and path.is_file():
+        architecture = Architecture.from_json(_read(path))
+        return _ours(architecture.key, architecture, 1000, 224)
+    if (path / "architecture.json").is_file():
+        architecture = Architecture.from_json(_read(path / "architecture.json"))
+        return _exported(path, architecture)
+    if path.suffix == ".json" or "/" in text:
+        raise UsageError(f"no target at {text}: give {KINDS}")
+    raise unknown_name(f"target (not {KINDS.partition(', ')[2]})", text, PRESETS)
+
+
+def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
+    def build() -> nn.Module:
+        return timm.create_model("mixnas", architecture=architecture, num_classes=num_classes)
+
+    return Target(name, build, input_size, architecture)
+
+
+def _timm(name: str) -> Target:
+    if not timm.is_model(name):
+        raise unknown_name("timm model", name, timm.list_models())
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    side = config.input_size[1] if config is not None else 224
+    return Target(f"timm:{name}", lambda: timm.create_model(name), side)
+
+
+def _exported(folder: Path, architecture: Architecture) -> Target:
+    """An exported folder: its description is read, its code is not run."""
+    from .export import read_config
+
+    config = read_config(folder)
+    return _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
