@@ -1,7 +1,7 @@
 """The command line: arguments, printing and exit codes. What a command does lives in `nas`.
 
-Results go to standard output, progress and logs to standard error. Everything heavy is imported where it is used, so that
-`--help` answers at once.
+Results go to standard output, progress and logs to standard error. Everything heavy is imported where it is used, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("nas").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -155,27 +155,59 @@ def _conditions(command: Any) -> Any:
 
 
 @cli.command("search")
-@click.option("--objective", default=OBJECTIVES, show_default=True, help="Two to four of latency, accuracy, macs, flops, params, memory.")
+@click.option(
+    "--objective",
+    default=OBJECTIVES,
+    show_default=True,
+    help="Two to four of latency, accuracy, macs, flops, params, memory.",
+)
 @click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
-@click.option("--data", default="digits", show_default=True, help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+)
 @click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
-@click.option("--images", type=int, default=20_000, show_default=True, help="Of a larger training split, a stratified sample of this many.")
+@click.option(
+    "--images",
+    type=int,
+    default=20_000,
+    show_default=True,
+    help="Of a larger training split, a stratified sample of this many.",
+)
 @click.option("--input-size", type=int, help="Side of the images in pixels.  [default: the data's own]")
-@click.option("--proxy", default="train", show_default=True, help="Where accuracy comes from: train, or an untrained proxy (params, macs).")
+@click.option(
+    "--proxy",
+    default="train",
+    show_default=True,
+    help="Where accuracy comes from: train, or an untrained proxy (params, macs).",
+)
 @click.option("--epochs", type=int, default=4, show_default=True, help="Of the short training.")
 @click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
 @click.option("--trials", type=int, default=24, show_default=True, help="Architectures to score in all.")
 @click.option("--timeout", type=float, metavar="MINUTES", help="Start no trial after this long.")
 @click.option("--trial-timeout", type=float, metavar="MINUTES", help="A training that takes longer fails.")
 @click.option("--sampler", default="tpe", show_default=True, help="tpe, nsga2, nsga3, gp or random.")
-@click.option("--max", "budgets", multiple=True, metavar="OBJECTIVE=VALUE", help="A budget, such as latency=5ms, params=6M or macs=600M; repeatable.")
+@click.option(
+    "--max",
+    "budgets",
+    multiple=True,
+    metavar="OBJECTIVE=VALUE",
+    help="A budget, such as latency=5ms, params=6M or macs=600M; repeatable.",
+)
 @_conditions
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every draw and training.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="The run folder; an existing run is resumed.  [default: results/SPACE-DATA-TIME]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="The run folder; an existing run is resumed.  [default: results/SPACE-DATA-TIME]",
+)
 @click.option("--storage", metavar="URL", help="An Optuna database instead of study.db in the run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 @click.pass_context
-def search_command(context: click.Context, as_json: bool, **options: Any) -> None:
+def search_command(context: click.Context, /, as_json: bool, **options: Any) -> None:
     """Run or resume a search for a Pareto front.
 
     Resuming takes every option that is not given from the run.
@@ -236,12 +268,24 @@ class _ProgressDisplay:
     def __init__(self, target: int) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.run_path: Path | None = None
         self._console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("scored"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+            TextColumn("scored"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         self._task = self._bar.add_task("search", total=target)
         self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
@@ -249,8 +293,6 @@ class _ProgressDisplay:
     def __enter__(self) -> _ProgressDisplay:
         if self._live is not None:
             self._live.start()
-        else:
-            click.echo("reading data and measuring the reference point …", err=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -332,7 +374,13 @@ def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @_run_argument
-@click.option("--arch", "keys", multiple=True, metavar="KEY", help="An architecture of the front, by its key or the start of it; repeatable.")
+@click.option(
+    "--arch",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="An architecture of the front, by its key or the start of it; repeatable.",
+)
 @click.option("--all", "everything", is_flag=True, help="Every point of the front.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: RUN/exports]")
 @click.option("--json", "as_json", is_flag=True, help="Print the folders as JSON.")
@@ -416,13 +464,29 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
     if as_json:
         _print_json(data)
         return
-    table = _table("part", "mixer", "depth>", "width>", "compression>", "MLP ratio>", "local", "map>", "MACs>", "parameters>",
-                   title=f"{data['target']} at {data['input_size']}x{data['input_size']}")
+    table = _table(
+        "part",
+        "mixer",
+        "depth>",
+        "width>",
+        "compression>",
+        "MLP ratio>",
+        "local",
+        "map>",
+        "MACs>",
+        "parameters>",
+        title=f"{data['target']} at {data['input_size']}x{data['input_size']}",
+    )
     for part in data["parts"]:
-        cells = [str(part.get(name, "")) for name in ("part", "mixer", "depth", "width", "compression", "mlp_ratio", "local", "map")]
+        cells = [
+            str(part.get(name, ""))
+            for name in ("part", "mixer", "depth", "width", "compression", "mlp_ratio", "local", "map")
+        ]
         table.add_row(*cells, format_value(ALL["macs"], part["macs"]), format_value(ALL["params"], part["params"]))
     table.add_section()
-    table.add_row("whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"]))
+    table.add_row(
+        "whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"])
+    )
     _print_table(table)
     if data["uncounted"]:
         click.echo(f"not counted: {', '.join(data['uncounted'])}")
@@ -450,7 +514,9 @@ def spaces(as_json: bool) -> None:
 
     loaded = [search_spaces.load(name) for name in search_spaces.names()]
     if as_json:
-        _print_json([{"name": s.name, "description": s.description, "size": s.size, "knobs": len(s.knobs)} for s in loaded])
+        _print_json(
+            [{"name": s.name, "description": s.description, "size": s.size, "knobs": len(s.knobs)} for s in loaded]
+        )
         return
     table = _table("space", "architectures>", "knobs>", "stages>", "description")
     for space in loaded:

@@ -56,6 +56,10 @@ def _non_defaults(obj: Any) -> dict[str, Any]:
     return {f.name: getattr(obj, f.name) for f in fields(obj) if getattr(obj, f.name) != f.default}
 
 
+def _qk_width(heads: int, width: int, compression: int) -> int:
+    return heads * max(1, width // (heads * compression))
+
+
 @dataclass(frozen=True)
 class Softmax:
     """Multi-head softmax attention; keys and values may come from an average-pooled map.
@@ -75,7 +79,7 @@ class Softmax:
 
     def inner_width(self, width: int, compression: int) -> int:
         """Channels of queries (and of keys), all heads together."""
-        return self.heads * max(1, width // (self.heads * compression))
+        return _qk_width(self.heads, width, compression)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class Strip:
         _set_int(self, "heads", 1, 1024)
         _set_int(self, "kv_reduction", 1, 64)
 
-    inner_width = Softmax.inner_width
+    def inner_width(self, width: int, compression: int) -> int:
+        """Channels of queries (and of keys), all heads together."""
+        return _qk_width(self.heads, width, compression)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,9 @@ class Hadamard:
         _check_choice(self, "kind", HADAMARD_KINDS)
         _set_odd(self, "kernel_size")
 
-    inner_width = Additive.inner_width
+    def inner_width(self, width: int, compression: int) -> int:
+        """Channels of both branches."""
+        return max(1, width // compression)
 
 
 Mixer = Softmax | Additive | Strip | Hadamard
@@ -172,7 +180,8 @@ class Stage:
         width: channels.
         mlp_ratio: hidden width of the MLP over `width`.
         compression: channel compression ratio of the mixer (see `inner_width` of each mixer).
-        local: residual local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (1x1, depthwise 3x3, 1x1; CAS-ViT).
+        local: residual local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (CAS-ViT: 1x1, depthwise
+            3x3, 1x1).
     """
 
     mixer: Mixer
@@ -199,7 +208,7 @@ class Stage:
 
     @property
     def inner_width(self) -> int:
-        """The mixer's compressed width: queries and keys (softmax, strip) or the whole inner map (additive, Hadamard)."""
+        """The mixer's compressed width: of queries and keys (softmax, strip), or of the whole mixer (the others)."""
         return self.mixer.inner_width(self.width, self.compression)
 
     @property
@@ -247,7 +256,7 @@ class Architecture:
     @property
     def reduction(self) -> int:
         """Total stride from the image to the last stage's map."""
-        return self.stem.stride * 2 ** (len(self.stages) - 1)
+        return self.stem.stride << (len(self.stages) - 1)
 
     @property
     def dominant_mixer(self) -> str:
@@ -283,9 +292,13 @@ class Architecture:
         Raises:
             UsageError: where a field is unknown, missing or has a value that is not allowed.
         """
-        fields_ = check_mapping(data, "an architecture", ("version", "stages", "stem", "head", "norm"), ("version", "stages"))
+        fields_ = check_mapping(
+            data, "an architecture", ("version", "stages", "stem", "head", "norm"), ("version", "stages")
+        )
         if fields_["version"] != VERSION:
-            raise UsageError(f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}")
+            raise UsageError(
+                f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}"
+            )
         if not isinstance(fields_["stages"], list | tuple) or len(fields_["stages"]) > 5:
             raise UsageError("an architecture's stages must be a list of 2 to 5 stages")
         return cls(

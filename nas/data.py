@@ -10,6 +10,7 @@ Only the training split is read. A stratified share of it is held out to measure
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import tarfile
@@ -209,18 +210,16 @@ def _files(name: str) -> _Source:
         path = path / "train"
     try:
         # no cached index: timm would unpickle one from beside the archive
-        reader = create_reader("", root=str(path), **({"cache_tarinfo": False} if path.is_file() else {}))
+        options: dict[str, Any] = {"cache_tarinfo": False} if path.is_file() else {}
+        reader = create_reader("", root=str(path), **options)
     except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         raise DataError(f"--data {name}: no readable images in class folders ({_one_line(error)})") from None
     in_tar = hasattr(reader, "targets")
     targets = reader.targets if in_tar else [target for _, target in reader.samples]
     by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx
 
-    def read(i: int) -> bytes:
-        with reader[i][0] as file:
-            return file.read()
-
-    return _Source(np.asarray(targets, dtype=np.int64), tuple(sorted(by_name, key=by_name.get)), read, reader.filename)
+    classes = tuple(sorted(by_name, key=by_name.get))
+    return _Source(np.asarray(targets, dtype=np.int64), classes, lambda i: _read_file(reader, i), reader.filename)
 
 
 def _torchvision(name: str, data_root: str | Path) -> _Source:
@@ -239,25 +238,27 @@ def _torchvision(name: str, data_root: str | Path) -> _Source:
 
 
 def _hugging_face(name: str, data_root: str | Path) -> _Source:
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(f"--data {name}: reading it needs the package datasets (pip install datasets)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # sets on disk only
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from timm.data.readers import create_reader
 
     try:
         reader = create_reader(name, root=str(data_root), split="train")
-    except ImportError:
-        raise DataError(f"--data {name}: reading it needs the package datasets (pip install datasets)") from None
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"--data {name}: not found under {data_root} ({_one_line(error)})") from None
     labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
     by_index = {index: label for label, index in reader.class_to_idx.items()}
     classes = tuple(str(by_index.get(c, c)) for c in range(int(labels.max()) + 1))
+    return _Source(labels, classes, lambda i: _read_file(reader, i), lambda i: f"{name}[{i}]")
 
-    def read(i: int) -> bytes:
-        with reader[i][0] as file:
-            return file.read()
 
-    return _Source(labels, classes, read, lambda i: f"{name}[{i}]")
+def _read_file(reader: Any, i: int) -> bytes:
+    """The undecoded i-th image of one of timm's readers."""
+    with reader[i][0] as file:
+        content: bytes = file.read()
+    return content
 
 
 def _one_line(error: BaseException) -> str:

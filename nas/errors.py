@@ -45,8 +45,15 @@ class TrialFailure(NasError):
 
 
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UsageError:
-    """A `UsageError` that lists the allowed names and, where one is close, suggests it."""
+    """A `UsageError` that lists the allowed names (of more than 20, the nearest) and suggests one that is close."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(str(name), names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=5)
+    if len(names) > 20:
+        listed = (
+            f"nearest of {len(names)} names are {', '.join(close)}."
+            if close
+            else f"none of {len(names)} names is near."
+        )
+        return UsageError(f"unknown {what} {str(name)[:80]!r}: {listed}")
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UsageError(f"unknown {what} {str(name)[:80]!r}: choose from {', '.join(names)}.{hint}")

@@ -1,10 +1,10 @@
 """A point of a front as a folder that timm loads, with nothing but torch and timm installed.
 
-    config.json         timm's: entry point, architecture, image size, mean and deviation, class names
-    model.safetensors   the weights of the proxy training
-    architecture.json   the architecture
-    mixnas_model/       the model's source: importing it registers the entry point
-    README.md           the model card: what it is and what was measured on which machine
+config.json         timm's: entry point, architecture, image size, mean and deviation, class names
+model.safetensors   the weights of the proxy training
+architecture.json   the architecture
+mixnas_model/       the model's source: importing it registers the entry point
+README.md           the model card: what it is and what was measured on which machine
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from . import models as _models  # registers `mixnas` with timm
 from .architecture import parse_json, resolutions
 from .errors import NasError, RunError, UsageError
+from .models import create_backbone
 from .runs import Run, Trial, write_file
 from .search.objectives import OBJECTIVES, format_value
-
-assert _models
 
 PACKAGE = "mixnas_model"
 SOURCES = ("architecture.py", "errors.py", "models")
@@ -87,9 +85,8 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
             else "only points of the front keep theirs"
         )
         raise RunError(f"{run.path} keeps no trained weights for {trial.key}: {why}")
-    model = timm.create_model(
-        "mixnas", architecture=trial.architecture, num_classes=len(run.manifest["data"]["classes"])
-    )
+    assert trial.architecture is not None
+    model = create_backbone(trial.architecture, len(run.manifest["data"]["classes"]))
     try:
         model.load_state_dict(load_file(file))
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -151,7 +148,7 @@ def _fill(folder: Path, run: Run, trial: Trial, model: nn.Module) -> None:
     write_file(
         package / "__init__.py",
         '"""The source of this model. Importing it registers the entry point `mixnas` with timm."""\n\n'
-        "from . import models\n\n__all__ = [\"models\"]\n",
+        'from . import models\n\n__all__ = ["models"]\n',
     )
 
 
@@ -171,15 +168,16 @@ def model_card(run: Run, trial: Trial) -> str:
     config, machine, data = manifest["config"], manifest["machine"], manifest["data"]
     size, scores = data["input_size"], trial.scores
     rows = "\n".join(
-        f"| {i} | {stage.mixer.name} | {stage.depth} | {stage.width} | {stage.compression} | {stage.mlp_ratio:g} | {h}x{w} |"
-        for i, (stage, (h, w)) in enumerate(
+        f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
+        for i, (s, (h, w)) in enumerate(
             zip(architecture.stages, resolutions(architecture, size[1], size[2]), strict=True), start=1
         )
     )
     figures = [f"| parameters | {scores.params:,} |", f"| MACs at {size[1]}x{size[2]} | {scores.macs:,} |"]
     if scores.accuracy is not None:
         figures.append(
-            f"| top-1 on {data['num_holdout']} held-out training images | {scores.accuracy:.2f} ± {scores.accuracy_std:.2f} % |"
+            f"| top-1 on {data['num_holdout']} held-out training images | "
+            f"{scores.accuracy:.2f} ± {scores.accuracy_std:.2f} % |"
         )
     if scores.latency_ms is not None:
         figures.append(
@@ -198,7 +196,7 @@ tags: [image-classification, timm, mixnas]
 
 # mixnas {trial.key}
 
-An image backbone found by mixnas in the space `{manifest['space']['name']}` on `{_plain(data['name'])}`.
+An image backbone found by mixnas in the space `{manifest["space"]["name"]}` on `{_plain(data["name"])}`.
 
 | stage | mixer | depth | width | compression | MLP ratio | map at {size[1]}x{size[2]} |
 |---|---|---|---|---|---|---|
@@ -221,13 +219,13 @@ backbone = timm.create_model("local-dir:PATH/TO/{trial.key}", pretrained=True, f
 |---|---|
 {chr(10).join(figures)}
 
-Weights are those of the search's short training ({config['epochs']} epochs on {data['num_train']} images of
-{size[1]}x{size[2]}, seed {config['seed']}): good for ranking and as a start, not a finished model.
-Latency: {config['runtime']}, {config['dtype']}, batch {config['batch_size']}, \
-{manifest['conditions']['threads']} threads, device {machine['device']}.
+Weights are those of the search's short training ({config["epochs"]} epochs on {data["num_train"]} images of
+{size[1]}x{size[2]}, seed {config["seed"]}): good for ranking and as a start, not a finished model.
+Latency: {config["runtime"]}, {config["dtype"]}, batch {config["batch_size"]}, \
+{manifest["conditions"]["threads"]} threads, device {machine["device"]}.
 
-Machine: {machine['cpu']}, {machine['cores']} cores{gpu}; {machine['platform']}. Software: {software}.
-Run `{_plain(run.name)}`, trial {trial.number}, created {manifest['created']}.
+Machine: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"]}. Software: {software}.
+Run `{_plain(run.name)}`, trial {trial.number}, created {manifest["created"]}.
 """
 
 

@@ -130,7 +130,9 @@ class Run:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
         proxy = f"proxy_{self.manifest['config']['proxy']}"
         names = {name: name for name in Scores.__dataclass_fields__} | {"proxy": proxy, "proxy_std": f"{proxy}_std"}
-        first = [o.field for o in self.objectives] + [OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")]
+        first = [o.field for o in self.objectives] + [
+            OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")
+        ]
         return {name: names[name] for name in dict.fromkeys([*first, *names])}
 
     def storage(self) -> optuna.storages.BaseStorage:
@@ -280,7 +282,9 @@ def prepare_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         foreign = [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
         if foreign:
-            raise RunError(f"{path} is not a run folder and not empty (it holds {sorted(foreign)[0]}): give another --out")
+            raise RunError(
+                f"{path} is not a run folder and not empty (it holds {sorted(foreign)[0]}): give another --out"
+            )
         for name in STUDY_FILES:
             (path / name).unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -307,7 +311,9 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: its storage holds no study of this run; it was emptied or replaced") from None
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, UnicodeDecodeError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise RunError(f"{path}: study.db cannot be read or written ({cause}): restore it, or start another run") from None
+        raise RunError(
+            f"{path}: study.db cannot be read or written ({cause}): restore it, or start another run"
+        ) from None
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -337,7 +343,11 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        machine |= {"gpu": properties.name, "gpu_memory_mib": properties.total_memory // 2**20, "cuda": torch.version.cuda}
+        machine |= {
+            "gpu": properties.name,
+            "gpu_memory_mib": properties.total_memory // 2**20,
+            "cuda": torch.version.cuda,
+        }
     return machine
 
 
@@ -383,4 +393,3 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-

@@ -21,13 +21,15 @@ from .architecture import (
     Architecture,
     Head,
     Mixer,
+    Softmax,
     Stage,
     Stem,
+    Strip,
+    check_mapping,
     mixer_from_dict,
     mixer_label,
     mixer_to_dict,
     parse_json,
-    check_mapping,
 )
 from .errors import UsageError
 
@@ -86,8 +88,8 @@ class StageChoices:
         own = {f.name for f in fields(mixer)}
         mixer = replace(mixer, **{name: chosen[name] for name in self.options if name in own})
         width = chosen["width"]
-        if "heads" in own and width % mixer.heads:  # type: ignore[union-attr]
-            mixer = replace(mixer, heads=_nearest_divisor(width, mixer.heads))  # type: ignore[union-attr]
+        if isinstance(mixer, Softmax | Strip) and width % mixer.heads:
+            mixer = replace(mixer, heads=_nearest_divisor(width, mixer.heads))
         inner = mixer.inner_width(width, chosen["compression"])
         compression = min(c for c in self.choices["compression"] if mixer.inner_width(width, int(c)) == inner)
         plain = {name: chosen[name] for name in _PLAIN_FIELDS}
@@ -176,7 +178,9 @@ class SearchSpace:
             raise UsageError(f"space {self.name}: missing or unknown knobs {', '.join(odd)}")
         for name, value in choices.items():
             if value not in self.knobs[name]:
-                raise UsageError(f"space {self.name}: {name} is {value!r}, allowed are {', '.join(map(str, self.knobs[name]))}")
+                raise UsageError(
+                    f"space {self.name}: {name} is {value!r}, allowed are {', '.join(map(str, self.knobs[name]))}"
+                )
         stages = tuple(
             stage.build({n: choices.get(f"stage{i}.{n}", c[0]) for n, c in stage.choices.items()})
             for i, stage in enumerate(self.stages, start=1)
@@ -191,13 +195,17 @@ class SearchSpace:
         """
         frame = Architecture(stages=architecture.stages, stem=self.stem, head=self.head, norm=self.norm)
         if frame != architecture or len(architecture.stages) != len(self.stages):
-            raise UsageError(f"architecture {architecture.key} is not in space {self.name}: another stem, head, norm or number of stages")
+            raise UsageError(
+                f"architecture {architecture.key} is not in space {self.name}: its stem, head, norm or number of stages"
+            )
         found = dict(self._first)
         for i, (stage, declared) in enumerate(zip(architecture.stages, self.stages, strict=True), start=1):
             core = declared.cores.get((stage.width, stage.mixer, stage.compression))
             free: dict[str, Choice] = {name: getattr(stage, name) for name in ("depth", "mlp_ratio", "local")}
             if core is None or any(value not in declared.choices[name] for name, value in free.items()):
-                raise UsageError(f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices")
+                raise UsageError(
+                    f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices"
+                )
             for name, value in (core | free).items():
                 if (knob := f"stage{i}.{name}") in found:
                     found[knob] = value
@@ -210,21 +218,25 @@ class SearchSpace:
     def neighbours(self, architecture: Architecture) -> list[Architecture]:
         """The distinct other architectures that one knob's change gives, in the order of the knobs."""
         base = self.encode(architecture)
-        near = (self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name])
+        near = (
+            self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name]
+        )
         return [a for a in dict.fromkeys(near) if a != architecture]
 
     def __iter__(self) -> Iterator[Architecture]:
         """Every distinct architecture once, in a fixed order; see `size` before you ask for all."""
         per_stage = []
         for stage in self.stages:
-            free = [dict(zip(("depth", "mlp_ratio", "local"), v, strict=True)) for v in
-                    itertools.product(*(stage.choices[n] for n in ("depth", "mlp_ratio", "local")))]
+            free = [
+                dict(zip(("depth", "mlp_ratio", "local"), v, strict=True))
+                for v in itertools.product(*(stage.choices[n] for n in ("depth", "mlp_ratio", "local")))
+            ]
             per_stage.append([stage.build(core | f) for core in stage.cores.values() for f in free])
         for stages in itertools.product(*per_stage):
             yield Architecture(stages=stages, stem=self.stem, head=self.head, norm=self.norm)
 
     def largest(self) -> list[Architecture]:
-        """For each mixer label of the space, the architecture with the most work: used where offered, all sizes at their top."""
+        """For each mixer label, the architecture with the most work: that mixer where offered, all sizes at the top."""
         labels = dict.fromkeys(label for stage in self.stages for label in stage.mixers)
         result = []
         for label in labels:
@@ -248,7 +260,10 @@ class SearchSpace:
             "description": self.description,
             "stages": [
                 {n: list(c) for n, c in s.choices.items() if n in _PLAIN_FIELDS}
-                | {"mixer": [mixer_to_dict(m) for m in s.mixers.values()], "options": {k: list(v) for k, v in s.options.items()}}
+                | {
+                    "mixer": [mixer_to_dict(m) for m in s.mixers.values()],
+                    "options": {k: list(v) for k, v in s.options.items()},
+                }
                 for s in self.stages
             ],
             "stem": {"stride": self.stem.stride},
@@ -269,13 +284,17 @@ class SearchSpace:
             raise UsageError("a search space's stages must be a list")
         stages = []
         for entry in values["stages"]:
-            own = check_mapping(entry, "a stage's choices", tuple(f.name for f in fields(StageChoices)), ("mixer", "depth", "width"))
+            own = check_mapping(
+                entry, "a stage's choices", tuple(f.name for f in fields(StageChoices)), ("mixer", "depth", "width")
+            )
             own["mixer"] = tuple(mixer_from_dict(m) for m in _as_tuple(own["mixer"]))
             for name in _PLAIN_FIELDS:
                 if name in own:
                     own[name] = _as_tuple(own[name])
             options = own.get("options", {})
-            own["options"] = {str(k): _as_tuple(v) for k, v in check_mapping(options, "options", tuple(options)).items()}
+            own["options"] = {
+                str(k): _as_tuple(v) for k, v in check_mapping(options, "options", tuple(options)).items()
+            }
             stages.append(StageChoices(**own))
         return cls(
             name=str(values["name"]),

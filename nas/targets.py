@@ -9,13 +9,11 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from . import models as _models  # registers `mixnas` with timm
 from .architecture import Architecture
 from .errors import UsageError, unknown_name
+from .models import create_backbone
 from .models.presets import PRESETS
 from .runs import Run
-
-assert _models
 
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
 
@@ -68,10 +66,7 @@ def resolve(text: str) -> Target:
 
 
 def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
-    def build() -> nn.Module:
-        return timm.create_model("mixnas", architecture=architecture, num_classes=num_classes)
-
-    return Target(name, build, input_size, architecture)
+    return Target(name, lambda: create_backbone(architecture, num_classes), input_size, architecture)
 
 
 def _timm(name: str) -> Target:

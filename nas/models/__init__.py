@@ -4,7 +4,7 @@ Imports torch, timm and its two neighbours `architecture` and `errors` only, and
 these files as they are.
 """
 
-from .backbone import Backbone, mixnas
+from .backbone import Backbone, create_backbone, mixnas
 from .mixers import MIXERS
 
-__all__ = ["MIXERS", "Backbone", "mixnas"]
+__all__ = ["MIXERS", "Backbone", "create_backbone", "mixnas"]

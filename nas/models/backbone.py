@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -88,7 +89,7 @@ class Backbone(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups for layer-wise learning rates: stem, blocks (or stages), head."""
+        """Timm's parameter groups for layer-wise learning rates: stem, blocks (or stages), head."""
         blocks = [
             (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.downsample", (0,)),
@@ -218,9 +219,15 @@ def as_architecture(value: Architecture | Mapping[str, Any] | str) -> Architectu
     return Architecture.from_json(value) if isinstance(value, str) else Architecture.from_dict(value)
 
 
-@register_model
+def create_backbone(architecture: Architecture, num_classes: int = 1000, **kwargs: Any) -> Backbone:
+    """The architecture's network through timm's factory, with untrained weights."""
+    model: Backbone = timm.create_model("mixnas", architecture=architecture, num_classes=num_classes, **kwargs)
+    return model
+
+
+@register_model  # type: ignore[untyped-decorator]
 def mixnas(pretrained: bool = False, architecture: Any = None, **kwargs: Any) -> Backbone:
-    """timm's entry point; `architecture` is an `Architecture`, its dict or its JSON text.
+    """Timm's entry point; `architecture` is an `Architecture`, its dict or its JSON text.
 
     Raises:
         UsageError: where there is no architecture, or it is not valid.
@@ -230,7 +237,12 @@ def mixnas(pretrained: bool = False, architecture: Any = None, **kwargs: Any) ->
     arch = as_architecture(architecture)
     indices = tuple(range(len(arch.stages)))
     model: Backbone = build_model_with_cfg(
-        Backbone, "mixnas", pretrained, architecture=arch, feature_cfg={"out_indices": indices, "feature_cls": "getter"}, **kwargs
+        Backbone,
+        "mixnas",
+        pretrained,
+        architecture=arch,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **kwargs,
     )
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and cfg.get("input_size"):

@@ -17,7 +17,7 @@ def build_norm(kind: str, width: int, device=None, dtype=None) -> nn.Module:
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT); the first always has stride 2, the second `stride` / 2."""
+    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT), of stride 2 and `stride` / 2."""
 
     def __init__(self, in_chans: int, width: int, stride: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -41,7 +41,11 @@ def build_local_unit(kind: str, width: int, device=None, dtype=None) -> nn.Modul
     if kind == "dw":
         return depthwise
     return nn.Sequential(
-        nn.Conv2d(width, width, 1, **dd), nn.BatchNorm2d(width, **dd), depthwise, nn.GELU(), nn.Conv2d(width, width, 1, **dd)
+        nn.Conv2d(width, width, 1, **dd),
+        nn.BatchNorm2d(width, **dd),
+        depthwise,
+        nn.GELU(),
+        nn.Conv2d(width, width, 1, **dd),
     )
 
 

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")  # Okabe and Ito: safe for all eyes
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#999999",
+)  # Okabe and Ito: safe for all eyes
 MARKERS = "osD^vP"
 PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
@@ -78,7 +86,8 @@ def _title(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
     count = sum(len(trials) for _, trials, _ in scored)
     names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
     machine = run.manifest["conditions"]["device"]
-    return f"{names}: {count} architectures of {run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}\n{machine}"
+    what = f"{run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}"
+    return f"{names}: {count} architectures of {what}\n{machine}"
 
 
 def describe_stages(architecture: Architecture) -> list[str]:
@@ -159,28 +168,43 @@ def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
 
 
 def _draw_run(
-    axes: Axes, run: Run, trials: list[Trial], front: list[Trial], x: Objective, y: Objective, marker: str, outline: bool
+    axes: Axes,
+    run: Run,
+    trials: list[Trial],
+    front: list[Trial],
+    x: Objective,
+    y: Objective,
+    marker: str,
+    outline: bool,
 ) -> None:
     keys = {t.number for t in front}
     for name, chosen in _by_mixer([t for t in trials if t.number not in keys]):
         axes.scatter(
-            _values(x, chosen), _values(y, chosen), s=22, marker=marker, color=MIXER_COLOURS[name], alpha=0.45, linewidths=0
+            _values(x, chosen),
+            _values(y, chosen),
+            s=22,
+            marker=marker,
+            color=MIXER_COLOURS[name],
+            alpha=0.45,
+            linewidths=0,
         )
     if outline:
         # best x first: holding y until the next x bounds what the front dominates, whatever the directions
-        axes.plot(_values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2)
-    for which, name in ((x, "xerr"), (y, "yerr")):
-        if which.name == "latency" and front:
-            axes.errorbar(
-                _values(x, front),
-                _values(y, front),
-                **{name: _latency_errors(front)},
-                fmt="none",
-                ecolor="#333333",
-                elinewidth=1.2,
-                capsize=3,
-                zorder=2.5,
-            )
+        axes.plot(
+            _values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2
+        )
+    if front and "latency" in (x.name, y.name):
+        axes.errorbar(
+            _values(x, front),
+            _values(y, front),
+            xerr=_latency_errors(front) if x.name == "latency" else None,
+            yerr=_latency_errors(front) if y.name == "latency" else None,
+            fmt="none",
+            ecolor="#333333",
+            elinewidth=1.2,
+            capsize=3,
+            zorder=2.5,
+        )
     for name, chosen in _by_mixer(front):
         axes.scatter(
             _values(x, chosen),
@@ -222,8 +246,9 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
                 for name, chosen in _by_mixer([t for t in trials if (t.number in keys) == on_front]):
                     label = f"mostly {name}" + (", front" if on_front else "")
                     figure.add_trace(
-                        _points(run, chosen, objectives[0], objective, name, symbol, on_front)
-                        .update(name=label, legendgroup=label, showlegend=label not in shown),
+                        _points(run, chosen, objectives[0], objective, name, symbol, on_front).update(
+                            name=label, legendgroup=label, showlegend=label not in shown
+                        ),
                         row=1,
                         col=column,
                     )
@@ -239,6 +264,7 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
         hoverlabel={"align": "left", "font": {"family": "monospace"}},
         legend={"itemsizing": "constant"},
         margin={"t": 90},
+        autosize=True,
     )
     body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="94vh", config={"responsive": True})
     return (
@@ -249,16 +275,21 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
     )
 
 
-def _points(
-    run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: str, symbol: str, on_front: bool
-) -> Any:
+def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: str, symbol: str, on_front: bool) -> Any:
     import plotly.graph_objects as go
 
     errors = {}
     for which, name in ((x, "error_x"), (y, "error_y")):
         if on_front and which.name == "latency":
             below, above = _latency_errors(trials)
-            errors[name] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "color": "#333333"}
+            errors[name] = {
+                "type": "data",
+                "symmetric": False,
+                "array": above,
+                "arrayminus": below,
+                "thickness": 1.2,
+                "color": "#333333",
+            }
     return go.Scatter(
         x=_values(x, trials),
         y=_values(y, trials),
@@ -286,6 +317,8 @@ def _hover(run: Run, trial: Trial) -> str:
             spread = f" [{trial.scores.latency_low_ms:.2f}, {trial.scores.latency_high_ms:.2f}]"
         if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
             spread = f" ± {trial.scores.accuracy_std:.2f}"
-        lines.append(f"{escape(objective.label)}: {format_value(objective, value if value is not None else math.nan)}{spread}")
+        lines.append(
+            f"{escape(objective.label)}: {format_value(objective, value if value is not None else math.nan)}{spread}"
+        )
     lines += [escape(line) for line in describe_stages(trial.architecture)]
     return "<br>".join(lines)

@@ -94,7 +94,7 @@ class _OutsideLayers(TorchDispatchMode):
     """Counts the multiplying operations of torch that run outside modules for which a rule speaks."""
 
     def __init__(self, spoken_for: set[type[nn.Module]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.spoken_for = spoken_for
         self.running: list[tuple[str, type[nn.Module]]] = []
         self.macs: Counter[str] = Counter()

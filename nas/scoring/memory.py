@@ -51,7 +51,7 @@ class _LiveActivations(TorchDispatchMode):
     """Follows the bytes of storages that operations make, from their making to their release."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 

@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-from .. import models as _models  # registers `mixnas` with timm
 from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import TrialFailure, UsageError
+from ..models import create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
 from ..scoring.memory import measure_memory_mib
 from .objectives import OBJECTIVES, Scores
-
-assert _models
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Evaluator:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return timm.create_model("mixnas", architecture=architecture, num_classes=len(self.data.classes))
+            return create_backbone(architecture, len(self.data.classes))
 
     def evaluate(self, architecture: Architecture) -> Evaluation:
         """Score one architecture.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UsageError, unknown_name
 
@@ -88,7 +88,7 @@ class Objective:
         return value if self.minimize else -value
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         """`minimize` or `maximize`."""
         return "minimize" if self.minimize else "maximize"
 
@@ -118,9 +118,7 @@ def parse_objectives(names: Sequence[str], proxy: str, proxy_trained: bool) -> t
     if len(set(names)) != len(names):
         raise UsageError(f"objectives {','.join(names)}: each may be named once")
     if not 2 <= len(names) <= MAX_OBJECTIVES:
-        raise UsageError(
-            f"objectives {','.join(names) or '(none)'}: name two to four of {', '.join(OBJECTIVES)}, such as latency,accuracy"
-        )
+        raise UsageError(f"objectives {','.join(names) or '(none)'}: name two to four of {', '.join(OBJECTIVES)}")
     chosen = [OBJECTIVES[name] for name in names]
     if not proxy_trained:
         stand_in = Objective("accuracy", "proxy", "", False, f"Proxy {proxy} (untrained)")

@@ -1,7 +1,7 @@
 """Non-dominated sorting and hypervolume, in loss space: less is better in every column.
 
 All functions take an array of shape (n, m), n points with m objectives, and refuse NaN. A point dominates another when
-it is no worse in every objective and better in one; equal points do not dominate each other, so duplicates share a fate.
+it is no worse in every objective and better in one; equal points do not dominate each other and share a fate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def _as_losses(losses: ArrayLike) -> Floats:
 
 def non_dominated(losses: ArrayLike) -> NDArray[np.bool_]:
     """Which points no other point dominates, as a mask of shape (n,)."""
-    return nondomination_ranks(losses, max_rank=0) == 0
+    mask: NDArray[np.bool_] = nondomination_ranks(losses, max_rank=0) == 0
+    return mask
 
 
 def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArray[np.int64]:
@@ -57,7 +58,7 @@ def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArr
 
 
 def _front_of_sorted(points: Floats) -> NDArray[np.int64]:
-    """Indices of the non-dominated among distinct, lexicographically sorted points: none is dominated by a later one."""
+    """Indices of the non-dominated among distinct, sorted points, none of which a later one can dominate."""
     front = np.empty_like(points)
     indices: list[int] = []
     for i, point in enumerate(points):

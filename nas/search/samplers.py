@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
 
 def _distribution(choices: Sequence[Choice]) -> BaseDistribution:
     numbers = [c for c in choices if isinstance(c, int) and not isinstance(c, bool)]
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
     if len(numbers) == len(choices) and len(steps) == 1 and (step := steps.pop()) > 0:
         return IntDistribution(numbers[0], numbers[-1], step=step)
     return CategoricalDistribution(tuple(choices))

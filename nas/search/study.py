@@ -1,7 +1,7 @@
 """Run a search: ask for an architecture, score it, tell the study; stop, resume and report.
 
-The study in the storage is the only state. A process that dies leaves one trial RUNNING; the next one finishes that very
-trial, under its number and with its draw, so nothing is lost and nothing is scored twice.
+The study in the storage is the only state. A process that dies leaves one trial RUNNING; the next one finishes that
+very trial, under its number and with its draw, so nothing is lost and nothing is scored twice.
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class SearchConfig:
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}: it must be a number above 0")
         if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to {2**32 - 1}")
+            raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to 4294967295")
         if self.storage is not None and _has_password(self.storage):
             raise UsageError(
-                "the storage URL holds a password, which would end up in run.json: leave it out and let the driver read "
-                "it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
+                "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
+                "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,8 +190,6 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     if existing is None and config.out is None:
         config = replace(config, out=_new_folder(config))
     assert config.out is not None
-    if existing is None:
-        prepare_folder(config.out)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
     if data.corrupt:
         shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
@@ -199,6 +197,8 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     evaluator = _evaluator(config, device, data)
     evaluator.build(config.space.largest()[0])  # refuses images that are too small, before anything is written
     conditions = score_conditions(config, device, data)
+    if existing is None:
+        prepare_folder(config.out)
     run = existing or _create(config, device, data, evaluator, conditions)
     _check_same(run, conditions)
     with run.locked(), storage_errors(run.path):
@@ -219,7 +219,9 @@ def resolve_device(name: str) -> str:
     if kind != "cuda" or not (index.isdigit() or name == "cuda"):
         raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
     if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver")
+        raise UsageError(
+            f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver"
+        )
     if int(index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return f"cuda:{int(index or 0)}"
@@ -337,6 +339,7 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
     worst = dict.fromkeys(open_ones, 0.0)
     if open_ones:
         measured = 0
+        log.info("measuring the largest architectures of %s to fix the reference point", config.space.name)
         cheap = replace(evaluator, objectives=open_ones, budgets={})
         for architecture in config.space.largest():
             with contextlib.suppress(TrialFailure):
@@ -356,8 +359,12 @@ def _check_same(run: Run, conditions: dict[str, Any]) -> None:
     for name, value in conditions.items():
         if before.get(name) != value:
             then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in (before.get(name), value))
-            detail = f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
-            raise RunError(f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out")
+            detail = (
+                f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
+            )
+            raise RunError(
+                f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out"
+            )
     if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 
@@ -369,7 +376,9 @@ def _has_password(url: str) -> bool:
     try:
         return make_url(url).password is not None
     except ArgumentError:
-        raise UsageError("the storage must be a database URL such as sqlite:///study.db or postgresql://host/database") from None
+        raise UsageError(
+            "the storage must be a database URL such as sqlite:///study.db or postgresql://host/database"
+        ) from None
 
 
 class _Search:
@@ -404,7 +413,9 @@ class _Search:
                     log.warning("the time limit of %g minutes is reached", limit)
                     break
                 if len(self.known) >= self.space.size and not self.unfinished:
-                    log.warning("space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size)
+                    log.warning(
+                        "space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size
+                    )
                     break
                 if self._stuck():
                     break
@@ -446,10 +457,10 @@ class _Search:
             if value is not None:
                 trial.set_constraint(name, value / budget - 1)
         if evaluation.excess:
-            failure = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
-            trial.set_user_attr("failure", failure)
+            over = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
+            trial.set_user_attr("failure", over)
             self.study.tell(trial, state=TrialState.PRUNED)
-            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, failure))
+            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, over))
             return
         done = Trial(trial.number, "complete", architecture, evaluation.scores)
         front = self.run.front([*self.front, done])
@@ -494,7 +505,8 @@ class _Search:
         if len(states) >= MAX_FAILURES and set(states[-MAX_FAILURES:]) == {"failed"}:
             raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {self.trials[-1].failure}")
         if len(states) >= MAX_OVER_BUDGET and set(states[-MAX_OVER_BUDGET:]) == {"pruned"}:
-            log.warning("the last %d architectures were all over budget: stopped", MAX_OVER_BUDGET)
+            if self._count("complete"):
+                log.warning("the last %d architectures were all over budget: stopped", MAX_OVER_BUDGET)
             return True
         return False
 
@@ -504,7 +516,9 @@ class _Search:
             objective = OBJECTIVES[name]
             seen = [v for t in self.trials if (v := objective.read(t.scores)) is not None]
             if seen and min(seen) > budget:
-                parts.append(f"{name} {format_value(objective, budget)} (least seen: {format_value(objective, min(seen))})")
+                parts.append(
+                    f"{name} {format_value(objective, budget)} (least seen: {format_value(objective, min(seen))})"
+                )
         budgets = " and ".join(parts) or ", ".join(self.config.budgets)
         return (
             f"none of {len(self.trials)} architectures of space {self.space.name} meets the budget {budgets}: "

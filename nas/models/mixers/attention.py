@@ -1,6 +1,7 @@
 """The attention product shared by the softmax and strip mixers.
 
-Shape suffixes: B batch, C channels, H height, W width of a map; N query and M key positions; G heads, D channels a head.
+Shape suffixes: B batch, C channels, H height, W width of a map; N query and M key positions; G heads, D and E channels
+of a head's queries and of its values.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """How good an architecture would be, estimated at a stated fidelity. One table, one signature.
 
-An estimator is `(model, data, fidelity, seed, device) -> Estimate`. It leaves the model's weights and mode and the global
-random state as it found them. To add one: a function and a row in `ESTIMATORS`.
+An estimator is `(model, data, fidelity, seed, device) -> Estimate`. It leaves the model's weights and mode and the
+global random state as it found them. To add one: a function and a row in `ESTIMATORS`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def train(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, devi
     target = torch.device(device)
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout and stochastic depth, where a model has them
-        learner = copy.deepcopy(model).to(device=target, memory_format=torch.channels_last)
+        learner = copy.deepcopy(model).to(target).to(memory_format=torch.channels_last)
         _fit(learner, data, fidelity, seed, target, start)
         accuracy = _top1(learner, data, target)
     share = accuracy / 100
@@ -52,9 +52,7 @@ def train(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, devi
     )
 
 
-def _fit(
-    model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: torch.device, start: float
-) -> None:
+def _fit(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: torch.device, start: float) -> None:
     pixels, labels = data.train.pixels.to(device), data.train.labels.to(device)
     batch_size = min(fidelity.batch_size, len(labels))
     steps = len(labels) // batch_size

@@ -140,7 +140,7 @@ def _eager(
 ) -> tuple[Callable[[], object], Clock]:
     device = torch.device(config.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    probe = copy.deepcopy(model).eval().to(device=device, dtype=DTYPES[config.dtype], memory_format=memory_format)
+    probe = copy.deepcopy(model).eval().to(device, DTYPES[config.dtype]).to(memory_format=memory_format)
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size, generator=generator)
     images = images.to(device=device, dtype=DTYPES[config.dtype], memory_format=memory_format)
