@@ -166,7 +166,8 @@ class Stem:
     stride: int = 4
 
     def __post_init__(self) -> None:
-        if self.stride not in (2, 4):
+        _set_int(self, "stride", 2, 4)
+        if self.stride == 3:
             raise UsageError(f"Stem.stride is {self.stride!r}: it must be 2 or 4")
 
 
@@ -295,7 +296,7 @@ class Architecture:
         fields_ = check_mapping(
             data, "an architecture", ("version", "stages", "stem", "head", "norm"), ("version", "stages")
         )
-        if fields_["version"] != VERSION:
+        if fields_["version"] != VERSION or isinstance(fields_["version"], bool):
             raise UsageError(
                 f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}"
             )

@@ -91,6 +91,7 @@ class _Source:
     read: Callable[[int], bytes | Image.Image]
     name: Callable[[int], str]
     interpolation: str = "bicubic"
+    close: Callable[[], None] = lambda: None
 
 
 def load_data(
@@ -115,13 +116,16 @@ def load_data(
     """
     if max_images < 2:
         raise UsageError(f"--images {max_images}: at least 2 are needed")
+    if input_size is not None and input_size < 1:
+        raise UsageError(f"input size {input_size}: it must be above 0")
     source = _open(name, data_root)
     rng = np.random.default_rng(seed)
-    chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng)
+    chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng, at_least=1)
     if len(chosen) == 0:
         raise DataError(f"{name}: no images found")
     size = input_size or _native_size(source, chosen)
     pixels, corrupt = _decode(source, chosen, size)
+    source.close()
     if len(corrupt) == len(chosen):
         raise DataError(f"{name}: none of its {len(chosen)} images could be read, the first is {corrupt[0][1]}")
     bad = {index for index, _ in corrupt}
@@ -151,11 +155,12 @@ def load_data(
 
 
 def stratified_split(
-    targets: np.ndarray | Sequence[int], share: float, rng: np.random.Generator
+    targets: np.ndarray | Sequence[int], share: float, rng: np.random.Generator, at_least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of a random `share` of each class, and of the rest.
 
-    The number taken of a class is rounded; a class keeps at least one image in the rest unless `share` is 1 or more.
+    The number taken of a class is rounded, `at_least` so many; beyond those a class keeps one image in the rest, unless
+    `share` is 1 or more.
     """
     targets = np.asarray(targets)
     if share >= 1:
@@ -163,7 +168,7 @@ def stratified_split(
     taken: list[int] = []
     for label in np.unique(targets):
         members = rng.permutation(np.flatnonzero(targets == label))
-        taken.extend(members[: min(round(share * len(members)), len(members) - 1)])
+        taken.extend(members[: max(at_least, min(round(share * len(members)), len(members) - 1))])
     inside = np.zeros(len(targets), dtype=bool)
     inside[taken] = True
     return np.flatnonzero(inside), np.flatnonzero(~inside)
@@ -218,8 +223,13 @@ def _files(name: str) -> _Source:
     targets = reader.targets if in_tar else [target for _, target in reader.samples]
     by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx
 
+    def close() -> None:
+        if in_tar and reader.tar_state.tf is not None:
+            reader.tar_state.tf.close()
+
     classes = tuple(sorted(by_name, key=by_name.get))
-    return _Source(np.asarray(targets, dtype=np.int64), classes, lambda i: _read_file(reader, i), reader.filename)
+    labels = np.asarray(targets, dtype=np.int64)
+    return _Source(labels, classes, lambda i: _read_file(reader, i), reader.filename, close=close)
 
 
 def _torchvision(name: str, data_root: str | Path) -> _Source:
@@ -267,6 +277,10 @@ def _one_line(error: BaseException) -> str:
 
 def _as_image(raw: bytes | Image.Image) -> Image.Image:
     image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
+    if image.mode == "P" and "transparency" in image.info:  # the way Pillow asks for
+        image = image.convert("RGBA")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -285,7 +299,7 @@ def _native_size(source: _Source, chosen: np.ndarray) -> int:
 
 
 def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """The chosen images, shorter side to `size` and centre cropped, and (index, name) of those that cannot be read."""
+    """The chosen images' central squares at `size`, and (index, name) of those that cannot be read."""
     resample = Image.Resampling[source.interpolation.upper()]
 
     def fit(raw: bytes | Image.Image | None) -> np.ndarray | None:
@@ -295,10 +309,9 @@ def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tenso
             image = _as_image(raw)
         except _DECODE_ERRORS:
             return None
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), resample).crop((left, top, left + size, top + size))
+        square = min(image.size)
+        left, top = ((side - square) / 2 for side in image.size)
+        image = image.resize((size, size), resample, box=(left, top, left + square, top + square))
         return np.asarray(image).transpose(2, 0, 1)
 
     def read(i: int) -> bytes | Image.Image | None:

@@ -339,6 +339,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "device": device,
     }
     if device.startswith("cuda"):

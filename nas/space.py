@@ -18,6 +18,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .architecture import (
+    MIXER_TYPES,
+    Additive,
     Architecture,
     Head,
     Mixer,
@@ -68,6 +70,20 @@ class StageChoices:
         for name in ("mixer", *_PLAIN_FIELDS):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         object.__setattr__(self, "options", {name: _as_tuple(c) for name, c in self.options.items()})
+        # build each choice once on its own, so that a bad one is found here and not in the middle of a search
+        plain: dict[str, Any] = {"mixer": Additive(), "depth": 1, "width": 2}
+        for name in _PLAIN_FIELDS:
+            for choice in getattr(self, name):
+                Stage(**plain | {name: choice})
+        mixers: tuple[Any, ...] = _as_tuple(self.mixer)
+        for mixer in mixers:
+            if not isinstance(mixer, Mixer):
+                raise UsageError(f"a stage's mixer is {mixer!r}: it must be one of {', '.join(MIXER_TYPES)}")
+            for name in self.options.keys() & {f.name for f in fields(mixer)}:
+                for choice in self.options[name]:
+                    type(mixer)(**{name: choice})
+        if len(set(mixers)) != len(mixers):
+            raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
     @cached_property
     def mixers(self) -> dict[str, Mixer]:
@@ -144,7 +160,6 @@ class SearchSpace:
             for option in stage.options:
                 if not any(option in {f.name for f in fields(m)} for m in stage.mixers.values()):
                     raise UsageError(f"space {self.name}: stage{number} has no mixer with the option {option!r}")
-            _ = stage.cores  # builds each combination once, so that a bad choice is found here and not in a search
         self.decode(self._first)
 
     @cached_property
@@ -292,9 +307,8 @@ class SearchSpace:
                 if name in own:
                     own[name] = _as_tuple(own[name])
             options = own.get("options", {})
-            own["options"] = {
-                str(k): _as_tuple(v) for k, v in check_mapping(options, "options", tuple(options)).items()
-            }
+            names_given = tuple(options) if isinstance(options, Mapping) else ()
+            own["options"] = {str(k): _as_tuple(v) for k, v in check_mapping(options, "options", names_given).items()}
             stages.append(StageChoices(**own))
         return cls(
             name=str(values["name"]),

@@ -28,7 +28,11 @@ def load(name_or_path: str) -> SearchSpace:
         path = Path(name_or_path)
         if not path.is_file():
             raise UsageError(f"no space file at {path}")
-        return SearchSpace.from_json(path.read_text(encoding="utf-8"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is no readable space file: {error}") from None
+        return SearchSpace.from_json(text)
     if name_or_path not in names():
         raise unknown_name("space", name_or_path, names())
     space: SearchSpace = importlib.import_module(f"{__name__}.{name_or_path}").SPACE

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+
+# before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
+# other work on the same cores a small network becomes twenty times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from nas.architecture import MIXER_TYPES, Architecture, Stage
@@ -8,7 +14,9 @@ from nas.architecture import MIXER_TYPES, Architecture, Stage
 def tiny_architecture(mixer_name: str) -> Architecture:
     """Two small stages with one mixer, its options at their defaults."""
     mixer = MIXER_TYPES[mixer_name]()
-    return Architecture(stages=(Stage(mixer, depth=1, width=16, mlp_ratio=2), Stage(mixer, depth=2, width=32, mlp_ratio=2)))
+    return Architecture(
+        stages=(Stage(mixer, depth=1, width=16, mlp_ratio=2), Stage(mixer, depth=2, width=32, mlp_ratio=2))
+    )
 
 
 @pytest.fixture(params=MIXER_TYPES)

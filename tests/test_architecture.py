@@ -126,7 +126,9 @@ def test_key_is_pinned(name, key):
 
 
 def test_key_does_not_depend_on_the_process():
-    code = "import sys; from nas.architecture import Architecture as A; print(*[A.from_json(t).key for t in sys.argv[1:]])"
+    code = (
+        "import sys; from nas.architecture import Architecture as A; print(*[A.from_json(t).key for t in sys.argv[1:]])"
+    )
     for seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", code, *(a.to_json() for a in PINNED.values())],
@@ -153,7 +155,13 @@ def test_what_differs_from_a_default_is_written():
     assert PINNED["FULL"].to_dict() == {
         "version": 1,
         "stages": [
-            {"mixer": {"name": "additive", "kernel_size": 5}, "depth": 2, "width": 48, "mlp_ratio": 3.5, "local": "conv"},
+            {
+                "mixer": {"name": "additive", "kernel_size": 5},
+                "depth": 2,
+                "width": 48,
+                "mlp_ratio": 3.5,
+                "local": "conv",
+            },
             {
                 "mixer": {"name": "softmax", "heads": 8, "kv_reduction": 2},
                 "depth": 3,
@@ -325,13 +333,17 @@ def test_too_long_json_is_refused_before_it_is_parsed():
         Architecture.from_json(padded + " ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "nonsense", "[1,]", '{"version":1', "\x00", '{"version":1' + "0" * 6000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "nonsense", "[1,]", '{"version":1', "\x00", '{"version":1' + "0" * 6000 + "}"]
+)
 def test_broken_json_is_refused(text):
     with pytest.raises(UsageError):
         Architecture.from_json(text)
 
 
-@pytest.mark.parametrize("frame", ["%s", '{"version":1,"stages":%s}', '{"version":1,"stages":[{"mixer":%s,"depth":1,"width":8}]}'])
+@pytest.mark.parametrize(
+    "frame", ["%s", '{"version":1,"stages":%s}', '{"version":1,"stages":[{"mixer":%s,"depth":1,"width":8}]}']
+)
 def test_deeply_nested_json_is_refused(frame):
     for depth in [*range(2, 1100), 10_000, 49_000]:  # around the interpreter's limit each depth fails in its own way
         with pytest.raises(UsageError):

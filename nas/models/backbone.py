@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         blocks = [
             (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^(norm|head_conv)", (99999,)),
+            (r"^(?:norm|head_conv)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": blocks}
 

@@ -159,7 +159,7 @@ def _parse_amount(text: str, amount: str, objective: Objective) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         example = f"{objective.name}=5{objective.unit or 'M'}"
-        raise UsageError(f"--max {text}: a positive number is needed, such as {example}")
+        raise UsageError(f"--max {objective.name}={amount!r}: a positive number is needed, such as {example}")
     return value
 
 
@@ -168,6 +168,6 @@ def format_value(objective: Objective, value: float) -> str:
     if objective.unit:
         return f"{value:.2f} {objective.unit}"
     for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= scale:
+        if abs(value) >= scale * 0.999995:
             return f"{value / scale:.2f} {suffix}"
     return f"{value:.4g}"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    # one process asks at a time, so no lie about running trials is needed, and past trials are read once a draw
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=False),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
     "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(population_size=20, seed=seed),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),

@@ -110,7 +110,7 @@ Clock = Callable[[Callable[[], object], int, float], list[float]]
 
 
 def time_on_cpu(run: Callable[[], object], repeats: int, max_seconds: float) -> list[float]:
-    """Wall time of each call; at least 10 calls, then until `repeats` calls or `max_seconds`."""
+    """Wall time of each of `repeats` calls; from the tenth on, `max_seconds` may end them earlier."""
     times_ms: list[float] = []
     stop = time.perf_counter() + max_seconds
     while len(times_ms) < repeats and (len(times_ms) < 10 or time.perf_counter() < stop):

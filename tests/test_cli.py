@@ -1,0 +1,216 @@
+"""The command line: it only parses and prints, mistakes get one line, results go to standard output."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import cli
+
+README = Path(__file__).parent.parent / "README.md"
+SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--trials", "3", "--device", "cpu"]
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run_path(tmp_path, capsys) -> str:
+    code, _, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run"))
+    assert code == 0
+    return str(tmp_path / "run")
+
+
+def test_help_loads_nothing_heavy():
+    heavy = {"torch", "timm", "matplotlib", "optuna", "numpy", "pandas", "plotly", "rich", "sklearn"}
+    for command in ([], *([name] for name in cli.cli.commands)):
+        code = (
+            "import sys, cli\n"
+            f"try: cli.main({[*command, '--help']!r})\n"
+            f"except SystemExit as end: assert not end.code and not {heavy!r} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_every_command_and_option_has_help():
+    for name, command in cli.cli.commands.items():
+        assert command.help, name
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, f"{name} {option.opts}"
+
+
+def test_every_command_is_in_the_readme():
+    text = README.read_text(encoding="utf-8")
+    for name in cli.cli.commands:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_the_two_set_up_commands_stand_in_the_readme():
+    lines = [line.strip() for line in README.read_text(encoding="utf-8").splitlines() if "python3 -m venv" in line]
+    assert lines == [
+        "python3 -m venv .venv && .venv/bin/pip install -e . && "
+        ".venv/bin/python cli.py search --objective latency,accuracy --device cpu",
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["serch"], 2, ["serch", "search"]),
+        (["search", "--bogus"], 2, ["--bogus"]),
+        (["search", "--objective", "latency,acuracy"], 2, ["acuracy", "accuracy"]),
+        (["search", "--objective", "latency"], 2, ["two to four"]),
+        (["search", "--space", "minii"], 2, ["minii", "'mini'", "mobile"]),
+        (["search", "--space", "no/such.json"], 2, ["no/such.json"]),
+        (["search", "--sampler", "tpee"], 2, ["tpee", "'tpe'"]),
+        (["search", "--device", "gpu"], 2, ["gpu", "cuda:i"]),
+        (["search", "--device", "cuda:99"], 2, ["cuda:99"]),
+        (["search", "--data", "/no/such/folder"], 1, ["/no/such/folder", "digits"]),
+        (["search", "--data", "torch/cifar10"], 2, ["--data-root"]),
+        (["search", "--trials", "0"], 2, ["trials is 0"]),
+        (["search", "--trials", "many"], 2, ["many"]),
+        (["search", "--max", "latency=soon"], 2, ["latency=5ms"]),
+        (["search", "--max", "accuracy=5"], 2, ["maximised"]),
+        (["search", "--space", "mobile", "--input-size", "16"], 2, ["16", "32"]),
+        (["search", "--out", "/proc/none/run"], 1, ["/proc/none/run"]),
+        ([*SEARCH, "--max", "params=1K", "--out", "{tmp}/none"], 3, ["none of", "params 1.00 K"]),
+        (["front", "/no/such/run"], 1, ["/no/such/run"]),
+        (["front", "{tmp}"], 1, ["not a run folder"]),
+        (["plot", "{tmp}"], 1, ["not a run folder"]),
+        (["export", "{tmp}"], 2, ["--arch", "--all"]),
+        (["measure", "cas_vit_xx"], 2, ["cas_vit_xx", "'cas_vit_xs'"]),
+        (["measure", "timm:resnet19"], 2, ["resnet19", "resnet18"]),
+        (["measure", "cas_vit_xs", "--input-size", "8"], 2, ["too small"]),
+        (["measure", "cas_vit_xs", "--dtype", "fp8"], 2, ["fp8", "bf16"]),
+        (["describe", "nothing"], 2, ["nothing"]),
+    ],
+)
+def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    lines = [line for line in err.splitlines() if not line.startswith(("[", "run folder", "measuring"))]
+    assert got == code, err
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "results").exists()
+
+
+def test_search_prints_the_front_and_what_to_type_next(capsys, tmp_path):
+    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"))
+    assert code == 0
+    assert "Pareto front of" in out
+    assert f"plot {tmp_path / 'run'}" in out
+    assert "[3/3]" in err
+
+
+def test_resuming_takes_the_options_of_the_run(capsys, run_path):
+    code, _, err = call(capsys, "search", "--out", run_path, "--trials", "5")
+    assert code == 0, err
+    assert "3 of 5 scored" in err
+    code, _, err = call(capsys, "search", "--out", run_path, "--epochs", "9")
+    assert (code, "another epochs" in err) == (1, True)
+
+
+def test_front_as_table_csv_and_json_agree(capsys, run_path):
+    _, table, _ = call(capsys, "front", run_path)
+    _, as_csv, _ = call(capsys, "front", run_path, "--csv")
+    _, as_json, _ = call(capsys, "front", run_path, "--json")
+    points = json.loads(as_json)["points"]
+    assert [row["key"] for row in csv.DictReader(io.StringIO(as_csv))] == [p["key"] for p in points]
+    assert all(p["key"] in table for p in points)
+    assert [int(row["macs"]) for row in csv.DictReader(io.StringIO(as_csv))] == [p["macs"] for p in points]
+
+
+def test_search_json_is_the_front(capsys, tmp_path):
+    code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--json")
+    _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(front)
+
+
+def test_plot_names_its_files(capsys, run_path):
+    code, out, _ = call(capsys, "plot", run_path)
+    assert code == 0
+    assert [Path(line).name for line in out.split()] == ["front.png", "front.svg", "front.html"]
+    assert all(Path(line).is_file() for line in out.split())
+
+
+def test_measure_json_has_conditions_and_figures(capsys):
+    code, out, _ = call(capsys, "measure", "timm:test_resnet", "--json", "--batch-size", "2", "--input-size", "32")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert row["latency_low_ms"] <= row["latency_ms"] <= row["latency_high_ms"]
+    assert (row["batch_size"], row["dtype"], row["runtime"], row["input_size"]) == (2, "fp32", "eager", 32)
+    assert row["images_per_second"] == pytest.approx(2000 / row["latency_ms"])
+    assert row["flops"] == 2 * row["macs"]
+    assert row["uncounted"] == []
+
+
+def test_describe_parts_sum_to_the_whole(capsys):
+    code, out, _ = call(capsys, "describe", "cas_vit_xs", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert (data["params"], data["macs"]) == (2_979_700, 546_784_968)
+    assert sum(p["params"] for p in data["parts"]) == data["params"]
+    assert sum(p["macs"] for p in data["parts"]) == data["macs"]
+    assert [p["map"] for p in data["parts"] if "map" in p] == ["56x56", "28x28", "14x14", "7x7"]
+
+
+def test_spaces_lists_every_declaration(capsys):
+    import search_spaces
+
+    code, out, _ = call(capsys, "spaces", "--json")
+    assert code == 0
+    assert [s["name"] for s in json.loads(out)] == search_spaces.names()
+    for name in search_spaces.names():
+        assert call(capsys, "describe", name)[0] == 0
+
+
+def test_a_space_file_of_ones_own(capsys, tmp_path):
+    _, out, _ = call(capsys, "describe", "mini", "--json")
+    declared = json.loads(out)
+    del declared["size"]
+    (tmp_path / "own.json").write_text(json.dumps(declared | {"name": "own"}))
+    code, out, err = call(capsys, *SEARCH, "--space", str(tmp_path / "own.json"), "--out", str(tmp_path / "run"))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
+    command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("[1/50]"):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == code
+    assert "Traceback" not in rest
+    assert f"search --out {tmp_path / 'run'}" in rest
+    assert (tmp_path / "run" / "front.csv").is_file()

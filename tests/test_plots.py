@@ -1,0 +1,98 @@
+"""Plots: what is drawn is what the run holds; nothing of a run's names becomes markup."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+import search_spaces
+from nas.errors import RunError, UsageError
+from nas.report import plots
+from nas.runs import Run
+from nas.search import SearchConfig, search
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    out = tmp_path_factory.mktemp("plots") / "first"
+    config = SearchConfig(
+        space=search_spaces.load("mini"), objectives=("latency", "accuracy"), proxy="params", trials=4, out=out
+    )
+    return search(config)
+
+
+def test_three_files_that_open(run, tmp_path):
+    png, svg, html = plots.plot([run], tmp_path)
+    with Image.open(png) as image:
+        image.verify()
+        assert image.width > 800
+    ElementTree.parse(svg)
+    page = html.read_text().replace(r"\u002f", "/")
+    for trial in run.trials():
+        assert trial.key in page
+        for line in plots.describe_stages(trial.architecture):
+            assert line.partition(": ")[2] in page
+    assert "Latency (ms, eager, fp32, batch 1)" in page
+    assert "Proxy params (untrained)" in page
+    assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
+
+
+def test_three_objectives_give_two_panels(tmp_path):
+    config = SearchConfig(
+        space=search_spaces.load("mini"),
+        objectives=("macs", "accuracy", "params"),
+        proxy="params",
+        trials=3,
+        out=tmp_path / "r",
+    )
+    found = search(config)
+    scored = [t for t in found.trials() if t.state == "complete"]
+    figure = plots._draw([(found, scored, found.front())])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Proxy params (untrained)", "Parameters"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"MACs"}
+
+
+def test_several_runs_are_overlaid(run, tmp_path):
+    config = replace(SearchConfig.from_run(run), seed=1, out=tmp_path / "second")
+    other = search(config)
+    _, _, html = plots.plot([run, other], tmp_path)
+    page = html.read_text()
+    assert f"{run.name}@" in page
+    assert f"{other.name}@" in page
+
+
+def test_runs_with_other_objectives_are_refused(run, tmp_path):
+    other = search(replace(SearchConfig.from_run(run), objectives=("macs", "params"), out=tmp_path / "other", trials=1))
+    with pytest.raises(UsageError, match="different objectives"):
+        plots.plot([run, other], tmp_path)
+
+
+def test_a_run_without_scores_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "trials", lambda self: [])
+    with pytest.raises(RunError, match="nothing to plot"):
+        plots.plot([run], tmp_path)
+
+
+def test_names_never_become_markup(run, tmp_path):
+    hostile = tmp_path / "<script>alert(1)<" / "b><img src=x>"
+    hostile.parent.mkdir()
+    run.path.rename(hostile)
+    try:
+        _, _, html = plots.plot([Run.open(hostile)], tmp_path)
+        assert "<img src=x>" not in html.read_text()
+    finally:
+        hostile.rename(run.path)
+
+
+def test_plotting_needs_no_torch(run):
+    code = (
+        "import sys; from nas.runs import Run; from nas.report.plots import plot; "
+        f"plot([Run.open({str(run.path)!r})]); assert not {{'torch', 'timm'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,101 @@
+"""One contract for every row of SAMPLERS, on an analytic problem over `mini`."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+import search_spaces
+from nas.architecture import Architecture
+from nas.search.samplers import SAMPLERS, UnseenSampler, distributions, suggest
+from nas.space import SearchSpace, StageChoices
+
+MINI = search_spaces.load("mini")
+TINY = SearchSpace(  # 16 points
+    name="tiny",
+    description="small enough to exhaust",
+    stages=(
+        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16),
+        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=32),
+    ),
+)
+
+
+def analytic(architecture: Architecture, count: int) -> list[float]:
+    """Objectives by arithmetic: minimise work, maximise a made-up quality, minimise depth."""
+    work = sum(s.width * s.depth / s.compression for s in architecture.stages)
+    quality = sum(s.depth * (1 + len(s.mixer.name)) ** 0.5 for s in architecture.stages)
+    return [work, quality, float(sum(s.depth for s in architecture.stages))][:count]
+
+
+def draw(
+    name: str, space: SearchSpace, trials: int, seed: int, count: int, study: optuna.Study | None = None
+) -> tuple[list[str], optuna.Study]:
+    """Ask and tell `trials` times, as a fresh process would, and return the keys in order."""
+    study = study or optuna.create_study(directions=["minimize", "maximize", "minimize"][:count])
+    known = {t.user_attrs["key"] for t in study.trials}
+    study.sampler = UnseenSampler(name, space, known, seed)
+    for _ in range(trials):
+        trial = study.ask()
+        architecture = suggest(trial, space)
+        trial.set_user_attr("key", architecture.key)
+        known.add(architecture.key)
+        study.tell(trial, analytic(architecture, count))
+    return [t.user_attrs["key"] for t in study.trials], study
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_never_proposes_a_known_architecture_and_repeats_by_seed(name, count):
+    keys, _ = draw(name, MINI, 14, seed=3, count=count)
+    again, _ = draw(name, MINI, 14, seed=3, count=count)
+    other, _ = draw(name, MINI, 14, seed=4, count=count)
+    assert len(set(keys)) == 14
+    assert again == keys
+    assert other != keys
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_resuming_draws_what_an_unbroken_run_draws(name):
+    whole, _ = draw(name, MINI, 16, seed=0, count=2)
+    first, study = draw(name, MINI, 9, seed=0, count=2)
+    resumed, _ = draw(name, MINI, 7, seed=0, count=2, study=study)
+    assert first == whole[:9]
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_space_is_drawn_to_its_last_point(name):
+    keys, _ = draw(name, TINY, TINY.size, seed=1, count=2)
+    assert sorted(keys) == sorted(a.key for a in TINY)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_over_budget_trials_are_no_obstacle(name):
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    known: set[str] = set()
+    study.sampler = UnseenSampler(name, MINI, known, seed=0)
+    for number in range(15):
+        trial = study.ask()
+        architecture = suggest(trial, MINI)
+        known.add(architecture.key)
+        trial.set_constraint("params", 0.5 if number % 3 == 0 else -0.5)
+        if number % 3 == 0:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, analytic(architecture, 2))
+    assert len(known) == 15
+    assert not {t.number for t in study.best_trials} & {0, 3, 6, 9, 12}
+
+
+def test_evenly_spaced_whole_numbers_become_a_range():
+    found = distributions(search_spaces.load("mobile"))
+    assert found["stage1.depth"] == optuna.distributions.IntDistribution(1, 3)
+    assert found["stage3.depth"] == optuna.distributions.IntDistribution(2, 8, step=2)
+    assert found["stage1.compression"] == optuna.distributions.CategoricalDistribution((1, 2, 4))
+    assert isinstance(found["stage1.mixer"], optuna.distributions.CategoricalDistribution)

@@ -1,0 +1,368 @@
+"""The search as a whole, on real parts: exact fronts, budgets, failures, resuming, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+import search_spaces
+from nas.architecture import Architecture
+from nas.errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError
+from nas.models import create_backbone
+from nas.runs import Run
+from nas.scoring.cost import count_cost
+from nas.search import SearchConfig, search
+from nas.search import evaluate as evaluate_module
+from nas.space import SearchSpace, StageChoices
+
+MINI = search_spaces.load("mini")
+TINY = SearchSpace(
+    name="tiny",
+    description="16 points that cost little to score",
+    stem=MINI.stem,
+    stages=(
+        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16, mlp_ratio=1),
+        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16, mlp_ratio=1),
+    ),
+)
+
+
+def analytic_config(tmp_path, **changes) -> SearchConfig:
+    """Exact scores only: MACs against the untrained proxy `params`."""
+    base = SearchConfig(space=TINY, objectives=("macs", "accuracy"), proxy="params", trials=6, out=tmp_path / "run")
+    return replace(base, **changes)
+
+
+def numbers(run: Run) -> dict[str, tuple[int | None, float | None]]:
+    return {t.key: (t.scores.macs, t.scores.proxy) for t in run.trials() if t.state == "complete"}
+
+
+def brute_force_front(points: dict[str, tuple[float, float]]) -> set[str]:
+    """Keys no other point beats: fewer or equal MACs, more or equal parameters, one of them strictly."""
+    return {
+        key
+        for key, (macs, params) in points.items()
+        if not any(m <= macs and p >= params and (m, p) != (macs, params) for m, p in points.values())
+    }
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_an_exhausted_space_gives_the_brute_force_front(tmp_path, sampler):
+    run = search(analytic_config(tmp_path, trials=100, sampler=sampler))
+    truth = {}
+    for architecture in TINY:
+        model = create_backbone(architecture, 10)
+        macs = count_cost(model, (3, 32, 32)).macs
+        truth[architecture.key] = (macs, float(sum(p.numel() for p in model.parameters())))
+    assert numbers(run) == truth
+    assert {t.key for t in run.front()} == brute_force_front(truth)
+
+
+@pytest.mark.slow
+def test_all_of_mini_gives_the_brute_force_front(tmp_path):
+    run = search(analytic_config(tmp_path, space=MINI, trials=1000))
+    points = numbers(run)
+    assert set(points) == {a.key for a in MINI}
+    assert {t.key for t in run.front()} == brute_force_front(points)
+
+
+def test_the_main_job_scores_all_it_should(tmp_path):
+    seen = []
+    config = SearchConfig(space=MINI, trials=3, epochs=1, out=tmp_path / "run")
+    run = search(config, seen.append)
+    trials = [t for t in run.trials() if t.state == "complete"]
+    assert [p.scored for p in seen] == [0, 1, 2, 3]
+    assert len({t.key for t in trials}) == 3
+    for trial in trials:
+        s = trial.scores
+        assert s.flops == 2 * s.macs
+        assert s.latency_low_ms <= s.latency_ms <= s.latency_high_ms
+        assert 0 <= s.accuracy <= 100
+        assert s.proxy is None
+    front = pd.read_csv(run.path / "front.csv")
+    assert list(front.columns[:5]) == ["key", "latency_ms", "accuracy", "macs", "params"]
+    assert list(front["key"]) == [t.key for t in run.front()]
+    assert front["latency_ms"].is_monotonic_increasing
+    assert {f.stem for f in (run.path / "weights").iterdir()} == set(front["key"])
+    document = json.loads((run.path / "front.json").read_text())
+    assert document["hypervolume"] == pytest.approx(run.hypervolume(run.front()))
+    assert [Architecture.from_dict(p["architecture"]).key for p in document["points"]] == list(front["key"])
+
+
+@pytest.mark.parametrize(
+    "objectives", [("latency", "params"), ("latency", "macs", "memory"), ("flops", "params", "memory", "accuracy")]
+)
+def test_any_two_to_four_objectives(tmp_path, objectives):
+    run = search(analytic_config(tmp_path, objectives=objectives, trials=3))
+    assert [o.name for o in run.objectives] == list(objectives)
+    for trial in run.front():
+        assert all(o.read(trial.scores) is not None for o in run.objectives)
+    assert run.hypervolume(run.front()) > 0
+
+
+def test_an_untrained_proxy_is_never_called_accuracy(tmp_path):
+    run = search(analytic_config(tmp_path))
+    table = pd.read_csv(run.path / "trials.csv")
+    assert "proxy_params" in table
+    assert "accuracy" not in table
+    assert not list((run.path).glob("weights/*"))
+
+
+def test_same_seed_same_trials_other_seed_others(tmp_path):
+    runs = [search(analytic_config(tmp_path, out=tmp_path / str(i), seed=seed)) for i, seed in enumerate((5, 5, 6))]
+    keys = [[t.key for t in run.trials()] for run in runs]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+    assert numbers(runs[0]) == numbers(runs[1])
+
+
+def test_resuming_continues_where_an_unbroken_run_would(tmp_path):
+    whole = search(analytic_config(tmp_path, out=tmp_path / "whole", trials=9))
+    search(analytic_config(tmp_path, trials=4))
+    resumed = search(analytic_config(tmp_path, trials=9))
+    assert [t.key for t in resumed.trials()] == [t.key for t in whole.trials()]
+    assert resumed.reference == whole.reference
+
+
+def test_a_finished_run_scores_nothing_more(tmp_path):
+    run = search(analytic_config(tmp_path))
+    before = [t.number for t in run.trials()]
+    assert [t.number for t in search(analytic_config(tmp_path)).trials()] == before
+
+
+def test_budgets_prune_before_training_and_say_by_how_much(tmp_path):
+    costs = sorted(count_cost(create_backbone(a, 10), (3, 32, 32)).macs for a in TINY)
+    budget = float(costs[len(costs) // 2])
+    config = SearchConfig(
+        space=TINY, trials=5, epochs=1, sampler="random", budgets={"macs": budget}, out=tmp_path / "run"
+    )
+    run = search(config)
+    trials = run.trials()
+    pruned = [t for t in trials if t.state == "pruned"]
+    complete = [t for t in trials if t.state == "complete"]
+    assert len(complete) == 5
+    assert pruned
+    assert all(t.scores.accuracy is None and t.scores.latency_ms is None for t in pruned)
+    assert all(t.scores.macs > budget and t.failure.startswith("over budget: macs by") for t in pruned)
+    assert all(t.scores.macs <= budget for t in complete)
+    study = optuna.load_study(study_name="run", storage=run.storage())
+    for trial in study.trials:
+        violation = trial.constraints["macs"]
+        assert violation == pytest.approx(trial.user_attrs["scores"]["macs"] / budget - 1)
+
+
+def test_a_budget_nothing_meets_ends_with_its_own_error(tmp_path):
+    with pytest.raises(InfeasibleError, match=r"none of 16 architectures .* params 10") as caught:
+        search(analytic_config(tmp_path, budgets={"params": 10.0}))
+    assert caught.value.exit_code == 3
+
+
+def test_a_budget_is_the_reference_point(tmp_path):
+    run = search(analytic_config(tmp_path, budgets={"macs": 1e9}))
+    assert run.reference == {"macs": 1e9, "accuracy": 0.0}
+
+
+def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeypatch):
+    estimate = evaluate_module.count_cost
+
+    def fails_on_strip(model, input_size):
+        if any(s.mixer.name == "strip" for s in model.architecture.stages):
+            raise MemoryError("no memory for this one")
+        return estimate(model, input_size)
+
+    monkeypatch.setattr(evaluate_module, "count_cost", fails_on_strip)
+    run = search(analytic_config(tmp_path, trials=100, sampler="random"))
+    failed = [t for t in run.trials() if t.state == "failed"]
+    assert len(failed) == 7  # of 4 x 4 pairs of mixers, those with strip
+    assert all(t.failure == "out_of_memory: no memory for this one" for t in failed)
+    assert len(numbers(run)) == 9
+
+
+def test_a_non_finite_score_is_a_failure(tmp_path, monkeypatch):
+    def diverges(*_):
+        raise TrialFailure("non_finite", "the training loss became nan")
+
+    row = replace(evaluate_module.ESTIMATORS["params"], estimate=diverges)
+    monkeypatch.setitem(evaluate_module.ESTIMATORS, "params", row)
+    with pytest.raises(NasError, match="last 10 trials all failed, the last one with non_finite"):
+        search(analytic_config(tmp_path))
+    assert {t.state for t in Run.open(tmp_path / "run").trials()} == {"failed"}
+
+
+def test_a_bug_stops_the_search_with_its_traceback_and_the_run_resumes(tmp_path, monkeypatch):
+    estimate = evaluate_module.count_cost
+    calls = iter(range(100))
+
+    def breaks_once(model, input_size):
+        if next(calls) == 8:
+            raise ZeroDivisionError("a bug")
+        return estimate(model, input_size)
+
+    monkeypatch.setattr(evaluate_module, "count_cost", breaks_once)
+    with pytest.raises(ZeroDivisionError):
+        search(analytic_config(tmp_path))
+    left = Run.open(tmp_path / "run").trials()
+    assert left[-1].state == "running"
+    resumed = search(analytic_config(tmp_path)).trials()
+    assert [t.key for t in resumed[: len(left)]] == [t.key for t in left]
+    assert {t.state for t in resumed} == {"complete"}
+
+
+def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path):
+    run = search(analytic_config(tmp_path, trials=2))
+    study = optuna.load_study(study_name="run", storage=run.storage())
+    study.ask().set_user_attr("attempts", 3)  # a process died in it three times
+    trials = search(analytic_config(tmp_path, trials=3)).trials()
+    assert [t.state for t in trials] == ["complete", "complete", "failed", "complete"]
+    assert trials[2].failure.startswith("killed:")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"space": MINI}, "space"),
+        ({"objectives": ("macs", "params")}, "objectives"),
+        ({"proxy": "macs"}, "proxy"),
+        ({"epochs": 7}, "epochs"),
+        ({"input_size": 64}, "data"),
+        ({"dtype": "bf16"}, "dtype"),
+        ({"batch_size": 2}, "batch_size"),
+        ({"threads": 2}, "threads"),
+        ({"channels_last": True}, "channels_last"),
+        ({"seed": 1}, "seed"),
+        ({"budgets": {"macs": 1e12}}, "budgets"),
+    ],
+)
+def test_resuming_under_other_conditions_is_refused(tmp_path, change, named):
+    search(analytic_config(tmp_path, trials=1))
+    with pytest.raises(RunError, match=f"with another {named} ") as caught:
+        search(analytic_config(tmp_path, trials=2, **change))
+    assert "\n" not in str(caught.value)
+    assert len(Run.open(tmp_path / "run").trials()) == 1
+
+
+def test_sampler_and_trials_may_change(tmp_path):
+    search(analytic_config(tmp_path, trials=1))
+    assert len(search(analytic_config(tmp_path, trials=3, sampler="nsga2")).trials()) == 3
+
+
+def test_two_searches_in_one_folder_are_refused(tmp_path):
+    run = search(analytic_config(tmp_path, trials=1))
+    with run.locked(), pytest.raises(RunError, match="another search is running"):
+        search(analytic_config(tmp_path, trials=2))
+
+
+def test_images_too_small_leave_nothing_behind(tmp_path):
+    mobile = search_spaces.load("mobile")
+    with pytest.raises(UsageError, match="too small for a total stride of 32"):
+        search(analytic_config(tmp_path, space=mobile, input_size=16))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"not a run folder and not empty \(it holds thesis.txt\)"):
+        search(analytic_config(tmp_path))
+    assert [f.name for f in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_creation_cut_short_is_taken_over(tmp_path):
+    run = search(analytic_config(tmp_path, trials=1))
+    for file in run.path.iterdir():
+        if file.name != "study.db":
+            file.unlink()
+    assert len(search(analytic_config(tmp_path, trials=2)).trials()) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 500])
+def test_a_damaged_study_is_one_line(tmp_path, content):
+    run = search(analytic_config(tmp_path, trials=1))
+    (run.path / "study.db").write_bytes(content)
+    for use in (run.trials, lambda: search(analytic_config(tmp_path, trials=2))):
+        with pytest.raises(RunError) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 99, "config": {}}', '{"format": 1, "config": 3}']
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError) as caught:
+        Run.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trials": 0},
+        {"epochs": 0},
+        {"sampler": "tpee"},
+        {"dtype": "fp8"},
+        {"runtime": "x"},
+        {"proxy": "x"},
+        {"seed": -1},
+        {"timeout_minutes": 0.0},
+        {"objectives": ("latency",)},
+        {"storage": "postgresql://me:secret@host/db"},
+    ],
+)
+def test_bad_configurations_are_refused(tmp_path, change):
+    with pytest.raises(UsageError) as caught:
+        analytic_config(tmp_path, **change)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_front_ignores_what_was_not_scored(tmp_path):
+    run = search(analytic_config(tmp_path, trials=4))
+    scored = [t for t in run.trials() if t.state == "complete"]
+    for state in ("pruned", "failed", "running"):
+        assert run.front([replace(t, state=state) for t in scored]) == []
+    assert run.hypervolume([]) == 0
+
+
+def test_hypervolume_is_that_of_the_rectangles(tmp_path):
+    run = search(analytic_config(tmp_path, trials=16))
+    best = {}
+    for trial in run.front():
+        best[trial.scores.macs] = trial.scores.proxy
+    edges = [*sorted(best), run.reference["macs"]]
+    area = sum((right - left) * best[left] for left, right in itertools.pairwise(edges))
+    assert run.hypervolume(run.front()) == pytest.approx(area)
+
+
+def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
+    """A real process, killed without warning while a trial runs; the resumed run has every trial once."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "cli", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("[2/5]"):
+                break
+        time.sleep(0.7)  # into the third trial
+        os.kill(process.pid, signal.SIGKILL)
+    before = Run.open(out).trials()
+    assert [t.state for t in before[:2]] == ["complete", "complete"]
+    done = subprocess.run([*command[:5], str(out)], capture_output=True, text=True, timeout=300, check=True)
+    after = Run.open(out).trials()
+    assert len(after) == 5, done.stderr
+    assert [t.number for t in after] == list(range(5))
+    assert {t.state for t in after} == {"complete"}
+    assert len({t.key for t in after}) == 5
+    assert [t.key for t in after[: len(before)]] == [t.key for t in before]
+    np.testing.assert_equal(after[0].scores.to_dict(), before[0].scores.to_dict())
