@@ -81,7 +81,8 @@ class StageChoices:
                 raise UsageError(f"a stage's mixer is {mixer!r}: it must be one of {', '.join(MIXER_TYPES)}")
             for name in self.options.keys() & {f.name for f in fields(mixer)}:
                 for choice in self.options[name]:
-                    type(mixer)(**{name: choice})
+                    option: dict[str, Any] = {name: choice}
+                    type(mixer)(**option)
         if len(set(mixers)) != len(mixers):
             raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
