@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
     logging.getLogger("nas").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -58,11 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+class _LogToStderr(logging.Handler):
+    """Logs to what standard error is at that moment: a live display stands in for it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record as a line."""
+        print(self.format(record), file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -217,21 +226,24 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
 
     from nas.search import search
 
-    with _ProgressDisplay(config.trials) as display:
-        try:
+    display = _ProgressDisplay(config.trials)
+    try:
+        with display:
             run = search(config, display.update)
-        except (KeyboardInterrupt, SystemExit):
-            if display.run_path is not None:
-                click.echo(f"interrupted; resume with: {_program()} search --out {display.run_path}", err=True)
-            raise
+    except (KeyboardInterrupt, SystemExit):
+        if display.run_path is not None:
+            path = shlex.quote(str(display.run_path))
+            click.echo(f"interrupted; resume with: {_program()} search --out {path}", err=True)
+        raise
     front = run.front()
     if as_json:
         _print_json(run.front_dict(front))
         return
     _print_table(_front_table(run, front))
-    click.echo(f"next:\n  {_program()} plot {run.path}\n  {_program()} export {run.path} --all")
+    path = shlex.quote(str(run.path))
+    click.echo(f"next:\n  {_program()} plot {path}\n  {_program()} export {path} --all")
     if front:
-        click.echo(f"  {_program()} measure {run.path}@{front[0].key}")
+        click.echo(f"  {_program()} measure {shlex.quote(f'{run.path}@{front[0].key}')}")
 
 
 _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout": "trial_timeout_minutes"}
@@ -288,7 +300,11 @@ class _ProgressDisplay:
             TimeRemainingColumn(),
         )
         self._task = self._bar.add_task("search", total=target)
-        self._live = Live(self._bar, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._live = (
+            Live(self._bar, console=self._console, refresh_per_second=4, transient=True)
+            if self._console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> _ProgressDisplay:
         if self._live is not None:

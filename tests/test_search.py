@@ -366,3 +366,18 @@ def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
     assert len({t.key for t in after}) == 5
     assert [t.key for t in after[: len(before)]] == [t.key for t in before]
     np.testing.assert_equal(after[0].scores.to_dict(), before[0].scores.to_dict())
+
+
+@pytest.mark.gpu
+def test_the_same_search_on_cuda(tmp_path):
+    config = SearchConfig(
+        space=MINI,
+        objectives=("latency", "accuracy", "memory"),
+        device="cuda",
+        trials=3,
+        epochs=1,
+        out=tmp_path / "run",
+    )
+    run = search(config)
+    assert "gpu" in run.manifest["machine"]
+    assert all(t.scores.latency_ms > 0 and t.scores.memory_mib > 0 for t in run.front())
