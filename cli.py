@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def _print_table(table: Table) -> None:
     from rich.console import Console
 
     # in a pipe there is no width to keep to: never cut a figure
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console = Console(markup=False) if sys.stdout.isatty() else Console(width=240, markup=False)
     console.print(table)
 
 
@@ -112,7 +113,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(box=SIMPLE, title=title, title_justify="left")
     for column in columns:
         name, right = column.removesuffix(">"), column.endswith(">")
-        table.add_column(name, justify="right" if right else "left", no_wrap=right)
+        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "key", overflow="fold")
     return table
 
 
@@ -122,13 +123,13 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
     from nas.search.objectives import OBJECTIVES as ALL
     from nas.search.objectives import format_value
 
+    with_stages = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 100
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
-    hypervolume = f"{run.hypervolume(front):.5g}"
     table = _table(
         "key",
         *(f"{o.label}>" for o in shown),
-        "stages",
-        title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {hypervolume}",
+        *(["stages"] if with_stages else []),
+        title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {run.hypervolume(front):.5g}",
     )
     for trial in front[:limit]:
         cells = []
@@ -142,11 +143,17 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
                 text += f" ±{trial.scores.accuracy_std:.2f}"
             cells.append(text)
         assert trial.architecture is not None
-        stages = ", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture))
-        table.add_row(trial.key, *cells, stages)
+        if with_stages:
+            cells.append(", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
+        table.add_row(trial.key, *cells)
     if limit is not None and len(front) > limit:
         table.add_row("…")
     return table
+
+
+def _typed(context: click.Context, options: dict[str, Any]) -> set[str]:
+    """The options that stand on the command line."""
+    return {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
 
 
 def _conditions(command: Any) -> Any:
@@ -221,7 +228,7 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
 
     Resuming takes every option that is not given from the run.
     """
-    typed = {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    typed = _typed(context, options)
     config = _search_config(options, typed)
 
     from nas.search import search
@@ -252,12 +259,12 @@ _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout"
 def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
     """The options as a `SearchConfig`; those not typed come from the run that is resumed, if there is one."""
     import search_spaces
-    from nas.runs import Run
+    from nas.runs import Run, is_run
     from nas.search import SearchConfig
     from nas.search.objectives import parse_budgets
 
     out: Path | None = options["out"]
-    resumed = out is not None and (out / "run.json").is_file()
+    resumed = out is not None and is_run(out)
     taken = {name: value for name, value in options.items() if name in typed or not resumed}
     values: dict[str, Any] = {}
     for name, value in taken.items():
@@ -290,7 +297,7 @@ class _ProgressDisplay:
         )
 
         self.run_path: Path | None = None
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._bar = Progress(
             TextColumn("scored"),
             BarColumn(),
@@ -361,12 +368,10 @@ def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     run = Run.open(run_path)
-    if as_csv:
-        run.write_tables()
-        click.echo((run.path / "front.csv").read_text(encoding="utf-8"), nl=False)
-        return
     trials = run.front()
-    if as_json:
+    if as_csv:
+        click.echo(run.table(trials, on_front=True), nl=False)
+    elif as_json:
         _print_json(run.front_dict(trials))
     else:
         _print_table(_front_table(run, trials))
@@ -426,15 +431,22 @@ def export(run_path: Path, keys: tuple[str, ...], everything: bool, out: Path | 
 @_conditions
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def measure(targets: tuple[str, ...], input_size: int | None, as_json: bool, **options: Any) -> None:
-    """Measure latency, MACs, parameters and memory of networks."""
+@click.pass_context
+def measure(
+    context: click.Context, /, targets: tuple[str, ...], input_size: int | None, as_json: bool, **options: Any
+) -> None:
+    """Measure latency, MACs, parameters and memory of networks.
+
+    A point of a run is measured under the conditions of its run, where no option says otherwise.
+    """
     from nas.measure import measure as take
     from nas.search.objectives import OBJECTIVES as ALL
     from nas.search.objectives import format_value
     from nas.targets import resolve
 
     chosen = [resolve(text) for text in targets]
-    rows = [take(target, input_size, **options) for target in chosen]
+    typed = {name: options[name] for name in _typed(context, options)}
+    rows = [take(target, input_size, **typed) for target in chosen]
     if as_json:
         _print_json(rows)
         return
@@ -451,8 +463,9 @@ def measure(targets: tuple[str, ...], input_size: int | None, as_json: bool, **o
             format_value(ALL["memory"], row["memory_mib"]),
         )
     _print_table(table)
-    at = rows[0]
-    click.echo(f"{at['runtime']}, {at['dtype']}, batch {at['batch_size']}, {at['threads']} threads, {at['machine']}")
+    names = ("runtime", "dtype", "batch_size", "threads", "device", "machine")
+    for at in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        click.echo("measured with {}, {}, batch {}, {} threads, on {} ({})".format(*at))
     for row in rows:
         if row["uncounted"]:
             click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
@@ -466,7 +479,7 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
     """Show a network, or a space, stage by stage."""
     import search_spaces
 
-    if target in search_spaces.names():
+    if target in search_spaces.names() or search_spaces.is_space_file(target):
         _describe_space(target, as_json)
         return
 
@@ -513,7 +526,7 @@ def _describe_space(name: str, as_json: bool) -> None:
 
     space = search_spaces.load(name)
     if as_json:
-        _print_json(space.to_dict() | {"size": space.size})
+        _print_json(space.to_dict())  # a space file, as `search --space` takes it
         return
     columns = list(dict.fromkeys(field for stage in space.stages for field in stage.choices))
     table = _table("stage>", *columns, title=f"{space.name}: {space.description} ({_count(space.size)} architectures)")

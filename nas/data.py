@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from .errors import DataError, UsageError
 HOLDOUT_SHARE = 0.25
 DIGITS_TEST_SHARE = 0.2
 MAX_IMAGES = 20_000
+MAX_INPUT_SIZE = 1024
 NOT_MIRRORED = ("digits", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
 """Sets whose images mean something else when mirrored."""
 
@@ -65,7 +67,7 @@ class ImageData:
         mirrored: whether training may mirror images left to right.
         num_available: images of the training split before any subset was drawn.
         corrupt: names of the images that could not be read.
-        fingerprint: short hash of every decoded pixel and label.
+        fingerprint: short hash of every decoded pixel and label, training part first: it tells splits apart too.
     """
 
     name: str
@@ -116,27 +118,32 @@ def load_data(
     """
     if max_images < 2:
         raise UsageError(f"--images {max_images}: at least 2 are needed")
-    if input_size is not None and input_size < 1:
-        raise UsageError(f"input size {input_size}: it must be above 0")
+    if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
+        raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
     source = _open(name, data_root)
     rng = np.random.default_rng(seed)
     chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng, at_least=1)
     if len(chosen) == 0:
         raise DataError(f"{name}: no images found")
     size = input_size or _native_size(source, chosen)
-    pixels, corrupt = _decode(source, chosen, size)
+    held, rest = stratified_split(source.targets[chosen], HOLDOUT_SHARE, rng)
+    # decoded in the order of the parts, so that both are views of one block of memory
+    ordered = np.concatenate((chosen[rest], chosen[held]))
+    pixels, corrupt = _decode(source, ordered, size)
     source.close()
-    if len(corrupt) == len(chosen):
-        raise DataError(f"{name}: none of its {len(chosen)} images could be read, the first is {corrupt[0][1]}")
+    if len(corrupt) == len(ordered):
+        raise DataError(f"{name}: none of its {len(ordered)} images could be read, the first is {corrupt[0][1]}")
     bad = {index for index, _ in corrupt}
-    labels = torch.from_numpy(source.targets[[i for i in chosen if i not in bad]])
-    counts = torch.bincount(labels, minlength=len(source.classes))
-    if int((counts > 0).sum()) < 2:
-        raise DataError(f"{name}: images of {int((counts > 0).sum())} class found, classification needs at least 2")
-    held, rest = stratified_split(labels.numpy(), HOLDOUT_SHARE, rng)
-    if len(held) == 0:
+    labels = torch.from_numpy(source.targets[[i for i in ordered if i not in bad]])
+    num_classes = len(labels.unique())
+    if num_classes < 2:
+        raise DataError(f"{name}: images of {num_classes} class found, classification needs at least 2")
+    num_train = sum(int(i) not in bad for i in chosen[rest])
+    train, holdout = Images(pixels[:num_train], labels[:num_train]), Images(pixels[num_train:], labels[num_train:])
+    if not (len(train) and len(holdout)):
         raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: 4 or more of a class are needed")
-    train, holdout = (Images(pixels[torch.from_numpy(i)], labels[torch.from_numpy(i)]) for i in (rest, held))
+    digest = hashlib.sha256(pixels.numpy().data)
+    digest.update(labels.numpy().data)
     mean, std = _channel_statistics(train.pixels)
     return ImageData(
         name=name,
@@ -150,7 +157,7 @@ def load_data(
         mirrored=name.lower() not in NOT_MIRRORED,
         num_available=len(source.targets),
         corrupt=tuple(file for _, file in corrupt),
-        fingerprint=hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16],
+        fingerprint=digest.hexdigest()[:16],
     )
 
 
@@ -207,18 +214,22 @@ def _files(name: str) -> _Source:
     from timm.data.readers import create_reader
 
     path = Path(name).expanduser()
-    if not path.exists():
-        raise DataError(f"--data {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)")
-    if path.is_file() and path.suffix != ".tar":
-        raise DataError(f"--data {name}: not a .tar of class folders")
-    if (path / "train").is_dir():
-        path = path / "train"
     try:
+        if not path.exists():
+            raise DataError(f"--data {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)")
+        if path.is_file() and path.suffix != ".tar":
+            raise DataError(f"--data {name}: not a .tar of class folders")
+        if (path / "train").is_dir():
+            path = path / "train"
         # no cached index: timm would unpickle one from beside the archive
         options: dict[str, Any] = {"cache_tarinfo": False} if path.is_file() else {}
         reader = create_reader("", root=str(path), **options)
+    except DataError:
+        raise
     except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"--data {name}: no readable images in class folders ({_one_line(error)})") from None
+        raise DataError(
+            f"--data {name}: no images could be read from it as class folders ({_one_line(error)})"
+        ) from None
     in_tar = hasattr(reader, "targets")
     targets = reader.targets if in_tar else [target for _, target in reader.samples]
     by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx
@@ -284,7 +295,16 @@ def _as_image(raw: bytes | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    struct.error,
+    tarfile.TarError,
+    Image.DecompressionBombError,
+)
 
 
 def _native_size(source: _Source, chosen: np.ndarray) -> int:
@@ -320,7 +340,10 @@ def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tenso
         except _DECODE_ERRORS:
             return None
 
-    pixels = np.empty((len(chosen), 3, size, size), dtype=np.uint8)
+    try:
+        pixels = np.empty((len(chosen), 3, size, size), dtype=np.uint8)
+    except MemoryError:
+        raise DataError(f"{len(chosen)} images of {size} pixels do not fit in memory: lower --images") from None
     good, corrupt = 0, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk in _chunks(chosen.tolist(), 256):

@@ -50,7 +50,7 @@ def export(run: Run, key: str, out: Path | None = None) -> Path:
     trial = run.find(key)
     assert trial.architecture is not None
     folder = out or run.path / "exports" / trial.key
-    if folder.exists() and not (folder / "architecture.json").is_file() and any(folder.iterdir()):
+    if folder.exists() and not _is_export(folder):
         raise UsageError(f"{folder} exists and is not an export: give another --out")
     model = load_trained(run, trial)
     try:
@@ -59,13 +59,20 @@ def export(run: Run, key: str, out: Path | None = None) -> Path:
             made = Path(temporary) / trial.key
             _fill(made, run, trial, model)
             _verify(made, model, run.manifest["data"]["input_size"])
-            if folder.exists():
-                shutil.rmtree(folder)
             os.chmod(made, 0o755)
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
             made.rename(folder)
     except OSError as error:
         raise RunError(f"cannot write the export {folder}: {error.strerror or error}") from None
     return folder
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds an export, or nothing, and may be replaced."""
+    return folder.is_dir() and (
+        not any(folder.iterdir()) or ((folder / "architecture.json").is_file() and (folder / PACKAGE).is_dir())
+    )
 
 
 def load_trained(run: Run, trial: Trial) -> nn.Module:
@@ -187,6 +194,12 @@ def model_card(run: Run, trial: Trial) -> str:
     if scores.memory_mib is not None:
         figures.append(f"| peak memory | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    timing = ""
+    if scores.latency_ms is not None:
+        timing = (
+            f"Latency: {config['runtime']}, {config['dtype']}, batch {config['batch_size']}, "
+            f"{manifest['conditions']['threads']} threads, device {machine['device']}.\n"
+        )
     software = ", ".join(f"{name} {version}" for name, version in manifest["software"].items() if name != "commit")
     return f"""---
 library_name: timm
@@ -196,7 +209,7 @@ tags: [image-classification, timm, mixnas]
 
 # mixnas {trial.key}
 
-An image backbone found by mixnas in the space `{manifest["space"]["name"]}` on `{_plain(data["name"])}`.
+An image backbone found by mixnas in the space `{manifest["space"]["name"]}` on `{_plain(Path(data["name"]).name)}`.
 
 | stage | mixer | depth | width | compression | MLP ratio | map at {size[1]}x{size[2]} |
 |---|---|---|---|---|---|---|
@@ -221,9 +234,7 @@ backbone = timm.create_model("local-dir:PATH/TO/{trial.key}", pretrained=True, f
 
 Weights are those of the search's short training ({config["epochs"]} epochs on {data["num_train"]} images of
 {size[1]}x{size[2]}, seed {config["seed"]}): good for ranking and as a start, not a finished model.
-Latency: {config["runtime"]}, {config["dtype"]}, batch {config["batch_size"]}, \
-{manifest["conditions"]["threads"]} threads, device {machine["device"]}.
-
+{timing}
 Machine: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"]}. Software: {software}.
 Run `{_plain(run.name)}`, trial {trial.number}, created {manifest["created"]}.
 """

@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .architecture import mixer_label, resolutions
-from .errors import UsageError, unknown_name
+from .errors import NasError, UsageError
 from .runs import describe_machine
-from .scoring.cost import count_cost
-from .scoring.latency import DTYPES, RUNTIMES, LatencyConfig, measure_latency
-from .scoring.memory import measure_memory_mib
+from .scoring.cost import Cost, count_cost
+from .scoring.latency import DTYPES, LatencyConfig, measure_latency
+from .scoring.memory import is_out_of_memory, measure_memory_mib
 from .search.study import resolve_device
 from .targets import Target
 
 
-def measure(
-    target: Target,
-    input_size: int | None = None,
-    device: str = "auto",
-    runtime: str = "eager",
-    dtype: str = "fp32",
-    batch_size: int = 1,
-    threads: int | None = None,
-    channels_last: bool = False,
-) -> dict[str, Any]:
+def measure(target: Target, input_size: int | None = None, **conditions: Any) -> dict[str, Any]:
     """Latency with its interval, throughput, MACs, parameters and peak memory, with the conditions they hold under.
 
+    Args:
+        target: what to measure.
+        input_size: side of the images; None takes the target's own.
+        conditions: `device`, `runtime`, `dtype`, `batch_size`, `threads`, `channels_last`; those not given are the
+            target's own (a run's point is measured as in its run), else those of `LatencyConfig`, on any device.
+
     Raises:
-        UsageError: where a condition is not allowed or the images are too small.
+        UsageError: where a condition is not allowed or the images do not suit the network.
+        NasError: where memory runs out.
     """
-    for what, name, table in (("runtime", runtime, RUNTIMES), ("dtype", dtype, DTYPES)):
-        if name not in table:
-            raise unknown_name(what, name, table)
-    for what, number in (("batch size", batch_size), ("number of threads", threads)):
-        if number is not None and number < 1:
-            raise UsageError(f"the {what} is {number}: it must be at least 1")
-    where = resolve_device(device)
+    at = {"device": "auto", **target.conditions, **conditions}
+    config = LatencyConfig(**at | {"device": resolve_device(at["device"])})
     size = _image(target, input_size)
     model = target.build().eval()
-    cost = count_cost(model, size)
-    config = LatencyConfig(where, runtime, dtype, batch_size, threads, channels_last)
-    latency = measure_latency(model, size, config)
-    machine = describe_machine(where)
+    cost = _count(target, model, size)
+    try:
+        latency = measure_latency(model, size, config)
+        memory_mib = measure_memory_mib(model, size, config.batch_size, config.device, DTYPES[config.dtype])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NasError(f"{target.name} with a batch of {config.batch_size} does not fit in memory") from None
+    machine = describe_machine(config.device)
     return {
         "target": target.name,
         "input_size": size[1],
@@ -51,18 +51,18 @@ def measure(
         "latency_q1_ms": latency.q1_ms,
         "latency_q3_ms": latency.q3_ms,
         "repeats": latency.repeats,
-        "images_per_second": batch_size * 1e3 / latency.median_ms,
+        "images_per_second": config.batch_size * 1e3 / latency.median_ms,
         "macs": cost.macs,
         "flops": cost.flops,
         "uncounted": list(cost.uncounted),
         "params": cost.params,
-        "memory_mib": measure_memory_mib(model, size, batch_size, where, DTYPES[dtype]),
-        "device": where,
-        "runtime": runtime,
-        "dtype": dtype,
-        "batch_size": batch_size,
+        "memory_mib": memory_mib,
+        "device": config.device,
+        "runtime": config.runtime,
+        "dtype": config.dtype,
+        "batch_size": config.batch_size,
         "threads": latency.threads,
-        "channels_last": channels_last,
+        "channels_last": config.channels_last,
         "machine": machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores",
     }
 
@@ -70,7 +70,7 @@ def measure(
 def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
     """The network part by part: what each stage is, its map, MACs for one image and parameters."""
     size = _image(target, input_size)
-    cost = count_cost(target.build(), size)
+    cost = _count(target, target.build(), size)
     stages = {}
     if target.architecture is not None:
         maps = resolutions(target.architecture, size[1], size[2])
@@ -98,6 +98,16 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
             if macs or params
         ],
     }
+
+
+def _count(target: Target, model: nn.Module, size: tuple[int, int, int]) -> Cost:
+    try:
+        return count_cost(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if target.architecture is not None:
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise UsageError(f"{target.name} does not take images of {size[1]}x{size[2]} ({reason})") from None
 
 
 def _image(target: Target, input_size: int | None) -> tuple[int, int, int]:

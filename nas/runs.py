@@ -1,6 +1,6 @@
 """A run folder: its only reader and writer.
 
-    run.json                what was asked for, on what machine, with which versions (written once, at creation)
+    run.json                what was asked for, on what machine, with which versions
     study.db                Optuna's SQLite storage: the truth; absent where the storage is a server
     trials.csv              every trial, derived
     front.csv front.json    the Pareto set, derived
@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,10 +87,10 @@ class Run:
         """
         folder = Path(path)
         manifest = folder / "run.json"
-        if not folder.is_dir():
-            raise RunError(f"no run folder at {folder}")
-        if not manifest.is_file():
-            raise RunError(f"{folder} is not a run folder: it has no run.json")
+        if not is_run(folder):
+            raise RunError(
+                f"{folder} is not a run folder: it has no run.json" if folder.is_dir() else f"no run folder at {folder}"
+            )
         try:
             data = json.loads(manifest.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
@@ -106,7 +105,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
-        """Write `run.json`, the last step of a run's creation."""
+        """Write `run.json`: the last step of a run's creation, or an update of what a resumed run may change."""
         write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
         return cls.open(path)
 
@@ -149,9 +148,12 @@ class Run:
             raise RunError(f"{self.path} has no study.db: its trials are lost; start another run")
         with storage_errors(self.path):
             storage = self.storage()
-            study_id = storage.get_study_id_from_name(self.manifest["study"])
+            try:
+                study_id = storage.get_study_id_from_name(self.manifest["study"])
+            except KeyError:
+                raise no_study(self.path) from None
             frozen = storage.get_all_trials(study_id, deepcopy=False)
-            return [read_trial(t) for t in frozen]
+        return [read_trial(t) for t in frozen]
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
         """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
@@ -173,10 +175,16 @@ class Run:
 
     def write_tables(self) -> None:
         """Derive `trials.csv`, `front.csv` and `front.json` from the study."""
-        import pandas as pd
-
         trials = self.trials()
         front = self.front(trials)
+        write_file(self.path / "trials.csv", self.table(trials))
+        write_file(self.path / "front.csv", self.table(front, on_front=True))
+        write_file(self.path / "front.json", json.dumps(self.front_dict(front), indent=2) + "\n")
+
+    def table(self, trials: list[Trial], on_front: bool = False) -> str:
+        """Trials as CSV, one a line; columns in which nothing is known are left out."""
+        import pandas as pd
+
         columns = self.columns()
 
         def row(trial: Trial) -> dict[str, Any]:
@@ -193,14 +201,14 @@ class Run:
             }
 
         names = ["key", *columns.values(), "mixer", "trial", "state", "failure", "architecture"]
-        for file, chosen in (("trials.csv", trials), ("front.csv", front)):
-            table = pd.DataFrame([row(t) for t in chosen], columns=names)
-            # whole numbers stay whole where some are missing; a column nothing was measured for is left out
-            table = table.convert_dtypes().dropna(axis="columns", how="all")
-            if file == "front.csv":
-                table = table.drop(columns=["state", "failure"], errors="ignore")
-            write_file(self.path / file, table.to_csv(index=False))
-        write_file(self.path / "front.json", json.dumps(self.front_dict(front), indent=2) + "\n")
+        # whole numbers stay whole where some are missing
+        table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
+        if trials:
+            table = table.dropna(axis="columns", how="all")
+        if on_front:
+            table = table.drop(columns=["state", "failure"], errors="ignore")
+        text: str = table.to_csv(index=False)
+        return text
 
     def front_dict(self, front: list[Trial]) -> dict[str, Any]:
         """The front as plain data, with objectives, hypervolume and its reference point."""
@@ -254,49 +262,75 @@ class Run:
             if file.stem not in keep:
                 file.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder: one search at a time.
 
-        Raises:
-            RunError: where another process searches in it.
-        """
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(f"another search is running in {self.path}: wait for it, or give another --out") from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def prepare_folder(path: Path) -> None:
-    """Make an empty run folder, or take over one whose creation was cut short.
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run's manifest.
 
     Raises:
-        RunError: where the folder cannot be made or written, or holds something else.
+        RunError: where the folder cannot be looked into.
+    """
+    try:
+        return (path / "run.json").is_file()
+    except OSError as error:
+        raise RunError(f"cannot read the run folder {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Hold a run folder, made if it is not there: one search at a time. It goes again if nothing comes of it.
+
+    Raises:
+        RunError: where it cannot be made or written, holds something else, or another process searches in it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        foreign = [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
+        foreign = [] if is_run(path) else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
         if foreign:
-            raise RunError(
-                f"{path} is not a run folder and not empty (it holds {sorted(foreign)[0]}): give another --out"
-            )
-        for name in STUDY_FILES:
-            (path / name).unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except (OSError, NotADirectoryError) as error:
+            raise RunError(f"{path} is not a run folder and not empty (it holds {min(foreign)}): give another --out")
+        lock = FileLock(path / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another search is running in {path}: wait for it, or give another --out") from None
+    except OSError as error:
         raise RunError(f"cannot write the run folder {path}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not is_run(path):
+            with contextlib.suppress(OSError):
+                (path / ".lock").unlink(missing_ok=True)
+                path.rmdir()
+
+
+def remove_unfinished_study(path: Path) -> None:
+    """Clear what a creation that was cut short left in a run folder: a study without a trial, before its manifest.
+
+    Raises:
+        RunError: where the study is not such a one, and so somebody's.
+    """
+    if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
+        with storage_errors(path):
+            storage = open_storage(path, None)
+            studies = storage.get_all_studies()
+            others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
+        if others:
+            raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another --out")
+    for name in STUDY_FILES:
+        (path / name).unlink(missing_ok=True)
 
 
 def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
-    """The SQLite storage in a run folder, or the one at `url`."""
+    """The SQLite storage in a run folder, or the one at `url`.
+
+    Raises:
+        RunError: where the database's driver is not installed.
+    """
     if url is not None:
-        return optuna.storages.RDBStorage(url)
+        try:
+            return optuna.storages.RDBStorage(url)
+        except ImportError as error:
+            raise RunError(f"the storage needs a driver that is not installed ({error}): pip install it") from None
     return optuna.storages.RDBStorage(
         f"sqlite:///{(path / 'study.db').resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
     )
@@ -307,13 +341,16 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what a missing or damaged storage raises into one line."""
     try:
         yield
-    except KeyError:
-        raise RunError(f"{path}: its storage holds no study of this run; it was emptied or replaced") from None
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, UnicodeDecodeError) as error:
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise RunError(
-            f"{path}: study.db cannot be read or written ({cause}): restore it, or start another run"
+            f"the storage of {path} cannot be read or written ({cause}): restore it, or start another run"
         ) from None
+
+
+def no_study(path: Path) -> RunError:
+    """What to say where a storage does not hold a run's study."""
+    return RunError(f"the storage of {path} holds no study of this run: it was emptied or replaced")
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -384,13 +421,14 @@ def _known(value: float | None) -> float:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     data = content.encode() if isinstance(content, str) else content
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

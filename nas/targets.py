@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
@@ -27,12 +28,14 @@ class Target:
         build: makes the module, with untrained weights.
         input_size: side of the images it is meant for.
         architecture: its architecture; None for a timm model of another family.
+        conditions: how its latency was measured so far, for `measure` to repeat; empty where nothing says so.
     """
 
     name: str
     build: Callable[[], nn.Module]
     input_size: int
     architecture: Architecture | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(text: str) -> Target:
@@ -46,13 +49,6 @@ def resolve(text: str) -> Target:
         return _timm(text.removeprefix("timm:"))
     if text in PRESETS:
         return _ours(text, PRESETS[text], 1000, 224)
-    run_path, at, key = text.rpartition("@")
-    if at:
-        run = Run.open(run_path)
-        trial = run.find(key)
-        assert trial.architecture is not None
-        data = run.manifest["data"]
-        return _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
     path = Path(text)
     if path.suffix == ".json" and path.is_file():
         architecture = Architecture.from_json(_read(path))
@@ -60,6 +56,9 @@ def resolve(text: str) -> Target:
     if (path / "architecture.json").is_file():
         architecture = Architecture.from_json(_read(path / "architecture.json"))
         return _exported(path, architecture)
+    run_path, at, key = text.rpartition("@")
+    if at:
+        return _of_run(Run.open(run_path), key)
     if path.suffix == ".json" or "/" in text:
         raise UsageError(f"no target at {text}: give {KINDS}")
     raise unknown_name(f"target (not {KINDS.partition(', ')[2]})", text, PRESETS)
@@ -67,6 +66,15 @@ def resolve(text: str) -> Target:
 
 def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
     return Target(name, lambda: create_backbone(architecture, num_classes), input_size, architecture)
+
+
+def _of_run(run: Run, key: str) -> Target:
+    trial = run.find(key)
+    assert trial.architecture is not None
+    data, config = run.manifest["data"], run.manifest["config"]
+    target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
+    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last")
+    return replace(target, conditions={name: config[name] for name in names})
 
 
 def _timm(name: str) -> Target:

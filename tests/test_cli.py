@@ -105,13 +105,17 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["measure", "timm:resnet19"], 2, ["resnet19", "resnet18"]),
         (["measure", "cas_vit_xs", "--input-size", "8"], 2, ["too small"]),
         (["measure", "cas_vit_xs", "--dtype", "fp8"], 2, ["fp8", "bf16"]),
+        (["measure", "timm:test_vit", "--input-size", "33"], 2, ["does not take images of 33x33"]),
+        (["measure", "timm:test_resnet", "--batch-size", "0"], 2, ["batch size is 0"]),
         (["describe", "nothing"], 2, ["nothing"]),
+        (["plot", "{tmp}" + "x" * 300], 1, ["cannot read"]),
     ],
 )
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     got, out, err = call(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
-    lines = [line for line in err.splitlines() if not line.startswith(("[", "run folder", "measuring"))]
+    told = ("[", "run folder", "measuring")
+    lines = [line for line in err.splitlines() if not line.startswith(told)]
     assert got == code, err
     assert out == ""
     assert len(lines) == 1, err
@@ -145,6 +149,29 @@ def test_front_as_table_csv_and_json_agree(capsys, run_path):
     assert [row["key"] for row in csv.DictReader(io.StringIO(as_csv))] == [p["key"] for p in points]
     assert all(p["key"] in table for p in points)
     assert [int(row["macs"]) for row in csv.DictReader(io.StringIO(as_csv))] == [p["macs"] for p in points]
+
+
+def test_front_writes_nothing(capsys, run_path):
+    before = {f: f.stat().st_mtime_ns for f in Path(run_path).rglob("*")}
+    for options in ([], ["--csv"], ["--json"]):
+        assert call(capsys, "front", run_path, *options)[0] == 0
+    assert {f: f.stat().st_mtime_ns for f in Path(run_path).rglob("*")} == before
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys, tmp_path):
+    code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run[v2][/b] x"))
+    assert code == 0
+    assert "run[v2][/b] x" in out
+    assert f"plot '{tmp_path}/run[v2][/b] x'" in out
+
+
+def test_a_point_is_measured_under_its_runs_conditions(capsys, tmp_path):
+    code, _, err = call(capsys, *SEARCH, "--batch-size", "3", "--out", str(tmp_path / "run"))
+    assert code == 0, err
+    _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")
+    target = f"{tmp_path / 'run'}@{json.loads(front)['points'][0]['key']}"
+    assert json.loads(call(capsys, "measure", target, "--json")[1])[0]["batch_size"] == 3
+    assert json.loads(call(capsys, "measure", target, "--json", "--batch-size", "1")[1])[0]["batch_size"] == 1
 
 
 def test_search_json_is_the_front(capsys, tmp_path):
@@ -194,9 +221,8 @@ def test_spaces_lists_every_declaration(capsys):
 
 def test_a_space_file_of_ones_own(capsys, tmp_path):
     _, out, _ = call(capsys, "describe", "mini", "--json")
-    declared = json.loads(out)
-    del declared["size"]
-    (tmp_path / "own.json").write_text(json.dumps(declared | {"name": "own"}))
+    (tmp_path / "own.json").write_text(out.replace('"mini"', '"own"'))
+    assert call(capsys, "describe", str(tmp_path / "own.json"))[0] == 0
     code, out, err = call(capsys, *SEARCH, "--space", str(tmp_path / "own.json"), "--out", str(tmp_path / "run"))
     assert code == 0, err
 

@@ -73,6 +73,12 @@ def test_runs_with_other_objectives_are_refused(run, tmp_path):
         plots.plot([run, other], tmp_path)
 
 
+def test_trained_and_untrained_accuracy_are_not_mixed(run, tmp_path):
+    trained = search(replace(SearchConfig.from_run(run), proxy="train", epochs=1, trials=1, out=tmp_path / "trained"))
+    with pytest.raises(UsageError, match=r"proxy_params.*accuracy"):
+        plots.plot([run, trained], tmp_path)
+
+
 def test_a_run_without_scores_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "trials", lambda self: [])
     with pytest.raises(RunError, match="nothing to plot"):

@@ -15,12 +15,13 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from PIL import Image
 
 import search_spaces
 from nas.architecture import Architecture
 from nas.errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError
 from nas.models import create_backbone
-from nas.runs import Run
+from nas.runs import Run, locked_folder
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
 from nas.search import evaluate as evaluate_module
@@ -105,7 +106,7 @@ def test_the_main_job_scores_all_it_should(tmp_path):
 )
 def test_any_two_to_four_objectives(tmp_path, objectives):
     run = search(analytic_config(tmp_path, objectives=objectives, trials=3))
-    assert [o.name for o in run.objectives] == list(objectives)
+    assert [o.name for o in run.objectives] == [{"accuracy": "proxy_params"}.get(n, n) for n in objectives]
     for trial in run.front():
         assert all(o.read(trial.scores) is not None for o in run.objectives)
     assert run.hypervolume(run.front()) > 0
@@ -170,7 +171,7 @@ def test_a_budget_nothing_meets_ends_with_its_own_error(tmp_path):
 
 def test_a_budget_is_the_reference_point(tmp_path):
     run = search(analytic_config(tmp_path, budgets={"macs": 1e9}))
-    assert run.reference == {"macs": 1e9, "accuracy": 0.0}
+    assert run.reference == {"macs": 1e9, "proxy_params": 0.0}
 
 
 def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeypatch):
@@ -259,7 +260,7 @@ def test_sampler_and_trials_may_change(tmp_path):
 
 def test_two_searches_in_one_folder_are_refused(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
-    with run.locked(), pytest.raises(RunError, match="another search is running"):
+    with locked_folder(run.path), pytest.raises(RunError, match="another search is running"):
         search(analytic_config(tmp_path, trials=2))
 
 
@@ -280,11 +281,83 @@ def test_a_foreign_folder_is_not_touched(tmp_path):
 
 
 def test_a_creation_cut_short_is_taken_over(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
-    for file in run.path.iterdir():
-        if file.name != "study.db":
-            file.unlink()
+    (tmp_path / "run").mkdir()
+    optuna.create_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
     assert len(search(analytic_config(tmp_path, trials=2)).trials()) == 2
+
+
+@pytest.mark.parametrize(("name", "trials"), [("thesis", 0), ("run", 1)])
+def test_a_study_of_somebody_else_is_kept(tmp_path, name, trials):
+    (tmp_path / "run").mkdir()
+    storage = f"sqlite:///{tmp_path / 'run' / 'study.db'}"
+    study = optuna.create_study(study_name=name, storage=storage)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=trials)
+    with pytest.raises(RunError, match=r"holds a study.db but no run.json"):
+        search(analytic_config(tmp_path))
+    assert optuna.get_all_study_names(storage) == [name]
+
+
+def test_a_refused_search_leaves_no_folder(tmp_path):
+    with pytest.raises(RunError):
+        search(analytic_config(tmp_path, storage="sqlite:////no/such/folder/study.db"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_in_a_callback_keeps_its_type(tmp_path):
+    def forgets_a_key(_):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        search(analytic_config(tmp_path), forgets_a_key)
+
+
+def test_interrupts_are_not_held_against_an_architecture(tmp_path, monkeypatch):
+    estimate = evaluate_module.count_cost
+    run = search(analytic_config(tmp_path, trials=1))
+    for _ in range(4):
+        monkeypatch.setattr(evaluate_module, "count_cost", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            search(analytic_config(tmp_path, trials=2))
+    monkeypatch.setattr(evaluate_module, "count_cost", estimate)
+    assert [t.state for t in search(analytic_config(tmp_path, trials=2)).trials()] == ["complete", "complete"]
+    assert run.path.exists()
+
+
+def test_a_run_that_gave_up_can_go_on_once_the_cause_is_gone(tmp_path, monkeypatch):
+    estimate = evaluate_module.count_cost
+    search(analytic_config(tmp_path, trials=1))
+
+    def no_memory(*_):
+        raise MemoryError("busy")
+
+    monkeypatch.setattr(evaluate_module, "count_cost", no_memory)
+    with pytest.raises(NasError, match="last 10 trials all failed"):
+        search(analytic_config(tmp_path, trials=3))
+    monkeypatch.setattr(evaluate_module, "count_cost", estimate)
+    assert sum(t.state == "complete" for t in search(analytic_config(tmp_path, trials=3)).trials()) == 3
+
+
+def test_what_a_resumed_run_may_change_is_kept(tmp_path):
+    search(analytic_config(tmp_path, trials=1))
+    search(analytic_config(tmp_path, trials=3, sampler="nsga2"))
+    again = SearchConfig.from_run(Run.open(tmp_path / "run"))
+    assert (again.trials, again.sampler) == (3, "nsga2")
+
+
+def test_the_same_data_may_be_spelled_in_another_way(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / f"images/{label}/{i}.png"
+            )
+    monkeypatch.chdir(tmp_path)
+    search(analytic_config(tmp_path, data="images", trials=1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(search(analytic_config(tmp_path, data="../images", trials=2)).trials()) == 2
+    assert SearchConfig.from_run(Run.open(tmp_path / "run")).data == str(tmp_path / "images")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database" * 500])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -18,6 +19,8 @@ from ..search.objectives import Objective, format_value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 COLOURS = (
     "#0072B2",
@@ -47,12 +50,12 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
         UsageError: where the runs' objectives differ.
         RunError: where no run has a scored architecture, or the files cannot be written.
     """
-    names = [tuple(o.name for o in run.objectives) for run in runs]
-    if len(set(names)) != 1:
-        raise UsageError(
-            "these runs have different objectives: "
-            + "; ".join(f"{run.name} has {','.join(n)}" for run, n in zip(runs, names, strict=True))
-        )
+    if len({run.objectives for run in runs}) != 1:
+        named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
+        raise UsageError(f"these runs have different objectives: {named}")
+    for name in ("device", "runtime", "dtype", "batch_size", "threads", "input_size", "data"):
+        if len({str(run.manifest["conditions"].get(name)) for run in runs}) > 1:
+            log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
     scored: list[tuple[Run, list[Trial], list[Trial]]] = []
     for run in runs:
         trials = [t for t in run.trials() if t.state == "complete"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from typing import Any
 
@@ -12,6 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+
+_SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+"""What torch's allocators and libraries say, in the several types of error they raise."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
+    )
 
 
 def measure_memory_mib(
@@ -28,23 +39,31 @@ def measure_memory_mib(
     included), which is a property of the network and repeats to the byte; scratch space inside operations is not seen.
     """
     target = torch.device(device)
+    probe = copy.deepcopy(model).eval()
+    images = torch.zeros(batch_size, *input_size)
     if target.type == "cuda":
-        torch.cuda.synchronize(target)
-        before = torch.cuda.memory_allocated(target)
-        torch.cuda.reset_peak_memory_stats(target)
-    probe = copy.deepcopy(model).to(target, dtype).eval()
-    images = torch.zeros(batch_size, *input_size, device=target, dtype=dtype)
-    if target.type == "cuda":
-        with torch.inference_mode():
-            probe(images)
-        torch.cuda.synchronize(target)
-        return (torch.cuda.max_memory_allocated(target) - before) / MIB
+        return _cuda_peak_mib(probe, images, target, dtype)
+    probe, images = probe.to(dtype=dtype), images.to(dtype)
     live = _LiveActivations(probe)
     live.see(images)
     with torch.no_grad(), live:
         probe(images)
     weights = sum(t.untyped_storage().nbytes() for t in (*probe.parameters(), *probe.buffers()))
     return (weights + live.peak_bytes) / MIB
+
+
+def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype) -> float:
+    # a pass beforehand: libraries take workspaces from the allocator at their first use and keep them
+    with torch.inference_mode():
+        copy.deepcopy(model).to(device, dtype)(images.to(device, dtype))
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        model.to(device, dtype)(images.to(device, dtype))
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
 class _LiveActivations(TorchDispatchMode):

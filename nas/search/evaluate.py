@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ..models import create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
-from ..scoring.memory import measure_memory_mib
+from ..scoring.memory import is_out_of_memory, measure_memory_mib
 from .objectives import OBJECTIVES, Scores
 
 
@@ -70,7 +71,7 @@ class Evaluator:
                 f"images of {side} pixels are too small for a total stride of {architecture.reduction}: "
                 f"set --input-size to {architecture.reduction} or more, or use a space with fewer stages"
             )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
             return create_backbone(architecture, len(self.data.classes))
 
@@ -81,17 +82,18 @@ class Evaluator:
             TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout).
         """
         start = time.perf_counter()
+        shortage = ""
         try:
             evaluation = self._evaluate(architecture)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise TrialFailure("out_of_memory", str(error).splitlines()[0] if str(error) else "out of memory") from None
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # what torch's CPU allocator says
-                raise TrialFailure("out_of_memory", str(error).splitlines()[0]) from None
-            raise
-        finally:
-            if self.latency.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).partition("\n")[0] or "out of memory"
+        if shortage:
+            # not in the handler: only now are the frames that held the tensors gone
+            gc.collect()
+            torch.cuda.empty_cache()
+            raise TrialFailure("out_of_memory", shortage)
         scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
         return replace(evaluation, scores=scores)
 

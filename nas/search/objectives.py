@@ -121,7 +121,7 @@ def parse_objectives(names: Sequence[str], proxy: str, proxy_trained: bool) -> t
         raise UsageError(f"objectives {','.join(names) or '(none)'}: name two to four of {', '.join(OBJECTIVES)}")
     chosen = [OBJECTIVES[name] for name in names]
     if not proxy_trained:
-        stand_in = Objective("accuracy", "proxy", "", False, f"Proxy {proxy} (untrained)")
+        stand_in = Objective(f"proxy_{proxy}", "proxy", "", False, f"Proxy {proxy} (untrained)")
         chosen = [stand_in if o.name == "accuracy" else o for o in chosen]
     return tuple(chosen)
 

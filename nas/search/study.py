@@ -7,6 +7,7 @@ very trial, under its number and with its draw, so nothing is lost and nothing i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -29,9 +30,12 @@ from ..runs import (
     Trial,
     describe_machine,
     describe_software,
+    is_run,
+    locked_folder,
+    no_study,
     open_storage,
-    prepare_folder,
     read_trial,
+    remove_unfinished_study,
     storage_errors,
 )
 from ..scoring.accuracy import ESTIMATORS, Fidelity
@@ -44,9 +48,9 @@ from .samplers import SAMPLERS, UnseenSampler, suggest
 log = logging.getLogger(__name__)
 
 MAX_OVER_BUDGET = 100
-"""Architectures in a row that may be over budget before a search gives up."""
+"""Architectures in a row that may be over budget (or fail) before a search gives up."""
 MAX_FAILURES = 10
-"""Likewise for failures."""
+"""Failures in a row before it gives up."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -186,10 +190,17 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     device = resolve_device(config.device)
-    existing = Run.open(config.out) if config.out is not None and (config.out / "run.json").is_file() else None
-    if existing is None and config.out is None:
-        config = replace(config, out=_new_folder(config))
+    config = replace(
+        config,
+        data=_absolute(config.data),
+        data_root=None if config.data_root is None else str(Path(config.data_root).expanduser().resolve()),
+        out=_new_folder(config) if config.out is None else config.out,
+    )
     assert config.out is not None
+    if is_run(config.out):
+        Run.open(config.out)  # a damaged one is refused before data is read
+    if "accuracy" not in config.objectives:
+        log.info("accuracy is not an objective: nothing is trained")
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
     if data.corrupt:
         shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
@@ -197,12 +208,29 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     evaluator = _evaluator(config, device, data)
     evaluator.build(config.space.largest()[0])  # refuses images that are too small, before anything is written
     conditions = score_conditions(config, device, data)
-    if existing is None:
-        prepare_folder(config.out)
-    run = existing or _create(config, device, data, evaluator, conditions)
-    _check_same(run, conditions)
-    with run.locked(), storage_errors(run.path):
-        return _Search(run, config, evaluator, on_trial).run_trials()
+    with locked_folder(config.out):
+        if is_run(config.out):
+            run = Run.open(config.out)
+            _check_same(run, conditions)
+            run = _update(run, config)
+        else:
+            run = _create(config, device, data, evaluator, conditions)
+        with storage_errors(run.path):
+            return _Search(run, config, evaluator, on_trial).run_trials()
+
+
+def _absolute(data: str) -> str:
+    """A path as it is found from anywhere; names of embedded and installed sets as they are."""
+    embedded = data == "digits" or data.lower().startswith(("torch/", "hfds/"))
+    return data if embedded else str(Path(data).expanduser().resolve())
+
+
+def _update(run: Run, config: SearchConfig) -> Run:
+    """Keep what a resumed run may change, so that the next resume goes on with it."""
+    asked = {name: getattr(config, name) for name in ("trials", "sampler", "timeout_minutes", "trial_timeout_minutes")}
+    if asked == {name: run.manifest["config"].get(name) for name in asked}:
+        return run
+    return Run.create(run.path, {**run.manifest, "config": {**run.manifest["config"], **asked}})
 
 
 def resolve_device(name: str) -> str:
@@ -232,7 +260,7 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict
     machine = describe_machine(device)
     return {
         "space": config.space.to_dict(),
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
+        "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
         "input_size": data.input_size[1],
         "objectives": list(config.objectives),
         "budgets": dict(config.budgets),
@@ -284,15 +312,19 @@ def _create(
     """Fix the reference point, create the study, and only then write the manifest that makes the folder a run."""
     assert config.out is not None
     objectives = parse_objectives(config.objectives, config.proxy, ESTIMATORS[config.proxy].trained)
-    reference = _reference(config, evaluator, objectives)
     name = config.out.resolve().name
+    remove_unfinished_study(config.out)
+    with storage_errors(config.out):
+        storage = open_storage(config.out, config.storage)
+        for old in storage.get_all_studies():
+            if old.study_name == name:
+                if storage.get_n_trials(old._study_id):
+                    raise RunError(f"the storage already has a study named {name!r}: give another --out")
+                storage.delete_study(old._study_id)  # a creation that was cut short
+    reference = _reference(config, evaluator, objectives)
     try:
         with storage_errors(config.out):
-            study = optuna.create_study(
-                storage=open_storage(config.out, config.storage),
-                study_name=name,
-                directions=[o.direction for o in objectives],
-            )
+            study = optuna.create_study(storage=storage, study_name=name, directions=[o.direction for o in objectives])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([o.name for o in objectives])
@@ -391,33 +423,36 @@ class _Search:
         self.on_trial = on_trial or (lambda _: None)
         self.space = config.space
         self.known: set[str] = set()
-        self.study = optuna.load_study(
-            study_name=run.manifest["study"],
-            storage=run.storage(),
-            sampler=UnseenSampler(config.sampler, config.space, self.known, config.seed),
-        )
+        try:
+            self.study = optuna.load_study(
+                study_name=run.manifest["study"],
+                storage=run.storage(),
+                sampler=UnseenSampler(config.sampler, config.space, self.known, config.seed),
+            )
+        except KeyError:
+            raise no_study(run.path) from None
         frozen = self.study.get_trials(deepcopy=False)
         self.trials = [read_trial(t) for t in frozen if t.state.is_finished()]
         self.known.update(t.key for t in self.trials if t.architecture)
         self.unfinished = [t for t in frozen if not t.state.is_finished()]
+        self.before = len(self.trials)  # what earlier processes did
         self.front = run.front(self.trials)
+        self.hypervolume = run.hypervolume(self.front)
 
     def run_trials(self) -> Run:
         """Score until done; the tables are derived however it ends."""
         started = time.monotonic()
         limit = self.config.timeout_minutes
+        gave_up = exhausted = False
         self._report(None)
         try:
             while self._count("complete") < self.config.trials:
                 if limit is not None and time.monotonic() - started > limit * 60:
                     log.warning("the time limit of %g minutes is reached", limit)
                     break
-                if len(self.known) >= self.space.size and not self.unfinished:
-                    log.warning(
-                        "space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size
-                    )
-                    break
-                if self._stuck():
+                exhausted = len(self.known) >= self.space.size and not self.unfinished
+                gave_up = self._gives_up()
+                if exhausted or gave_up:
                     break
                 self._one_trial()
         except BaseException:
@@ -426,8 +461,12 @@ class _Search:
                 self.run.write_tables()
             raise
         self.run.write_tables()
-        if not self._count("complete") and self._count("pruned"):
-            raise InfeasibleError(self._nothing_feasible())
+        if not self._count("complete"):
+            self._raise_nothing_scored(gave_up or exhausted)
+        if exhausted:
+            log.warning("space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size)
+        if gave_up:
+            log.warning("stopped: none of the last %d architectures could be scored", MAX_OVER_BUDGET)
         return self.run
 
     def _one_trial(self) -> None:
@@ -451,6 +490,11 @@ class _Search:
         except TrialFailure as failure:
             self._fail(trial, architecture, failure)
             return
+        except BaseException:
+            trial.set_user_attr(
+                "attempts", attempts - 1
+            )  # it was stopped, or found a bug: no fault of the architecture
+            raise
         trial.set_user_attr("scores", evaluation.scores.to_dict())
         for name, budget in self.config.budgets.items():
             value = OBJECTIVES[name].read(evaluation.scores)
@@ -467,8 +511,9 @@ class _Search:
         if evaluation.weights is not None and done in front:
             self.run.save_weights(done.key, evaluation.weights)
         self.study.tell(trial, values)
-        self.front = front
-        self.run.drop_weights({t.key for t in front})
+        if front != self.front:
+            self.front, self.hypervolume = front, self.run.hypervolume(front)
+            self.run.drop_weights({t.key for t in front})
         self._ended(done)
 
     def _values(self, evaluation: Evaluation) -> list[float] | None:
@@ -491,36 +536,35 @@ class _Search:
         self._report(trial)
 
     def _report(self, trial: Trial | None) -> None:
-        hypervolume = self.run.hypervolume(self.front)
-        self.on_trial(
-            Progress(self.run, trial, self._count("complete"), self.config.trials, list(self.front), hypervolume)
-        )
+        scored = self._count("complete")
+        self.on_trial(Progress(self.run, trial, scored, self.config.trials, list(self.front), self.hypervolume))
 
     def _count(self, state: str) -> int:
         return sum(t.state == state for t in self.trials)
 
-    def _stuck(self) -> bool:
-        """Whether the last trials all ended badly; raises where there is nothing to show for it."""
-        states = [t.state for t in self.trials]
-        if len(states) >= MAX_FAILURES and set(states[-MAX_FAILURES:]) == {"failed"}:
-            raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {self.trials[-1].failure}")
-        if len(states) >= MAX_OVER_BUDGET and set(states[-MAX_OVER_BUDGET:]) == {"pruned"}:
-            if self._count("complete"):
-                log.warning("the last %d architectures were all over budget: stopped", MAX_OVER_BUDGET)
-            return True
-        return False
+    def _gives_up(self) -> bool:
+        """Whether this process has scored nothing for too long; raises where all that happened was failures."""
+        streak = list(itertools.takewhile(lambda t: t.state != "complete", reversed(self.trials[self.before :])))
+        if len(streak) >= MAX_FAILURES and {t.state for t in streak[:MAX_FAILURES]} == {"failed"}:
+            raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {streak[0].failure}")
+        return len(streak) >= MAX_OVER_BUDGET
 
-    def _nothing_feasible(self) -> str:
+    def _raise_nothing_scored(self, tried_enough: bool) -> None:
+        over = self._count("pruned")
+        if not over or not tried_enough:
+            last = next((t.failure for t in reversed(self.trials) if t.failure), "no trial ended")
+            raise NasError(
+                f"no architecture was scored: {over} over budget, {self._count('failed')} failed; last: {last}"
+            )
         parts = []
         for name, budget in self.config.budgets.items():
             objective = OBJECTIVES[name]
             seen = [v for t in self.trials if (v := objective.read(t.scores)) is not None]
             if seen and min(seen) > budget:
-                parts.append(
-                    f"{name} {format_value(objective, budget)} (least seen: {format_value(objective, min(seen))})"
-                )
+                least = format_value(objective, min(seen))
+                parts.append(f"{name} {format_value(objective, budget)} (least seen: {least})")
         budgets = " and ".join(parts) or ", ".join(self.config.budgets)
-        return (
+        raise InfeasibleError(
             f"none of {len(self.trials)} architectures of space {self.space.name} meets the budget {budgets}: "
             "raise it, or search a smaller space"
         )

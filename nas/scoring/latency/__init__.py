@@ -6,13 +6,15 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.stats import binom
 from torch import nn
+
+from ...errors import UsageError, unknown_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,6 +34,9 @@ class LatencyConfig:
         repeats: timed passes, fewer where `max_seconds` ends first (at least 10).
         max_seconds: time for the repeats.
         seed: of the random input.
+
+    Raises:
+        UsageError: where a value is not allowed.
     """
 
     device: str = "cpu"
@@ -44,6 +49,14 @@ class LatencyConfig:
     repeats: int = 100
     max_seconds: float = 2.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, name, table in (("runtime", self.runtime, RUNTIMES), ("dtype", self.dtype, DTYPES)):
+            if name not in table:
+                raise unknown_name(what, name, table)
+        for what, number in (("batch size", self.batch_size), ("number of threads", self.threads)):
+            if number is not None and number < 1:
+                raise UsageError(f"the {what} is {number}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ def measure_latency(model: nn.Module, input_size: tuple[int, int, int], config: 
 
     A copy is measured: the caller's model keeps its device, type, mode and weights.
     """
-    with _threads(config.threads):
+    device = torch.device(config.device)
+    with _threads(config.threads), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         run, clock = RUNTIMES[config.runtime](model, input_size, config)
         with _no_garbage_collection(), torch.inference_mode():
             stop = time.perf_counter() + config.warmup_seconds
@@ -144,8 +158,6 @@ def _eager(
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size, generator=generator)
     images = images.to(device=device, dtype=DTYPES[config.dtype], memory_format=memory_format)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     return lambda: probe(images), time_on_cuda if device.type == "cuda" else time_on_cpu
 
 
