@@ -201,7 +201,7 @@ def _conditions(command: Any) -> Any:
 )
 @click.option("--epochs", type=int, default=4, show_default=True, help="Of the short training.")
 @click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
-@click.option("--trials", type=int, default=24, show_default=True, help="Architectures to score in all.")
+@click.option("--trials", type=int, default=32, show_default=True, help="Architectures to score in all.")
 @click.option("--timeout", type=float, metavar="MINUTES", help="Start no trial after this long.")
 @click.option("--trial-timeout", type=float, metavar="MINUTES", help="A training that takes longer fails.")
 @click.option("--sampler", default="tpe", show_default=True, help="tpe, nsga2, nsga3, gp or random.")

@@ -261,9 +261,9 @@ class Architecture:
 
     @property
     def dominant_mixer(self) -> str:
-        """The mixer used by most blocks; of equals, the one that comes first."""
+        """The mixer used by most blocks; of equals, the one that comes last, where networks are widest."""
         blocks: dict[str, int] = {}
-        for stage in self.stages:
+        for stage in reversed(self.stages):
             blocks[stage.mixer.name] = blocks.get(stage.mixer.name, 0) + stage.depth
         return max(blocks, key=lambda name: blocks[name])
 

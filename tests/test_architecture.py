@@ -361,7 +361,7 @@ def test_reduction_and_dominant_mixer():
     assert PINNED["FULL"].reduction == 4
     assert PINNED["MIXED"].dominant_mixer == "hadamard"
     assert PINNED["FULL"].dominant_mixer == "softmax"
-    tie = Architecture(stages=(Stage(Strip(), 2, 8), Stage(Additive(), 2, 8)))
+    tie = Architecture(stages=(Stage(Additive(), 2, 8), Stage(Strip(), 2, 8)))
     assert tie.dominant_mixer == "strip"
 
 

@@ -15,8 +15,8 @@ TINY = SearchSpace(  # 16 points
     name="tiny",
     description="small enough to exhaust",
     stages=(
-        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16),
-        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=32),
+        StageChoices(mixer=MINI.stages[1].mixer, depth=1, width=16),
+        StageChoices(mixer=MINI.stages[1].mixer, depth=1, width=32),
     ),
 )
 

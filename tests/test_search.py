@@ -33,8 +33,8 @@ TINY = SearchSpace(
     description="16 points that cost little to score",
     stem=MINI.stem,
     stages=(
-        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16, mlp_ratio=1),
-        StageChoices(mixer=MINI.stages[0].mixer, depth=1, width=16, mlp_ratio=1),
+        StageChoices(mixer=MINI.stages[1].mixer, depth=1, width=16, mlp_ratio=1),
+        StageChoices(mixer=MINI.stages[1].mixer, depth=1, width=16, mlp_ratio=1),
     ),
 )
 

@@ -95,7 +95,7 @@ class SearchConfig:
     proxy: str = "train"
     epochs: int = Fidelity.epochs
     train_batch_size: int = Fidelity.batch_size
-    trials: int = 24
+    trials: int = 32
     timeout_minutes: float | None = None
     trial_timeout_minutes: float | None = None
     sampler: str = "tpe"
