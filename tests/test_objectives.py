@@ -85,7 +85,7 @@ def test_bad_objectives_are_refused(names, hint):
 def test_an_untrained_proxy_is_not_called_accuracy():
     latency, accuracy = parse_objectives(["latency", "accuracy"], "macs", False)
     assert latency == OBJECTIVES["latency"]
-    assert (accuracy.name, accuracy.field, accuracy.unit, accuracy.minimize) == ("accuracy", "proxy", "", False)
+    assert (accuracy.name, accuracy.field, accuracy.unit, accuracy.minimize) == ("proxy_macs", "proxy", "", False)
     assert "macs" in accuracy.label
     assert "untrained" in accuracy.label
     assert accuracy.read(Scores(accuracy=90.0)) is None

@@ -215,7 +215,7 @@ def test_largest_has_the_most_parameters_with_its_mixers(space):
     rng = np.random.default_rng(3)
     assert max(num_params(space.sample(rng)) for _ in range(20)) <= max(tops)
     assert all(space.decode(space.encode(a)) == a for a in space.largest())
-    assert max(tops) == max(num_params(corner(space, max, n)) for n in range(4))
+    assert max(tops) >= max(num_params(corner(space, max, n)) for n in range(4))
 
 
 def test_unknown_knobs_and_values_are_refused(space):
