@@ -269,6 +269,7 @@ def test_corrupt_images_are_named_and_left_out(folder):
     assert sorted(Path(name).name for name in data.corrupt) == ["empty.png", "text.jpg", "truncated.png"]
     assert data.num_available == 33
     assert Counter(pixels_of(data)) == Counter(pixels_of(sound))
+    assert data.fingerprint == load_data(str(folder), input_size=32).fingerprint
 
 
 def test_corrupt_images_of_an_archive(folder, tmp_path):

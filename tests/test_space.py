@@ -218,6 +218,16 @@ def test_largest_has_the_most_parameters_with_its_mixers(space):
     assert max(tops) >= max(num_params(corner(space, max, n)) for n in range(4))
 
 
+def test_the_largest_of_mini_has_the_most_parameters_of_all():
+    mini = search_spaces.load("mini")
+    assert max(num_params(a) for a in mini.largest()) == max(num_params(a) for a in mini)
+
+
+def test_the_largest_of_mobile_are_its_corners():
+    mobile = search_spaces.load("mobile")  # every stage offers the same four mixers, so each label has one corner
+    assert {a.key for a in mobile.largest()} == {corner(mobile, max, n).key for n in range(4)}
+
+
 def test_unknown_knobs_and_values_are_refused(space):
     good = space.encode(space.sample(np.random.default_rng(0)))
     knob = next(iter(space.knobs))
