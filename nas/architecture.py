@@ -2,7 +2,8 @@
 
 Everything here is frozen, validated on construction and free of torch. An architecture is named by its `key`, a short
 hash of its canonical JSON. Defaults are left out of that JSON, so a field added later (with a default that means "as
-before") renames no network.
+before") renames no network. What has no effect on the network (an option of another kind, a compression that rounds to
+the same channels) is brought to one form on construction, so that equal networks have equal keys.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
@@ -24,9 +25,26 @@ MAX_WIDTH = 16_384
 MAX_MLP_RATIO = 64.0
 MAX_JSON_CHARS = 100_000
 
+# words a field may take, from least to most work
 LOCAL_UNITS = ("none", "dw", "conv")
+FUSIONS = ("add", "hadamard")
+INTERACTIONS = ("none", "dw", "conv")
+GATES = ("none", "se")
+MLPS = ("none", "plain", "gated")
+KV_REDUCERS = ("pool", "dwconv", "conv")
 NORMS = ("bn", "ln")
-HADAMARD_KINDS = ("conv_modulation",)
+STEMS = ("conv2", "conv3")
+HADAMARD_KINDS = {
+    "conv_modulation": ("kernel_size",),
+    "lka": ("kernel_size",),
+    "gnconv": ("kernel_size", "order"),
+    "star": ("kernel_size", "expansion"),
+    "focal": ("kernel_size", "levels"),
+    "gated_conv": ("kernel_size", "expansion"),
+    "polynomial": ("expansion",),
+}
+"""Kind of Hadamard mixer -> the options it reads."""
+PUBLISHED_EXPANSION = {"star": 4.0, "gated_conv": 8 / 3, "polynomial": 1.0}
 
 
 def _set_int(obj: object, name: str, low: int, high: int) -> None:
@@ -40,9 +58,23 @@ def _set_int(obj: object, name: str, low: int, high: int) -> None:
     object.__setattr__(obj, name, number)
 
 
-def _check_choice(obj: object, name: str, allowed: tuple[str, ...]) -> None:
+def _set_ratio(obj: object, name: str, high: float, zero: bool = False) -> None:
     value = getattr(obj, name)
-    if value not in allowed:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 < value <= high or (zero and value == 0)):
+        allowed = f"0 or a number above it, at most {high:g}" if zero else f"a number above 0, at most {high:g}"
+        raise UsageError(f"{type(obj).__name__}.{name} is {value!r}: it must be {allowed}")
+    object.__setattr__(obj, name, float(value))
+
+
+def _check_bool(obj: object, name: str) -> None:
+    if not isinstance(value := getattr(obj, name), bool):
+        raise UsageError(f"{type(obj).__name__}.{name} is {value!r}: it must be true or false")
+
+
+def _check_choice(obj: object, name: str, allowed: Iterable[str]) -> None:
+    value = getattr(obj, name)
+    if not isinstance(value, str) or value not in allowed:
         raise unknown_name(f"{type(obj).__name__}.{name}", value, allowed)
 
 
@@ -50,6 +82,13 @@ def _set_odd(obj: object, name: str) -> None:
     _set_int(obj, name, 1, 63)
     if getattr(obj, name) % 2 == 0:
         raise UsageError(f"{type(obj).__name__}.{name} is {getattr(obj, name)}: a kernel size must be odd")
+
+
+def _reset(obj: Any, *names: str) -> None:
+    """Bring fields that have no effect here to their defaults."""
+    for f in fields(obj):
+        if f.name in names:
+            object.__setattr__(obj, f.name, f.default)
 
 
 def _non_defaults(obj: Any) -> dict[str, Any]:
@@ -62,20 +101,32 @@ def _qk_width(heads: int, width: int, compression: int) -> int:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Multi-head softmax attention; keys and values may come from an average-pooled map.
+    """Multi-head softmax attention: over all positions, over reduced keys and values, or within windows.
 
     Args:
         heads: number of heads; divides the stage's width.
-        kv_reduction: side of the pooling window for keys and values; 1 is full attention.
+        kv_reduction: side of the patch that becomes one key and value; 1 is full attention.
+        reducer: how a patch becomes one: `pool` (average), `dwconv` (depthwise convolution and layer norm, CMT) or
+            `conv` (full convolution and layer norm, PVT).
+        window: side of the windows within which positions attend, with a relative position bias (Swin); 0 for none.
+            Windows see all their own positions, so they take no `kv_reduction`.
     """
 
     name: ClassVar[str] = "softmax"
     heads: int = 4
     kv_reduction: int = 1
+    reducer: str = "pool"
+    window: int = 0
 
     def __post_init__(self) -> None:
         _set_int(self, "heads", 1, 1024)
         _set_int(self, "kv_reduction", 1, 64)
+        _check_choice(self, "reducer", KV_REDUCERS)
+        _set_int(self, "window", 0, 64)
+        if self.window:
+            _reset(self, "kv_reduction")
+        if self.kv_reduction == 1:
+            _reset(self, "reducer")
 
     def inner_width(self, width: int, compression: int) -> int:
         """Channels of queries (and of keys), all heads together."""
@@ -125,24 +176,46 @@ class Strip:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """A Hadamard-gated convolution.
+    """A Hadamard product of two branches, of which at least one looks around (survey: arXiv 2504.13112).
 
     Args:
-        kind: `conv_modulation` (Conv2Former).
-        kernel_size: odd side of the depthwise convolution.
+        kind: a key of `HADAMARD_KINDS`. `conv_modulation` (Conv2Former), `lka` (large-kernel attention, VAN), `gnconv`
+            (recursive gated convolution, HorNet), `star` (star operation, StarNet), `focal` (focal modulation,
+            FocalNet), `gated_conv` (gated CNN, MambaOut) or `polynomial` (MONet; no activation). `star` and `gated_conv`
+            are mixer and MLP in one where they come from: `Stage.mlp="none"` gives those blocks.
+        kernel_size: odd side of the depthwise convolution; of the dilated one in `lka`, of the first level in `focal`.
+        order: number of recursive products of `gnconv`, 2 to 5; 2 ** (order - 1) divides the stage's width.
+        levels: number of nested contexts of `focal`, each two wider than the one before.
+        expansion: hidden width over the stage's of `star`, `gated_conv` and `polynomial`; 0 is the published one.
     """
 
     name: ClassVar[str] = "hadamard"
     kind: str = "conv_modulation"
     kernel_size: int = 7
+    order: int = 3
+    levels: int = 2
+    expansion: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choice(self, "kind", HADAMARD_KINDS)
         _set_odd(self, "kernel_size")
+        _set_int(self, "order", 2, 5)
+        _set_int(self, "levels", 1, 5)
+        _set_ratio(self, "expansion", MAX_MLP_RATIO, zero=True)
+        _reset(self, *({"kernel_size", "order", "levels", "expansion"} - set(HADAMARD_KINDS[self.kind])))
+        if self.expansion == PUBLISHED_EXPANSION.get(self.kind):
+            _reset(self, "expansion")
+
+    @property
+    def granularity(self) -> int:
+        """The stage's width, and the inner width, are multiples of this."""
+        return 2 ** (self.order - 1) if self.kind == "gnconv" else 1
 
     def inner_width(self, width: int, compression: int) -> int:
-        """Channels of both branches."""
-        return max(1, width // compression)
+        """Channels in which the branches are multiplied."""
+        expansion = self.expansion or PUBLISHED_EXPANSION.get(self.kind, 1.0)
+        inner = int(expansion * width) // compression
+        return max(inner - inner % self.granularity, self.granularity)
 
 
 Mixer = Softmax | Additive | Strip | Hadamard
@@ -157,18 +230,42 @@ def mixer_label(mixer: Mixer) -> str:
 
 @dataclass(frozen=True)
 class Stem:
-    """Two 3x3 convolutions from the image to the first stage's width.
+    """3x3 convolutions from the image to the first stage's width.
 
     Args:
-        stride: total stride, 4 (both convolutions stride 2; CAS-ViT) or 2 (for images of 32 pixels or so).
+        stride: total stride, 4 or (for images of 32 pixels or so) 2; the first convolution always has stride 2.
+        kind: `conv2` (CAS-ViT: two convolutions with batch norm and ReLU) or `conv3` (S2A-R, CMT: three with GELU and
+            batch norm, then a patch embedding, a convolution with layer norm).
+        width: channels before the last convolution; 0 for half the first stage's.
     """
 
     stride: int = 4
+    kind: str = "conv2"
+    width: int = 0
 
     def __post_init__(self) -> None:
         _set_int(self, "stride", 2, 4)
         if self.stride == 3:
             raise UsageError(f"Stem.stride is {self.stride!r}: it must be 2 or 4")
+        _check_choice(self, "kind", STEMS)
+        _set_int(self, "width", 0, MAX_WIDTH)
+
+
+@dataclass(frozen=True)
+class Downsample:
+    """The stride-2 convolution and norm before every stage but the first.
+
+    Args:
+        kernel_size: odd side of the convolution.
+        norm: `bn` or `ln`.
+    """
+
+    kernel_size: int = 3
+    norm: str = "bn"
+
+    def __post_init__(self) -> None:
+        _set_odd(self, "kernel_size")
+        _check_choice(self, "norm", NORMS)
 
 
 @dataclass(frozen=True)
@@ -180,9 +277,16 @@ class Stage:
         depth: number of blocks.
         width: channels.
         mlp_ratio: hidden width of the MLP over `width`.
-        compression: channel compression ratio of the mixer (see `inner_width` of each mixer).
-        local: residual local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (CAS-ViT: 1x1, depthwise
-            3x3, 1x1).
+        compression: channel compression ratio of the mixer (see `inner_width` of each mixer); brought to the largest
+            ratio that leaves as many channels.
+        local: local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (CAS-ViT: 1x1, depthwise 3x3, 1x1).
+        fusion: how local unit and mixer are joined: `add` (one residual step after the other) or `hadamard` (one step,
+            their product).
+        interaction: residual step after the mixer: `none`, `dw` (depthwise 3x3) or `conv` (S2A-R's local interaction
+            module: 1x1, depthwise 3x3, 1x1).
+        gate: `none`, or `se`, a squeeze-and-excitation gate on the mixer's output.
+        mlp: channel mixer: `plain`, `gated` (gated linear unit with a depthwise 3x3; two thirds of the hidden width, so
+            that both cost nearly the same) or `none`.
     """
 
     mixer: Mixer
@@ -191,6 +295,10 @@ class Stage:
     mlp_ratio: float = 4.0
     compression: int = 1
     local: str = "dw"
+    fusion: str = "add"
+    interaction: str = "none"
+    gate: str = "none"
+    mlp: str = "plain"
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixer, Mixer):
@@ -198,14 +306,21 @@ class Stage:
         _set_int(self, "depth", 1, MAX_DEPTH)
         _set_int(self, "width", 2, MAX_WIDTH)
         _set_int(self, "compression", 1, MAX_WIDTH)
-        _check_choice(self, "local", LOCAL_UNITS)
-        ratio = self.mlp_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= MAX_MLP_RATIO:
-            raise UsageError(f"Stage.mlp_ratio is {ratio!r}: it must be a number above 0, at most {MAX_MLP_RATIO:g}")
-        object.__setattr__(self, "mlp_ratio", float(ratio))
+        _set_ratio(self, "mlp_ratio", MAX_MLP_RATIO)
+        for name, allowed in STAGE_WORDS.items():
+            _check_choice(self, name, allowed)
         heads = getattr(self.mixer, "heads", 1)
         if self.width % heads:
             raise UsageError(f"Stage.width {self.width} is not divisible by the mixer's {heads} heads")
+        parts = getattr(self.mixer, "granularity", 1)
+        if self.width % parts:
+            raise UsageError(f"Stage.width {self.width} is not divisible by {parts}, as the mixer's order asks")
+        if self.local == "none":
+            _reset(self, "fusion")
+        if self.mlp == "none":
+            _reset(self, "mlp_ratio")
+        # the largest ratio with this inner width: 28 for one channel of a head's 28, whatever was asked for above 14
+        object.__setattr__(self, "compression", self.mixer.inner_width(self.width, 1) // self.inner_width)
 
     @property
     def inner_width(self) -> int:
@@ -214,8 +329,19 @@ class Stage:
 
     @property
     def mlp_width(self) -> int:
-        """Hidden channels of the MLP."""
-        return max(1, round(self.width * self.mlp_ratio))
+        """Hidden channels of the MLP, 0 where there is none."""
+        share = {"none": 0.0, "plain": 1.0, "gated": 2 / 3}[self.mlp]
+        return max(1, round(self.width * self.mlp_ratio * share)) if share else 0
+
+
+STAGE_WORDS = {
+    "local": LOCAL_UNITS,
+    "fusion": FUSIONS,
+    "interaction": INTERACTIONS,
+    "gate": GATES,
+    "mlp": MLPS,
+}
+"""Field of a stage -> the words it may take, from least to most work."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +350,15 @@ class Head:
 
     Args:
         width: channels of a 1x1 convolution before the pool (with batch norm and SiLU); 0 for none.
+        distillation: a second classifier, taught by a teacher; in use, logits are the mean of the two (DeiT, CAS-ViT).
     """
 
     width: int = 0
+    distillation: bool = False
 
     def __post_init__(self) -> None:
         _set_int(self, "width", 0, MAX_WIDTH)
+        _check_bool(self, "distillation")
 
 
 @dataclass(frozen=True)
@@ -241,12 +370,14 @@ class Architecture:
         stem: how the image becomes the first map.
         head: what follows the last stage.
         norm: `bn` (batch norm) or `ln` (layer norm over channels) before mixers and MLPs.
+        downsample: what halves the map between stages.
     """
 
     stages: tuple[Stage, ...]
     stem: Stem = Stem()
     head: Head = Head()
     norm: str = "bn"
+    downsample: Downsample = Downsample()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -275,7 +406,7 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, defaults left out, with the format's `version`."""
         data: dict[str, Any] = {"version": VERSION, "stages": [stage_to_dict(s) for s in self.stages]}
-        for name in ("stem", "head"):
+        for name in FRAME:
             if changed := _non_defaults(getattr(self, name)):
                 data[name] = changed
         if self.norm != "bn":
@@ -293,9 +424,7 @@ class Architecture:
         Raises:
             UsageError: where a field is unknown, missing or has a value that is not allowed.
         """
-        fields_ = check_mapping(
-            data, "an architecture", ("version", "stages", "stem", "head", "norm"), ("version", "stages")
-        )
+        fields_ = check_mapping(data, "an architecture", ("version", "stages", "norm", *FRAME), ("version", "stages"))
         if fields_["version"] != VERSION or isinstance(fields_["version"], bool):
             raise UsageError(
                 f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}"
@@ -304,15 +433,27 @@ class Architecture:
             raise UsageError("an architecture's stages must be a list of 2 to 5 stages")
         return cls(
             stages=tuple(stage_from_dict(s) for s in fields_["stages"]),
-            stem=Stem(**check_mapping(fields_.get("stem", {}), "a stem", ("stride",))),
-            head=Head(**check_mapping(fields_.get("head", {}), "a head", ("width",))),
             norm=fields_.get("norm", "bn"),
+            **frame_from_dict(fields_),
         )
 
     @classmethod
     def from_json(cls, text: str) -> Architecture:
         """The inverse of `to_json`; refuses text of more than 100,000 characters before parsing it."""
         return cls.from_dict(parse_json(text, "an architecture"))
+
+
+FRAME: dict[str, type[Stem | Head | Downsample]] = {"stem": Stem, "head": Head, "downsample": Downsample}
+"""What an architecture has beside its stages and its norm."""
+
+
+def frame_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stem, head and downsampling from plain data, for those named there."""
+    return {
+        name: kind(**check_mapping(data[name], f"a {name}", tuple(f.name for f in fields(kind))))
+        for name, kind in FRAME.items()
+        if name in data
+    }
 
 
 def mixer_to_dict(mixer: Mixer) -> dict[str, Any]:

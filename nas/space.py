@@ -3,8 +3,8 @@
 A space is written stage by stage. Wherever a `StageChoices` field holds a tuple there is a knob named
 `stage<i>.<field>`; a single value is fixed. Mixer options are knobs too (`options`), shared by the mixers that have
 them. Every combination of choices decodes to a valid architecture: heads that do not divide the width become the
-nearest divisor, options of other mixers are dropped, and a compression that no longer changes the mixer becomes the
-smallest choice that builds the same one. So equal networks have equal keys, and `size` counts networks, not spellings.
+nearest divisor, an order that does not fit it is lowered, options of other mixers are dropped, and what has no effect is
+brought to one form (`nas.architecture`). So equal networks have equal keys, and `size` counts networks, not spellings.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .architecture import (
+    FRAME,
+    HADAMARD_KINDS,
+    KV_REDUCERS,
     MIXER_TYPES,
+    STAGE_WORDS,
     Additive,
     Architecture,
+    Downsample,
+    Hadamard,
     Head,
     Mixer,
     Softmax,
@@ -28,6 +34,7 @@ from .architecture import (
     Stem,
     Strip,
     check_mapping,
+    frame_from_dict,
     mixer_from_dict,
     mixer_label,
     mixer_to_dict,
@@ -41,7 +48,11 @@ if TYPE_CHECKING:
 Choice = int | float | str
 """What a knob takes: a number, a word, or a mixer's label."""
 
-_PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", "local")
+_PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", *STAGE_WORDS)
+_CORE_FIELDS = ("mixer", "width", "compression")
+_FREE_GROUPS = (("depth",), ("mlp", "mlp_ratio"), ("local", "fusion"), ("interaction",), ("gate",))
+"""The fields beside the core (and the mixer's options), grouped so that only fields of one group act on each other."""
+_WORDS = STAGE_WORDS | {"reducer": KV_REDUCERS}
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class StageChoices:
         mlp_ratio: MLP ratios.
         compression: channel compression ratios.
         local: local units.
+        fusion: ways to join local unit and mixer.
+        interaction: steps after the mixer.
+        gate: gates on the mixer's output.
+        mlp: channel mixers.
         options: mixer option -> choices, for the mixers that have it; the others keep what `mixer` says.
     """
 
@@ -64,6 +79,10 @@ class StageChoices:
     mlp_ratio: float | tuple[float, ...] = 4.0
     compression: int | tuple[int, ...] = 1
     local: str | tuple[str, ...] = "dw"
+    fusion: str | tuple[str, ...] = "add"
+    interaction: str | tuple[str, ...] = "none"
+    gate: str | tuple[str, ...] = "none"
+    mlp: str | tuple[str, ...] = "plain"
     options: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +102,9 @@ class StageChoices:
                 for choice in self.options[name]:
                     option: dict[str, Any] = {name: choice}
                     type(mixer)(**option)
+        kinds = {*self.options.get("kind", ()), *(m.kind for m in mixers if isinstance(m, Hadamard))}
+        if "gnconv" in kinds and any(width % 2 for width in _as_tuple(self.width)):
+            raise UsageError("a stage with gnconv has an odd width: its products halve the channels")
         if len(set(mixers)) != len(mixers):
             raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
@@ -103,29 +125,71 @@ class StageChoices:
         """The stage for one choice per field, repaired where the choices do not fit together."""
         mixer = self.mixers[chosen["mixer"]]
         own = {f.name for f in fields(mixer)}
-        mixer = replace(mixer, **{name: chosen[name] for name in self.options if name in own})
-        width = chosen["width"]
-        if isinstance(mixer, Softmax | Strip) and width % mixer.heads:
-            mixer = replace(mixer, heads=_nearest_divisor(width, mixer.heads))
-        inner = mixer.inner_width(width, chosen["compression"])
-        compression = min(c for c in self.choices["compression"] if mixer.inner_width(width, int(c)) == inner)
-        plain = {name: chosen[name] for name in _PLAIN_FIELDS}
-        return Stage(mixer=mixer, **plain | {"compression": compression})
+        mixer = _fit(replace(mixer, **{name: chosen[name] for name in self.options if name in own}), chosen["width"])
+        return Stage(mixer=mixer, **{name: chosen[name] for name in _PLAIN_FIELDS})
 
     @cached_property
-    def cores(self) -> dict[tuple[int, Mixer, int], dict[str, Choice]]:
-        """Distinct (width, mixer, compression) of the stage -> the first choices that give it.
+    def _first(self) -> dict[str, Choice]:
+        return {name: choices[0] for name, choices in self.choices.items()}
 
-        The remaining fields are independent of these and of each other.
-        """
-        names = ("mixer", "width", "compression", *self.options)
-        rest: dict[str, Choice] = {name: self.choices[name][0] for name in ("depth", "mlp_ratio", "local")}
-        cores: dict[tuple[int, Mixer, int], dict[str, Choice]] = {}
-        for values in itertools.product(*(self.choices[name] for name in names)):
-            chosen = dict(zip(names, values, strict=True))
-            stage = self.build(rest | chosen)
-            cores.setdefault((stage.width, stage.mixer, stage.compression), chosen)
+    @cached_property
+    def cores(self) -> dict[tuple[Choice, ...], dict[str, Choice]]:
+        """Distinct (mixer, width, compression) of the stage -> the first choices that give it."""
+        cores: dict[tuple[Choice, ...], dict[str, Choice]] = {}
+        for label, mixer in self.mixers.items():
+            for options in self._own_options(mixer):
+                for width, compression in itertools.product(self.choices["width"], self.choices["compression"]):
+                    chosen = self._first | {"mixer": label, "width": width, "compression": compression} | options
+                    stage = self.build(chosen)
+                    cores.setdefault(
+                        (stage.mixer, stage.width, stage.compression),
+                        {name: chosen[name] for name in (*_CORE_FIELDS, *self.options)},
+                    )
         return cores
+
+    def _own_options(self, mixer: Mixer) -> Iterator[dict[str, Choice]]:
+        """Every combination of the options that a mixer reads; for a Hadamard mixer, kind by kind."""
+        kinds: tuple[Choice, ...] = self.options.get("kind", (mixer.kind,)) if isinstance(mixer, Hadamard) else ("",)
+        for kind in kinds:
+            reads = HADAMARD_KINDS[str(kind)] if kind else [f.name for f in fields(mixer)]
+            own: dict[str, tuple[Choice, ...]] = {n: c for n, c in self.options.items() if n in reads}
+            if kind and "kind" in self.options:
+                own["kind"] = (kind,)
+            for values in itertools.product(*own.values()):
+                yield dict(zip(own, values, strict=True))
+
+    @cached_property
+    def free(self) -> list[dict[tuple[Choice, ...], dict[str, Choice]]]:
+        """For each group of the other fields: distinct values in a stage -> the first choices that give them."""
+        groups = []
+        for names in _FREE_GROUPS:
+            group: dict[tuple[Choice, ...], dict[str, Choice]] = {}
+            for values in itertools.product(*(self.choices[name] for name in names)):
+                chosen = dict(zip(names, values, strict=True))
+                group.setdefault(_read(self.build(self._first | chosen), names), chosen)
+            groups.append(group)
+        return groups
+
+    @property
+    def size(self) -> int:
+        """The number of distinct stages."""
+        return len(self.cores) * math.prod(len(group) for group in self.free)
+
+    def find(self, stage: Stage) -> dict[str, Choice] | None:
+        """The first choices that build `stage`; None where none do."""
+        parts = [self.cores.get((stage.mixer, stage.width, stage.compression))]
+        parts += [group.get(_read(stage, names)) for names, group in zip(_FREE_GROUPS, self.free, strict=True)]
+        found: dict[str, Choice] = {}
+        for part in parts:
+            if part is None:
+                return None
+            found |= part
+        return found
+
+    def __iter__(self) -> Iterator[Stage]:
+        """Every distinct stage once, in a fixed order."""
+        for parts in itertools.product(self.cores.values(), *(group.values() for group in self.free)):
+            yield self.build(dict(itertools.chain.from_iterable(part.items() for part in parts)))
 
 
 @dataclass(frozen=True)
@@ -139,6 +203,7 @@ class SearchSpace:
         stem: fixed stem.
         head: fixed head.
         norm: fixed norm.
+        downsample: fixed downsampling.
     """
 
     name: str
@@ -147,6 +212,7 @@ class SearchSpace:
     stem: Stem = Stem()
     head: Head = Head()
     norm: str = "bn"
+    downsample: Downsample = Downsample()
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "_-" for c in self.name) or len(self.name) > 64:
@@ -180,8 +246,10 @@ class SearchSpace:
     @cached_property
     def size(self) -> int:
         """The number of distinct architectures."""
-        free = ("depth", "mlp_ratio", "local")
-        return math.prod(len(s.cores) * math.prod(len(s.choices[name]) for name in free) for s in self.stages)
+        return math.prod(stage.size for stage in self.stages)
+
+    def _frame(self, stages: Iterable[Stage]) -> Architecture:
+        return Architecture(tuple(stages), self.stem, self.head, self.norm, self.downsample)
 
     def decode(self, choices: Mapping[str, Choice]) -> Architecture:
         """The architecture for one choice per knob; every combination gives one.
@@ -197,11 +265,10 @@ class SearchSpace:
                 raise UsageError(
                     f"space {self.name}: {name} is {value!r}, allowed are {', '.join(map(str, self.knobs[name]))}"
                 )
-        stages = tuple(
+        return self._frame(
             stage.build({n: choices.get(f"stage{i}.{n}", c[0]) for n, c in stage.choices.items()})
             for i, stage in enumerate(self.stages, start=1)
         )
-        return Architecture(stages=stages, stem=self.stem, head=self.head, norm=self.norm)
 
     def encode(self, architecture: Architecture) -> dict[str, Choice]:
         """Choices that decode to `architecture`; a knob without effect gets its first choice (or what repair asks for).
@@ -209,22 +276,19 @@ class SearchSpace:
         Raises:
             UsageError: where the architecture is not a point of this space.
         """
-        frame = Architecture(stages=architecture.stages, stem=self.stem, head=self.head, norm=self.norm)
-        if frame != architecture or len(architecture.stages) != len(self.stages):
+        if self._frame(architecture.stages) != architecture or len(architecture.stages) != len(self.stages):
             raise UsageError(
-                f"architecture {architecture.key} is not in space {self.name}: its stem, head, norm or number of stages"
+                f"architecture {architecture.key} is not in space {self.name}: its stem, head, norm, downsampling or "
+                "number of stages"
             )
         found = dict(self._first)
         for i, (stage, declared) in enumerate(zip(architecture.stages, self.stages, strict=True), start=1):
-            core = declared.cores.get((stage.width, stage.mixer, stage.compression))
-            free: dict[str, Choice] = {name: getattr(stage, name) for name in ("depth", "mlp_ratio", "local")}
-            if core is None or any(value not in declared.choices[name] for name, value in free.items()):
+            chosen = declared.find(stage)
+            if chosen is None:
                 raise UsageError(
                     f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices"
                 )
-            for name, value in (core | free).items():
-                if (knob := f"stage{i}.{name}") in found:
-                    found[knob] = value
+            found |= {knob: value for name, value in chosen.items() if (knob := f"stage{i}.{name}") in found}
         return found
 
     def sample(self, rng: np.random.Generator) -> Architecture:
@@ -241,31 +305,20 @@ class SearchSpace:
 
     def __iter__(self) -> Iterator[Architecture]:
         """Every distinct architecture once, in a fixed order; see `size` before you ask for all."""
-        per_stage = []
-        for stage in self.stages:
-            free = [
-                dict(zip(("depth", "mlp_ratio", "local"), v, strict=True))
-                for v in itertools.product(*(stage.choices[n] for n in ("depth", "mlp_ratio", "local")))
-            ]
-            per_stage.append([stage.build(core | f) for core in stage.cores.values() for f in free])
-        for stages in itertools.product(*per_stage):
-            yield Architecture(stages=stages, stem=self.stem, head=self.head, norm=self.norm)
+        for stages in itertools.product(*(list(stage) for stage in self.stages)):
+            yield self._frame(stages)
 
     def largest(self) -> list[Architecture]:
-        """For each mixer label, the architecture with the most work: that mixer where offered, all sizes at the top."""
+        """For each mixer label (and Hadamard kind), the architecture with the most work, all sizes at the top."""
         labels = dict.fromkeys(label for stage in self.stages for label in stage.mixers)
+        kinds = dict.fromkeys(kind for stage in self.stages for kind in stage.options.get("kind", ()))
+        wanted = [{"mixer": label} for label in labels] + [{"mixer": Hadamard.name, "kind": kind} for kind in kinds]
         result = []
-        for label in labels:
+        for want in wanted:
             choices = {}
-            for name, values in self.knobs.items():
-                if name.endswith(".mixer"):
-                    choices[name] = label if label in values else values[0]
-                elif name.endswith((".compression", ".kv_reduction")):
-                    choices[name] = min(values)
-                elif all(isinstance(v, int | float) for v in values):
-                    choices[name] = max(values)
-                else:
-                    choices[name] = values[-1]
+            for knob, values in self.knobs.items():
+                name = knob.partition(".")[2]
+                choices[knob] = want[name] if want.get(name) in values else _most_work(name, values)
             result.append(self.decode(choices))
         return list(dict.fromkeys(result))
 
@@ -282,10 +335,8 @@ class SearchSpace:
                 }
                 for s in self.stages
             ],
-            "stem": {"stride": self.stem.stride},
-            "head": {"width": self.head.width},
             "norm": self.norm,
-        }
+        } | {name: asdict(getattr(self, name)) for name in FRAME}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
@@ -315,9 +366,8 @@ class SearchSpace:
             name=str(values["name"]),
             description=str(values["description"]),
             stages=tuple(stages),
-            stem=Stem(**check_mapping(values.get("stem", {}), "a stem", ("stride",))),
-            head=Head(**check_mapping(values.get("head", {}), "a head", ("width",))),
             norm=values.get("norm", "bn"),
+            **frame_from_dict(values),
         )
 
     @classmethod
@@ -332,6 +382,30 @@ class SearchSpace:
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _read(stage: Stage, names: tuple[str, ...]) -> tuple[Choice, ...]:
+    return tuple(getattr(stage, name) for name in names)
+
+
+def _most_work(name: str, values: tuple[Choice, ...]) -> Choice:
+    """Of a knob's choices the one with the most work; the first where they do not differ in that."""
+    if name in ("compression", "kv_reduction"):
+        return min(values)  # type: ignore[type-var]
+    if name == "window" and 0 in values:
+        return 0
+    if name in _WORDS:
+        return max(values, key=lambda word: _WORDS[name].index(str(word)))
+    return values[0] if isinstance(values[0], str) else max(values)  # type: ignore[type-var]
+
+
+def _fit(mixer: Mixer, width: int) -> Mixer:
+    """The mixer for this width: heads become the nearest divisor, an order is lowered until its parts divide it."""
+    if isinstance(mixer, Softmax | Strip) and width % mixer.heads:
+        return replace(mixer, heads=_nearest_divisor(width, mixer.heads))
+    while isinstance(mixer, Hadamard) and width % mixer.granularity and mixer.order > 2:
+        mixer = replace(mixer, order=mixer.order - 1)
+    return mixer
 
 
 def _nearest_divisor(width: int, heads: int) -> int:

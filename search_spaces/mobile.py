@@ -1,36 +1,40 @@
-"""The default for real images: four stages, every mixer at every stage, 0.5 to 30 M parameters."""
+"""The default for real images: four stages, every mixer at every stage, with all its options."""
 
-from nas.architecture import Additive, Hadamard, Softmax, Strip
+from nas.architecture import HADAMARD_KINDS, Additive, Hadamard, Softmax, Strip
 from nas.space import SearchSpace, StageChoices
 
-COMPRESSION = (1, 2, 4)
-MLP_RATIO = (2, 3, 4)
-KERNEL = {"kernel_size": (3, 5, 7)}
 
-# fmt: off
+def stage(depth: tuple[int, ...], width: tuple[int, ...], kv_reduction: int, heads: tuple[int, ...]) -> StageChoices:
+    """The earlier the stage, the larger its map, and the fewer keys attention over all of it may have."""
+    return StageChoices(
+        mixer=(Softmax(kv_reduction=kv_reduction), Additive(), Strip(kv_reduction=kv_reduction), Hadamard()),
+        depth=depth,
+        width=width,
+        mlp_ratio=(2, 3, 4),
+        compression=(1, 2, 4),
+        local=("none", "dw", "conv"),
+        fusion=("add", "hadamard"),
+        gate=("none", "se"),
+        mlp=("plain", "gated"),
+        options={
+            "heads": heads,
+            "reducer": ("pool", "conv"),  # of softmax; the depthwise one is strip's
+            "window": (0, 7),
+            "kernel_size": (3, 5, 7),
+            "kind": tuple(HADAMARD_KINDS),
+            "order": (2, 3, 4, 5),
+            "levels": (1, 2, 3),
+        },
+    )
+
+
 SPACE = SearchSpace(
     name="mobile",
     description="4 stages for phones and small boards at 128 to 256 pixels",
     stages=(
-        StageChoices(
-            mixer=(Softmax(heads=2, kv_reduction=8), Additive(), Strip(heads=1, kv_reduction=8), Hadamard()),
-            depth=(1, 2, 3), width=(24, 32, 48, 64), mlp_ratio=MLP_RATIO, compression=COMPRESSION,
-            options=KERNEL,
-        ),
-        StageChoices(
-            mixer=(Softmax(heads=2, kv_reduction=4), Additive(), Strip(heads=2, kv_reduction=4), Hadamard()),
-            depth=(1, 2, 3), width=(48, 64, 96, 128), mlp_ratio=MLP_RATIO, compression=COMPRESSION,
-            options=KERNEL,
-        ),
-        StageChoices(
-            mixer=(Softmax(heads=4, kv_reduction=2), Additive(), Strip(heads=4, kv_reduction=2), Hadamard()),
-            depth=(2, 4, 6, 8), width=(96, 128, 192, 256), mlp_ratio=MLP_RATIO, compression=COMPRESSION,
-            options=KERNEL,
-        ),
-        StageChoices(
-            mixer=(Softmax(heads=8), Additive(), Strip(heads=8), Hadamard()),
-            depth=(1, 2, 3, 4), width=(160, 224, 320, 448), mlp_ratio=MLP_RATIO, compression=COMPRESSION,
-            options=KERNEL,
-        ),
+        stage(depth=(1, 2, 3), width=(24, 32, 48, 64), kv_reduction=8, heads=(1, 2)),
+        stage(depth=(1, 2, 3), width=(48, 64, 96, 128), kv_reduction=4, heads=(1, 2, 4)),
+        stage(depth=(2, 4, 6, 8), width=(96, 128, 192, 256), kv_reduction=2, heads=(2, 4, 8)),
+        stage(depth=(1, 2, 3, 4), width=(160, 224, 320, 448), kv_reduction=1, heads=(4, 8, 16)),
     ),
 )

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..errors import UsageError
-from .blocks import Stage, Stem, build_norm
+from .blocks import STEMS, Stage, build_norm
 
 
 class Backbone(nn.Module):
@@ -33,8 +33,13 @@ class Backbone(nn.Module):
         global_pool: timm's pooling of the last map: `avg`, `max`, `avgmax`, …; '' for none.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        stage_norms: one norm for each stage's map instead of one before the head, for dense prediction (CAS-ViT's
+            detection and segmentation backbones); `forward_intermediates(norm=True)` applies them.
 
     Any image size works; every stride-2 convolution rounds up.
+
+    With a distillation head, logits are the mean of both classifiers'; training can ask for the pair
+    (`set_distilled_training`).
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Backbone(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        stage_norms: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -55,13 +61,15 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        self.distilled_training = False
         specs = architecture.stages
-        self.stem = Stem(in_chans, specs[0].width, architecture.stem.stride, **dd)
+        self.stem = STEMS[architecture.stem.kind](in_chans, specs[0].width, architecture.stem, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, sum(spec.depth for spec in specs))
         stages, first = [], 0
         for i, spec in enumerate(specs):
             in_width = specs[i - 1].width if i else None
-            stages.append(Stage(spec, architecture.norm, in_width, rates[first : first + spec.depth], **dd))
+            drop_path = rates[first : first + spec.depth]
+            stages.append(Stage(spec, architecture.norm, in_width, architecture.downsample, drop_path, **dd))
             first += spec.depth
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
@@ -69,8 +77,12 @@ class Backbone(nn.Module):
             for i, spec in enumerate(specs)
         ]
         self.num_features = specs[-1].width
+        self.stage_norms = (
+            nn.ModuleList(build_norm(architecture.norm, spec.width, **dd) for spec in specs) if stage_norms else None
+        )
         hidden = architecture.head.width
-        self.norm = nn.Identity() if hidden else build_norm(architecture.norm, self.num_features, **dd)
+        normed = not hidden and not stage_norms
+        self.norm = build_norm(architecture.norm, self.num_features, **dd) if normed else nn.Identity()
         self.head_conv = (
             nn.Sequential(nn.Conv2d(self.num_features, hidden, 1, **dd), nn.BatchNorm2d(hidden, **dd), nn.SiLU())
             if hidden
@@ -81,8 +93,14 @@ class Backbone(nn.Module):
 
     def _set_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = (self.architecture.head.width or self.num_features) * self.global_pool.feat_mult()
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        spec = self.architecture.head
+        self.head_hidden_size = (spec.width or self.num_features) * self.global_pool.feat_mult()
+
+        def classifier() -> nn.Module:
+            return nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.head = classifier()
+        self.head_dist = classifier() if spec.distillation else None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond timm's own rule for biases and norms: none."""
@@ -93,7 +111,7 @@ class Backbone(nn.Module):
         blocks = [
             (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^(?:norm|head_conv)", (99999,)),
+            (r"^(?:norm|stage_norms|head_conv)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": blocks}
 
@@ -101,9 +119,13 @@ class Backbone(nn.Module):
         """Trade compute for memory in training: activations are recomputed block by block."""
         self.grad_checkpointing = enable
 
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an `Identity` where there is none."""
-        return self.head
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training, return the pair of both classifiers' logits, for a distillation loss."""
+        self.distilled_training = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The linear classifier (`Identity` where there is none), or both where there are two."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier for `num_classes` (0 for none), and another pooling where one is named."""
@@ -111,7 +133,9 @@ class Backbone(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         training = self.training
         self._set_classifier(num_classes, pool, get_device_dtype(self))
-        self.head.apply(_init_linear)
+        for classifier in (self.head, self.head_dist):
+            if classifier is not None:
+                classifier.apply(_init_linear)
         self.train(training)
 
     def _run_stage(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +157,7 @@ class Backbone(nn.Module):
         Args:
             x: images.
             indices: the last n stages where an int, all where None, else these stages.
-            norm: apply the final norm to the last stage's map.
+            norm: apply the final norm to the last stage's map; with stage norms, each to its own.
             stop_early: do not run what comes after the last stage asked for.
             output_fmt: `NCHW` only.
             intermediates_only: return the maps alone, not `(forward_features' output, maps)`.
@@ -146,7 +170,10 @@ class Backbone(nn.Module):
             x = self._run_stage(stage, x)
             final = i == len(self.stages) - 1
             if i in wanted:
-                intermediates.append(self.norm(x) if norm and final else x)
+                if norm and self.stage_norms is not None:
+                    intermediates.append(self.stage_norms[i](x))
+                else:
+                    intermediates.append(self.norm(x) if norm and final else x)
             if final:
                 x = self.norm(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -159,6 +186,14 @@ class Backbone(nn.Module):
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
             self.norm = nn.Identity()
+        if prune_norm:
+            self.stage_norms = None
+        elif self.stage_norms is not None:
+            # of those that nobody asked for, only the places stay, so that the others keep their names
+            self.stage_norms = nn.ModuleList(
+                stage_norm if i in wanted else nn.Identity()
+                for i, stage_norm in enumerate(self.stage_norms[: last + 1])
+            )
         self.stages = self.stages[: last + 1]
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
@@ -175,15 +210,24 @@ class Backbone(nn.Module):
             x = self._run_stage(stage, x)
         return self.norm(x)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(
+        self, x: torch.Tensor, pre_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The last map to logits, or with `pre_logits` to the classifier's input `(B, head_hidden_size)`."""
         x = self.global_pool(self.head_conv(x))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        if self.head_dist is None:
+            return self.head(x)
+        logits, distilled = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, distilled
+        return (logits + distilled) / 2
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`, or to the pair in distilled training."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -193,23 +237,22 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "mixnas": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.95,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "stem.conv1",
-            "classifier": "head",
-            "license": "apache-2.0",
-        }
-    }
-)
+TIMM_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.95,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stem.conv1",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+"""What timm knows of a model beside its weights."""
+
+default_cfgs = generate_default_cfgs({"mixnas": TIMM_CFG})
 
 
 def as_architecture(value: Architecture | Mapping[str, Any] | str) -> Architecture:
@@ -225,6 +268,23 @@ def create_backbone(architecture: Architecture, num_classes: int = 1000, **kwarg
     return model
 
 
+def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, **kwargs: Any) -> Backbone:
+    """What timm's entry points do: the network under the name `variant`, weights loaded where asked."""
+    feature_cfg: dict[str, Any] = {"out_indices": tuple(range(len(architecture.stages))), "feature_cls": "getter"}
+    if kwargs.get("stage_norms"):
+        feature_cfg["norm"] = True
+    model: Backbone = build_model_with_cfg(
+        Backbone, variant, pretrained, architecture=architecture, feature_cfg=feature_cfg, **kwargs
+    )
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict):
+        if architecture.head.distillation:
+            cfg["classifier"] = ("head", "head_dist")
+        if cfg.get("input_size"):
+            cfg["pool_size"] = tuple(math.ceil(side / architecture.reduction) for side in cfg["input_size"][1:])
+    return model
+
+
 @register_model  # type: ignore[untyped-decorator]
 def mixnas(pretrained: bool = False, architecture: Any = None, **kwargs: Any) -> Backbone:
     """Timm's entry point; `architecture` is an `Architecture`, its dict or its JSON text.
@@ -234,17 +294,4 @@ def mixnas(pretrained: bool = False, architecture: Any = None, **kwargs: Any) ->
     """
     if architecture is None:
         raise UsageError("timm.create_model('mixnas') needs architecture=…: an Architecture, its dict or its JSON text")
-    arch = as_architecture(architecture)
-    indices = tuple(range(len(arch.stages)))
-    model: Backbone = build_model_with_cfg(
-        Backbone,
-        "mixnas",
-        pretrained,
-        architecture=arch,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **kwargs,
-    )
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and cfg.get("input_size"):
-        cfg["pool_size"] = tuple(math.ceil(side / arch.reduction) for side in cfg["input_size"][1:])
-    return model
+    return build_for_timm("mixnas", as_architecture(architecture), pretrained, **kwargs)

@@ -4,10 +4,12 @@ All modules take and return maps `(batch, channels, height, width)`.
 """
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
 from torch import nn
 
+from ..architecture import Downsample
 from ..architecture import Stage as StageSpec
+from ..architecture import Stem as StemSpec
 from .mixers import build_mixer
 
 
@@ -17,21 +19,52 @@ def build_norm(kind: str, width: int, device=None, dtype=None) -> nn.Module:
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT), of stride 2 and `stride` / 2."""
+    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT), of stride 2 and half the total."""
 
-    def __init__(self, in_chans: int, width: int, stride: int, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, width: int, spec: StemSpec, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        middle = max(1, width // 2)
+        middle = spec.width or max(1, width // 2)
         self.conv1 = nn.Conv2d(in_chans, middle, 3, stride=2, padding=1, **dd)
         self.norm1 = nn.BatchNorm2d(middle, **dd)
-        self.conv2 = nn.Conv2d(middle, width, 3, stride=stride // 2, padding=1, **dd)
+        self.conv2 = nn.Conv2d(middle, width, 3, stride=spec.stride // 2, padding=1, **dd)
         self.norm2 = nn.BatchNorm2d(width, **dd)
         self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """An image batch to the first map, sides rounded up."""
         return self.act(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
+
+
+class ConvStem(nn.Module):
+    """Three 3x3 convolutions, each with GELU and batch norm, then a 3x3 patch embedding with layer norm (S2A-R).
+
+    The first convolution has stride 2, the embedding half the total stride.
+    """
+
+    def __init__(self, in_chans: int, width: int, spec: StemSpec, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        middle = spec.width or max(1, width // 2)
+        self.conv1 = nn.Conv2d(in_chans, middle, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(middle, **dd)
+        self.conv2 = nn.Conv2d(middle, middle, 3, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(middle, **dd)
+        self.conv3 = nn.Conv2d(middle, middle, 3, padding=1, **dd)
+        self.norm3 = nn.BatchNorm2d(middle, **dd)
+        self.act = nn.GELU()
+        self.embed = nn.Conv2d(middle, width, 3, stride=spec.stride // 2, padding=1, **dd)
+        self.norm = LayerNorm2d(width, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """An image batch to the first map, sides rounded up."""
+        x = self.norm1(self.act(self.conv1(x)))
+        x = self.norm2(self.act(self.conv2(x)))
+        x = self.norm3(self.act(self.conv3(x)))
+        return self.norm(self.embed(x))
+
+
+STEMS: dict[str, type[nn.Module]] = {"conv2": Stem, "conv3": ConvStem}
 
 
 def build_local_unit(kind: str, width: int, device=None, dtype=None) -> nn.Module:
@@ -49,45 +82,102 @@ def build_local_unit(kind: str, width: int, device=None, dtype=None) -> nn.Modul
     )
 
 
+def build_interaction(kind: str, width: int, device=None, dtype=None) -> nn.Module:
+    """What a block adds after its mixer: `dw`, or `conv`, S2A-R's local interaction module."""
+    dd = {"device": device, "dtype": dtype}
+    depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
+    if kind == "dw":
+        return depthwise
+    return nn.Sequential(
+        nn.Conv2d(width, width, 1, **dd),
+        depthwise,
+        nn.BatchNorm2d(width, **dd),
+        nn.GELU(),
+        nn.Conv2d(width, width, 1, **dd),
+    )
+
+
+class GatedMlp(nn.Module):
+    """Gated linear unit with a depthwise convolution: W2(GELU(DW u) * v) with [u, v] = W1 x (arXiv 2311.17132)."""
+
+    def __init__(self, width: int, hidden: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Conv2d(width, 2 * hidden, 1, **dd)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, width, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A map to a map of the same shape."""
+        u, v = self.fc1(x).chunk(2, dim=1)
+        return self.fc2(self.act(self.depthwise(u)) * v)
+
+
+def build_mlp(kind: str, width: int, hidden: int, device=None, dtype=None) -> nn.Module:
+    """A block's channel mixer: `plain` or `gated`."""
+    dd = {"device": device, "dtype": dtype}
+    if kind == "gated":
+        return GatedMlp(width, hidden, **dd)
+    return nn.Sequential(nn.Conv2d(width, hidden, 1, **dd), nn.GELU(), nn.Conv2d(hidden, width, 1, **dd))
+
+
 class Block(nn.Module):
-    """Residual steps: local unit (where there is one), norm and mixer, norm and MLP."""
+    """Residual steps: local unit, norm and mixer (with its gate), norm and interaction, norm and MLP.
+
+    What the stage does not have is left out. With `fusion="hadamard"` local unit and mixer are one step, their product.
+    """
 
     def __init__(self, spec: StageSpec, norm: str, drop_path: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         width = spec.width
         self.local = build_local_unit(spec.local, width, **dd) if spec.local != "none" else None
-        self.norm1 = build_norm(norm, width, **dd)
-        self.mixer = build_mixer(width, spec.mixer, spec.compression, **dd)
-        self.norm2 = build_norm(norm, width, **dd)
-        self.mlp = nn.Sequential(
-            nn.Conv2d(width, spec.mlp_width, 1, **dd), nn.GELU(), nn.Conv2d(spec.mlp_width, width, 1, **dd)
-        )
+        self.multiply = spec.fusion == "hadamard"
+        mixer = build_mixer(width, spec.mixer, spec.compression, **dd)
+        self.norm1 = build_norm(norm, width, **dd) if getattr(mixer, "takes_norm", True) else nn.Identity()
+        self.mixer = mixer
+        self.gate = SqueezeExcite(width, rd_ratio=0.25, **dd) if spec.gate == "se" else nn.Identity()
+        self.norm3 = build_norm(norm, width, **dd) if spec.interaction != "none" else None
+        self.interaction = build_interaction(spec.interaction, width, **dd) if spec.interaction != "none" else None
+        self.norm2 = build_norm(norm, width, **dd) if spec.mlp != "none" else None
+        self.mlp = build_mlp(spec.mlp, width, spec.mlp_width, **dd) if spec.mlp != "none" else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A map to a map of the same shape."""
-        if self.local is not None:
+        if self.local is not None and not self.multiply:
             x = x + self.local(x)
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        y = self.norm1(x)
+        mixed = self.gate(self.mixer(y))
+        x = x + self.drop_path(self.local(y) * mixed if self.multiply else mixed)
+        if self.interaction is not None:
+            x = x + self.drop_path(self.interaction(self.norm3(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
 
 
 class Stage(nn.Module):
     """Blocks at one resolution, after a stride-2 convolution to their width in every stage but the first."""
 
     def __init__(
-        self, spec: StageSpec, norm: str, in_width: int | None, drop_path: list[float], device=None, dtype=None
+        self,
+        spec: StageSpec,
+        norm: str,
+        in_width: int | None,
+        downsample: Downsample,
+        drop_path: list[float],
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.downsample = (
-            nn.Identity()
-            if in_width is None
-            else nn.Sequential(
-                nn.Conv2d(in_width, spec.width, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(spec.width, **dd)
-            )
-        )
+        self.downsample: nn.Module = nn.Identity()
+        if in_width is not None:
+            k = downsample.kernel_size
+            convolution = nn.Conv2d(in_width, spec.width, k, stride=2, padding=k // 2, **dd)
+            self.downsample = nn.Sequential(convolution, build_norm(downsample.norm, spec.width, **dd))
         self.blocks = nn.Sequential(*(Block(spec, norm, rate, **dd) for rate in drop_path))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,156 @@
-"""Published networks by name, as architectures. Their exact counts are tested."""
+"""Published networks by name, as architectures and as timm models; their exact counts are tested.
 
-from ..architecture import Additive, Architecture, Stage
+CAS-ViT (arXiv 2408.03703) is the published network. S2A-R is a reconstruction of S2AFormer (arXiv 2505.22195), whose
+authors give neither code nor configuration: it has the paper's structure and nearly its parameters and MACs, but its
+grid is a guess, so that every number of it is an argument of `s2a_r`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models import generate_default_cfgs, register_model
+
+from ..architecture import Additive, Architecture, Downsample, Head, Stage, Stem, Strip
+from .backbone import TIMM_CFG, Backbone, build_for_timm
+
+log = logging.getLogger(__name__)
 
 
-def _cas_vit(depths: tuple[int, ...], widths: tuple[int, ...]) -> Architecture:
+def cas_vit(depths: tuple[int, ...], widths: tuple[int, ...], distillation: bool = False) -> Architecture:
+    """CAS-ViT with these depths and widths."""
     return Architecture(
-        stages=tuple(Stage(Additive(), depth, width, local="conv") for depth, width in zip(depths, widths, strict=True))
+        stages=tuple(
+            Stage(Additive(), depth, width, local="conv") for depth, width in zip(depths, widths, strict=True)
+        ),
+        head=Head(distillation=distillation),
     )
 
 
-PRESETS: dict[str, Architecture] = {
-    # CAS-ViT, arXiv 2408.03703, without the distillation head
-    "cas_vit_xs": _cas_vit((2, 2, 4, 2), (48, 56, 112, 220)),
-    "cas_vit_s": _cas_vit((3, 3, 6, 3), (48, 64, 128, 256)),
-    "cas_vit_m": _cas_vit((3, 3, 6, 3), (64, 96, 192, 384)),
-    "cas_vit_t": _cas_vit((3, 3, 6, 3), (96, 128, 256, 512)),
+def s2a_r(
+    depths: tuple[int, ...],
+    widths: tuple[int, ...],
+    heads: tuple[int, ...] = (1, 2, 4, 8),
+    kv_reductions: tuple[int, ...] = (8, 4, 2, 1),
+    qk_channels: int = 1,
+    mlp_ratio: float = 4.0,
+    stem_width: int = 0,
+    downsample_kernel_size: int = 3,
+    head_width: int = 1280,
+) -> Architecture:
+    """S2A-R with this grid.
+
+    Args:
+        depths: blocks of each stage.
+        widths: channels of each stage.
+        heads: attention heads of each stage.
+        kv_reductions: side of the patch that becomes one key in each stage.
+        qk_channels: channels of a head's queries and keys; divides every stage's channels a head.
+        mlp_ratio: hidden width of the MLPs over the stage's.
+        stem_width: channels of the stem's first three convolutions; 0 for half the first stage's.
+        downsample_kernel_size: side of the convolutions between stages.
+        head_width: channels of the convolution before the classifier.
+    """
+    return Architecture(
+        stages=tuple(
+            Stage(Strip(h, r), depth, width, mlp_ratio, compression=width // (h * qk_channels), interaction="conv")
+            for depth, width, h, r in zip(depths, widths, heads, kv_reductions, strict=True)
+        ),
+        stem=Stem(kind="conv3", width=stem_width),
+        head=Head(head_width),
+        norm="ln",
+        downsample=Downsample(downsample_kernel_size, "ln"),
+    )
+
+
+CAS_VIT_GRID = {
+    "xs": ((2, 2, 4, 2), (48, 56, 112, 220)),
+    "s": ((3, 3, 6, 3), (48, 64, 128, 256)),
+    "m": ((3, 3, 6, 3), (64, 96, 192, 384)),
+    "t": ((3, 3, 6, 3), (96, 128, 256, 512)),
 }
+S2A_R_GRID = {
+    "mini": ((2, 2, 3, 4), (28, 56, 112, 224)),
+    "t": ((2, 3, 6, 3), (32, 64, 128, 256)),
+    "xs": ((1, 2, 5, 2), (40, 80, 160, 320)),
+    "s": ((2, 3, 5, 3), (48, 96, 192, 384)),
+    "m": ((2, 3, 12, 2), (72, 144, 288, 576)),
+}
+PRESETS: dict[str, Architecture] = (
+    {f"cas_vit_{size}": cas_vit(*grid) for size, grid in CAS_VIT_GRID.items()}
+    | {f"cas_vit_{size}_distilled": cas_vit(*grid, distillation=True) for size, grid in CAS_VIT_GRID.items()}
+    | {f"s2a_r_{size}": s2a_r(*grid) for size, grid in S2A_R_GRID.items()}
+)
+
+# the official names (Tianfang-Zhang/CAS-ViT, class RCViT) and ours; a stage's index there is twice ours
+_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
+_BLOCK = {
+    r"local_perception\.network\.(\d)": r"local.\1",
+    r"norm([12])": r"norm\1",
+    r"attn\.qkv": "mixer.qkv",
+    r"attn\.oper_([qk])\.0\.block\.(\d)": r"mixer.gate_\1.spatial.\2",
+    r"attn\.oper_([qk])\.1\.block\.(\d)": r"mixer.gate_\1.channel.\2",
+    r"attn\.dwc": "mixer.smooth",
+    r"attn\.proj": "mixer.proj",
+    r"mlp\.fc1": "mlp.0",
+    r"mlp\.fc2": "mlp.2",
+}
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
+    """Official CAS-ViT weights under our names; weights under our own names pass unchanged.
+
+    Each official name has one of ours; one that is not known stays as it is, so that a strict load names it. Where the
+    weights hold a distillation head and `model` has none, its classifier becomes the mean of the two, which is what the
+    official network computes in use.
+
+    Args:
+        state_dict: names -> weights, for classification or (norms `norm0`, `norm2`, …) for dense prediction.
+        model: the network they are for.
+    """
+    if "patch_embed.0.weight" not in state_dict:
+        return dict(state_dict)
+    result = {_our_name(name): weight for name, weight in state_dict.items()}
+    if "head_dist.weight" in result and model.head_dist is None:
+        log.info("the classifier becomes the mean of the checkpoint's two, as in the official network's evaluation")
+        for part in ("weight", "bias"):
+            result[f"head.{part}"] = (result[f"head.{part}"] + result.pop(f"head_dist.{part}")) / 2
+    return result
+
+
+def _our_name(name: str) -> str:
+    path, _, tensor = name.rpartition(".")
+    first, *rest = path.split(".")
+    if first == "patch_embed" and len(rest) == 1 and rest[0] in _STEM:
+        return f"stem.{_STEM[rest[0]]}.{tensor}"
+    if first == "dist_head":
+        return f"head_dist.{tensor}"
+    if norm := re.fullmatch(r"norm([0246])", path):
+        return f"stage_norms.{int(norm[1]) // 2}.{tensor}"
+    if down := re.fullmatch(r"network\.([135])\.(proj|norm)", path):
+        return f"stages.{(int(down[1]) + 1) // 2}.downsample.{0 if down[2] == 'proj' else 1}.{tensor}"
+    if block := re.fullmatch(r"network\.([0246])\.(\d+)\.(.+)", path):
+        for pattern, ours in _BLOCK.items():
+            if part := re.fullmatch(pattern, block[3]):
+                return f"stages.{int(block[1]) // 2}.blocks.{block[2]}.{part.expand(ours)}.{tensor}"
+    return name
+
+
+def _entry_point(name: str) -> Callable[..., Backbone]:
+    def create(pretrained: bool = False, **kwargs: Any) -> Backbone:
+        return build_for_timm(name, PRESETS[name], pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"`PRESETS[{name!r}]` as a timm model."
+    return create
+
+
+default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, TIMM_CFG))
+for _name in PRESETS:
+    if not timm.is_model(_name):  # an exported model's own copy of this file may have been first
+        register_model(_entry_point(_name))

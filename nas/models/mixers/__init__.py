@@ -1,23 +1,36 @@
 """Token mixers: modules that let positions of a map talk to each other.
 
 Every mixer is called `Mixer(width, options, compression, device=None, dtype=None)`, takes and returns maps of
-`(batch, width, height, width)` of any height and width, and treats each image of a batch alone. To add one: its options
-in `nas.architecture`, a module here, a row in `MIXERS`.
+`(batch, width, height, width)` of any height and width, and treats each image of a batch alone. A block puts a norm
+before it unless it says `takes_norm = False`. To add one: its options in `nas.architecture`, a module here, a row in
+`MIXERS`; to add a kind of Hadamard mixer, a row in `HADAMARD_KINDS` there and one in `KINDS` in `hadamard`.
 """
+
+from collections.abc import Callable
 
 from torch import nn
 
-from ...architecture import Mixer
+from ...architecture import Hadamard, Mixer, Softmax
 from .additive import AdditiveMixer
-from .hadamard import HadamardMixer
-from .softmax import SoftmaxMixer
+from .hadamard import KINDS
+from .softmax import SoftmaxMixer, WindowSoftmaxMixer
 from .strip import StripMixer
 
-MIXERS: dict[str, type[nn.Module]] = {
-    "softmax": SoftmaxMixer,
+
+def _softmax(width: int, options: Softmax, compression: int, device=None, dtype=None) -> nn.Module:
+    module = WindowSoftmaxMixer if options.window else SoftmaxMixer
+    return module(width, options, compression, device=device, dtype=dtype)
+
+
+def _hadamard(width: int, options: Hadamard, compression: int, device=None, dtype=None) -> nn.Module:
+    return KINDS[options.kind](width, options, compression, device=device, dtype=dtype)
+
+
+MIXERS: dict[str, Callable[..., nn.Module]] = {
+    "softmax": _softmax,
     "additive": AdditiveMixer,
     "strip": StripMixer,
-    "hadamard": HadamardMixer,
+    "hadamard": _hadamard,
 }
 
 

@@ -1,30 +1,54 @@
-"""Multi-head softmax attention (Vaswani et al., arXiv 1706.03762), optionally over pooled keys and values.
+"""Softmax attention (Vaswani et al., arXiv 1706.03762): full, over reduced keys and values, or within windows.
 
-Shape suffixes as in `attention`.
+Shape suffixes as in `attention`; X and Y rows and columns of windows, T positions of a window.
 """
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d, trunc_normal_
 from torch import nn
 
 from ...architecture import Softmax
-from .attention import ScaledDotProduct, merge_heads, split_heads
+from .attention import ScaledDotProduct, merge_heads, pad_to_multiple, split_heads
+
+
+class KeyValueReduction(nn.Module):
+    """One position for each r x r patch: their average, or a convolution of stride r and layer norm.
+
+    A side that r does not divide gives one more, smaller patch: the average is over what is there, the convolutions pad
+    with zeros at the right and bottom. So there are `ceil(H / r) * ceil(W / r)` positions.
+    """
+
+    def __init__(self, width: int, r: int, reducer: str, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.r = r
+        groups = width if reducer == "dwconv" else 1
+        self.conv = nn.Conv2d(width, width, r, stride=r, groups=groups, **dd) if reducer != "pool" else None
+        self.norm = LayerNorm2d(width, **dd) if reducer != "pool" else None
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`(B, C, H, W)` to `(B, C, ceil(H / r), ceil(W / r))`."""
+        if self.conv is None:
+            return F.avg_pool2d(x_BCHW, self.r, self.r, ceil_mode=True, count_include_pad=False)
+        return self.norm(self.conv(pad_to_multiple(x_BCHW, self.r)))
 
 
 class SoftmaxMixer(nn.Module):
-    """Softmax attention over all positions; at compression 1 and without pooling, exactly the published form.
+    """Softmax attention over all positions; at compression 1 and without reduction, exactly the published form.
 
     Compression c narrows queries and keys to `heads * max(1, C // (heads * c))` channels; values keep C. With
-    `kv_reduction` r, keys and values come from the map averaged over r x r windows (the last ones over what is left),
-    so there are `ceil(H / r) * ceil(W / r)` of them.
+    `kv_reduction` r, keys and values come from a reduced map: by full convolution (PVT v2, arXiv 2106.13797), depthwise
+    (CMT, arXiv 2107.06263) or by average.
     """
 
     def __init__(self, width: int, options: Softmax, compression: int = 1, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.heads = options.heads
-        self.kv_reduction = options.kv_reduction
+        self.kv_reduction = r = options.kv_reduction
         self.qk_width = options.inner_width(width, compression)
+        self.reduce = KeyValueReduction(width, r, options.reducer, **dd) if r > 1 else nn.Identity()
         self.q = nn.Conv2d(width, self.qk_width, 1, **dd)
         self.kv = nn.Conv2d(width, self.qk_width + width, 1, **dd)
         self.attention = ScaledDotProduct()
@@ -33,8 +57,65 @@ class SoftmaxMixer(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """`(B, C, H, W)` to the same shape."""
         height, width = x_BCHW.shape[2:]
-        r = self.kv_reduction
-        pooled = F.avg_pool2d(x_BCHW, r, r, ceil_mode=True, count_include_pad=False) if r > 1 else x_BCHW
-        k, v = self.kv(pooled).split([self.qk_width, x_BCHW.shape[1]], dim=1)
+        k, v = self.kv(self.reduce(x_BCHW)).split([self.qk_width, self.proj.in_channels], dim=1)
         q_BGND, k_BGMD, v_BGME = (split_heads(t, self.heads) for t in (self.q(x_BCHW), k, v))
         return self.proj(merge_heads(self.attention(q_BGND, k_BGMD, v_BGME), height, width))
+
+
+class WindowSoftmaxMixer(nn.Module):
+    """Softmax attention within w x w windows with a relative position bias (Swin, arXiv 2103.14030; not shifted).
+
+    A map whose sides w does not divide is padded at the right and bottom after the projections; what is padded is never
+    attended to. Its windows still cost as much as full ones. Compression as in `SoftmaxMixer`.
+    """
+
+    def __init__(self, width: int, options: Softmax, compression: int = 1, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.heads, self.window, self.width = options.heads, options.window, width
+        self.qk_width = options.inner_width(width, compression)
+        self.qkv = nn.Conv2d(width, 2 * self.qk_width + width, 1, **dd)
+        self.bias = nn.Parameter(torch.empty(self.heads, 2 * self.window - 1, 2 * self.window - 1, **dd))
+        self.attention = ScaledDotProduct()
+        self.proj = nn.Conv2d(width, width, 1, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A fresh position bias, as in Swin."""
+        trunc_normal_(self.bias, std=0.02)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`(B, C, H, W)` to the same shape."""
+        height, width = x_BCHW.shape[2:]
+        w = self.window
+        qkv = pad_to_multiple(self.qkv(x_BCHW), w)
+        q, k, v = self._windows(qkv).split([self.qk_width // self.heads] * 2 + [self.width // self.heads], dim=-1)
+        bias = self._position_bias() + self._padding_bias(x_BCHW)
+        out_BGTE = self.attention(q, k, v, bias)
+        rows, columns = qkv.shape[2] // w, qkv.shape[3] // w
+        out = out_BGTE.unflatten(2, (w, w)).unflatten(0, (-1, rows, columns))  # B X Y G w w E
+        out_BCHW = out.permute(0, 3, 6, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return self.proj(out_BCHW[:, :, :height, :width])
+
+    def _windows(self, qkv_BCHW: torch.Tensor) -> torch.Tensor:
+        """A map of q, k and v to `(B * X * Y, G, T, channels of q, k and v of a head)`."""
+        w, g = self.window, self.heads
+        d, e = self.qk_width // g, self.width // g
+        q, k, v = qkv_BCHW.split([self.qk_width, self.qk_width, self.width], dim=1)
+        per_head = torch.cat([t.unflatten(1, (g, n)) for t, n in ((q, d), (k, d), (v, e))], dim=2)
+        split = per_head.unflatten(4, (-1, w)).unflatten(3, (-1, w))  # B G C X w Y w
+        return split.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
+
+    def _position_bias(self) -> torch.Tensor:
+        """`(G, T, T)`: the bias of each pair of positions by how far apart they are in rows and in columns."""
+        w = self.window
+        at = torch.arange(w, device=self.bias.device)
+        apart = at[:, None] - at[None, :] + w - 1
+        return self.bias[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3, 4).flatten(1, 2)
+
+    def _padding_bias(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """`(B * X * Y, 1, 1, T)`: 0 for positions of the map, the lowest number for padded ones."""
+        w = self.window
+        there = pad_to_multiple(torch.ones_like(x_BCHW[:, :1]), w)
+        windows = there.unflatten(3, (-1, w)).unflatten(2, (-1, w)).permute(0, 2, 4, 1, 3, 5)
+        return ((windows - 1) * torch.finfo(self.bias.dtype).max).flatten(0, 2).flatten(2, 3).unsqueeze(1)

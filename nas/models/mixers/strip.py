@@ -4,12 +4,11 @@ The authors published no code; layers follow the reconstruction S2A-R. Shape suf
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
 from ...architecture import Strip
-from .attention import ScaledDotProduct, merge_heads, split_heads
+from .attention import ScaledDotProduct, merge_heads, pad_to_multiple, split_heads
 
 
 class StripMixer(nn.Module):
@@ -38,8 +37,7 @@ class StripMixer(nn.Module):
         """`(B, C, H, W)` to the same shape."""
         height, width = x_BCHW.shape[2:]
         r = self.kv_reduction
-        padded = F.pad(x_BCHW, (0, -width % r, 0, -height % r)) if r > 1 else x_BCHW
-        reduced = self.norm(self.reduce(padded))
+        reduced = self.norm(self.reduce(pad_to_multiple(x_BCHW, r) if r > 1 else x_BCHW))
         q_BGND = split_heads(self.q(x_BCHW), self.heads)
         k_BGMD, v_BGME = split_heads(self.k(reduced), self.heads), split_heads(self.v(reduced), self.heads)
         return self.proj(merge_heads(self.attention(q_BGND, k_BGMD, v_BGME), height, width))
