@@ -110,7 +110,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE, title=title, title_justify="left")
+    table = Table(box=SIMPLE, title=title, title_justify="left", caption_justify="left")
     for column in columns:
         name, right = column.removesuffix(">"), column.endswith(">")
         table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "key", overflow="fold")
@@ -148,6 +148,8 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
         table.add_row(trial.key, *cells)
     if limit is not None and len(front) > limit:
         table.add_row("…")
+    if any(objective.field == "latency_ms" for objective in shown):
+        table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
     return table
 
 
@@ -160,6 +162,7 @@ def _conditions(command: Any) -> Any:
     """The options that say how latency is measured."""
     for option in (
         click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
+        click.option("--fold/--no-fold", "folded", default=True, help="Time with batch norms folded.  [default: fold]"),
         click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
         click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
@@ -463,9 +466,10 @@ def measure(
             format_value(ALL["memory"], row["memory_mib"]),
         )
     _print_table(table)
-    names = ("runtime", "dtype", "batch_size", "threads", "device", "machine")
-    for at in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        click.echo("measured with {}, {}, batch {}, {} threads, on {} ({})".format(*at))
+    names = ("runtime", "dtype", "batch_size", "threads", "device", "machine", "folded")
+    for *at, folded in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        form = "folded into convolutions" if folded else "as trained"
+        click.echo("measured with {}, {}, batch {}, {} threads, on {} ({}), batch norms ".format(*at) + form)
     for row in rows:
         if row["uncounted"]:
             click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
@@ -500,7 +504,7 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
         "width>",
         "compression>",
         "MLP ratio>",
-        "local",
+        "block",
         "map>",
         "MACs>",
         "parameters>",
@@ -509,7 +513,7 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
     for part in data["parts"]:
         cells = [
             str(part.get(name, ""))
-            for name in ("part", "mixer", "depth", "width", "compression", "mlp_ratio", "local", "map")
+            for name in ("part", "mixer", "depth", "width", "compression", "mlp_ratio", "block", "map")
         ]
         table.add_row(*cells, format_value(ALL["macs"], part["macs"]), format_value(ALL["params"], part["params"]))
     table.add_section()

@@ -23,6 +23,7 @@ VERSION = 1
 MAX_DEPTH = 256  # bounds that no sane network meets, so that a hostile file cannot ask for a terabyte
 MAX_WIDTH = 16_384
 MAX_MLP_RATIO = 64.0
+MAX_COMPRESSION = int(MAX_WIDTH * MAX_MLP_RATIO)
 MAX_JSON_CHARS = 100_000
 
 # words a field may take, from least to most work
@@ -181,7 +182,7 @@ class Hadamard:
     Args:
         kind: a key of `HADAMARD_KINDS`. `conv_modulation` (Conv2Former), `lka` (large-kernel attention, VAN), `gnconv`
             (recursive gated convolution, HorNet), `star` (star operation, StarNet), `focal` (focal modulation,
-            FocalNet), `gated_conv` (gated CNN, MambaOut) or `polynomial` (MONet; no activation). `star` and `gated_conv`
+            FocalNet), `gated_conv` (gated CNN, MambaOut), `polynomial` (MONet; no activation). `star` and `gated_conv`
             are mixer and MLP in one where they come from: `Stage.mlp="none"` gives those blocks.
         kernel_size: odd side of the depthwise convolution; of the dilated one in `lka`, of the first level in `focal`.
         order: number of recursive products of `gnconv`, 2 to 5; 2 ** (order - 1) divides the stage's width.
@@ -226,6 +227,16 @@ def mixer_label(mixer: Mixer) -> str:
     """The mixer's name, with its options where they are not the defaults: `strip(heads=4)`."""
     options = ",".join(f"{k}={v}" for k, v in _non_defaults(mixer).items())
     return f"{mixer.name}({options})" if options else mixer.name
+
+
+def block_label(stage: Stage) -> str:
+    """A block's steps in order, such as `conv + mixer + mlp` or `dw * mixer se + gated mlp`."""
+    mixer = "mixer se" if stage.gate == "se" else "mixer"
+    steps = [mixer] if stage.local == "none" else [stage.local, mixer]
+    text = (" * " if stage.fusion == "hadamard" else " + ").join(steps)
+    if stage.interaction != "none":
+        text += f" + {stage.interaction}"
+    return text + {"none": "", "plain": " + mlp", "gated": " + gated mlp"}[stage.mlp]
 
 
 @dataclass(frozen=True)
@@ -305,7 +316,7 @@ class Stage:
             raise UsageError(f"Stage.mixer is {self.mixer!r}: it must be one of {', '.join(MIXER_TYPES)}")
         _set_int(self, "depth", 1, MAX_DEPTH)
         _set_int(self, "width", 2, MAX_WIDTH)
-        _set_int(self, "compression", 1, MAX_WIDTH)
+        _set_int(self, "compression", 1, MAX_COMPRESSION)
         _set_ratio(self, "mlp_ratio", MAX_MLP_RATIO)
         for name, allowed in STAGE_WORDS.items():
             _check_choice(self, name, allowed)

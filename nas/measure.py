@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .architecture import mixer_label, resolutions
+from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .runs import describe_machine
 from .scoring.cost import Cost, count_cost
@@ -22,8 +22,9 @@ def measure(target: Target, input_size: int | None = None, **conditions: Any) ->
     Args:
         target: what to measure.
         input_size: side of the images; None takes the target's own.
-        conditions: `device`, `runtime`, `dtype`, `batch_size`, `threads`, `channels_last`; those not given are the
-            target's own (a run's point is measured as in its run), else those of `LatencyConfig`, on any device.
+        conditions: `device`, `runtime`, `dtype`, `batch_size`, `threads`, `channels_last`, `folded`; those not given
+            are the target's own (a run's point is measured as in its run), else those of `LatencyConfig`, on any
+            device.
 
     Raises:
         UsageError: where a condition is not allowed or the images do not suit the network.
@@ -63,6 +64,7 @@ def measure(target: Target, input_size: int | None = None, **conditions: Any) ->
         "batch_size": config.batch_size,
         "threads": latency.threads,
         "channels_last": config.channels_last,
+        "folded": config.folded,
         "machine": machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores",
     }
 
@@ -81,8 +83,8 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
                 "depth": stage.depth,
                 "width": stage.width,
                 "compression": stage.compression,
-                "mlp_ratio": f"{stage.mlp_ratio:g}",
-                "local": stage.local,
+                "mlp_ratio": f"{stage.mlp_ratio:g}" if stage.mlp != "none" else "none",
+                "block": block_label(stage),
                 "map": f"{height}x{width}",
             }
     return {

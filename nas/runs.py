@@ -121,6 +121,13 @@ class Run:
         return {o.name: float(self.manifest["reference"][o.name]) for o in self.objectives}
 
     @property
+    def timing(self) -> str:
+        """What was timed, in words: runtime, type, batch and form of the networks."""
+        config = self.manifest["config"]
+        form = "batch norms folded" if config.get("folded") else "batch norms not folded"
+        return f"{config['runtime']}, {config['dtype']}, batch {config['batch_size']}, {form}"
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name

@@ -3,8 +3,9 @@
 A space is written stage by stage. Wherever a `StageChoices` field holds a tuple there is a knob named
 `stage<i>.<field>`; a single value is fixed. Mixer options are knobs too (`options`), shared by the mixers that have
 them. Every combination of choices decodes to a valid architecture: heads that do not divide the width become the
-nearest divisor, an order that does not fit it is lowered, options of other mixers are dropped, and what has no effect is
-brought to one form (`nas.architecture`). So equal networks have equal keys, and `size` counts networks, not spellings.
+nearest divisor, an order that does not fit it is lowered, options of other mixers are dropped, and what has no effect
+is brought to one form (`nas.architecture`). So equal networks have equal keys, and `size` counts networks, not
+spellings.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class StageChoices:
     def __post_init__(self) -> None:
         for name in ("mixer", *_PLAIN_FIELDS):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
-        object.__setattr__(self, "options", {name: _as_tuple(c) for name, c in self.options.items()})
+        object.__setattr__(self, "options", {n: _as_tuple(c) for n, c in sorted(self.options.items())})
         # build each choice once on its own, so that a bad one is found here and not in the middle of a search
         plain: dict[str, Any] = {"mixer": Additive(), "depth": 1, "width": 2}
         for name in _PLAIN_FIELDS:
@@ -133,9 +134,9 @@ class StageChoices:
         return {name: choices[0] for name, choices in self.choices.items()}
 
     @cached_property
-    def cores(self) -> dict[tuple[Choice, ...], dict[str, Choice]]:
+    def cores(self) -> dict[tuple[Mixer, int, int], dict[str, Choice]]:
         """Distinct (mixer, width, compression) of the stage -> the first choices that give it."""
-        cores: dict[tuple[Choice, ...], dict[str, Choice]] = {}
+        cores: dict[tuple[Mixer, int, int], dict[str, Choice]] = {}
         for label, mixer in self.mixers.items():
             for options in self._own_options(mixer):
                 for width, compression in itertools.product(self.choices["width"], self.choices["compression"]):
@@ -391,12 +392,12 @@ def _read(stage: Stage, names: tuple[str, ...]) -> tuple[Choice, ...]:
 def _most_work(name: str, values: tuple[Choice, ...]) -> Choice:
     """Of a knob's choices the one with the most work; the first where they do not differ in that."""
     if name in ("compression", "kv_reduction"):
-        return min(values)  # type: ignore[type-var]
+        return min(values)
     if name == "window" and 0 in values:
         return 0
     if name in _WORDS:
         return max(values, key=lambda word: _WORDS[name].index(str(word)))
-    return values[0] if isinstance(values[0], str) else max(values)  # type: ignore[type-var]
+    return values[0] if isinstance(values[0], str) else max(values)
 
 
 def _fit(mixer: Mixer, width: int) -> Mixer:

@@ -74,7 +74,7 @@ def _of_run(run: Run, key: str) -> Target:
     data, config = run.manifest["data"], run.manifest["config"]
     target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
     names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last")
-    return replace(target, conditions={name: config[name] for name in names})
+    return replace(target, conditions={name: config[name] for name in names} | {"folded": config.get("folded", False)})
 
 
 def _timm(name: str) -> Target:

@@ -14,21 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.architecture import (
-    LOCAL_UNITS,
+    HADAMARD_KINDS,
+    KV_REDUCERS,
     MAX_DEPTH,
     MAX_JSON_CHARS,
     MAX_MLP_RATIO,
     MAX_WIDTH,
     MIXER_TYPES,
     NORMS,
+    PUBLISHED_EXPANSION,
+    STAGE_WORDS,
+    STEMS,
     Additive,
     Architecture,
+    Downsample,
     Hadamard,
     Head,
     Softmax,
     Stage,
     Stem,
     Strip,
+    block_label,
     mixer_from_dict,
     mixer_to_dict,
     resolutions,
@@ -43,7 +49,12 @@ OPTIONS = {
     "heads": st.sampled_from((1, 2, 4, 8)),
     "kv_reduction": st.integers(1, 64),
     "kernel_size": odd_sizes,
-    "kind": st.just("conv_modulation"),
+    "kind": st.sampled_from(tuple(HADAMARD_KINDS)),
+    "reducer": st.sampled_from(KV_REDUCERS),
+    "window": st.integers(0, 64),
+    "order": st.integers(2, 4),  # 5 would need widths that 16 divides
+    "levels": st.integers(1, 5),
+    "expansion": st.sampled_from((0, 1, 1.5, 8 / 3, 3, 4)),
 }
 mixers = st.one_of(
     *(st.builds(kind, **{f.name: OPTIONS[f.name] for f in dataclasses.fields(kind)}) for kind in MIXER_TYPES.values())
@@ -55,14 +66,15 @@ stages = st.builds(
     width=st.integers(1, MAX_WIDTH // 8).map(lambda n: 8 * n),
     mlp_ratio=st.floats(0, MAX_MLP_RATIO, exclude_min=True) | st.integers(1, 64),
     compression=st.integers(1, MAX_WIDTH),
-    local=st.sampled_from(LOCAL_UNITS),
+    **{name: st.sampled_from(words) for name, words in STAGE_WORDS.items()},
 )
 architectures = st.builds(
     Architecture,
     stages=st.lists(stages, min_size=2, max_size=5),
-    stem=st.builds(Stem, st.sampled_from((2, 4))),
-    head=st.builds(Head, st.integers(0, MAX_WIDTH)),
+    stem=st.builds(Stem, st.sampled_from((2, 4)), st.sampled_from(STEMS), st.integers(0, MAX_WIDTH)),
+    head=st.builds(Head, st.integers(0, MAX_WIDTH), st.booleans()),
     norm=st.sampled_from(NORMS),
+    downsample=st.builds(Downsample, odd_sizes, st.sampled_from(NORMS)),
 )
 
 STAGE = {"mixer": "softmax", "depth": 1, "width": 8}
@@ -204,6 +216,62 @@ def test_numpy_integers_are_integers():
     assert type(stage.width) is int
 
 
+# What has no effect has one form
+
+
+@given(mixers, st.integers(1, 256), st.integers(1, MAX_WIDTH))
+def test_compression_is_the_largest_ratio_with_its_channels(mixer, parts, compression):
+    width = 8 * parts
+    stage = Stage(mixer, 1, width, compression=compression)
+    assert stage.inner_width == mixer.inner_width(width, compression)
+    assert stage == Stage(mixer, 1, width, compression=stage.compression)
+    more = mixer.inner_width(width, stage.compression + 1)
+    assert more < stage.inner_width or stage.inner_width == mixer.inner_width(width, MAX_WIDTH)
+
+
+def test_one_channel_a_head_is_a_compression_by_the_channels_of_a_head():
+    ratios = {Stage(Strip(heads=h), 1, 28 * h, compression=c).compression for h in (1, 2, 8) for c in (15, 28, 9999)}
+    assert ratios == {28}
+    assert Stage(Strip(heads=2), 1, 56, compression=14).compression == 14
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Softmax(window=7, kv_reduction=4, reducer="conv"), Softmax(window=7)),
+        (Softmax(reducer="conv"), Softmax()),
+        (Hadamard(order=5, levels=4, expansion=2), Hadamard()),
+        (Hadamard("star", expansion=4, order=4), Hadamard("star")),
+        (Hadamard("gated_conv", expansion=8 / 3), Hadamard("gated_conv")),
+        (Hadamard("polynomial", kernel_size=3), Hadamard("polynomial")),
+    ],
+)
+def test_options_without_effect_take_their_defaults(one, other):
+    assert one == other
+    assert mixer_to_dict(one) == mixer_to_dict(other)
+
+
+def test_options_with_effect_stay():
+    assert Softmax(kv_reduction=2, reducer="conv").reducer == "conv"
+    assert {Hadamard(kind, order=4).order for kind in HADAMARD_KINDS} == {3, 4}
+    assert [k for k in HADAMARD_KINDS if Hadamard(k, expansion=2).expansion] == list(PUBLISHED_EXPANSION)
+
+
+def test_fields_without_effect_take_their_defaults():
+    assert Stage(Additive(), 1, 8, local="none", fusion="hadamard") == Stage(Additive(), 1, 8, local="none")
+    assert Stage(Additive(), 1, 8, mlp="none", mlp_ratio=2) == Stage(Additive(), 1, 8, mlp="none")
+    assert Stage(Additive(), 1, 8, mlp="none").mlp_width == 0
+    assert (Stage(Additive(), 1, 12).mlp_width, Stage(Additive(), 1, 12, mlp="gated").mlp_width) == (48, 32)
+
+
+def test_block_labels_say_the_steps_in_order():
+    stage = Stage(Additive(), 1, 8, local="conv")
+    assert block_label(stage) == "conv + mixer + mlp"
+    full = dataclasses.replace(stage, fusion="hadamard", gate="se", interaction="dw", mlp="gated")
+    assert block_label(full) == "conv * mixer se + dw + gated mlp"
+    assert block_label(dataclasses.replace(stage, local="none", mlp="none")) == "mixer"
+
+
 def changed(**fields):
     return GOOD | fields
 
@@ -296,6 +364,24 @@ BAD = {
     "head a number": changed(head=1280),
     "head width negative": changed(head={"width": -1}),
     "head width float": changed(head={"width": 1.0}),
+    "distillation a number": changed(head={"distillation": 1}),
+    "stem kind": changed(stem={"kind": "conv4"}),
+    "stem width negative": changed(stem={"width": -1}),
+    "downsample kernel even": changed(downsample={"kernel_size": 2}),
+    "downsample norm": changed(downsample={"norm": "rms"}),
+    "downsample null": changed(downsample=None),
+    "order of one": with_stage(mixer={"name": "hadamard", "kind": "gnconv", "order": 1}),
+    "order that does not divide the width": with_stage(mixer={"name": "hadamard", "kind": "gnconv", "order": 5}),
+    "levels zero": with_stage(mixer={"name": "hadamard", "kind": "focal", "levels": 0}),
+    "expansion negative": with_stage(mixer={"name": "hadamard", "kind": "star", "expansion": -1}),
+    "expansion NaN": with_stage(mixer={"name": "hadamard", "kind": "star", "expansion": math.nan}),
+    "kind null": with_stage(mixer={"name": "hadamard", "kind": None}),
+    "kind a list": with_stage(mixer={"name": "hadamard", "kind": ["star"]}),
+    "window negative": with_stage(mixer={"name": "softmax", "window": -7}),
+    "reducer unknown": with_stage(mixer={"name": "softmax", "reducer": "max"}),
+    "fusion unknown": with_stage(fusion="multiply"),
+    "gate unknown": with_stage(gate="eca"),
+    "mlp null": with_stage(mlp=None),
     "norm null": changed(norm=None),
     "norm a list": changed(norm=["bn"]),
 }

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# errors < architecture < space < models, data, objectives, pareto < scoring < runs < search < users of runs < cli
+# errors < architecture, folding < space < models, data, objectives, pareto < scoring < runs < search < users of runs < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,
+    "nas.folding": 1,
     "nas.space": 2,
     "nas.models": 3,
     "nas.data": 3,

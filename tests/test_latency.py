@@ -16,7 +16,7 @@ from nas.models import Backbone
 from nas.scoring import latency
 from nas.scoring.latency import DTYPES, RUNTIMES, Latency, LatencyConfig, measure_latency, summarise, time_on_cpu
 
-QUICK = {"warmup_seconds": 0.0, "repeats": 12, "max_seconds": 5.0}
+QUICK = {"folded": False, "warmup_seconds": 0.0, "repeats": 12, "max_seconds": 5.0}
 
 
 def lower_rank(n: int) -> int:
@@ -240,3 +240,27 @@ def test_dtypes_are_floating():
 def test_cuda_gives_ordered_figures(tiny):
     result = measure_latency(Backbone(tiny, num_classes=10), (3, 32, 32), LatencyConfig(device="cuda", **QUICK))
     assert 0 < result.low_ms <= result.median_ms <= result.high_ms
+
+
+class Normed(nn.Module):
+    """A convolution and a batch norm, and a list of how many batch norms ran in each pass."""
+
+    ran: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        self.ran.append(sum(isinstance(m, nn.BatchNorm2d) for m in self.layer))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(("folded", "norms"), [(True, 0), (False, 1)])
+def test_the_deployed_form_is_timed_unless_asked_otherwise(folded, norms):
+    Normed.ran.clear()
+    model = Normed()
+    measure_latency(model, (3, 8, 8), LatencyConfig(**QUICK | {"folded": folded}))
+    assert LatencyConfig().folded
+    assert set(Normed.ran[-12:]) == {norms}
+    assert isinstance(model.layer[1], nn.BatchNorm2d)

@@ -38,7 +38,7 @@ def test_three_files_that_open(run, tmp_path):
         assert trial.key in page
         for line in plots.describe_stages(trial.architecture):
             assert line.partition(": ")[2] in page
-    assert "Latency (ms, eager, fp32, batch 1)" in page
+    assert "Latency (ms, eager, fp32, batch 1, batch norms folded)" in page
     assert "Proxy params (untrained)" in page
     assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
 

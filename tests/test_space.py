@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import search_spaces
-from nas.architecture import Additive, Architecture, Hadamard, Head, Softmax, Stage, Stem, Strip
+from nas.architecture import (
+    HADAMARD_KINDS,
+    Additive,
+    Architecture,
+    Downsample,
+    Hadamard,
+    Head,
+    Softmax,
+    Stage,
+    Stem,
+    Strip,
+)
 from nas.errors import UsageError
 from nas.models import Backbone
 from nas.space import SearchSpace, StageChoices
@@ -22,6 +33,7 @@ from nas.space import SearchSpace, StageChoices
 NAMES = search_spaces.names()
 CORNERS = {"smallest": min, "largest": max}
 
+WORDS = ("pool", "dwconv", "conv")
 FIRST = StageChoices(mixer=Additive(), depth=1, width=8)
 
 # Small enough to enumerate, each with something that makes two spellings of one network.
@@ -59,6 +71,48 @@ SMALL = {
         stem=Stem(2),
         head=Head(32),
         norm="ln",
+    ),
+    "kinds of products": SearchSpace(
+        "kinds_of_products",
+        "options that only some kinds read",
+        (
+            StageChoices(
+                mixer=Hadamard(),
+                depth=1,
+                width=8,
+                options={
+                    "kind": ("gnconv", "star", "focal", "polynomial"),
+                    "kernel_size": (3, 5),
+                    "order": (2, 3),
+                    "levels": (1, 2),
+                },
+            ),
+            StageChoices(
+                mixer=Softmax(), depth=1, width=8, options={"window": (0, 2), "kv_reduction": (1, 2), "reducer": WORDS}
+            ),
+        ),
+    ),
+    "block knobs": SearchSpace(
+        "block_knobs",
+        "fusion without a local unit and ratios without an MLP say nothing",
+        (
+            StageChoices(
+                mixer=Additive(),
+                depth=1,
+                width=8,
+                local=("none", "dw"),
+                fusion=("hadamard", "add"),
+                interaction=("none", "dw"),
+                gate=("se", "none"),
+                mlp=("none", "gated", "plain"),
+                mlp_ratio=(2, 3),
+            ),
+            FIRST,
+        ),
+        stem=Stem(4, "conv3", 6),
+        head=Head(16, distillation=True),
+        norm="ln",
+        downsample=Downsample(5, "ln"),
     ),
     "two of a kind": SearchSpace(
         "two_of_a_kind",
@@ -223,9 +277,21 @@ def test_the_largest_of_mini_has_the_most_parameters_of_all():
     assert max(num_params(a) for a in mini.largest()) == max(num_params(a) for a in mini)
 
 
-def test_the_largest_of_mobile_are_its_corners():
-    mobile = search_spaces.load("mobile")  # every stage offers the same four mixers, so each label has one corner
-    assert {a.key for a in mobile.largest()} == {corner(mobile, max, n).key for n in range(4)}
+def test_the_largest_of_mobile_have_each_mixer_and_kind_everywhere():
+    mobile = search_spaces.load("mobile")  # every stage offers the same four mixers and seven kinds
+    tops = mobile.largest()
+    found = [{(s.mixer.name, getattr(s.mixer, "kind", "")) for s in a.stages} for a in tops]
+    assert all(len(names) == 1 for names in found)
+    assert set().union(*found) == {
+        *((name, "") for name in ("softmax", "additive", "strip")),
+        *(("hadamard", kind) for kind in HADAMARD_KINDS),
+    }
+    for architecture in tops:
+        for stage, declared in zip(architecture.stages, mobile.stages, strict=True):
+            assert (stage.depth, stage.width) == (max(declared.depth), max(declared.width))
+            assert (stage.local, stage.gate, stage.mlp, stage.mlp_ratio) == ("conv", "se", "gated", 4)
+            assert stage.compression == 1
+            assert getattr(stage.mixer, "window", 0) == 0
 
 
 def test_unknown_knobs_and_values_are_refused(space):
@@ -283,7 +349,7 @@ def test_equal_keys_just_where_modules_are_equal(small):
     built = {}
     for architecture in itertools.islice(small, 60):
         model = Backbone(architecture, num_classes=2, device="meta")
-        attention = tuple((m.heads, m.kv_reduction) for m in model.modules() if hasattr(m, "heads"))
+        attention = tuple(str(s.mixer) + s.fusion for s in architecture.stages)
         shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
         built.setdefault((shapes, attention), []).append(architecture.key)
     assert [keys for keys in built.values() if len(keys) > 1] == []
@@ -299,9 +365,10 @@ def test_mini_can_be_enumerated():
 def test_mobile_holds_what_it_says():
     mobile = search_spaces.load("mobile")
     totals = [num_params(corner(mobile, end, n)) for end in CORNERS.values() for n in range(4)]
-    assert min(totals) >= 0.5e6
-    assert max(totals) <= 30e6
-    assert mobile.size < math.prod(len(values) for values in mobile.knobs.values())
+    totals += [num_params(a) for a in mobile.largest()]
+    assert min(totals) >= 0.4e6
+    assert max(totals) <= 35e6
+    assert 1e15 <= mobile.size < math.prod(len(values) for values in mobile.knobs.values())
 
 
 def test_heads_become_the_nearest_divisor_and_of_two_the_smaller():
@@ -317,7 +384,7 @@ def test_heads_become_the_nearest_divisor_and_of_two_the_smaller():
     assert repaired == {(12, 5): 4, (12, 7): 6, (12, 8): 6, (18, 5): 6, (18, 7): 6, (18, 8): 9}
 
 
-def test_a_compression_without_effect_becomes_the_smallest():
+def test_a_compression_without_effect_becomes_the_channels_of_a_head():
     space = SMALL["compression collapse"]
     chosen = {
         "stage1.mixer": "softmax",
@@ -328,7 +395,32 @@ def test_a_compression_without_effect_becomes_the_smallest():
     }
     stages = space.decode(chosen).stages
     assert stages[0].compression == 1  # one channel for each of four heads in any case
-    assert stages[1].compression == 2  # 3 channels a head; 3 // 2 = 3 // 3 = 1
+    assert stages[1].compression == 3  # 3 channels a head; 3 // 2 = 3 // 3 = 1
+
+
+def test_orders_are_lowered_until_they_divide_the_width():
+    gnconv = Hadamard("gnconv")
+    space = SearchSpace(
+        "x", "", (FIRST, StageChoices(mixer=gnconv, depth=1, width=(6, 24, 32), options={"order": (2, 4, 5)}))
+    )
+    orders = {
+        (width, order): space.decode({"stage2.width": width, "stage2.order": order}).stages[1].mixer.order
+        for width in (6, 24, 32)
+        for order in (2, 4, 5)
+    }
+    assert orders == {(6, 2): 2, (6, 4): 2, (6, 5): 2, (24, 2): 2, (24, 4): 4, (24, 5): 4} | {
+        (32, 2): 2,
+        (32, 4): 4,
+        (32, 5): 5,
+    }
+    assert space.size == 1 + 2 + 3
+
+
+def test_options_of_other_kinds_are_dropped():
+    space = SMALL["kinds of products"]
+    distinct = {a.stages[0].mixer for a in space}
+    # gnconv: 2 orders x 2 kernels; focal: 2 levels x 2 kernels; star: 2 kernels; polynomial: 1
+    assert len(distinct) == 4 + 4 + 2 + 1
 
 
 small_stages = st.builds(

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import MIXER_TYPES, Architecture, mixer_label
+from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label
 from ..errors import RunError, UsageError
 from ..runs import Run, Trial, write_file
 from ..search.objectives import Objective, format_value
@@ -31,6 +31,7 @@ COLOURS = (
     "#D55E00",
     "#999999",
 )  # Okabe and Ito: safe for all eyes
+PLAIN_BLOCK = ("add", "none", "none", "plain")
 MARKERS = "osD^vP"
 PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
@@ -79,8 +80,7 @@ def axis_title(objective: Objective, run: Run) -> str:
     """The objective with its unit and, for latency, the conditions it was timed under."""
     unit = f" ({objective.unit})" if objective.unit else ""
     if objective.name == "latency":
-        config = run.manifest["config"]
-        return f"{objective.label} (ms, {config['runtime']}, {config['dtype']}, batch {config['batch_size']})"
+        return f"{objective.label} (ms, {run.timing})"
     return f"{objective.label}{unit}"
 
 
@@ -94,11 +94,12 @@ def _title(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
 
 
 def describe_stages(architecture: Architecture) -> list[str]:
-    """One line a stage: mixer with its options, depth x width, compression and MLP ratio."""
+    """One line a stage: mixer with its options, depth x width, compression, MLP ratio, and what else its block has."""
     return [
         f"stage {i}: {mixer_label(s.mixer)} {s.depth}x{s.width}"
         + (f" /{s.compression}" if s.compression > 1 else "")
-        + f" mlp {s.mlp_ratio:g}"
+        + (f" mlp {s.mlp_ratio:g}" if s.mlp != "none" else "")
+        + ("" if (s.fusion, s.interaction, s.gate, s.mlp) == PLAIN_BLOCK else f" [{block_label(s)}]")
         for i, s in enumerate(architecture.stages, start=1)
     ]
 

@@ -80,6 +80,7 @@ class SearchConfig:
         batch_size: images a timed forward pass.
         threads: CPU threads of the timed network; None for torch's own number.
         channels_last: memory format of the timed network.
+        folded: whether batch norms of the timed network are folded into convolutions.
         seed: of every draw, of initial weights and of training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
         storage: URL of an Optuna RDB storage; None keeps `study.db` in the run folder.
@@ -105,6 +106,7 @@ class SearchConfig:
     batch_size: int = 1
     threads: int | None = None
     channels_last: bool = False
+    folded: bool = True
     seed: int = 0
     out: Path | None = None
     storage: str | None = None
@@ -144,7 +146,7 @@ class SearchConfig:
     def from_run(cls, run: Run) -> SearchConfig:
         """The configuration a run was created with."""
         try:
-            values = dict(run.manifest["config"])
+            values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
             values["objectives"] = tuple(values["objectives"])
             return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
@@ -273,6 +275,7 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict
         "batch_size": config.batch_size,
         "threads": config.threads or torch.get_num_threads(),
         "channels_last": config.channels_last,
+        "folded": config.folded,
         "seed": config.seed,
     }
 
@@ -290,6 +293,7 @@ def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
             batch_size=config.batch_size,
             threads=config.threads,
             channels_last=config.channels_last,
+            folded=config.folded,
         ),
         proxy=config.proxy,
         fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None),
@@ -387,8 +391,10 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
 
 
 def _check_same(run: Run, conditions: dict[str, Any]) -> None:
-    before = run.manifest.get("conditions", {})
+    before = {"folded": False, **run.manifest.get("conditions", {})}
     for name, value in conditions.items():
+        if name == "space" and SearchSpace.from_dict(before[name]) == SearchSpace.from_dict(value):
+            continue  # perhaps written by a release that knew fewer fields
         if before.get(name) != value:
             then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in (before.get(name), value))
             detail = (

@@ -1,4 +1,8 @@
-"""Latency of a module on a device: warm-up, many timed repeats, median with its spread."""
+"""Latency of a module on a device: warm-up, many timed repeats, median with its spread.
+
+Timed is the form in which networks are deployed, with batch norms folded into convolutions (`nas.folding`), unless
+asked otherwise.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from scipy.stats import binom
 from torch import nn
 
 from ...errors import UsageError, unknown_name
+from ...folding import fold_batch_norms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +35,7 @@ class LatencyConfig:
         batch_size: images a forward pass.
         threads: CPU threads inside an operation; None leaves torch's own number.
         channels_last: weights and input in channels-last memory format.
+        folded: time the network with its batch norms folded into convolutions, as it is deployed.
         warmup_seconds: untimed running before the first repeat (at least 5 passes).
         repeats: timed passes, fewer where `max_seconds` ends first (at least 10).
         max_seconds: time for the repeats.
@@ -45,6 +51,7 @@ class LatencyConfig:
     batch_size: int = 1
     threads: int | None = None
     channels_last: bool = False
+    folded: bool = True
     warmup_seconds: float = 0.2
     repeats: int = 100
     max_seconds: float = 2.0
@@ -154,9 +161,11 @@ def _eager(
 ) -> tuple[Callable[[], object], Clock]:
     device = torch.device(config.device)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    probe = copy.deepcopy(model).eval().to(device, DTYPES[config.dtype]).to(memory_format=memory_format)
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size, generator=generator)
+    weight = next(model.parameters(), images)
+    probe = fold_batch_norms(model, images[:1].to(weight)) if config.folded else copy.deepcopy(model).eval()
+    probe = probe.to(device, DTYPES[config.dtype]).to(memory_format=memory_format)
     images = images.to(device=device, dtype=DTYPES[config.dtype], memory_format=memory_format)
     return lambda: probe(images), time_on_cuda if device.type == "cuda" else time_on_cpu
 

@@ -1,0 +1,202 @@
+"""The form in which a network is deployed: batch norms folded into neighbouring convolutions.
+
+In eval mode a batch norm is one multiplication and one addition a channel, which the convolution before it (or, where
+it pads nothing, the one after it) can do on the side. Works on any module, ours or not: what feeds what is read off one
+forward pass, not off names or classes of blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import NasError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TOLERANCE = 1e-3
+"""Largest difference of outputs over the largest output; rounding gives 1e-6 to 1e-5."""
+
+
+def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A copy of `model` in eval mode without the batch norms that a neighbouring convolution can do.
+
+    A batch norm goes into the convolution before it where nothing else reads that convolution's output, else into all
+    the convolutions after it where they alone read its output and pad nothing. What remains: batch norms without such a
+    neighbour, with batch statistics, or with hooks. The copy gives equal outputs up to rounding, which is checked on
+    `images`; it is for inference only.
+
+    Args:
+        model: any module that takes `images`; stays as it is.
+        images: an example input, on the model's device and of its type.
+
+    Raises:
+        NasError: where the copy's outputs differ (a bug worth reporting).
+    """
+    folded = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        trace = _trace(folded, images)
+        removed = [norm for norm in trace.norms if _fold(norm, trace)]
+        _remove(folded, removed)
+        _check(trace.output, folded(images))
+    return folded
+
+
+@dataclass
+class _Value:
+    """A tensor on its way: who made it, who reads it. None stands for anything but a convolution or batch norm."""
+
+    maker: nn.Module | None
+    readers: list[nn.Module | None] = field(default_factory=list)
+
+
+@dataclass
+class _Trace:
+    norms: list[nn.Module]
+    inputs: dict[nn.Module, _Value]
+    outputs: dict[nn.Module, _Value]
+    calls: Counter[nn.Module]
+    owners: Counter[int]  # id of a parameter -> modules that have it
+    output: Any
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes for every tensor which operations read it, and on behalf of which convolution or batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values = WeakIdKeyDictionary()
+        self.running: nn.Module | None = None
+
+    def value(self, tensor: torch.Tensor) -> _Value:
+        found: _Value | None = self.values.get(tensor)
+        if found is None:
+            found = self.values[tensor] = _Value(None)
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs or {})):
+            if isinstance(tensor, torch.Tensor):
+                self.value(tensor).readers.append(self.running)
+        return result
+
+
+def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
+    recorder = _Recorder()
+    norms: list[nn.Module] = []
+    inputs: dict[nn.Module, _Value] = {}
+    outputs: dict[nn.Module, _Value] = {}
+    calls: Counter[nn.Module] = Counter()
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        recorder.running = module
+        calls[module] += 1
+        inputs[module] = recorder.value(args[0]) if args else _Value(None)
+
+    def leave(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        recorder.running = None
+        outputs[module] = recorder.value(output)
+        outputs[module].maker = module
+        if not isinstance(module, CONVOLUTIONS) and module not in norms:
+            norms.append(module)
+
+    handles = []
+    for module in model.modules():
+        plain = not (module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module))
+        if plain and type(module) in (*CONVOLUTIONS, Conv2dSame, *BATCH_NORMS, BatchNormAct2d):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with recorder:
+            output = model(images)
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor):
+                    recorder.value(tensor).readers.append(None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return _Trace(norms, inputs, outputs, calls, owners, output)
+
+
+def _fold(norm: nn.Module, trace: _Trace) -> bool:
+    """Fold one batch norm where that is exact, and say whether it was."""
+    assert isinstance(norm, BATCH_NORMS)  # of which BatchNormAct2d is one
+    if norm.running_mean is None or norm.running_var is None or trace.calls[norm] != 1:
+        return False
+    # what it does is y = scale * x + shift; in double precision
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+
+    source = trace.inputs[norm]
+    if (before := _foldable(source.maker, trace)) is not None and set(source.readers) == {norm}:
+        weight = before.weight.double() * scale.view(-1, *[1] * (before.weight.dim() - 1))
+        _set(before, weight, shift if before.bias is None else before.bias.double() * scale + shift)
+        return True
+
+    # a shift of a convolution's input is a shift of its output only where it pads nothing
+    readers = set(trace.outputs[norm].readers)
+    after = [conv for conv in (_foldable(reader, trace) for reader in readers) if conv is not None]
+    if type(norm) is BatchNormAct2d or not after or len(after) < len(readers) or any(map(_pads, after)):
+        return False
+    for conv in after:
+        grouped = conv.weight.double().unflatten(0, (conv.groups, -1))  # groups, out, in, kernel
+        each = [1] * (conv.weight.dim() - 2)
+        added = (grouped * shift.view(conv.groups, 1, -1, *each)).flatten(2).sum(2).flatten()
+        weight = (grouped * scale.view(conv.groups, 1, -1, *each)).flatten(0, 1)
+        _set(conv, weight, added if conv.bias is None else conv.bias.double() + added)
+    return True
+
+
+def _foldable(module: nn.Module | None, trace: _Trace) -> Convolution | None:
+    """A convolution that runs once and shares its parameters with nobody."""
+    if not isinstance(module, CONVOLUTIONS) or trace.calls[module] != 1:
+        return None
+    return module if all(trace.owners[id(p)] == 1 for p in module.parameters(recurse=False)) else None
+
+
+def _pads(conv: Convolution) -> bool:
+    return type(conv) not in CONVOLUTIONS or conv.padding == "same" or any(n != 0 for n in conv.padding)
+
+
+def _set(conv: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _remove(model: nn.Module, norms: list[nn.Module]) -> None:
+    """Take batch norms out; what a `BatchNormAct2d` does beside stays."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not any(child is norm for norm in norms):
+                continue
+            rest = [m for m in (getattr(child, "drop", None), getattr(child, "act", None)) if m is not None]
+            rest = [m for m in rest if not isinstance(m, nn.Identity)]
+            if rest:
+                setattr(parent, name, rest[0] if len(rest) == 1 else nn.Sequential(*rest))
+            elif type(parent) is nn.Sequential:
+                del parent._modules[name]
+            else:
+                setattr(parent, name, nn.Identity())
+
+
+def _check(expected: Any, found: Any) -> None:
+    for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        if isinstance(a, torch.Tensor) and a.numel():
+            difference, size = (a - b).abs().max().item(), a.abs().max().item()
+            if not difference <= TOLERANCE * max(size, 1e-3):
+                raise NasError(f"folding batch norms changed the output by {difference:.2g} of {size:.2g}: a bug")
