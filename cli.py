@@ -521,6 +521,8 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
         "whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"])
     )
     _print_table(table)
+    if data["note"]:
+        click.echo(f"{data['target']}: {data['note']}")
     if data["uncounted"]:
         click.echo(f"not counted: {', '.join(data['uncounted'])}")
 

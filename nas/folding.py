@@ -25,8 +25,8 @@ from .errors import NasError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-TOLERANCE = 1e-3
-"""Largest difference of outputs over the largest output; rounding gives 1e-6 to 1e-5."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""Largest difference of outputs over the largest output; single precision usually gives 1e-7 to 1e-5."""
 
 
 def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -44,13 +44,28 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
     Raises:
         NasError: where the copy's outputs differ (a bug worth reporting).
     """
+    folded, error = _fold_all(model, images)
+    if error > TOLERANCE.get(images.dtype, 1e-1):
+        # deep networks with unlucky weights amplify rounding, folded or not: double precision tells that from a bug
+        _, error = _fold_all(copy.deepcopy(model).double(), images.double())
+        if error > TOLERANCE[torch.float64]:
+            raise NasError(f"folding batch norms changed the output by {error:.2g} of its largest value: a bug")
+    return folded
+
+
+def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]:
+    """The folded copy, and the largest difference of its outputs over the largest output."""
     folded = copy.deepcopy(model).eval()
     with torch.no_grad():
         trace = _trace(folded, images)
-        removed = [norm for norm in trace.norms if _fold(norm, trace)]
-        _remove(folded, removed)
-        _check(trace.output, folded(images))
-    return folded
+        _remove(folded, [norm for norm in trace.norms if _fold(norm, trace)])
+        pairs = zip(tree_leaves(trace.output), tree_leaves(folded(images)), strict=True)
+        errors = [
+            (a - b).abs().max().item() / max(a.abs().max().item(), 1e-3)
+            for a, b in pairs
+            if isinstance(a, torch.Tensor) and a.numel()
+        ]
+    return folded, max(errors, default=0.0)
 
 
 @dataclass
@@ -192,11 +207,3 @@ def _remove(model: nn.Module, norms: list[nn.Module]) -> None:
                 del parent._modules[name]
             else:
                 setattr(parent, name, nn.Identity())
-
-
-def _check(expected: Any, found: Any) -> None:
-    for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
-        if isinstance(a, torch.Tensor) and a.numel():
-            difference, size = (a - b).abs().max().item(), a.abs().max().item()
-            if not difference <= TOLERANCE * max(size, 1e-3):
-                raise NasError(f"folding batch norms changed the output by {difference:.2g} of {size:.2g}: a bug")

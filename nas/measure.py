@@ -89,6 +89,7 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
             }
     return {
         "target": target.name,
+        "note": target.note,
         "input_size": size[1],
         "architecture": target.architecture.to_dict() if target.architecture else None,
         "macs": cost.macs,

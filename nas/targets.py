@@ -13,7 +13,7 @@ from torch import nn
 from .architecture import Architecture
 from .errors import UsageError, unknown_name
 from .models import create_backbone
-from .models.presets import PRESETS
+from .models.presets import NOTES, PRESETS
 from .runs import Run
 
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
@@ -28,6 +28,7 @@ class Target:
         build: makes the module, with untrained weights.
         input_size: side of the images it is meant for.
         architecture: its architecture; None for a timm model of another family.
+        note: what a user should know of it; empty where there is nothing to say.
         conditions: how its latency was measured so far, for `measure` to repeat; empty where nothing says so.
     """
 
@@ -35,6 +36,7 @@ class Target:
     build: Callable[[], nn.Module]
     input_size: int
     architecture: Architecture | None = None
+    note: str = ""
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -48,7 +50,7 @@ def resolve(text: str) -> Target:
     if text.startswith("timm:"):
         return _timm(text.removeprefix("timm:"))
     if text in PRESETS:
-        return _ours(text, PRESETS[text], 1000, 224)
+        return replace(_ours(text, PRESETS[text], 1000, 224), note=NOTES[text])
     path = Path(text)
     if path.suffix == ".json" and path.is_file():
         architecture = Architecture.from_json(_read(path))

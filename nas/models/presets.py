@@ -87,6 +87,15 @@ PRESETS: dict[str, Architecture] = (
     | {f"s2a_r_{size}": s2a_r(*grid) for size, grid in S2A_R_GRID.items()}
 )
 
+NOTES: dict[str, str] = {
+    name: "CAS-ViT (arXiv 2408.03703), the published network"
+    + (" with its distillation head" if PRESETS[name].head.distillation else " without its distillation head")
+    if name.startswith("cas_vit")
+    else "a reconstruction of S2AFormer (arXiv 2505.22195), not its published configuration, which is not known"
+    for name in PRESETS
+}
+"""What a user should know of a preset."""
+
 # the official names (Tianfang-Zhang/CAS-ViT, class RCViT) and ours; a stage's index there is twice ours
 _STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
 _BLOCK = {

@@ -31,7 +31,7 @@ COLOURS = (
     "#D55E00",
     "#999999",
 )  # Okabe and Ito: safe for all eyes
-PLAIN_BLOCK = ("add", "none", "none", "plain")
+PLAIN_BLOCK = "dw + mixer + mlp"
 MARKERS = "osD^vP"
 PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
@@ -99,7 +99,7 @@ def describe_stages(architecture: Architecture) -> list[str]:
         f"stage {i}: {mixer_label(s.mixer)} {s.depth}x{s.width}"
         + (f" /{s.compression}" if s.compression > 1 else "")
         + (f" mlp {s.mlp_ratio:g}" if s.mlp != "none" else "")
-        + ("" if (s.fusion, s.interaction, s.gate, s.mlp) == PLAIN_BLOCK else f" [{block_label(s)}]")
+        + ("" if block_label(s) == PLAIN_BLOCK else f" [{block_label(s)}]")
         for i, s in enumerate(architecture.stages, start=1)
     ]
 
