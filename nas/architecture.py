@@ -216,7 +216,9 @@ class Hadamard:
         """Channels in which the branches are multiplied."""
         expansion = self.expansion or PUBLISHED_EXPANSION.get(self.kind, 1.0)
         inner = int(expansion * width) // compression
-        return max(inner - inner % self.granularity, self.granularity)
+        # a polynomial's layer norms need something to normalise, and its shifts channels for every direction
+        least = 8 if self.kind == "polynomial" else self.granularity
+        return max(inner - inner % self.granularity, least)
 
 
 Mixer = Softmax | Additive | Strip | Hadamard
@@ -288,8 +290,8 @@ class Stage:
         depth: number of blocks.
         width: channels.
         mlp_ratio: hidden width of the MLP over `width`.
-        compression: channel compression ratio of the mixer (see `inner_width` of each mixer); brought to the largest
-            ratio that leaves as many channels.
+        compression: channel compression ratio of the mixer (see `inner_width` of each mixer); brought to one
+            of the ratios that leave as many channels, the largest where there is one.
         local: local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (CAS-ViT: 1x1, depthwise 3x3, 1x1).
         fusion: how local unit and mixer are joined: `add` (one residual step after the other) or `hadamard` (one step,
             their product).
@@ -330,8 +332,11 @@ class Stage:
             _reset(self, "fusion")
         if self.mlp == "none":
             _reset(self, "mlp_ratio")
-        # the largest ratio with this inner width: 28 for one channel of a head's 28, whatever was asked for above 14
-        object.__setattr__(self, "compression", self.mixer.inner_width(self.width, 1) // self.inner_width)
+        # one ratio for each inner width: 28 for one channel of a head's 28, whatever was asked for above 14
+        inner = self.inner_width
+        ratio = self.mixer.inner_width(self.width, 1) // inner
+        ratio += self.mixer.inner_width(self.width, ratio) != inner  # a least width that no ratio meets
+        object.__setattr__(self, "compression", ratio)
 
     @property
     def inner_width(self) -> int:

@@ -39,7 +39,8 @@ class ConvModulation(nn.Module):
 class LargeKernelAttention(nn.Module):
     """Large-kernel attention (VAN, arXiv 2202.09741): u = GELU(W1 x), then W3(u * W2 DW_dilated(DW5 u)) + x.
 
-    The large kernel is a 5x5 depthwise convolution followed by one with dilation 3 (7x7 in the paper: 21 pixels wide).
+    The large kernel is a 5x5 depthwise convolution followed by one with dilation 3: 7x7 in the paper, which together
+    see 23 pixels and stand in for a 21x21 convolution.
     """
 
     def __init__(self, width: int, options: Hadamard, compression: int = 1, device=None, dtype=None) -> None:

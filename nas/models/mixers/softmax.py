@@ -118,4 +118,5 @@ class WindowSoftmaxMixer(nn.Module):
         w = self.window
         there = pad_to_multiple(torch.ones_like(x_BCHW[:, :1]), w)
         windows = there.unflatten(3, (-1, w)).unflatten(2, (-1, w)).permute(0, 2, 4, 1, 3, 5)
-        return ((windows - 1) * torch.finfo(self.bias.dtype).max).flatten(0, 2).flatten(2, 3).unsqueeze(1)
+        lowest = torch.finfo(torch.float32).min  # in a narrower type it becomes minus infinity, which does as well
+        return ((1 - windows) * lowest).flatten(0, 2).flatten(2, 3).unsqueeze(1)
