@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# errors < architecture, folding < space < models, data, objectives, pareto < scoring < runs < search < users of runs < cli
+# errors < architecture, folding < space < models, data, objectives, pareto < scoring < runs < search < users of runs
+# < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,

@@ -278,7 +278,7 @@ def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, *
     )
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):
-        if architecture.head.distillation:
+        if architecture.head.distillation and "classifier" in cfg:
             cfg["classifier"] = ("head", "head_dist")
         if cfg.get("input_size"):
             cfg["pool_size"] = tuple(math.ceil(side / architecture.reduction) for side in cfg["input_size"][1:])

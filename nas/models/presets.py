@@ -159,7 +159,12 @@ def _entry_point(name: str) -> Callable[..., Backbone]:
     return create
 
 
-default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, TIMM_CFG))
+default_cfgs = generate_default_cfgs(
+    {
+        name: TIMM_CFG | ({"classifier": ("head", "head_dist")} if architecture.head.distillation else {})
+        for name, architecture in PRESETS.items()
+    }
+)
 for _name in PRESETS:
     if not timm.is_model(_name):  # an exported model's own copy of this file may have been first
         register_model(_entry_point(_name))
