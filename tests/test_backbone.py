@@ -632,7 +632,7 @@ def test_checkpoint_path(architecture, tmp_path):
 
 @pytest.mark.parametrize(("num_classes", "in_chans"), [(1000, 3), (7, 3), (0, 1)])
 def test_pretrained_weights_for_another_task(architecture, num_classes, in_chans, tmp_path):
-    """As timm's own suite loads them: other classes leave all but the classifiers, grey images sum the stem's weights."""
+    """As timm's suite loads them: other classes keep all but the classifiers, grey images sum the stem's weights."""
     source = randomise(create(architecture, num_classes=1000)).eval()
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth")}
@@ -1365,3 +1365,17 @@ def test_every_network_compiled(name):
 @each_network
 def test_every_network_in_mixed_precision(name):
     check_amp(EVERY[name]())
+
+
+def test_a_new_classifier_after_the_heads_convolution_was_pruned():
+    model = create(NETWORKS["reductions"]).eval()
+    model.prune_intermediate_layers([0])
+    model.reset_classifier(10, "avg")
+    with torch.no_grad():
+        assert model(images()).shape == (2, 10)
+
+
+@pytest.mark.parametrize("feature_cls", ["fx", "hook"])
+def test_stage_norms_need_the_getter(feature_cls):
+    with pytest.raises(UsageError, match="leave feature_cls out"):
+        timm.create_model("cas_vit_xs", features_only=True, stage_norms=True, feature_cls=feature_cls)

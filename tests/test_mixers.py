@@ -347,9 +347,7 @@ def test_inner_width_of_an_expansion():
     }
     published = {"star": 4, "gated_conv": 8 / 3, "polynomial": 1}
     least = {"star": 1, "gated_conv": 1, "polynomial": 8}
-    assert inner == {
-        (kind, e, c, r): max(least[kind], int((e or published[kind]) * c) // r) for kind, e, c, r in inner
-    }
+    assert inner == {(kind, e, c, r): max(least[kind], int((e or published[kind]) * c) // r) for kind, e, c, r in inner}
     assert (inner["star", 0, 50, 3], inner["gated_conv", 0, 50, 1], inner["polynomial", 0, 50, 3]) == (66, 133, 16)
 
 

@@ -648,6 +648,18 @@ def test_timm_loads_features_only(name, checkpoint, distilled_checkpoint, loaded
     assert "classifier" not in body.pretrained_cfg  # it has none
 
 
+def test_our_own_two_heads_become_their_mean_in_one_as_well():
+    two, one = network("cas_vit_xs_distilled"), network("cas_vit_xs")
+    one.load_state_dict(checkpoint_filter_fn(two.state_dict(), one), strict=True)
+    with torch.no_grad():
+        assert torch.allclose(one(images(2, 3, 64, 48)), two(images(2, 3, 64, 48)), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_that_do_not_divide_a_head_are_refused():
+    with pytest.raises(UsageError, match="must divide the 28 channels of a head at width 28"):
+        s2a_r((1, 1), (28, 56), (1, 2), (1, 1), qk_channels=8)
+
+
 @each_cas_vit
 def test_timm_loads_the_dense_form(size, tmp_path):
     weights = official_weights(size, "dense")

@@ -93,14 +93,14 @@ class Backbone(nn.Module):
 
     def _set_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        spec = self.architecture.head
-        self.head_hidden_size = (spec.width or self.num_features) * self.global_pool.feat_mult()
+        pooled = self.num_features if isinstance(self.head_conv, nn.Identity) else self.architecture.head.width
+        self.head_hidden_size = pooled * self.global_pool.feat_mult()
 
         def classifier() -> nn.Module:
             return nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.head = classifier()
-        self.head_dist = classifier() if spec.distillation else None
+        self.head_dist = classifier() if self.architecture.head.distillation else None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond timm's own rule for biases and norms: none."""
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         self.train(training)
 
     def _run_stage(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+        if self.grad_checkpointing and self.training:
             return checkpoint_seq(stage.blocks, stage.downsample(x))
         return stage(x)
 
@@ -222,7 +222,7 @@ class Backbone(nn.Module):
         if self.head_dist is None:
             return self.head(x)
         logits, distilled = self.head(x), self.head_dist(x)
-        if self.distilled_training and self.training and not torch.jit.is_scripting():
+        if self.distilled_training and self.training:
             return logits, distilled
         return (logits + distilled) / 2
 
@@ -271,17 +271,19 @@ def create_backbone(architecture: Architecture, num_classes: int = 1000, **kwarg
 def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, **kwargs: Any) -> Backbone:
     """What timm's entry points do: the network under the name `variant`, weights loaded where asked."""
     feature_cfg: dict[str, Any] = {"out_indices": tuple(range(len(architecture.stages))), "feature_cls": "getter"}
-    if kwargs.get("stage_norms"):
+    if kwargs.get("stage_norms") and kwargs.get("features_only"):
+        if kwargs.get("feature_cls", "getter") != "getter":
+            raise UsageError("with stage_norms, features come by feature_cls='getter' only: leave feature_cls out")
         feature_cfg["norm"] = True
+    if architecture.head.distillation:  # known before weights are loaded, so that both give way to other classes
+        both = {"classifier": ("head", "head_dist")}
+        kwargs["pretrained_cfg_overlay"] = both | (kwargs.get("pretrained_cfg_overlay") or {})
     model: Backbone = build_model_with_cfg(
         Backbone, variant, pretrained, architecture=architecture, feature_cfg=feature_cfg, **kwargs
     )
     cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict):
-        if architecture.head.distillation and "classifier" in cfg:
-            cfg["classifier"] = ("head", "head_dist")
-        if cfg.get("input_size"):
-            cfg["pool_size"] = tuple(math.ceil(side / architecture.reduction) for side in cfg["input_size"][1:])
+    if isinstance(cfg, dict) and cfg.get("input_size"):
+        cfg["pool_size"] = tuple(math.ceil(side / architecture.reduction) for side in cfg["input_size"][1:])
     return model
 
 

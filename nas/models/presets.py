@@ -17,6 +17,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 
 from ..architecture import Additive, Architecture, Downsample, Head, Stage, Stem, Strip
+from ..errors import UsageError
 from .backbone import TIMM_CFG, Backbone, build_for_timm
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,15 @@ def s2a_r(
         stem_width: channels of the stem's first three convolutions; 0 for half the first stage's.
         downsample_kernel_size: side of the convolutions between stages.
         head_width: channels of the convolution before the classifier.
+
+    Raises:
+        UsageError: where a value is not allowed or they do not fit together.
     """
+    for width, number in zip(widths, heads, strict=True):
+        if width % (number * qk_channels):
+            raise UsageError(
+                f"qk_channels is {qk_channels}: it must divide the {width // number} channels of a head at width {width}"
+            )
     return Architecture(
         stages=tuple(
             Stage(Strip(h, r), depth, width, mlp_ratio, compression=width // (h * qk_channels), interaction="conv")
@@ -112,21 +121,21 @@ _BLOCK = {
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
-    """Official CAS-ViT weights under our names; weights under our own names pass unchanged.
+    """Official CAS-ViT weights under our names, or weights that have our names already.
 
     Each official name has one of ours; one that is not known stays as it is, so that a strict load names it. Where the
-    weights hold a distillation head and `model` has none, its classifier becomes the mean of the two, which is what the
-    official network computes in use.
+    weights hold a distillation head and `model` has none, its classifier becomes the mean of the two, which is what a
+    network with both computes in use.
 
     Args:
         state_dict: names -> weights, for classification or (norms `norm0`, `norm2`, …) for dense prediction.
         model: the network they are for.
     """
-    if "patch_embed.0.weight" not in state_dict:
-        return dict(state_dict)
-    result = {_our_name(name): weight for name, weight in state_dict.items()}
-    if "head_dist.weight" in result and model.head_dist is None:
-        log.info("the classifier becomes the mean of the checkpoint's two, as in the official network's evaluation")
+    result = dict(state_dict)
+    if "patch_embed.0.weight" in result:
+        result = {_our_name(name): weight for name, weight in result.items()}
+    if {"head.weight", "head_dist.weight"} <= result.keys() and model.head_dist is None:
+        log.info("the classifier becomes the mean of the checkpoint's two, which is what both compute in use")
         for part in ("weight", "bias"):
             result[f"head.{part}"] = (result[f"head.{part}"] + result.pop(f"head_dist.{part}")) / 2
     return result
@@ -159,12 +168,7 @@ def _entry_point(name: str) -> Callable[..., Backbone]:
     return create
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: TIMM_CFG | ({"classifier": ("head", "head_dist")} if architecture.head.distillation else {})
-        for name, architecture in PRESETS.items()
-    }
-)
+default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, TIMM_CFG))
 for _name in PRESETS:
     if not timm.is_model(_name):  # an exported model's own copy of this file may have been first
         register_model(_entry_point(_name))
