@@ -114,7 +114,7 @@ def mixers(device: str, dtype: torch.dtype, compiled: bool, rounds: int, batch: 
         wrap = torch.compile if compiled else lambda module: module
         fast = {name: forward(wrap(copy.deepcopy(module).eval()), one) for name, module in built.items()}
         slow = {name: training_step(wrap(module.train()), several) for name, module in built.items()}
-        times, step_times = interleave(fast, rounds, device), interleave(slow, rounds // 2, device)
+        times, step_times = interleave(fast, rounds, device), interleave(slow, rounds // 4, device)
         for name in built:
             rows.setdefault(name, []).append(f"{times[name]:.3f} ({macs[name] / 1e6:.1f})")
             steps.setdefault(name, []).append(f"{step_times[name]:.1f}")
@@ -138,34 +138,35 @@ def attention(device: str, dtype: torch.dtype, rounds: int, batch: int) -> None:
     def outer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q * k.transpose(2, 3)).softmax(-1) @ v
 
+    def task(way: Callable[..., torch.Tensor], data: list[torch.Tensor], training: bool) -> Callable[[], object]:
+        def run() -> object:
+            if not training:
+                with torch.inference_mode():
+                    return way(*data)
+            return way(*(t.detach().requires_grad_() for t in data)).sum().backward()
+
+        return run
+
+    ways = {"two products": attend, "fused": fused, "fused, padded": padded, "outer product": outer}
     for training in (False, True):
         rows: dict[str, list[str]] = {}
         for side, heads, keys in ((56, 1, 49), (56, 1, 196), (28, 2, 49), (14, 4, 49), (7, 8, 49)):
+            tasks = {}
             for channels in (1, 6, 48):
-                shapes = [(side * side, channels), (keys, channels), (keys, 48)]
                 data = [
                     torch.randn(batch if training else 1, heads, d, n, device=device, dtype=dtype).transpose(2, 3)
-                    for n, d in shapes
+                    for n, d in ((side * side, channels), (keys, channels), (keys, 48))
                 ]
-                ways = {"two products": attend, "fused": fused, "fused, padded": padded}
-                if channels == 1:
-                    ways["outer product"] = outer
-
-                def task(way: Callable[..., torch.Tensor], data=data, training=training) -> Callable[[], object]:
-                    def run() -> object:
-                        if not training:
-                            with torch.inference_mode():
-                                return way(*data)
-                        return way(*(t.detach().requires_grad_() for t in data)).sum().backward()
-
-                    return run
-
-                times = interleave({name: task(way) for name, way in ways.items()}, rounds, device)
-                name = f"{side}x{side}, {keys} keys, {heads} heads, {channels} channels a head"
-                columns = ("two products", "fused", "fused, padded", "outer product")
-                rows[name] = [f"{times[way]:.3f}" if way in times else "" for way in columns]
+                for name, way in ways.items():
+                    if channels == 1 or name != "outer product":
+                        tasks[f"{channels} {name}"] = task(way, data, training)
+            times = interleave(tasks, rounds // 2 if training else rounds, device)
+            for channels in (1, 6, 48):
+                cells = [times.get(f"{channels} {name}") for name in ways]
+                row = f"{side}x{side}, {keys} keys, {heads} heads, {channels} channels a head"
+                rows[row] = ["" if ms is None else f"{ms:.3f}" for ms in cells]
         what = f"training step, ms at batch {batch}" if training else "forward, ms at batch 1"
-        table(f"### Attention product, {what}", rows, ["two products", "fused", "fused, padded", "outer product"])
+        table(f"### Attention product, {what}", rows, list(ways))
 
 
 def folding(device: str, dtype: torch.dtype, rounds: int) -> None:

@@ -63,7 +63,8 @@ def s2a_r(
     for width, number in zip(widths, heads, strict=True):
         if width % (number * qk_channels):
             raise UsageError(
-                f"qk_channels is {qk_channels}: it must divide the {width // number} channels of a head at width {width}"
+                f"qk_channels is {qk_channels}: it must divide the {width // number} channels of a head at width "
+                f"{width}"
             )
     return Architecture(
         stages=tuple(
