@@ -4,15 +4,19 @@
 
 Also: where the time of the slowest mixers goes, the ways to compute attention with few channels a head, and CAS-ViT
 before and after folding its batch norms. Every figure is a median over rounds in which all candidates take turns in
-random order, so that drift and other load meet all alike; compare within a table, not across machines.
+random order, so that drift and other load meet all alike; compare within a table, not across machines. Freed memory is
+kept: glibc would give large blocks back to the system, and which operation then pays for fresh pages depends on what ran
+before, up to a factor of 2.7.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -33,6 +37,7 @@ from nas.scoring.latency import DTYPES
 MAPS = ((56, 48), (28, 96), (14, 192), (7, 384))
 """(side, width) of a stage's map."""
 
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 ONE_CHANNEL = 10**4  # compresses queries and keys to one channel a head
 
 
@@ -238,4 +243,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     main()

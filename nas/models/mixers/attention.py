@@ -15,9 +15,9 @@ def attend(
 ) -> torch.Tensor:
     """softmax(q kᵀ / sqrt(D) + bias) v, as `(B, G, N, E)`.
 
-    Two products, except on an accelerator with D = E, where a fused kernel exists. On the CPU the products took 0.5 to
+    Two products, except on an accelerator with D = E, where a fused kernel exists. On the CPU the products took 0.4 to
     0.9 of the fused call's time at every size measured, down to one channel a head; padding such heads to the values'
-    width for the fused call cost 1.3 to 2.8 times as much as not padding (`benchmarks/mixers.py`).
+    width took 1.1 to 3.4 times as long (`benchmarks/mixers.py`).
     """
     if q_BGND.device.type != "cpu" and q_BGND.shape[3] == v_BGME.shape[3]:
         return F.scaled_dot_product_attention(
