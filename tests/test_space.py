@@ -357,8 +357,8 @@ def test_equal_keys_just_where_modules_are_equal(small):
 
 def test_mini_can_be_enumerated():
     mini = search_spaces.load("mini")
-    assert 200 <= mini.size <= 400
-    assert mini.size == 4 * 4 * (4 * 2 * 2)  # stages 1, 2: mixers; stage 3: mixers, depths, compressions
+    assert 200 <= mini.size <= 600
+    assert mini.size == (2 * 2) * (4 * 2) * (4 * 2 * 2)  # widths, MLPs; mixers, depths; mixers, compressions, MLPs
     assert len({a.key for a in mini}) == mini.size
 
 
