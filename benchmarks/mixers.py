@@ -5,8 +5,8 @@
 Also: where the time of the slowest mixers goes, the ways to compute attention with few channels a head, and CAS-ViT
 before and after folding its batch norms. Every figure is a median over rounds in which all candidates take turns in
 random order, so that drift and other load meet all alike; compare within a table, not across machines. Freed memory is
-kept: glibc would give large blocks back to the system, and which operation then pays for fresh pages depends on what ran
-before, up to a factor of 2.7.
+kept: glibc would give large blocks back to the system, and which operation then pays for fresh pages depends on what
+ran before, up to a factor of 2.7.
 """
 
 from __future__ import annotations

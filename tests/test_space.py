@@ -219,8 +219,10 @@ def test_sample_reaches_every_choice(space):
     rng = np.random.default_rng(0)
     sampled = [space.sample(rng) for _ in range(200)]
     for i, declared in enumerate(space.stages):
-        for name in ("depth", "width", "mlp_ratio", "local"):
+        for name in ("depth", "width", "local", "interaction", "gate", "mlp"):
             assert {getattr(a.stages[i], name) for a in sampled} == set(getattr(declared, name))
+        with_mlp = {a.stages[i].mlp_ratio for a in sampled if a.stages[i].mlp != "none"}
+        assert with_mlp == set(declared.mlp_ratio)
         assert {a.stages[i].mixer.name for a in sampled} == {m.name for m in declared.mixers.values()}
 
 
