@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 Choice = int | float | str
 """What a knob takes: a number, a word, or a mixer's label."""
 
+MAX_SPELLINGS = 200_000
+"""Combinations of a stage's mixers, options, widths and compressions that are gone through once."""
+
 _PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", *STAGE_WORDS)
 _CORE_FIELDS = ("mixer", "width", "compression")
 _FREE_GROUPS = (("depth",), ("mlp", "mlp_ratio"), ("local", "fusion"), ("interaction",), ("gate",))
@@ -71,7 +74,8 @@ class StageChoices:
         interaction: steps after the mixer.
         gate: gates on the mixer's output.
         mlp: channel mixers.
-        options: mixer option -> choices, for the mixers that have it; the others keep what `mixer` says.
+        options: mixer option -> choices, for the mixers that have it; the others keep what `mixer` says. An option
+            without effect in `mixer` as it stands (an order of another kind, say) is lost there: name it here.
     """
 
     mixer: Mixer | tuple[Mixer, ...]
@@ -90,6 +94,9 @@ class StageChoices:
         for name in ("mixer", *_PLAIN_FIELDS):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         object.__setattr__(self, "options", {n: _as_tuple(c) for n, c in sorted(self.options.items())})
+        for name, choices in self.options.items():
+            if any(isinstance(choice, bool) or not isinstance(choice, int | float | str) for choice in choices):
+                raise UsageError(f"option {name} has choices that are neither numbers nor words")
         # build each choice once on its own, so that a bad one is found here and not in the middle of a search
         plain: dict[str, Any] = {"mixer": Additive(), "depth": 1, "width": 2}
         for name in _PLAIN_FIELDS:
@@ -106,6 +113,14 @@ class StageChoices:
         kinds = {*self.options.get("kind", ()), *(m.kind for m in mixers if isinstance(m, Hadamard))}
         if "gnconv" in kinds and any(width % 2 for width in _as_tuple(self.width)):
             raise UsageError("a stage with gnconv has an odd width: its products halve the channels")
+        own = [{f.name for f in fields(mixer)} for mixer in mixers]
+        spellings = sum(math.prod(len(c) for name, c in self.options.items() if name in names) for names in own)
+        spellings *= len(_as_tuple(self.width)) * len(_as_tuple(self.compression))
+        if spellings > MAX_SPELLINGS:
+            raise UsageError(
+                f"a stage combines mixers, options, widths and compressions in {spellings:,} ways: at most "
+                f"{MAX_SPELLINGS:,}"
+            )
         if len(set(mixers)) != len(mixers):
             raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
@@ -311,9 +326,11 @@ class SearchSpace:
 
     def largest(self) -> list[Architecture]:
         """For each mixer label (and Hadamard kind), the architecture with the most work, all sizes at the top."""
-        labels = dict.fromkeys(label for stage in self.stages for label in stage.mixers)
+        labels = {label: mixer for stage in self.stages for label, mixer in stage.mixers.items()}
+        products = [label for label, mixer in labels.items() if isinstance(mixer, Hadamard)]
         kinds = dict.fromkeys(kind for stage in self.stages for kind in stage.options.get("kind", ()))
-        wanted = [{"mixer": label} for label in labels] + [{"mixer": Hadamard.name, "kind": kind} for kind in kinds]
+        wanted: list[dict[str, Choice]] = [{"mixer": label} for label in labels]
+        wanted += [{"mixer": label, "kind": kind} for label, kind in itertools.product(products, kinds)]
         result = []
         for want in wanted:
             choices = {}

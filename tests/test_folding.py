@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -264,7 +265,7 @@ def test_a_wrong_fold_would_be_found(monkeypatch):
     """The check at the end is real: with a fold that forgets the shift it speaks."""
     right = nas.folding._set
     monkeypatch.setattr(nas.folding, "_set", lambda conv, weight, bias: right(conv, weight, bias + 1))
-    with pytest.raises(NasError, match="folding batch norms changed the output"):
+    with pytest.raises(NasError, match="folding batch norms changes the output"):
         fold_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), images(1, 3, 6, 6))
 
 
@@ -284,3 +285,59 @@ def test_amplified_rounding_is_not_mistaken_for_a_wrong_fold():
     folded = fold_batch_norms(model, images(2, 3, 6, 6))
     assert difference(model, folded, images(2, 3, 6, 6)) > 1e-4
     assert num_norms(folded) == 0
+
+
+class Indexed(nn.Module):
+    """Counts the places of its Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x):
+        return self.s[2](self.s[1](self.s[0](x)))
+
+
+def test_networks_that_count_places():
+    check(Indexed(), images(2, 3, 6, 6), 0)
+
+
+class Peculiar(nn.Module):
+    """Does with its batch norm or its weights what folding cannot see through."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), how
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.how == "reads the norm":
+            return y + self.norm.weight.sum()
+        if self.how == "asks for its type":
+            assert isinstance(self.norm, nn.BatchNorm2d)
+        if self.how == "hides its output":
+            return SimpleNamespace(y=y)
+        if self.how == "reads the weight":
+            return y + self.conv.weight.sum()
+        return y
+
+
+@pytest.mark.parametrize("how", ["reads the norm", "asks for its type", "hides its output"])
+def test_what_cannot_be_folded_says_so_and_the_way_out(how):
+    with pytest.raises(NasError, match="--no-fold") as caught:
+        fold_batch_norms(Peculiar(how), images(2, 3, 6, 6))
+    assert "\n" not in str(caught.value)
+
+
+def test_not_where_something_else_reads_the_weight():
+    check(Peculiar("reads the weight"), images(2, 3, 6, 6), 1)
+
+
+def test_a_fold_beyond_the_numbers_of_its_type_is_found():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4, eps=1e-8)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[1].running_var.zero_()
+        model[1].weight.fill_(60)
+    with pytest.raises(NasError, match="--no-fold"):
+        fold_batch_norms(model, torch.zeros(1, 3, 4, 4).half())

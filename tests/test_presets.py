@@ -341,8 +341,6 @@ def test_presets_take_timms_arguments():
     assert model.drop_rate == 0.1
     assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
     assert model.global_pool.pool_type == "max"
-    with pytest.raises(TypeError, match="architecture"):  # a preset is one architecture
-        timm.create_model("cas_vit_xs", architecture=PRESETS["cas_vit_s"])
     with pytest.raises(TypeError, match="widht"):
         timm.create_model("cas_vit_xs", widht=3)
     with pytest.raises(RuntimeError, match="No pretrained weights"):
@@ -658,6 +656,25 @@ def test_our_own_two_heads_become_their_mean_in_one_as_well():
 def test_channels_that_do_not_divide_a_head_are_refused():
     with pytest.raises(UsageError, match="must divide the 28 channels of a head at width 28"):
         s2a_r((1, 1), (28, 56), (1, 2), (1, 1), qk_channels=8)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"depths": (1, 1), "widths": (28, 56)},
+        {"depths": (1,), "widths": (28, 56), "heads": (1, 2), "kv_reductions": (1, 1)},
+        {"depths": (1, 1), "widths": (28, 56), "heads": (0, 2), "kv_reductions": (1, 1)},
+        {"depths": (1, 1), "widths": (28, 56), "heads": (1, 2), "kv_reductions": (1, 1), "qk_channels": 0},
+    ],
+)
+def test_grids_that_do_not_fit_together_are_refused(grid):
+    with pytest.raises(UsageError, match="s2a_r needs"):
+        s2a_r(**grid)
+
+
+def test_a_preset_is_one_architecture():
+    with pytest.raises(UsageError, match="create_model\\('mixnas'"):
+        network("cas_vit_xs", architecture=PRESETS["cas_vit_s"])
 
 
 @each_cas_vit

@@ -480,6 +480,13 @@ BAD_STAGES = {
     "option without choices": {"options": {"kernel_size": ()}},
     "bad option value": {"options": {"kernel_size": (3, 4)}},
     "text option value": {"options": {"heads": ("many",)}},
+    "list in an option of an absent mixer": {"options": {"kind": (["star"],)}},
+    "option of truth": {"options": {"heads": (True,)}},
+    "more ways than anyone can go": {
+        "mixer": Softmax(),
+        "width": tuple(range(16, 36)),
+        "options": {"heads": range(1, 65), "window": range(64), "kv_reduction": range(1, 65)},
+    },
 }
 
 

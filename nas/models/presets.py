@@ -60,7 +60,11 @@ def s2a_r(
     Raises:
         UsageError: where a value is not allowed or they do not fit together.
     """
+    if len({len(depths), len(widths), len(heads), len(kv_reductions)}) > 1:
+        raise UsageError("s2a_r needs as many depths as widths, heads and kv_reductions: one of each for every stage")
     for width, number in zip(widths, heads, strict=True):
+        if qk_channels < 1 or number < 1:
+            raise UsageError("s2a_r needs heads and qk_channels of at least 1")
         if width % (number * qk_channels):
             raise UsageError(
                 f"qk_channels is {qk_channels}: it must divide the {width // number} channels of a head at width "
@@ -162,6 +166,8 @@ def _our_name(name: str) -> str:
 
 def _entry_point(name: str) -> Callable[..., Backbone]:
     def create(pretrained: bool = False, **kwargs: Any) -> Backbone:
+        if "architecture" in kwargs:
+            raise UsageError(f"{name} is one architecture: use timm.create_model('mixnas', architecture=…) for another")
         return build_for_timm(name, PRESETS[name], pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
     create.__name__ = create.__qualname__ = name

@@ -54,8 +54,9 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     if len({run.objectives for run in runs}) != 1:
         named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
         raise UsageError(f"these runs have different objectives: {named}")
-    for name in ("device", "runtime", "dtype", "batch_size", "threads", "input_size", "data"):
-        if len({str(run.manifest["conditions"].get(name)) for run in runs}) > 1:
+    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "input_size", "data")
+    for name in names:
+        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
             log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
     scored: list[tuple[Run, list[Trial], list[Trial]]] = []
     for run in runs:

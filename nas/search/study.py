@@ -393,7 +393,7 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
 def _check_same(run: Run, conditions: dict[str, Any]) -> None:
     before = {"folded": False, **run.manifest.get("conditions", {})}
     for name, value in conditions.items():
-        if name == "space" and SearchSpace.from_dict(before[name]) == SearchSpace.from_dict(value):
+        if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
             continue  # perhaps written by a release that knew fewer fields
         if before.get(name) != value:
             then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in (before.get(name), value))
@@ -405,6 +405,14 @@ def _check_same(run: Run, conditions: dict[str, Any]) -> None:
             )
     if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
+
+
+def _space(data: Any) -> SearchSpace | None:
+    """A space from a manifest; None where it is none."""
+    try:
+        return SearchSpace.from_dict(data)
+    except UsageError:
+        return None
 
 
 def _has_password(url: str) -> bool:

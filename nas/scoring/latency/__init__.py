@@ -164,7 +164,7 @@ def _eager(
     generator = torch.Generator().manual_seed(config.seed)
     images = torch.randn(config.batch_size, *input_size, generator=generator)
     weight = next(model.parameters(), images)
-    probe = fold_batch_norms(model, images[:1].to(weight)) if config.folded else copy.deepcopy(model).eval()
+    probe = fold_batch_norms(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
     probe = probe.to(device, DTYPES[config.dtype]).to(memory_format=memory_format)
     images = images.to(device=device, dtype=DTYPES[config.dtype], memory_format=memory_format)
     return lambda: probe(images), time_on_cuda if device.type == "cuda" else time_on_cpu
