@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nas.architecture import HADAMARD_KINDS, Additive, Hadamard, Mixer, Softmax, Strip, mixer_label
+from nas.architecture import HADAMARD_KINDS, Additive, Hadamard, Mixer, Softmax, Strip
 from nas.folding import fold_batch_norms
 from nas.models.mixers import build_mixer
 from nas.models.mixers.attention import attend
@@ -58,7 +58,7 @@ def candidates(side: int) -> dict[str, tuple[Mixer, int]]:
     }
     for kind in HADAMARD_KINDS:
         mixer = Hadamard(kind, kernel_size=3) if kind == "focal" else Hadamard(kind)
-        found[mixer_label(mixer)] = (mixer, 1)
+        found[f"hadamard, {kind}"] = (mixer, 1)
     return found
 
 

@@ -29,7 +29,6 @@ MAX_JSON_CHARS = 100_000
 # words a field may take, from least to most work
 LOCAL_UNITS = ("none", "dw", "conv")
 FUSIONS = ("add", "hadamard")
-INTERACTIONS = ("none", "dw", "conv")
 GATES = ("none", "se")
 MLPS = ("none", "plain", "gated")
 KV_REDUCERS = ("pool", "dwconv", "conv")
@@ -353,7 +352,7 @@ class Stage:
 STAGE_WORDS = {
     "local": LOCAL_UNITS,
     "fusion": FUSIONS,
-    "interaction": INTERACTIONS,
+    "interaction": LOCAL_UNITS,
     "gate": GATES,
     "mlp": MLPS,
 }

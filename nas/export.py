@@ -197,10 +197,8 @@ def model_card(run: Run, trial: Trial) -> str:
     timing = ""
     if scores.latency_ms is not None:
         timing = (
-            f"Latency: {config['runtime']}, {config['dtype']}, batch {config['batch_size']}, "
-            f"{manifest['conditions']['threads']} threads, device {machine['device']}, "
-            f"batch norms {'folded into convolutions' if config.get('folded') else 'as trained'}; these weights are "
-            "unfolded, so that they can be trained on.\n"
+            f"Latency: {run.timing}, {manifest['conditions']['threads']} threads, device {machine['device']}; these "
+            "weights are unfolded, so that they can be trained on.\n"
         )
     software = ", ".join(f"{name} {version}" for name, version in manifest["software"].items() if name != "commit")
     return f"""---

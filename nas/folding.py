@@ -27,8 +27,6 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WAY_OUT = "measure it as it is with --no-fold (folded=False)"
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""Largest difference of outputs over the largest output; single precision usually gives 1e-7 to 1e-5."""
 
 
 def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -36,8 +34,9 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
     A batch norm goes into the convolution before it where nothing else reads that convolution's output, else into all
     the convolutions after it where they alone read its output and pad nothing. What remains: batch norms without such a
-    neighbour, with batch statistics, or with hooks. The copy gives equal outputs up to rounding, which is checked on
-    `images`; it is for inference only, on inputs that take the same way through the network.
+    neighbour, with batch statistics, or with hooks. The copy gives equal outputs up to rounding, NaN and infinity where
+    the original gives them, which is checked on `images`; it is for inference only, on inputs that take the same way
+    through the network.
 
     Args:
         model: any module that takes `images`; stays as it is.
@@ -48,13 +47,19 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
             in objects.
     """
     folded, error = _fold_all(model, images)
-    if math.isfinite(error) and error > TOLERANCE.get(images.dtype, 1e-1):
+    allowed = _tolerance(images)
+    if allowed < error < math.inf:
         # deep networks with unlucky weights amplify rounding, folded or not: double precision tells that from a bug
-        error = _fold_all(copy.deepcopy(model).double(), images.double())[1] / TOLERANCE[torch.float64]
-        error *= TOLERANCE.get(images.dtype, 1e-1)
-    if not error <= TOLERANCE.get(images.dtype, 1e-1):
+        images = images.double()
+        error, allowed = _fold_all(copy.deepcopy(model).double(), images)[1], _tolerance(images)
+    if error > allowed:
         raise NasError(f"folding batch norms changes the output by {error:.2g} of its largest value: {WAY_OUT}")
     return folded
+
+
+def _tolerance(images: torch.Tensor) -> float:
+    """Largest difference of outputs over the largest output; single precision usually gives 1e-7 to 1e-5."""
+    return {torch.float64: 1e-7, torch.float32: 1e-3}.get(images.dtype, 1e-1)
 
 
 def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]:
@@ -75,7 +80,7 @@ def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 raise NasError(f"this network does not run without its batch norms ({reason}): {WAY_OUT}") from None
             result = folded, _largest_difference(trace.output, found)
-        if result[1] <= TOLERANCE.get(images.dtype, 1e-1):
+        if result[1] <= _tolerance(images):
             break
     assert result is not None
     return result
@@ -105,12 +110,15 @@ class _Value:
 
 @dataclass
 class _Trace:
+    """One forward pass: the batch norms that ran once, and convolutions that did so with weights of their own.
+
+    Weights are a convolution's own where no other module has them and nothing else reads them.
+    """
+
     norms: list[nn.Module]
+    convolutions: set[nn.Module]
     inputs: dict[nn.Module, _Value]
     outputs: dict[nn.Module, _Value]
-    calls: Counter[nn.Module]
-    owners: Counter[int]  # id of a parameter -> modules that have it
-    readers: dict[int, set[nn.Module | None]]  # id of a parameter -> who reads it
     output: Any
 
 
@@ -138,7 +146,6 @@ class _Recorder(TorchDispatchMode):
 
 def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
     recorder = _Recorder()
-    norms: list[nn.Module] = []
     inputs: dict[nn.Module, _Value] = {}
     outputs: dict[nn.Module, _Value] = {}
     calls: Counter[nn.Module] = Counter()
@@ -152,8 +159,6 @@ def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
         recorder.running = None
         outputs[module] = recorder.value(output)
         outputs[module].maker = module
-        if not isinstance(module, CONVOLUTIONS) and module not in norms:
-            norms.append(module)
 
     handles = []
     for module in model.modules():
@@ -171,15 +176,22 @@ def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
     finally:
         for handle in handles:
             handle.remove()
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    readers = {id(p): set(recorder.value(p).readers) for p in model.parameters()}
-    return _Trace(norms, inputs, outputs, calls, owners, readers, output)
+    owners = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    once = [module for module, number in calls.items() if number == 1]
+    norms: list[nn.Module] = [module for module in once if isinstance(module, BATCH_NORMS)]
+    convolutions: set[nn.Module] = {
+        module
+        for module in once
+        if isinstance(module, CONVOLUTIONS)
+        and all(owners[p] == 1 and set(recorder.value(p).readers) == {module} for p in module.parameters())
+    }
+    return _Trace(norms, convolutions, inputs, outputs, output)
 
 
 def _fold(norm: nn.Module, trace: _Trace) -> bool:
     """Fold one batch norm where that is exact, and say whether it was."""
     assert isinstance(norm, BATCH_NORMS)  # of which BatchNormAct2d is one
-    if norm.running_mean is None or norm.running_var is None or trace.calls[norm] != 1:
+    if norm.running_mean is None or norm.running_var is None:
         return False
     # what it does is y = scale * x + shift; in double precision
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -188,15 +200,16 @@ def _fold(norm: nn.Module, trace: _Trace) -> bool:
         scale, shift = scale * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
 
     source = trace.inputs[norm]
-    if (before := _foldable(source.maker, trace)) is not None and set(source.readers) == {norm}:
+    before = source.maker
+    if isinstance(before, CONVOLUTIONS) and before in trace.convolutions and set(source.readers) == {norm}:
         weight = before.weight.double() * scale.view(-1, *[1] * (before.weight.dim() - 1))
         _set(before, weight, shift if before.bias is None else before.bias.double() * scale + shift)
         return True
 
     # a shift of a convolution's input is a shift of its output only where it pads nothing
     readers = set(trace.outputs[norm].readers)
-    after = [conv for conv in (_foldable(reader, trace) for reader in readers) if conv is not None]
-    if type(norm) is BatchNormAct2d or not after or len(after) < len(readers) or any(map(_pads, after)):
+    after = [conv for conv in readers & trace.convolutions if isinstance(conv, CONVOLUTIONS) and not _pads(conv)]
+    if type(norm) is BatchNormAct2d or not after or len(after) < len(readers):
         return False
     for conv in after:
         grouped = conv.weight.double().unflatten(0, (conv.groups, -1))  # groups, out, in, kernel
@@ -205,14 +218,6 @@ def _fold(norm: nn.Module, trace: _Trace) -> bool:
         weight = (grouped * scale.view(conv.groups, 1, -1, *each)).flatten(0, 1)
         _set(conv, weight, added if conv.bias is None else conv.bias.double() + added)
     return True
-
-
-def _foldable(module: nn.Module | None, trace: _Trace) -> Convolution | None:
-    """A convolution that runs once and whose parameters nobody else has or reads."""
-    if not isinstance(module, CONVOLUTIONS) or trace.calls[module] != 1:
-        return None
-    own = [id(p) for p in module.parameters(recurse=False)]
-    return module if all(trace.owners[i] == 1 and trace.readers[i] == {module} for i in own) else None
 
 
 def _pads(conv: Convolution) -> bool:

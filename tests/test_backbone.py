@@ -44,7 +44,7 @@ from nas.architecture import (
 from nas.errors import UsageError
 from nas.models import PRESETS, Backbone
 from nas.models.blocks import STEMS as STEM_MODULES
-from nas.models.blocks import Block, build_interaction, build_local_unit, build_mlp
+from nas.models.blocks import Block, build_local_unit, build_mlp
 from nas.models.blocks import Stage as StageModule
 from nas.scoring.cost import count_cost
 
@@ -1104,7 +1104,7 @@ def test_costs_of_the_parts(width):
 
     for kind in ("dw", "conv"):
         assert measured(build_local_unit(kind, width)) == local_cost(kind, width, n)
-        assert measured(build_interaction(kind, width)) == local_cost(kind, width, n)
+        assert measured(build_local_unit(kind, width, norm_last=True)) == local_cost(kind, width, n)
     for kind, ratio in itertools.product(("plain", "gated"), (1, 2.5, 4)):
         stage = Stage(Additive(), 1, width, ratio, mlp=kind)
         assert measured(build_mlp(kind, width, stage.mlp_width)) == mlp_cost(kind, width, n, ratio)

@@ -144,6 +144,10 @@ def test_before_a_convolution_that_pads_nothing(groups, kernel_size, bias):
     )
 
 
+def test_on_both_sides_of_a_convolution():
+    check(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)), images(2, 4, 7, 6), 0)
+
+
 @pytest.mark.parametrize("padding", [1, "same", (0, 1)])
 def test_not_before_a_convolution_that_pads(padding):
     check(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=padding)), images(2, 4, 7, 6), 1)

@@ -67,34 +67,18 @@ class ConvStem(nn.Module):
 STEMS: dict[str, type[nn.Module]] = {"conv2": Stem, "conv3": ConvStem}
 
 
-def build_local_unit(kind: str, width: int, device=None, dtype=None) -> nn.Module:
-    """What a block adds before its mixer, so that the mixer knows positions: `dw` (CMT) or `conv` (CAS-ViT)."""
+def build_local_unit(kind: str, width: int, norm_last: bool = False, device=None, dtype=None) -> nn.Module:
+    """What a block adds before its mixer, so that the mixer knows positions, or after it: `dw` (CMT) or `conv`.
+
+    `conv` is CAS-ViT's, its norm before the depthwise convolution, or with `norm_last` S2A-R's, its norm behind.
+    """
     dd = {"device": device, "dtype": dtype}
     depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
     if kind == "dw":
         return depthwise
-    return nn.Sequential(
-        nn.Conv2d(width, width, 1, **dd),
-        nn.BatchNorm2d(width, **dd),
-        depthwise,
-        nn.GELU(),
-        nn.Conv2d(width, width, 1, **dd),
-    )
-
-
-def build_interaction(kind: str, width: int, device=None, dtype=None) -> nn.Module:
-    """What a block adds after its mixer: `dw`, or `conv`, S2A-R's local interaction module."""
-    dd = {"device": device, "dtype": dtype}
-    depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
-    if kind == "dw":
-        return depthwise
-    return nn.Sequential(
-        nn.Conv2d(width, width, 1, **dd),
-        depthwise,
-        nn.BatchNorm2d(width, **dd),
-        nn.GELU(),
-        nn.Conv2d(width, width, 1, **dd),
-    )
+    norm = nn.BatchNorm2d(width, **dd)
+    middle = (depthwise, norm) if norm_last else (norm, depthwise)
+    return nn.Sequential(nn.Conv2d(width, width, 1, **dd), *middle, nn.GELU(), nn.Conv2d(width, width, 1, **dd))
 
 
 class GatedMlp(nn.Module):
@@ -138,10 +122,13 @@ class Block(nn.Module):
         self.norm1 = build_norm(norm, width, **dd) if getattr(mixer, "takes_norm", True) else nn.Identity()
         self.mixer = mixer
         self.gate = SqueezeExcite(width, rd_ratio=0.25, **dd) if spec.gate == "se" else nn.Identity()
-        self.norm3 = build_norm(norm, width, **dd) if spec.interaction != "none" else None
-        self.interaction = build_interaction(spec.interaction, width, **dd) if spec.interaction != "none" else None
-        self.norm2 = build_norm(norm, width, **dd) if spec.mlp != "none" else None
-        self.mlp = build_mlp(spec.mlp, width, spec.mlp_width, **dd) if spec.mlp != "none" else None
+        self.norm3 = self.interaction = self.norm2 = self.mlp = None
+        if spec.interaction != "none":
+            self.norm3 = build_norm(norm, width, **dd)
+            self.interaction = build_local_unit(spec.interaction, width, norm_last=True, **dd)
+        if spec.mlp != "none":
+            self.norm2 = build_norm(norm, width, **dd)
+            self.mlp = build_mlp(spec.mlp, width, spec.mlp_width, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -101,13 +101,13 @@ PRESETS: dict[str, Architecture] = (
     | {f"s2a_r_{size}": s2a_r(*grid) for size, grid in S2A_R_GRID.items()}
 )
 
-NOTES: dict[str, str] = {
-    name: "CAS-ViT (arXiv 2408.03703), the published network"
-    + (" with its distillation head" if PRESETS[name].head.distillation else " without its distillation head")
-    if name.startswith("cas_vit")
-    else "a reconstruction of S2AFormer (arXiv 2505.22195), not its published configuration, which is not known"
-    for name in PRESETS
-}
+_CAS_VIT_NOTE = "CAS-ViT (arXiv 2408.03703), the published network"
+_S2A_R_NOTE = "a reconstruction of S2AFormer (arXiv 2505.22195), not its published configuration, which is not known"
+NOTES: dict[str, str] = (
+    {f"cas_vit_{size}": f"{_CAS_VIT_NOTE} without its distillation head" for size in CAS_VIT_GRID}
+    | {f"cas_vit_{size}_distilled": f"{_CAS_VIT_NOTE} with its distillation head" for size in CAS_VIT_GRID}
+    | {f"s2a_r_{size}": _S2A_R_NOTE for size in S2A_R_GRID}
+)
 """What a user should know of a preset."""
 
 # the official names (Tianfang-Zhang/CAS-ViT, class RCViT) and ours; a stage's index there is twice ours
