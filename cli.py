@@ -13,8 +13,10 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -136,9 +138,7 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
         for objective in shown:
             value = objective.read(trial.scores)
             text = "" if value is None else format_value(objective, value)
-            if objective.field == "latency_ms" and trial.scores.latency_low_ms is not None:
-                assert trial.scores.latency_high_ms is not None
-                text += f" ±{(trial.scores.latency_high_ms - trial.scores.latency_low_ms) / 2:.2f}"
+            text += _plus_minus(objective.interval(trial.scores))
             if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
                 text += f" ±{trial.scores.accuracy_std:.2f}"
             cells.append(text)
@@ -148,9 +148,32 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
         table.add_row(trial.key, *cells)
     if limit is not None and len(front) > limit:
         table.add_row("…")
-    if any(objective.field == "latency_ms" for objective in shown):
+    if any(objective.is_latency for objective in shown):
         table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
     return table
+
+
+def _plus_minus(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ±{(interval[1] - interval[0]) / 2:.2f}"
+
+
+def _print_front(run: Run, front: list[Trial]) -> None:
+    """The front, the baselines with what beats them, and whether the order of latency held."""
+    from nas.search.objectives import format_value
+
+    _print_table(_front_table(run, front))
+    if baselines := run.baselines():
+        table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
+        for name, scores in baselines.items():
+            cells = []
+            for objective in run.objectives:
+                value = objective.read(scores)
+                text = "" if value is None else format_value(objective, value)
+                cells.append(text + _plus_minus(objective.interval(scores)))
+            table.add_row(name, *cells, ", ".join(run.beaten(front, scores)) or "none of the front")
+        _print_table(table)
+    for line in run.verdicts():
+        click.echo(line)
 
 
 def _typed(context: click.Context, options: dict[str, Any]) -> set[str]:
@@ -158,16 +181,50 @@ def _typed(context: click.Context, options: dict[str, Any]) -> set[str]:
     return {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
 
 
-def _conditions(command: Any) -> Any:
-    """The options that say how latency is measured."""
+def _conditions(command: Any, several: bool = False) -> Any:
+    """The options that say how latency is measured; with `several`, on more than one device or runtime."""
+    more: Any = {"multiple": True} if several else {}
+    again = "; repeatable: each device and runtime is an objective of its own" if several else ""
     for option in (
+        click.option(
+            "--latency-seconds",
+            type=float,
+            default=3.0,
+            show_default=True,
+            help="Time for a network whose interval stays wider than that.",
+        ),
+        click.option(
+            "--latency-target",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Wanted half-width of a latency's 95 % interval, in percent.",
+        ),
+        click.option("--command-timeout", type=float, default=120.0, show_default=True, help="Seconds for one call."),
+        click.option(
+            "--command",
+            metavar="PROGRAM",
+            help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
+        ),
         click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
         click.option("--fold/--no-fold", "folded", default=True, help="Time with batch norms folded.  [default: fold]"),
         click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
         click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
-        click.option("--runtime", default="eager", show_default=True, help="What runs the timed network."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i."),
+        click.option(
+            "--runtime",
+            default=["eager"] if several else "eager",
+            show_default=True,
+            help=f"eager, compile, cudagraph, onnxruntime, openvino or command{again}.",
+            **more,
+        ),
+        click.option(
+            "--device",
+            default=["auto"] if several else "auto",
+            show_default=True,
+            help=f"auto, cpu, cuda or cuda:i{again}.",
+            **more,
+        ),
     ):
         command = option(command)
     return command
@@ -213,9 +270,15 @@ def _conditions(command: Any) -> Any:
     "budgets",
     multiple=True,
     metavar="OBJECTIVE=VALUE",
-    help="A budget, such as latency=5ms, params=6M or macs=600M; repeatable.",
+    help="A budget, such as latency=5ms (of the first target), params=6M or macs=600M; repeatable.",
 )
-@_conditions
+@partial(_conditions, several=True)
+@click.option(
+    "--baseline",
+    "baselines",
+    metavar="NAME,…",
+    help="timm models and presets to score beside the search, as mobilenetv4_conv_small,cas_vit_xs.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every draw and training.")
 @click.option(
     "--out",
@@ -249,7 +312,7 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     if as_json:
         _print_json(run.front_dict(front))
         return
-    _print_table(_front_table(run, front))
+    _print_front(run, front)
     path = shlex.quote(str(run.path))
     click.echo(f"next:\n  {_program()} plot {path}\n  {_program()} export {path} --all")
     if front:
@@ -277,11 +340,23 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
             values["space"] = search_spaces.load(value)
         elif name == "budgets":
             values["budgets"] = parse_budgets(value)
+        elif name == "baselines":
+            values["baselines"] = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+        elif name == "latency_target":
+            values[name] = value / 100
+        elif name in ("device", "runtime"):
+            continue
         else:
             values[_FIELDS.get(name, name)] = value
-    if resumed and out is not None:
-        return replace(SearchConfig.from_run(Run.open(out)), **values)
-    return SearchConfig(**values)
+    before = SearchConfig.from_run(Run.open(out)) if resumed and out is not None else None
+    if taken.keys() & {"device", "runtime"}:
+        known = [] if before is None else [(before.device, before.runtime), *before.also]
+        devices = options["device"] if "device" in taken else dict.fromkeys(device for device, _ in known)
+        runtimes = options["runtime"] if "runtime" in taken else dict.fromkeys(runtime for _, runtime in known)
+        # every device with every runtime; the first pair is where training happens
+        first, *also = [(device, runtime) for device in devices for runtime in runtimes]
+        values |= {"device": first[0], "runtime": first[1], "also": tuple(also)}
+    return SearchConfig(**values) if before is None else replace(before, **values)
 
 
 class _ProgressDisplay:
@@ -377,7 +452,7 @@ def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
     elif as_json:
         _print_json(run.front_dict(trials))
     else:
-        _print_table(_front_table(run, trials))
+        _print_front(run, trials)
 
 
 @cli.command()
@@ -433,26 +508,51 @@ def export(run_path: Path, keys: tuple[str, ...], everything: bool, out: Path | 
 @click.argument("targets", metavar="TARGET…", nargs=-1, required=True)
 @_conditions
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@click.option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
+@click.option("--refix", is_flag=True, help="Fix the reference network's latency on this machine anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def measure(
-    context: click.Context, /, targets: tuple[str, ...], input_size: int | None, as_json: bool, **options: Any
+    context: click.Context,
+    /,
+    targets: tuple[str, ...],
+    input_size: int | None,
+    per_stage: bool,
+    refix: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure latency, MACs, parameters and memory of networks.
+    """Measure latency, MACs, parameters and memory of networks, in turns where there are several.
 
-    A point of a run is measured under the conditions of its run, where no option says otherwise.
+    A point of a run is measured under the conditions of its run, where no option says otherwise; a run without a key
+    stands for its whole front, whose order there and here are compared.
     """
+    from nas.measure import agreement
     from nas.measure import measure as take
-    from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
-    from nas.targets import resolve
+    from nas.scoring.latency import forget_references
+    from nas.targets import resolve_all
 
-    chosen = [resolve(text) for text in targets]
+    if refix:
+        forget_references()
+    chosen = [target for text in targets for target in resolve_all(text)]
     typed = {name: options[name] for name in _typed(context, options)}
-    rows = [take(target, input_size, **typed) for target in chosen]
+    if "latency_target" in typed:
+        typed["target"] = typed.pop("latency_target") / 100
+    if "latency_seconds" in typed:
+        typed["max_seconds"] = typed.pop("latency_seconds")
+    rows = take(chosen, input_size, per_stage, **typed)
     if as_json:
         _print_json(rows)
         return
+    _print_measured(rows)
+    for line in agreement(chosen, rows):
+        click.echo(line)
+
+
+def _print_measured(rows: list[dict[str, Any]]) -> None:
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+
     table = _table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
     for row in rows:
         table.add_row(
@@ -466,6 +566,16 @@ def measure(
             format_value(ALL["memory"], row["memory_mib"]),
         )
     _print_table(table)
+    for row in rows:
+        if "parts" in row:
+            parts = _table("part", "latency>", "95 % interval>", "share>", title=f"{row['target']}, part by part")
+            for part in row["parts"]:
+                low, high = part.get("latency_low_ms"), part.get("latency_high_ms")
+                interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+                parts.add_row(part["part"], f"{part['latency_ms']:.3f} ms", interval, f"{part['share']:.1%}")
+            parts.add_section()
+            parts.add_row("whole", f"{row['latency_ms']:.3f} ms", "", "100.0%")
+            _print_table(parts)
     names = ("runtime", "dtype", "batch_size", "threads", "device", "machine", "folded")
     for *at, folded in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         form = "folded into convolutions" if folded else "as trained"
@@ -473,13 +583,121 @@ def measure(
     for row in rows:
         if row["uncounted"]:
             click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
+        if not row["within_target"]:
+            click.echo(
+                f"{row['target']}: its time was over before its interval was as narrow as wanted "
+                f"(±{row['latency_spread']:.1%}); give it more with --latency-seconds"
+            )
+        if not 0.8 < row["drift"] < 1.25:
+            click.echo(
+                f"{row['target']}: now this machine is {row['drift']:.2f} times as slow as when its reference was "
+                "fixed, which widens the interval; --refix fixes it anew"
+            )
+
+
+@cli.command("profile")
+@click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
+@_conditions
+@click.option("--input-size", type=int, default=224, show_default=True, help="Side of the images in pixels.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Of measuring, earlier calls included.",
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Networks to measure and compare afterwards.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the networks that are drawn."
+)
+@click.option(
+    "--run",
+    "run_paths",
+    metavar="RUN",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A run on the same device, runtime and image size, whose trials teach the model too; repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="PROFILE",
+    help="The folder; an existing profile goes on.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def profile_command(
+    space: str,
+    input_size: int,
+    minutes: float,
+    held_out: int,
+    seed: int,
+    run_paths: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
+    import search_spaces
+    from nas.machine import resolve_device
+    from nas.profile import ProfileConfig, hold_out, profile, trials_of
+    from nas.runs import Run
+    from nas.scoring.latency import LatencyConfig
+
+    options["device"] = resolve_device(options["device"])
+    options["target"] = options.pop("latency_target") / 100
+    options["max_seconds"] = options.pop("latency_seconds")
+    config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
+    path = out or Path("results") / f"profile-{config.space.name}-{config.latency.label}-{input_size}".replace(":", "")
+    with _bar("profiling", 60 * minutes) as advance:
+        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"{count} networks"))
+    report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
+    if held_out:
+        with _bar("held-out networks", held_out) as advance:
+            trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
+            found = replace(found, config=config)  # held-out networks are measured as carefully as asked for
+            report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
+    if as_json:
+        _print_json(report)
+        return
+    click.echo(f"{path}: {report['networks']} networks profiled piece by piece")
+    if held_out:
+        click.echo(
+            f"{report['count']} others measured: predicted within 5 % of it {report['within_5']:.0%}, within 10 % "
+            f"{report['within_10']:.0%}; mean absolute error {report['mape']:.1f} %"
+            + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
+        )
+
+
+@contextmanager
+def _bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    """A bar on standard error; yields what sets its place and its note."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, note="")
+        yield lambda done, note: bar.update(task, completed=min(done, total), note=note)
 
 
 @cli.command()
 @click.argument("target")
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@click.option(
+    "--profile",
+    "profile_path",
+    metavar="PROFILE",
+    type=click.Path(path_type=Path),
+    help="A profile whose model predicts the latency.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def describe(target: str, input_size: int | None, as_json: bool) -> None:
+def describe(target: str, input_size: int | None, profile_path: Path | None, as_json: bool) -> None:
     """Show a network, or a space, stage by stage."""
     import search_spaces
 
@@ -494,6 +712,14 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
 
     found: Target = resolve(target)
     data = take(found, input_size)
+    if profile_path is not None:
+        from nas.profile import Profile
+
+        if found.architecture is None:
+            raise UsageError(f"{found.name} is no architecture of ours: a profile cannot predict it, `measure` it")
+        profile = Profile.open(profile_path)
+        ((ms,), (std,)) = profile.predict(profile.fit(), [found.architecture])
+        data["predicted"] = {"latency_ms": float(ms), "std": float(std), "profile": profile.label}
     if as_json:
         _print_json(data)
         return
@@ -521,6 +747,9 @@ def describe(target: str, input_size: int | None, as_json: bool) -> None:
         "whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"])
     )
     _print_table(table)
+    if "predicted" in data:
+        told = data["predicted"]
+        click.echo(f"predicted latency {told['latency_ms']:.2f} ms ± {told['std']:.0%} ({told['profile']})")
     if data["note"]:
         click.echo(f"{data['target']}: {data['note']}")
     if data["uncounted"]:

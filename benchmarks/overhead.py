@@ -21,7 +21,8 @@ import numpy as np
 import optuna
 
 import search_spaces
-from nas.runs import Run, describe_machine
+from nas.machine import describe_machine
+from nas.runs import Run
 from nas.search import Progress, SearchConfig, search
 from nas.search.samplers import distributions
 

@@ -36,7 +36,7 @@ class TrialFailure(NasError):
     """Scoring one architecture failed in an expected way; the search records the reason and goes on.
 
     Attributes:
-        reason: one of `out_of_memory`, `non_finite`, `timeout`.
+        reason: one of `out_of_memory`, `non_finite`, `timeout`, `killed`, `runtime`, `wrong_output`.
     """
 
     def __init__(self, reason: str, message: str) -> None:

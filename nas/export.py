@@ -189,7 +189,7 @@ def model_card(run: Run, trial: Trial) -> str:
     if scores.latency_ms is not None:
         figures.append(
             f"| latency | {scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to "
-            f"{scores.latency_high_ms:.3f}, {scores.latency_repeats} repeats) |"
+            f"{scores.latency_high_ms:.3f}) |"
         )
     if scores.memory_mib is not None:
         figures.append(f"| peak memory | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")

@@ -1,63 +1,144 @@
-"""Measure and describe one network, whatever it is."""
+"""Measure and describe networks, whatever they are."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
-from .runs import describe_machine
+from .machine import describe_machine, machine_name, resolve_device
 from .scoring.cost import Cost, count_cost
-from .scoring.latency import DTYPES, LatencyConfig, measure_latency
+from .scoring.latency import (
+    DTYPES,
+    RUNTIME_TRAITS,
+    Latency,
+    LatencyConfig,
+    measure_latencies,
+    prepare_model,
+    prepare_parts,
+)
 from .scoring.memory import is_out_of_memory, measure_memory_mib
-from .search.study import resolve_device
+from .search.stability import Figure, compare_orders, rank_correlation
 from .targets import Target
 
+REST = "(rest)"
+"""What the whole takes and no part that was timed on its own does; negative where parts take longer alone."""
 
-def measure(target: Target, input_size: int | None = None, **conditions: Any) -> dict[str, Any]:
+
+def measure(
+    targets: Sequence[Target], input_size: int | None = None, per_stage: bool = False, **conditions: Any
+) -> list[dict[str, Any]]:
     """Latency with its interval, throughput, MACs, parameters and peak memory, with the conditions they hold under.
 
+    Targets with the same conditions are timed together, in turns, so that their figures are fair to each other.
+
     Args:
-        target: what to measure.
-        input_size: side of the images; None takes the target's own.
-        conditions: `device`, `runtime`, `dtype`, `batch_size`, `threads`, `channels_last`, `folded`; those not given
-            are the target's own (a run's point is measured as in its run), else those of `LatencyConfig`, on any
-            device.
+        targets: what to measure.
+        input_size: side of the images; None takes each target's own.
+        per_stage: time the stem, the stages and the head (of another family: its top-level parts) on their own too.
+        conditions: of `LatencyConfig`; those not given are the target's own (a run's point is measured as in its run),
+            else the defaults, on any device.
 
     Raises:
         UsageError: where a condition is not allowed or the images do not suit the network.
+        TrialFailure: where the runtime cannot run a network.
         NasError: where memory runs out.
     """
+    configs = []
+    for target in targets:
+        configs.append(_config(target, conditions))
+    networks = [_Network(target, input_size) for target in targets]
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, (target, config) in enumerate(zip(targets, configs, strict=True)):
+        groups[config, target.reference_ms(config)].append(i)
+    rows: dict[int, dict[str, Any]] = {}
+    for (config, reference), members in groups.items():
+        chosen = [networks[i] for i in members]
+        try:
+            rows |= zip(members, _measure_together(chosen, config, reference, per_stage), strict=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            names = ", ".join(network.target.name for network in chosen)
+            raise NasError(f"{names} with a batch of {config.batch_size} does not fit in memory") from None
+    return [rows[i] for i in range(len(targets))]
+
+
+def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
+    """The conditions asked for, and where nothing is asked the target's own as far as they suit the runtime."""
     at = {"device": "auto", **target.conditions, **conditions}
-    config = LatencyConfig(**at | {"device": resolve_device(at["device"])})
-    size = _image(target, input_size)
-    model = target.build().eval()
-    cost = _count(target, model, size)
-    try:
-        latency = measure_latency(model, size, config)
-        memory_mib = measure_memory_mib(model, size, config.batch_size, config.device, DTYPES[config.dtype])
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise NasError(f"{target.name} with a batch of {config.batch_size} does not fit in memory") from None
-    machine = describe_machine(config.device)
+    traits = RUNTIME_TRAITS.get(at.get("runtime", LatencyConfig.runtime))
+    inherited = target.conditions.keys() - conditions.keys()
+    if at.get("runtime") != "command" and "command" in inherited:
+        at["command"] = None
+    if traits is not None and not traits.channels_last and "channels_last" in inherited:
+        at["channels_last"] = False
+    return LatencyConfig(**at | {"device": resolve_device(at["device"])})
+
+
+class _Network:
+    """A target, built and counted."""
+
+    def __init__(self, target: Target, input_size: int | None) -> None:
+        self.target = target
+        self.size = _image(target, input_size)
+        self.model = target.build().eval()
+        self.cost = _count(target, self.model, self.size)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of its sub-modules that are parts of the whole, in order."""
+        return [path for path, cost in self.cost.parts.items() if path != "(model)" and any(cost)]
+
+
+def _measure_together(
+    networks: Sequence[_Network], config: LatencyConfig, reference: float | None, per_stage: bool
+) -> list[dict[str, Any]]:
+    ready = [prepare_model(n.model, n.size, config) for n in networks]
+    parts = [prepare_parts(n.model, n.size, n.parts if per_stage else (), config) for n in networks]
+    latencies = iter(measure_latencies([*ready, *(p for own in parts for p in own.values())], config, reference))
+    wholes = [next(latencies) for _ in networks]
+    rows = []
+    for network, whole, own in zip(networks, wholes, parts, strict=True):
+        row = _row(network, whole, config)
+        if per_stage:
+            row["parts"] = _shares(whole, {path: next(latencies) for path in own})
+        rows.append(row)
+    return rows
+
+
+def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str, Any]:
+    cost, machine = network.cost, describe_machine(config.device)
+    state = ("affinity", "load", "clock_mhz", "gpu_clock_mhz")
     return {
-        "target": target.name,
-        "input_size": size[1],
-        "latency_ms": latency.median_ms,
+        "target": network.target.name,
+        "input_size": network.size[1],
+        "latency_ms": latency.ms,
         "latency_low_ms": latency.low_ms,
         "latency_high_ms": latency.high_ms,
+        "latency_spread": latency.spread,
+        "latency_raw_ms": latency.raw_ms,
         "latency_q1_ms": latency.q1_ms,
         "latency_q3_ms": latency.q3_ms,
-        "repeats": latency.repeats,
-        "images_per_second": config.batch_size * 1e3 / latency.median_ms,
+        "drift": latency.drift,
+        "rounds": latency.rounds,
+        "passes": latency.passes,
+        "within_target": latency.steady,
+        "waited": latency.waited,
+        "seconds": latency.seconds,
+        "prepare_seconds": latency.prepare_seconds,
+        "images_per_second": config.batch_size * 1e3 / latency.ms,
         "macs": cost.macs,
         "flops": cost.flops,
         "uncounted": list(cost.uncounted),
         "params": cost.params,
-        "memory_mib": memory_mib,
+        "memory_mib": measure_memory_mib(
+            network.model, network.size, config.batch_size, config.device, DTYPES[config.dtype]
+        ),
         "device": config.device,
         "runtime": config.runtime,
         "dtype": config.dtype,
@@ -65,8 +146,53 @@ def measure(target: Target, input_size: int | None = None, **conditions: Any) ->
         "threads": latency.threads,
         "channels_last": config.channels_last,
         "folded": config.folded,
-        "machine": machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores",
+        "machine": machine_name(config.device),
+        **{name: machine[name] for name in state if name in machine},
     }
+
+
+def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
+    """Latency of each part, and what is left of the whole."""
+    rows: list[dict[str, Any]] = [
+        {
+            "part": path,
+            "latency_ms": part.ms,
+            "latency_low_ms": part.low_ms,
+            "latency_high_ms": part.high_ms,
+            "share": part.ms / whole.ms,
+        }
+        for path, part in parts.items()
+    ]
+    rest = whole.ms - sum(part.ms for part in parts.values())
+    return [*rows, {"part": REST, "latency_ms": rest, "share": rest / whole.ms}]
+
+
+def _figure(ms: float, low_ms: float, high_ms: float) -> Figure:
+    return ms, (high_ms - low_ms) / 2 / ms
+
+
+def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far the order of a run's points, as recorded there, is the order measured now: a line for each run."""
+    runs: dict[str, list[int]] = defaultdict(list)
+    for i, target in enumerate(targets):
+        if target.run and target.recorded is not None:
+            runs[target.run].append(i)
+    lines = []
+    for run, members in runs.items():
+        if len(members) < 2:
+            continue
+        before = {targets[i].name: _figure(*(targets[i].recorded or (0.0, 0.0, 0.0))) for i in members}
+        names = ("latency_ms", "latency_low_ms", "latency_high_ms")
+        now = {targets[i].name: _figure(*(rows[i][name] for name in names)) for i in members}
+        held = compare_orders(before, now)
+        rho = rank_correlation([ms for ms, _ in before.values()], [ms for ms, _ in now.values()])
+        row = rows[members[0]]
+        lines.append(
+            f"{run}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "
+            f"{row['device']}-{row['runtime']} as in the run"
+            + (f", rank correlation {rho:.2f}" if rho is not None else "")
+        )
+    return lines
 
 
 def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:

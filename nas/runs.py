@@ -13,14 +13,10 @@ Derived files can be deleted at any time. Every file is written under a temporar
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +30,14 @@ from .architecture import Architecture
 from .errors import RunError, UsageError
 from .search.objectives import OBJECTIVES, Objective, Scores, parse_objectives
 from .search.pareto import hypervolume, non_dominated
+from .search.stability import Figure, compare_orders, rank_correlation
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+BASELINES, REMEASURED, ELSEWHERE = "baselines", "remeasured", "elsewhere"
+"""Attributes of the study that `nas.search.finish` writes."""
 STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
 
 
@@ -113,7 +112,14 @@ class Run:
     def objectives(self) -> tuple[Objective, ...]:
         """What the run minimises and maximises, in order."""
         config = self.manifest["config"]
-        return parse_objectives(config["objectives"], config["proxy"], self.manifest["proxy_trained"])
+        return parse_objectives(
+            config["objectives"], config["proxy"], self.manifest["proxy_trained"], self.targets or ("",)
+        )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What latency is measured on, such as `cpu-eager`, the first one first; empty where nothing is timed."""
+        return tuple(str(label) for label in self.manifest.get("latency_references", {}))
 
     @cached_property
     def reference(self) -> dict[str, float]:
@@ -122,10 +128,11 @@ class Run:
 
     @property
     def timing(self) -> str:
-        """What was timed, in words: runtime, type, batch and form of the networks."""
+        """What was timed, in words: runtime (where there is one target), type, batch and form of the networks."""
         config = self.manifest["config"]
         form = "batch norms folded" if config.get("folded") else "batch norms not folded"
-        return f"{config['runtime']}, {config['dtype']}, batch {config['batch_size']}, {form}"
+        runtime = [] if len(self.targets) > 1 else [config["runtime"]]
+        return ", ".join([*runtime, config["dtype"], f"batch {config['batch_size']}", form])
 
     @property
     def name(self) -> str:
@@ -135,7 +142,8 @@ class Run:
     def columns(self) -> dict[str, str]:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
         proxy = f"proxy_{self.manifest['config']['proxy']}"
-        names = {name: name for name in Scores.__dataclass_fields__} | {"proxy": proxy, "proxy_std": f"{proxy}_std"}
+        names = {name: name for name in Scores.__dataclass_fields__ if name != "others"}
+        names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
         first = [o.field for o in self.objectives] + [
             OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")
         ]
@@ -145,12 +153,29 @@ class Run:
         """The study's storage."""
         return open_storage(self.path, self.manifest["config"]["storage"])
 
-    def trials(self) -> list[Trial]:
+    def trials(self, remeasured: bool = True) -> list[Trial]:
         """Every trial of the study, in order.
+
+        Args:
+            remeasured: whether latencies that were measured again after the search take the place of the first ones.
 
         Raises:
             RunError: where the storage is missing or damaged.
         """
+        with self._study() as (storage, study_id):
+            frozen = storage.get_all_trials(study_id, deepcopy=False)
+        trials = [read_trial(t) for t in frozen]
+        again = self.attributes.get(REMEASURED, {}) if remeasured else {}
+        return [self._second(t, again) for t in trials] if again else trials
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is kept of the study as a whole."""
+        with self._study() as (storage, study_id):
+            return dict(storage.get_study_user_attrs(study_id))
+
+    @contextlib.contextmanager
+    def _study(self) -> Iterator[tuple[optuna.storages.BaseStorage, int]]:
         if self.manifest["config"]["storage"] is None and not (self.path / "study.db").is_file():
             raise RunError(f"{self.path} has no study.db: its trials are lost; start another run")
         with storage_errors(self.path):
@@ -159,8 +184,83 @@ class Run:
                 study_id = storage.get_study_id_from_name(self.manifest["study"])
             except KeyError:
                 raise no_study(self.path) from None
-            frozen = storage.get_all_trials(study_id, deepcopy=False)
-        return [read_trial(t) for t in frozen]
+            yield storage, study_id
+
+    def _second(self, trial: Trial, again: Mapping[str, Any]) -> Trial:
+        """A trial as measured again; one that is over the budget of latency after all is pruned."""
+        scores = self._with_second(trial.key, trial.scores, again)
+        budget = self.manifest["config"]["budgets"].get("latency")
+        over = budget is not None and scores.latency_ms is not None and scores.latency_ms > budget
+        if trial.state != "complete" or not over:
+            return replace(trial, scores=scores)
+        assert scores.latency_ms is not None
+        failure = f"over budget when measured again: latency by {scores.latency_ms / budget - 1:.1%}"
+        return replace(trial, scores=scores, state="pruned", failure=failure)
+
+    def _with_second(self, name: str, scores: Scores, again: Mapping[str, Any]) -> Scores:
+        """Scores with what a second measurement found of a network in place of the first."""
+        for i, target in enumerate(self.targets):
+            found = again.get(target, {}).get(name)
+            if found is None or "failure" in found:
+                continue
+            if i:
+                entry = {part: found[part] for part in ("ms", "low_ms", "high_ms", "spread")}
+                scores = replace(scores, others={**scores.others, target: entry})
+            else:
+                scores = replace(
+                    scores,
+                    latency_search_ms=scores.latency_ms,
+                    **{f"latency_{part}": found[part] for part in LATENCY_PARTS},
+                )
+        return scores
+
+    def baselines(self) -> dict[str, Scores]:
+        """Named networks that were scored beside the search, by name; those that failed are left out."""
+        attributes = self.attributes
+        again = attributes.get(REMEASURED, {})
+        return {
+            name: self._with_second(name, Scores.from_dict(entry["scores"]), again)
+            for name, entry in attributes.get(BASELINES, {}).items()
+            if "scores" in entry
+        }
+
+    def beaten(self, front: list[Trial], scores: Scores) -> list[str]:
+        """Keys of the front's points that dominate a network with these scores."""
+        values = [o.read(scores) for o in self.objectives]
+        if any(value is None for value in values):
+            return []
+        losses = np.array([o.loss(_known(v)) for o, v in zip(self.objectives, values, strict=True)])
+        return [
+            t.key
+            for t, point in zip(front, self.losses(front) if front else (), strict=True)
+            if (point <= losses).all() and (point < losses).any()
+        ]
+
+    def verdicts(self) -> list[str]:
+        """What measuring again said of the front's order, a line for each target and each further runtime."""
+        attributes, front = self.attributes, self.front(self.trials(remeasured=False))
+        first = {t.key: t.scores for t in front}
+        lines = []
+        for objective in (o for o in self.objectives if o.is_latency):
+            target = objective.target or (self.targets[0] if self.targets else "")
+            seen = {key: figure for key, scores in first.items() if (figure := _figure(objective, scores)) is not None}
+            again = _measured(attributes.get(REMEASURED, {}).get(target, {}))
+            if again:
+                lines.append(f"{target}: {compare_orders(seen, again).verdict}")
+        latency = OBJECTIVES["latency"]
+        final = {t.key: figure for t in self.front() if (figure := _figure(latency, t.scores)) is not None}
+        for target, entries in attributes.get(ELSEWHERE, {}).items():
+            there = _measured(entries)
+            both = [key for key in final if key in there]
+            if len(both) < 2:
+                continue
+            held = compare_orders({key: final[key] for key in both}, there)
+            rho = rank_correlation([final[key][0] for key in both], [there[key][0] for key in both])
+            lines.append(
+                f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
+                + (f", rank correlation {rho:.2f}" if rho is not None else "")
+            )
+        return lines
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
         """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
@@ -174,6 +274,15 @@ class Run:
     def losses(self, trials: list[Trial]) -> np.ndarray:
         """Objective values in loss space, of shape (trials, objectives)."""
         return np.array([[o.loss(_known(o.read(t.scores))) for o in self.objectives] for t in trials])
+
+    def loss_intervals(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
+        """Losses at their best and at their worst, each of shape (trials, objectives); only latency has an interval."""
+        best, worst = self.losses(list(trials)), self.losses(list(trials))
+        for column, objective in enumerate(self.objectives):
+            for row, trial in enumerate(trials):
+                if (interval := objective.interval(trial.scores)) is not None:
+                    best[row, column], worst[row, column] = interval
+        return best, worst
 
     def hypervolume(self, front: list[Trial]) -> float:
         """Hypervolume of a front against the run's reference point, in the product of the objectives' units."""
@@ -193,10 +302,14 @@ class Run:
         import pandas as pd
 
         columns = self.columns()
+        others = self.targets[1:]
 
         def row(trial: Trial) -> dict[str, Any]:
             architecture = trial.architecture
             scores = {column: getattr(trial.scores, name) for name, column in columns.items()}
+            for target in others:
+                entry = trial.scores.others.get(target, {})
+                scores |= {f"latency_{part}@{target}": entry.get(part) for part in ("ms", "low_ms", "high_ms")}
             return {
                 "key": trial.key,
                 **scores,
@@ -207,7 +320,8 @@ class Run:
                 "architecture": architecture.to_json() if architecture else "",
             }
 
-        names = ["key", *columns.values(), "mixer", "trial", "state", "failure", "architecture"]
+        further = [f"latency_{part}@{target}" for target in others for part in ("ms", "low_ms", "high_ms")]
+        names = ["key", *columns.values(), *further, "mixer", "trial", "state", "failure", "architecture"]
         # whole numbers stay whole where some are missing
         table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
         if trials:
@@ -223,21 +337,38 @@ class Run:
         return {
             "run": self.name,
             "objectives": [
-                {"name": o.name, "column": columns[o.field], "unit": o.unit, "direction": o.direction}
+                {
+                    "name": o.name,
+                    "column": columns[o.field] + (f"@{o.target}" if o.target else ""),
+                    "unit": o.unit,
+                    "direction": o.direction,
+                }
                 for o in self.objectives
             ],
             "reference": self.reference,
             "hypervolume": self.hypervolume(front),
+            "verdicts": self.verdicts(),
+            "baselines": {
+                name: self._flat(scores) | {"dominated_by": self.beaten(front, scores)}
+                for name, scores in self.baselines().items()
+            },
             "points": [
                 {
                     "key": t.key,
                     "trial": t.number,
-                    **{columns[name]: value for name, value in t.scores.to_dict().items()},
+                    **self._flat(t.scores),
                     "architecture": t.architecture.to_dict() if t.architecture else None,
                 }
                 for t in front
             ],
         }
+
+    def _flat(self, scores: Scores) -> dict[str, Any]:
+        """Scores by the names of the tables' columns."""
+        columns, data = self.columns(), scores.to_dict()
+        others = data.pop("others", {})
+        further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
+        return {columns[name]: value for name, value in data.items()} | further
 
     def find(self, key: str) -> Trial:
         """The scored trial whose architecture's key is, or starts with, `key`.
@@ -374,51 +505,24 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     )
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    """What the figures of a run were measured on."""
-    import torch
+LATENCY_PARTS = tuple(
+    "ms low_ms high_ms spread raw_ms q1_ms q3_ms drift passes rounds steady waited prepare_seconds".split()
+)
+"""Of a measured latency, what `Scores` holds as `latency_PART`."""
 
-    machine: dict[str, Any] = {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "device": device,
+
+def _measured(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    """Name -> latency with its uncertainty, without failures."""
+    return {
+        name: (entry["ms"], (entry["high_ms"] - entry["low_ms"]) / 2 / entry["ms"])
+        for name, entry in entries.items()
+        if "failure" not in entry
     }
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "gpu": properties.name,
-            "gpu_memory_mib": properties.total_memory // 2**20,
-            "cuda": torch.version.cuda,
-        }
-    return machine
 
 
-def describe_software() -> dict[str, Any]:
-    """Versions of Python and of the packages a score depends on, and the commit of a source checkout."""
-    names = ("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy")
-    versions: dict[str, Any] = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent.parent
-        if (here / ".git").exists():
-            command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            versions["commit"] = result.stdout.strip()
-    return versions
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _figure(objective: Objective, scores: Scores) -> Figure | None:
+    ms, interval = objective.read(scores), objective.interval(scores)
+    return None if ms is None or interval is None else (ms, (interval[1] - interval[0]) / 2 / ms)
 
 
 def _known(value: float | None) -> float:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from .architecture import Architecture
 from .errors import UsageError, unknown_name
+from .machine import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
-from .runs import Run
+from .runs import Run, Trial, is_run
+from .scoring.latency import LatencyConfig
 
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
 
@@ -30,6 +33,10 @@ class Target:
         architecture: its architecture; None for a timm model of another family.
         note: what a user should know of it; empty where there is nothing to say.
         conditions: how its latency was measured so far, for `measure` to repeat; empty where nothing says so.
+        references: device and runtime -> the reference network's latency that its run's figures hang on.
+        machine: where that was, with the threads torch had.
+        run: the name of the run it is a point of; empty for others.
+        recorded: its latency as that run has it, in milliseconds, with the ends of its interval.
     """
 
     name: str
@@ -38,6 +45,17 @@ class Target:
     architecture: Architecture | None = None
     note: str = ""
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    references: Mapping[str, float] = field(default_factory=dict)
+    machine: str = ""
+    run: str = ""
+    recorded: tuple[float, float, float] | None = None
+
+    def reference_ms(self, config: LatencyConfig) -> float | None:
+        """What its run fixed for the reference network, where `config` is how the run measured; None elsewhere."""
+        names = ("dtype", "batch_size", "threads", "channels_last", "command")
+        same = all(getattr(config, name) == self.conditions.get(name) for name in names)
+        here = same and self.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
+        return self.references.get(config.label) if here else None
 
 
 def resolve(text: str) -> Target:
@@ -66,17 +84,50 @@ def resolve(text: str) -> Target:
     raise unknown_name(f"target (not {KINDS.partition(', ')[2]})", text, PRESETS)
 
 
+def resolve_all(text: str) -> list[Target]:
+    """As `resolve`; a run folder without a key stands for all points of its front.
+
+    Raises:
+        UsageError: as `resolve`, or where the run has no front yet.
+        RunError: where the run folder cannot be read.
+    """
+    if not is_run(Path(text)):
+        return [resolve(text)]
+    run = Run.open(text)
+    front = run.front()
+    if not front:
+        raise UsageError(f"{text} has no front yet: no architecture is scored")
+    return [_of_trial(run, trial) for trial in front]
+
+
 def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
     return Target(name, lambda: create_backbone(architecture, num_classes), input_size, architecture)
 
 
 def _of_run(run: Run, key: str) -> Target:
-    trial = run.find(key)
+    return _of_trial(run, run.find(key))
+
+
+def _of_trial(run: Run, trial: Trial) -> Target:
     assert trial.architecture is not None
     data, config = run.manifest["data"], run.manifest["config"]
     target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
-    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last")
-    return replace(target, conditions={name: config[name] for name in names} | {"folded": config.get("folded", False)})
+    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last", "command", "command_timeout")
+    return replace(
+        target,
+        conditions={name: config[name] for name in names if name in config} | {"folded": config.get("folded", False)},
+        references=run.manifest.get("latency_references", {}),
+        machine=f"{run.manifest['conditions']['device']}, {run.manifest['machine']['threads']} threads",
+        run=run.name,
+        recorded=_recorded(trial),
+    )
+
+
+def _recorded(trial: Trial) -> tuple[float, float, float] | None:
+    s = trial.scores
+    if s.latency_ms is None or s.latency_low_ms is None or s.latency_high_ms is None:
+        return None
+    return s.latency_ms, s.latency_low_ms, s.latency_high_ms
 
 
 def _timm(name: str) -> Target:

@@ -93,6 +93,14 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["search", "--trials", "0"], 2, ["trials is 0"]),
         (["search", "--trials", "many"], 2, ["many"]),
         (["search", "--max", "latency=soon"], 2, ["latency=5ms"]),
+        (["search", "--baseline", "mobilenetv4_conv_smal"], 2, ["unknown network", "mobilenetv4_conv_small"]),
+        (["search", "--runtime", "eagre"], 2, ["unknown runtime", "eager"]),
+        (["search", "--device", "cpu", "--runtime", "cudagraph"], 2, ["runs on cuda"]),
+        (["search", "--device", "cpu", "--device", "cpu"], 2, ["each may be named once"]),
+        (["search", "--latency-target", "0"], 2, ["latency_target"]),
+        (["measure", "cas_vit_xs", "--device", "cpu", "--runtime", "command"], 2, ["--command PROGRAM"]),
+        (["measure", "cas_vit_xs", "--command", "x"], 2, ["--command PROGRAM"]),
+        (["profile", "--device", "cpu", "--input-size", "4"], 2, ["too small"]),
         (["search", "--max", "accuracy=5"], 2, ["maximised"]),
         (["search", "--space", "mobile", "--input-size", "16"], 2, ["16", "32"]),
         (["search", "--out", "/proc/none/run"], 1, ["/proc/none/run"]),
@@ -197,6 +205,42 @@ def test_measure_json_has_conditions_and_figures(capsys):
     assert row["images_per_second"] == pytest.approx(2000 / row["latency_ms"])
     assert row["flops"] == 2 * row["macs"]
     assert row["uncounted"] == []
+
+
+def test_a_whole_run_is_measured_and_compared(capsys, run_path):
+    quick = ["--latency-seconds", "0.05", "--latency-target", "50"]
+    code, out, err = call(capsys, "measure", run_path, *quick)
+    assert code == 0, err
+    _, front, _ = call(capsys, "front", run_path, "--json")
+    keys = [p["key"] for p in json.loads(front)["points"]]
+    assert all(key in out for key in keys)
+    code, out, _ = call(capsys, "measure", run_path, "--per-stage", "--json", *quick)
+    rows = json.loads(out)
+    assert [row["target"].partition("@")[2] for row in rows] == keys
+    for row in rows:
+        assert sum(part["latency_ms"] for part in row["parts"]) == pytest.approx(row["latency_ms"])
+
+
+def test_baselines_stand_beside_the_front(capsys, tmp_path):
+    # with MACs and parameters alone a network of millions of both is beaten in one and wins in the other
+    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--baseline", "resnet18,timm:vgg11")
+    assert code == 0, err
+    assert "resnet18" in out
+    assert "none of the front" in out
+    _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")
+    baselines = json.loads(front)["baselines"]
+    assert set(baselines) == {"resnet18", "timm:vgg11"}
+    assert all(entry["dominated_by"] == [] for entry in baselines.values())
+
+
+def test_a_profile_from_the_command_line(capsys, tmp_path):
+    arguments = ["profile", "--device", "cpu", "--input-size", "32", "--minutes", "0.001", "--out", str(tmp_path / "p")]
+    code, out, err = call(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"profile": str(tmp_path / "p"), "networks": 1}
+    code, _, err = call(capsys, *arguments, "--held-out", "1")
+    assert code == 1
+    assert "profile for longer" in err
 
 
 def test_describe_parts_sum_to_the_whole(capsys):

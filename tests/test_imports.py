@@ -12,17 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# errors < architecture, folding < space < models, data, objectives, pareto < scoring < runs < search < users of runs
-# < cli
+# errors < architecture, folding, machine < space < models, data, objectives, pareto < scoring < runs < search < users
+# of runs < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,
     "nas.folding": 1,
+    "nas.machine": 1,
+    "nas.onnx": 1,
     "nas.space": 2,
     "nas.models": 3,
     "nas.data": 3,
     "nas.search.objectives": 3,
     "nas.search.pareto": 3,
+    "nas.search.stability": 3,
     "nas.scoring": 4,
     "nas.runs": 5,
     "nas.search": 6,

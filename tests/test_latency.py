@@ -1,109 +1,291 @@
+"""The measuring protocol, its statistics and its runtimes."""
+
 from __future__ import annotations
 
 import copy
 import gc
 import itertools
-from fractions import Fraction
-from math import comb
+import json
+import logging
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
+from nas.errors import TrialFailure, UsageError
+from nas.machine import exclusive
 from nas.models import Backbone
-from nas.scoring import latency
-from nas.scoring.latency import DTYPES, RUNTIMES, Latency, LatencyConfig, measure_latency, summarise, time_on_cpu
+from nas.scoring.latency import (
+    DTYPES,
+    RUNTIME_TRAITS,
+    RUNTIMES,
+    Latency,
+    LatencyConfig,
+    forget_references,
+    measure_latencies,
+    measure_latency,
+    prepare_model,
+    prepare_parts,
+    protocol,
+    reference_ms,
+)
+from nas.scoring.latency.clocks import cpu_clock
+from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, MIN_ROUNDS, summarise
+from nas.scoring.latency.reference import INPUT_SIZE, ReferenceNetwork, references_file
+from nas.scoring.latency.runtimes import TOLERANCE, Prepared
+from nas.scoring.latency.statistics import faster_half, ratio, ratio_interval
 
-QUICK = {"folded": False, "warmup_seconds": 0.0, "repeats": 12, "max_seconds": 5.0}
-
-
-def lower_rank(n: int) -> int:
-    """The largest l with P(fewer than l of n draws lie below the median) <= 2.5 %, or 1; exact fractions."""
-    shares = itertools.accumulate(Fraction(comb(n, k), 2**n) for k in range(n))  # P(at most k below the median)
-    return max(1, sum(share <= Fraction(25, 1000) for share in shares))
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 9, 10, 20, 57, 100, 101, 500])
-def test_interval_ranks(n):
-    times = np.random.default_rng(n).permutation(n).astype(float) + 1  # the k-th smallest is k
-    result = summarise(list(times), threads=2)
-    assert (result.low_ms, result.high_ms) == (lower_rank(n), n + 1 - lower_rank(n))
-    assert (result.repeats, result.threads) == (n, 2)
-
-
-def test_known_ranks():
-    """Published tables: the 95 % interval of a median runs from rank 40 to 61 of 100, 6 to 15 of 20, 2 to 9 of 10."""
-    assert [(lower_rank(n), n + 1 - lower_rank(n)) for n in (100, 20, 10, 6)] == [(40, 61), (6, 15), (2, 9), (1, 6)]
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 10, 11, 100])
-def test_median_and_quartiles(n):
-    times = np.random.default_rng(n).gamma(2.0, size=n)
-    ordered = sorted(times)
-
-    def quantile(share):  # linear between neighbours, as R's type 7
-        place = share * (n - 1)
-        below = int(place)
-        above = min(below + 1, n - 1)
-        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-    result = summarise(list(times), threads=1)
-    assert (result.q1_ms, result.median_ms, result.q3_ms) == pytest.approx([quantile(s) for s in (0.25, 0.5, 0.75)])
-    assert ordered[0] <= result.low_ms <= result.median_ms <= result.high_ms <= ordered[-1]
-    assert result.q1_ms <= result.median_ms <= result.q3_ms
+QUICK = {"folded": False, "warmup_seconds": 0.0, "max_seconds": 0.01, "block_ms": 1.0, "target": 0.5}
+HERE = [name for name, traits in RUNTIME_TRAITS.items() if "cpu" in traits.devices]
+COMMAND = shlex.join([sys.executable, str(Path(__file__).parents[1] / "examples" / "board.py")])
+COMMAND += " {model} {input} {output}"
+SMALL = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
 
 
-def test_summary_does_not_depend_on_the_order():
-    times = list(np.random.default_rng(0).random(37))
-    assert summarise(times, 1) == summarise(times[::-1], 1) == summarise(sorted(times), 1)
+def need(runtime: str) -> None:
+    if missing := RUNTIME_TRAITS[runtime].missing:
+        pytest.skip(f"needs {', '.join(missing)}")
 
 
-@pytest.mark.parametrize("n", [10, 30, 100])
-def test_interval_covers_the_median(n):
-    """Skewed draws with a known median: at least 95 % of intervals hold it, and not many more."""
-    rng = np.random.default_rng(0)
-    draws = rng.exponential(size=(1500, n))
-    held = 0
-    for row in draws:
-        result = summarise(row, 1)
-        held += result.low_ms <= np.log(2) <= result.high_ms
-    assert 0.94 <= held / len(draws) <= 0.99
-
-
-class FakeClock:
-    """A clock that only moves when told to."""
-
-    def __init__(self, seconds_per_call: float) -> None:
-        self.now = 100.0
-        self.calls = 0
-        self.seconds_per_call = seconds_per_call
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def work(self) -> None:
-        self.calls += 1
-        self.now += self.seconds_per_call * self.calls
+# the statistic
 
 
 @pytest.mark.parametrize(
-    ("repeats", "max_seconds", "calls"),
-    [
-        (100, 0.0, 10),  # never fewer than 10
-        (100, 1e9, 100),
-        (25, 1e9, 25),
-        (100, 200.0, 20),  # 1 + 2 + … + 20 = 210 is the first sum past 200
-        (10, 0.0, 10),
-    ],
+    ("times", "mean"),
+    [([3.0], 3.0), ([4.0, 2.0], 2.0), ([5.0, 1.0, 3.0], 2.0), ([9.0, 1.0, 2.0, 100.0], 1.5), ([7.0] * 6, 7.0)],
 )
-def test_time_on_cpu_counts_by_the_clock(monkeypatch, repeats, max_seconds, calls):
-    clock = FakeClock(seconds_per_call=1.0)
-    monkeypatch.setattr(latency.time, "perf_counter", clock.perf_counter)
-    times = time_on_cpu(clock.work, repeats, max_seconds)
-    assert clock.calls == calls
-    assert times == [1000.0 * k for k in range(1, calls + 1)]
+def test_faster_half(times, mean):
+    for order in itertools.permutations(times):
+        assert faster_half(np.array(order)) == mean
+
+
+def test_faster_half_does_not_feel_a_disturbed_minority():
+    rng = np.random.default_rng(0)
+    times = rng.normal(10, 0.1, 200)
+    disturbed = times.copy()
+    disturbed[::5] *= 8
+    assert faster_half(disturbed) == pytest.approx(faster_half(times), rel=0.01)
+    assert np.mean(disturbed) > 2 * np.mean(times)
+
+
+def test_drift_cancels_in_the_ratio():
+    """Both networks slow down by any factor from round to round: the ratio stays."""
+    drift = np.linspace(1, 1.8, 40)[:, None]
+    own, beside = 12.0 * drift * np.ones((1, 3)), 4.0 * drift * np.ones((1, 2))
+    assert ratio(own, beside) == pytest.approx(3.0)
+    low, high = ratio_interval(own, beside)
+    assert low <= 3.0 <= high
+
+
+@pytest.mark.parametrize("rounds", [12, 40, 120])
+def test_intervals_cover_the_truth(rounds):
+    """Noisy rounds with a known ratio: about 95 of 100 intervals hold it, a few less where rounds are few."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(150):
+        own = 6 * rng.lognormal(0, 0.05, (rounds, 3))
+        beside = 2 * rng.lognormal(0, 0.05, (rounds, 4))
+        # the mean of the faster half of lognormal noise, for each by its own number of draws
+        truth = 3 * _expected(0.05, rounds * 3) / _expected(0.05, rounds * 4)
+        low, high = ratio_interval(own, beside, seed=int(rng.integers(1000)))
+        held += low <= truth <= high
+    assert held / 150 >= (0.86 if rounds < 20 else 0.9)
+
+
+def _expected(sigma: float, n: int) -> float:
+    draws = np.random.default_rng(7).lognormal(0, sigma, (400, n))
+    return float(faster_half(draws).mean())
+
+
+def test_the_interval_narrows_with_the_root_of_the_rounds():
+    rng = np.random.default_rng(2)
+    own, beside = rng.lognormal(0, 0.05, (400, 2)), rng.lognormal(0, 0.05, (400, 2))
+    widths = [np.diff(ratio_interval(own[:n], beside[:n]))[0] for n in (25, 400)]
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.5)
+
+
+def test_neighbouring_rounds_that_move_together_widen_the_interval():
+    rng = np.random.default_rng(3)
+    jumps = np.repeat(rng.normal(0, 0.1, 12), 10)[:, None]  # a disturbance of one network lasts ten rounds
+    noise = rng.normal(0, 0.01, (120, 2))
+    lasting = 5 * np.exp(jumps + noise)
+    shuffled = 5 * np.exp(rng.permutation(jumps) + noise)
+    beside = np.ones((120, 2))
+    assert np.diff(ratio_interval(lasting, beside)) > 1.3 * np.diff(ratio_interval(shuffled, beside))
+
+
+def test_summary_is_the_ratio_times_what_is_fixed():
+    own, beside = np.full((10, 2), 6.0), np.full((10, 3), 2.0)
+    latency = summarise(own, beside, fixed_ms=2.0, target=0.01)
+    assert latency.ms == pytest.approx(6.0)
+    assert (latency.low_ms, latency.high_ms) == pytest.approx((6.0, 6.0))
+    assert (latency.raw_ms, latency.drift, latency.rounds, latency.passes) == (6.0, 1.0, 10, 20)
+    assert latency.steady
+    # the machine is twice as slow as when the reference was fixed: the figure stays, less sure
+    drifted = summarise(2 * own, 2 * beside, fixed_ms=2.0, target=0.01)
+    assert drifted.ms == pytest.approx(6.0)
+    assert drifted.raw_ms == 12.0
+    assert drifted.drift == 2.0
+    assert drifted.high_ms == pytest.approx(6.0 * 2 ** (1.96 * protocol.DRIFT_UNCERTAINTY))
+    assert drifted.low_ms == pytest.approx(6.0 / 2 ** (1.96 * protocol.DRIFT_UNCERTAINTY))
+    assert drifted.steady, "what more rounds cannot narrow does not keep it from being steady"
+
+
+# the protocol, with a clock that is told what to say
+
+
+class Scripted:
+    """A network whose passes take what a list says, over and over; notes when it had its turn."""
+
+    turns: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, times: list[float]) -> None:
+        self.name, self.times = name, itertools.cycle(times)
+
+    def time_block(self, passes: int) -> list[float]:
+        self.turns.append(self.name)
+        return [next(self.times) for _ in range(passes)]
+
+    def prepared(self) -> Prepared:
+        return Prepared(lambda: None, self.time_block, lambda: torch.zeros(1), seconds=1.5)
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    Scripted.turns.clear()
+    monkeypatch.setattr(protocol, "prepared_reference", lambda _: Scripted("reference", [2.0]).prepared())
+
+
+def test_exact_times_give_exact_figures(reference):
+    config = LatencyConfig(**QUICK | {"target": 0.01})
+    a, b = measure_latencies([Scripted("a", [6.0]).prepared(), Scripted("b", [5.0]).prepared()], config, reference=4.0)
+    assert (a.ms, b.ms) == pytest.approx((12.0, 10.0))
+    assert a.drift == pytest.approx(0.5)
+    assert (a.rounds, a.steady, a.prepare_seconds) == (MIN_ROUNDS, True, 1.5)
+
+
+def test_networks_and_reference_take_turns(reference):
+    measure_latencies(
+        [Scripted(name, [3.0]).prepared() for name in "abc"], LatencyConfig(**QUICK | {"target": 0.01}), 2.0
+    )
+    rounds = Scripted.turns[-6 * MIN_ROUNDS :]
+    assert rounds[1::2] == ["reference"] * 3 * MIN_ROUNDS, "the reference runs between any two"
+    orders = {tuple(rounds[i : i + 6 : 2]) for i in range(0, len(rounds), 6)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders), "each has one turn a round"
+    assert len(orders) > 1, "in changing order"
+
+
+def test_warm_up_ends_when_a_window_is_no_faster(reference):
+    slow_start = [100.0] * 5 + [50.0] * 5 + [10.0] * 400
+    config = LatencyConfig(**QUICK | {"warmup_seconds": 60.0, "target": 0.01})
+    (latency,) = measure_latencies([Scripted("a", slow_start).prepared()], config, 2.0)
+    assert latency.ms == pytest.approx(10.0), "no slow pass is left in the rounds"
+
+
+def test_sampling_goes_on_until_the_target_or_the_end_of_its_time(reference):
+    noisy = list(np.random.default_rng(0).lognormal(2, 0.2, 997))
+    config = LatencyConfig(**QUICK | {"target": 0.02, "max_seconds": 20.0})
+    (enough,) = measure_latencies([Scripted("a", noisy).prepared()], config, 2.0)
+    assert enough.steady
+    assert enough.spread <= 0.02
+    assert enough.rounds > MIN_ROUNDS
+    (short,) = measure_latencies([Scripted("a", noisy).prepared()], replace(config, max_seconds=1e-6), 2.0)
+    assert not short.steady
+    assert short.rounds == MIN_ROUNDS
+    assert short.spread > 0.02
+
+
+@pytest.mark.parametrize(("ms", "passes"), [(0.01, MAX_PASSES), (10.0, 3), (500.0, MIN_PASSES)])
+def test_a_block_lasts_about_as_long_as_wanted(reference, ms, passes):
+    config = LatencyConfig(**QUICK | {"block_ms": 30.0, "target": 0.01})
+    (latency,) = measure_latencies([Scripted("a", [ms]).prepared()], config, 2.0)
+    assert latency.passes == passes * latency.rounds
+
+
+def test_no_networks_no_latencies():
+    assert measure_latencies([], LatencyConfig()) == []
+
+
+def test_waiting_for_a_core_is_not_counted():
+    """A busy neighbour on the only core: wall time doubles, our time does not."""
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("needs Linux's scheduler statistics")
+    core = min(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    weights = torch.randn(400, 400)
+
+    def run():
+        for _ in range(20):
+            torch.mm(weights, weights)
+
+    os.sched_setaffinity(0, {core})
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        start = time.perf_counter()
+        ours = sum(cpu_clock(run)(20)) / 1e3
+        wall = time.perf_counter() - start
+    finally:
+        burner.kill()
+        burner.wait()
+        os.sched_setaffinity(0, before)
+    assert ours < 0.8 * wall * 20 / 21
+
+
+# the reference
+
+
+def test_what_is_fixed_stays_fixed_until_it_is_forgotten(caplog):
+    config = LatencyConfig(**QUICK | {"batch_size": 3})
+    forget_references()
+    first = reference_ms(config)
+    assert first > 0
+    assert reference_ms(config) == first
+    other = reference_ms(replace(config, batch_size=4))
+    entries = json.loads(references_file().read_text(encoding="utf-8"))
+    assert {entry["ms"] for entry in entries.values()} == {first, other}
+    forget_references()
+    forget_references()
+    assert not references_file().exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": {"ms": "fast"}}', '{"a": {"ms": -1}}'])
+def test_a_damaged_file_is_measured_anew(content):
+    config = LatencyConfig(**QUICK)
+    references_file().parent.mkdir(parents=True, exist_ok=True)
+    references_file().write_text(content, encoding="utf-8")
+    assert reference_ms(config) > 0
+    assert reference_ms(config) == reference_ms(config)
+
+
+def test_the_reference_network_does_not_change():
+    """Every figure hangs on it: another network needs another VERSION."""
+    torch.manual_seed(0)
+    network = ReferenceNetwork().eval()
+    with torch.no_grad():
+        output = network(torch.ones(1, *INPUT_SIZE))
+    assert sum(p.numel() for p in network.parameters()) == REFERENCE_PARAMS
+    assert output.shape == (1, 1000)
+
+
+STEM = (3 * 24 + 24 * 48) * 9 + 24 + 48
+LOCAL = 48 * 9 + 48 + 2 * 48 * 192 + 192 + 48
+TOKEN = 2 * 2 * 128 + (128 + 1) * 384 + (128 + 1) * 128 + (128 + 1) * 256 + (256 + 1) * 128
+REFERENCE_PARAMS = STEM + 3 * LOCAL + 48 * 128 * 9 + 128 + 3 * TOKEN + 129 * 1000
+
+
+# how a model is called
 
 
 class Spy(nn.Module):
@@ -138,69 +320,21 @@ def spy():
     return Spy().train()
 
 
-def test_warm_up_comes_before_the_repeats(spy):
-    result = measure_latency(spy, (3, 8, 8), LatencyConfig(**QUICK))
-    assert result.repeats == 12
-    assert len(Spy.seen) == 12 + 5
-
-
 def test_how_the_model_is_called(spy):
-    measure_latency(spy, (3, 8, 9), LatencyConfig(batch_size=4, dtype="bf16", channels_last=True, threads=1, **QUICK))
+    config = LatencyConfig(batch_size=4, dtype="bf16", channels_last=True, threads=1, **QUICK)
+    measure_latency(spy, (3, 8, 9), config, 1.0)
     (call,) = set(Spy.seen)
     assert call[:8] == ((4, 3, 8, 9), torch.bfloat16, True, False, True, False, 1, torch.bfloat16)
 
 
 def test_the_input_is_drawn_by_its_seed(spy):
+    sums = []
     for seed in (0, 0, 1):
-        measure_latency(spy, (3, 8, 8), LatencyConfig(seed=seed, **QUICK))
-    sums = [call[-1] for call in Spy.seen]
-    assert sums[0] == sums[17] != sums[34]
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"channels_last": True}, {"threads": 1}], ids=str)
-def test_every_runtime_gives_ordered_figures(runtime, dtype, options):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    config = LatencyConfig(runtime=runtime, dtype=dtype, **QUICK | options)
-    result = measure_latency(model, (3, 16, 16), config)
-    assert isinstance(result, Latency)
-    assert 0 < result.low_ms <= result.median_ms <= result.high_ms < 5000
-    assert 0 < result.q1_ms <= result.median_ms <= result.q3_ms
-    assert result.repeats == 12
-    assert result.threads == (options.get("threads") or torch.get_num_threads())
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_every_mixer_can_be_timed(tiny, runtime):
-    result = measure_latency(Backbone(tiny, num_classes=10), (3, 32, 32), LatencyConfig(runtime=runtime, **QUICK))
-    assert 0 < result.low_ms <= result.median_ms <= result.high_ms
-
-
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("training", [True, False])
-def test_everything_stays_as_it_was(tiny, runtime, training):
-    model = Backbone(tiny, num_classes=10).train(training)
-    model.stem.eval()
-    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    strides = [p.stride() for p in model.parameters()]
-    threads, rng, grad = torch.get_num_threads(), torch.get_rng_state(), torch.is_grad_enabled()
-    measure_latency(
-        model, (3, 32, 32), LatencyConfig(runtime=runtime, dtype="bf16", channels_last=True, threads=1, **QUICK)
-    )
-    assert all(
-        torch.equal(a, b) and a.dtype == b.dtype
-        for a, b in zip(state.values(), model.state_dict().values(), strict=True)
-    )
-    assert [m.training for m in model.modules()] == modes
-    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
-    assert [p.stride() for p in model.parameters()] == strides
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert torch.is_grad_enabled() == grad
-    assert gc.isenabled()
+        Spy.seen.clear()
+        measure_latency(spy, (3, 8, 8), LatencyConfig(seed=seed, **QUICK), 1.0)
+        sums.append({call[-1] for call in Spy.seen})
+    assert sums[0] == sums[1] != sums[2]
+    assert all(len(each) == 1 for each in sums)
 
 
 def test_a_failing_model_leaves_threads_and_collector_alone():
@@ -210,7 +344,7 @@ def test_a_failing_model_leaves_threads_and_collector_alone():
 
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="broken"):
-        measure_latency(Broken(), (3, 8, 8), LatencyConfig(threads=threads + 1, **QUICK))
+        measure_latency(Broken(), (3, 8, 8), LatencyConfig(threads=threads + 1, **QUICK), 1.0)
     assert torch.get_num_threads() == threads
     assert gc.isenabled()
 
@@ -218,7 +352,7 @@ def test_a_failing_model_leaves_threads_and_collector_alone():
 def test_a_collector_that_was_off_stays_off():
     gc.disable()
     try:
-        measure_latency(nn.Conv2d(3, 4, 1), (3, 8, 8), LatencyConfig(**QUICK))
+        measure_latency(nn.Conv2d(3, 4, 1), (3, 8, 8), LatencyConfig(**QUICK), 1.0)
         assert not gc.isenabled()
     finally:
         gc.enable()
@@ -226,20 +360,9 @@ def test_a_collector_that_was_off_stays_off():
 
 def test_more_work_takes_longer():
     small, large = (nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(n))) for n in (1, 16))
-    results = [measure_latency(m, (16, 48, 48), LatencyConfig(threads=1, **QUICK)) for m in (small, large)]
-    assert results[0].median_ms < results[1].median_ms
-
-
-def test_dtypes_are_floating():
-    assert all(dtype.is_floating_point for dtype in DTYPES.values())
-    assert LatencyConfig().dtype in DTYPES
-    assert LatencyConfig().runtime in RUNTIMES
-
-
-@pytest.mark.gpu
-def test_cuda_gives_ordered_figures(tiny):
-    result = measure_latency(Backbone(tiny, num_classes=10), (3, 32, 32), LatencyConfig(device="cuda", **QUICK))
-    assert 0 < result.low_ms <= result.median_ms <= result.high_ms
+    config = LatencyConfig(threads=1, **QUICK)
+    a, b = measure_latencies([prepare_model(m, (16, 48, 48), config) for m in (small, large)], config, 1.0)
+    assert a.ms < b.ms
 
 
 class Normed(nn.Module):
@@ -260,7 +383,279 @@ class Normed(nn.Module):
 def test_the_deployed_form_is_timed_unless_asked_otherwise(folded, norms):
     Normed.ran.clear()
     model = Normed()
-    measure_latency(model, (3, 8, 8), LatencyConfig(**QUICK | {"folded": folded}))
+    measure_latency(model, (3, 8, 8), LatencyConfig(**QUICK | {"folded": folded}), 1.0)
     assert LatencyConfig().folded
     assert set(Normed.ran[-12:]) == {norms}
     assert isinstance(model.layer[1], nn.BatchNorm2d)
+
+
+# every runtime
+
+
+def test_tables_agree():
+    assert list(RUNTIMES) == list(RUNTIME_TRAITS)
+    assert LatencyConfig().runtime in RUNTIMES
+    assert all(dtype.is_floating_point for dtype in DTYPES.values())
+    assert TOLERANCE.keys() == DTYPES.keys()
+
+
+CASES = [
+    pytest.param(
+        runtime, dtype, marks=pytest.mark.slow if runtime == "compile" or (runtime, dtype) == ("eager", "fp16") else ()
+    )
+    for runtime in HERE
+    for dtype in RUNTIME_TRAITS[runtime].dtypes
+    if runtime != "openvino" or dtype == "fp32"  # bf16 needs a CPU that has it
+]
+
+
+@pytest.mark.parametrize(("runtime", "dtype"), CASES)
+def test_every_runtime_gives_ordered_figures(runtime, dtype):
+    need(runtime)
+    config = LatencyConfig(runtime=runtime, dtype=dtype, batch_size=2, **QUICK)
+    network = prepare_model(SMALL, (3, 16, 16), config)
+    assert network.deviation <= TOLERANCE[dtype]
+    assert network.output().shape == (2, 4, 16, 16)
+    (result,) = measure_latencies([network], config, 1.0)
+    assert isinstance(result, Latency)
+    assert 0 < result.low_ms <= result.ms <= result.high_ms
+    assert 0 < result.q1_ms <= result.raw_ms <= result.q3_ms
+    assert result.passes >= result.rounds >= MIN_ROUNDS
+    assert result.threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_every_mixer_can_be_timed(tiny, runtime):
+    need(runtime)
+    config = LatencyConfig(runtime=runtime, **QUICK | {"folded": True})
+    result = measure_latency(Backbone(tiny, num_classes=10), (3, 32, 32), config, 1.0)
+    assert 0 < result.low_ms <= result.ms <= result.high_ms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", HERE)
+@pytest.mark.parametrize("name", ["cas_vit_xs", "s2a_r_mini", "mobilenetv4_conv_small", "vit_tiny_patch16_224"])
+def test_known_networks_keep_their_output(runtime, name):
+    need(runtime)
+    prepared = prepare_model(timm.create_model(name), (3, 224, 224), LatencyConfig(runtime=runtime))
+    assert prepared.deviation <= TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(
+    "runtime", [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in HERE]
+)
+def test_everything_stays_as_it_was(tiny, runtime):
+    need(runtime)
+    model = Backbone(tiny, num_classes=10).train()
+    model.stem.eval()
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    strides = [p.stride() for p in model.parameters()]
+    threads, rng, grad = torch.get_num_threads(), torch.get_rng_state(), torch.is_grad_enabled()
+    config = LatencyConfig(runtime=runtime, threads=1, channels_last=RUNTIME_TRAITS[runtime].channels_last, **QUICK)
+    measure_latency(model, (3, 32, 32), config, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert [p.stride() for p in model.parameters()] == strides
+    assert {(p.device.type, p.dtype, p.requires_grad) for p in model.parameters()} == {("cpu", torch.float32, True)}
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.is_grad_enabled() == grad
+    assert gc.isenabled()
+
+
+@pytest.mark.slow
+def test_compiled_networks_do_not_share_a_place():
+    """Torch keeps a few compiled versions a function; each of many networks must still run compiled."""
+    torch._dynamo.utils.counters.clear()
+    config = LatencyConfig(runtime="compile", **QUICK)
+    networks = [prepare_model(nn.Sequential(nn.Conv2d(3, n, 1), nn.ReLU()), (3, 8, 8), config) for n in range(1, 12)]
+    compiled = torch._dynamo.utils.counters["frames"]["ok"]
+    with torch.inference_mode():
+        for network in networks:
+            network.run()
+    assert torch._dynamo.utils.counters["frames"]["ok"] == compiled
+    assert compiled >= len(networks)
+
+
+class Unexportable(nn.Module):
+    """Asks for a number in the middle, which no graph can hold."""
+
+    def forward(self, x):
+        return x * 2 if float(x.sum().item()) > 1e9 else x.numpy().sum() + x
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "command"])
+def test_what_a_runtime_cannot_run_is_a_failure_with_its_reason(runtime):
+    need(runtime)
+    config = LatencyConfig(runtime=runtime, command=COMMAND if runtime == "command" else None, **QUICK)
+    with pytest.raises(TrialFailure, match=f"{runtime} cannot run it") as caught:
+        prepare_model(Unexportable(), (3, 8, 8), config)
+    assert caught.value.reason == "runtime"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_output_is_never_timed(monkeypatch):
+    def wrong(probe, images, config):
+        return Prepared(lambda: None, lambda passes: [1.0] * passes, lambda: probe(images).float() * 1.01)
+
+    monkeypatch.setitem(RUNTIMES, "eager", wrong)
+    with pytest.raises(TrialFailure, match=r"differs from eager by 0\.01") as caught:
+        prepare_model(SMALL, (3, 8, 8), LatencyConfig(**QUICK))
+    assert caught.value.reason == "wrong_output"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runtime": "tensorrt"}, "unknown runtime"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"batch_size": 0}, "batch size"),
+        ({"threads": 0}, "threads"),
+        ({"target": 0.0}, "target"),
+        ({"max_seconds": math.inf}, "max_seconds"),
+        ({"runtime": "cudagraph"}, "runs on cuda"),
+        ({"command": "x {model} {input} {output}"}, "--command PROGRAM goes with"),
+        ({"runtime": "command"}, "--command PROGRAM goes with"),
+        ({"runtime": "command", "command": "x {model}"}, "must have {model}, {input} and {output}"),
+        ({"runtime": "command", "command": "'"}, "cannot be split"),
+        ({"runtime": "onnxruntime", "dtype": "bf16"}, "takes fp32 and fp16"),
+        ({"runtime": "onnxruntime", "channels_last": True}, "chooses its own memory format"),
+    ],
+)
+def test_bad_conditions_are_refused(options, words):
+    need(options.get("runtime", "eager") if options.get("runtime") in RUNTIME_TRAITS else "eager")
+    with pytest.raises(UsageError) as caught:
+        LatencyConfig(**options)
+    assert words in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(RUNTIME_TRAITS, "openvino", replace(RUNTIME_TRAITS["openvino"], packages=("no_such_package",)))
+    with pytest.raises(UsageError, match=r"needs no_such_package: pip install 'mixnas\[openvino\]'"):
+        LatencyConfig(runtime="openvino")
+
+
+# a user's own program
+
+
+def test_the_example_program_measures_a_network():
+    need("command")
+    config = LatencyConfig(runtime="command", command=COMMAND, **QUICK)
+    network = prepare_model(SMALL, (3, 16, 16), config)
+    assert network.deviation <= TOLERANCE["fp32"]
+    assert all(t > 0 for t in network.time_block(5))
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import sys; sys.exit('no device')", "exit status 1: no device"),
+        ("print('3 ms')", "its last line must be JSON"),
+        ("print('{\"latency_ms\": -1}')", "its last line must be JSON"),
+        ("print('{\"latency_ms\": [1, NaN]}')", "its last line must be JSON"),
+        ("import time; time.sleep(60)", "it took longer than 0.5 s"),
+        ("print('{\"latency_ms\": 3}')", "wrote no NumPy array"),
+    ],
+)
+def test_a_program_that_fails_is_a_failure_with_its_reason(program, words):
+    need("command")
+    command = shlex.join([sys.executable, "-c", program, "{model}", "{input}", "{output}"])
+    timeout = 0.5 if "sleep" in program else 60
+    config = LatencyConfig(runtime="command", command=command, command_timeout=timeout, **QUICK)
+    with pytest.raises(TrialFailure) as caught:
+        prepare_model(SMALL, (3, 8, 8), config)
+    assert words in str(caught.value)
+
+
+def test_a_program_that_fails_once_is_tried_again(tmp_path):
+    need("command")
+    script = tmp_path / "flaky.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\nimport numpy as np\n"
+        f"count = Path({str(tmp_path / 'count')!r})\n"
+        "n = int(count.read_text()) if count.exists() else 0\ncount.write_text(str(n + 1))\n"
+        "if n % 2 == 0: sys.exit('flaky')\n"
+        "np.save(sys.argv[3], np.zeros((1, 4, 8, 8), dtype=np.float32))\nprint(json.dumps({'latency_ms': [2, 9, 3]}))\n"
+    )
+    command = shlex.join([sys.executable, str(script), "{model}", "{input}", "{output}"])
+    zero = nn.Conv2d(3, 4, 1)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)
+    network = prepare_model(zero, (3, 8, 8), LatencyConfig(runtime="command", command=command, **QUICK))
+    assert network.time_block(1) == [3.0], "a call's figure is the median of what it printed"
+
+
+def test_a_program_that_is_not_there_is_a_mistake():
+    need("command")
+    config = LatencyConfig(runtime="command", command="no-such-program {model} {input} {output}", **QUICK)
+    with pytest.raises(UsageError, match="no-such-program cannot be run"):
+        prepare_model(SMALL, (3, 8, 8), config)
+
+
+# parts of a network
+
+
+def test_parts_get_the_input_they_have_in_the_network(tiny):
+    model = Backbone(tiny, num_classes=10).eval()
+    config = LatencyConfig(**QUICK)
+    parts = prepare_parts(model, (3, 32, 32), ["stem", "stages.0", "stages.1", "head"], config)
+    assert list(parts) == ["stem", "stages.0", "stages.1", "head"]
+    with torch.no_grad():
+        images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(config.seed))
+        torch.testing.assert_close(parts["head"].output(), model(images))
+        torch.testing.assert_close(parts["stem"].output(), model.stem(images))
+
+
+def test_parts_that_do_not_stand_alone_are_left_out():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice, self.pair, self.never = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.two = nn.Bilinear(4, 4, 2)
+
+        def forward(self, x):
+            x = self.twice(self.twice(self.once(x)))
+            return self.two(x, x)
+
+    paths = ["once", "twice", "never", "two"]
+    assert list(prepare_parts(Net(), (3, 4, 4), paths, LatencyConfig(**QUICK))) == ["once"]
+
+
+# one at a time
+
+
+def test_a_device_is_held_by_one_process_at_a_time(tmp_path, caplog):
+    code = (
+        "import sys, time\nfrom nas.machine import exclusive\n"
+        "with exclusive('cpu'):\n    print('held', flush=True); time.sleep(1.0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "held"
+        start = time.perf_counter()
+        with caplog.at_level(logging.INFO, logger="nas.machine"), exclusive("cpu"):
+            assert time.perf_counter() - start > 0.3
+        assert "waiting for another process" in caplog.text
+        assert holder.wait() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["eager", "compile", "cudagraph"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_cuda_gives_ordered_figures(tiny, runtime, dtype):
+    config = LatencyConfig(device="cuda", runtime=runtime, dtype=dtype, **QUICK | {"folded": True})
+    result = measure_latency(Backbone(tiny, num_classes=10), (3, 32, 32), config)
+    assert 0 < result.low_ms <= result.ms <= result.high_ms
+
+
+@pytest.mark.gpu
+def test_replay_is_no_slower_than_eager():
+    """Both count device time only: the graph's replay and eager's kernels are the same work."""
+    model = timm.create_model("cas_vit_xs")
+    figures = {
+        runtime: measure_latency(model, (3, 224, 224), LatencyConfig(device="cuda", runtime=runtime), 1.0).raw_ms
+        for runtime in ("eager", "cudagraph")
+    }
+    assert figures["cudagraph"] <= 1.2 * figures["eager"]

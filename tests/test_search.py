@@ -95,7 +95,7 @@ def test_the_main_job_scores_all_it_should(tmp_path):
     assert list(front.columns[:5]) == ["key", "latency_ms", "accuracy", "macs", "params"]
     assert list(front["key"]) == [t.key for t in run.front()]
     assert front["latency_ms"].is_monotonic_increasing
-    assert {f.stem for f in (run.path / "weights").iterdir()} == set(front["key"])
+    assert {f.stem for f in (run.path / "weights").iterdir()} >= set(front["key"])
     document = json.loads((run.path / "front.json").read_text())
     assert document["hypervolume"] == pytest.approx(run.hypervolume(run.front()))
     assert [Architecture.from_dict(p["architecture"]).key for p in document["points"]] == list(front["key"])
@@ -429,10 +429,10 @@ def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
                 break
         time.sleep(0.7)  # into the third trial
         os.kill(process.pid, signal.SIGKILL)
-    before = Run.open(out).trials()
+    before = Run.open(out).trials(remeasured=False)
     assert [t.state for t in before[:2]] == ["complete", "complete"]
     done = subprocess.run([*command[:5], str(out)], capture_output=True, text=True, timeout=300, check=True)
-    after = Run.open(out).trials()
+    after = Run.open(out).trials(remeasured=False)
     assert len(after) == 5, done.stderr
     assert [t.number for t in after] == list(range(5))
     assert {t.state for t in after} == {"complete"}

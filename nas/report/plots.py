@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -54,8 +55,8 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     if len({run.objectives for run in runs}) != 1:
         named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
         raise UsageError(f"these runs have different objectives: {named}")
-    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "input_size", "data")
-    for name in names:
+    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
+    for name in (*timed, "latency_protocol", "input_size", "data"):
         if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
             log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
     scored: list[tuple[Run, list[Trial], list[Trial]]] = []
@@ -80,7 +81,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
 def axis_title(objective: Objective, run: Run) -> str:
     """The objective with its unit and, for latency, the conditions it was timed under."""
     unit = f" ({objective.unit})" if objective.unit else ""
-    if objective.name == "latency":
+    if objective.is_latency:
         return f"{objective.label} (ms, {run.timing})"
     return f"{objective.label}{unit}"
 
@@ -120,15 +121,37 @@ def _values(objective: Objective, trials: list[Trial]) -> list[float]:
     return [value for t in trials if (value := objective.read(t.scores)) is not None]
 
 
-def _latency_errors(trials: list[Trial]) -> tuple[list[float], list[float]]:
-    """How far the 95 % interval reaches below and above each median."""
+def _errors(objective: Objective, trials: list[Trial]) -> list[list[float]] | None:
+    """How far each 95 % interval reaches below and above; None where the objective has none."""
+    known = [t for t in trials if objective.read(t.scores) is not None]
+    if not objective.is_latency or any(objective.interval(t.scores) is None for t in known):
+        return None
     below, above = [], []
-    for trial in trials:
-        s = trial.scores
-        middle = s.latency_ms or 0.0
-        below.append(middle - (s.latency_low_ms if s.latency_low_ms is not None else middle))
-        above.append((s.latency_high_ms if s.latency_high_ms is not None else middle) - middle)
-    return below, above
+    for trial in known:
+        value, interval = objective.read(trial.scores), objective.interval(trial.scores)
+        assert value is not None
+        assert interval is not None
+        below.append(max(value - interval[0], 0.0))
+        above.append(max(interval[1] - value, 0.0))
+    return [below, above]
+
+
+def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, float]]:
+    """Name and place of each baseline that has both values."""
+    return [
+        (name.removeprefix("timm:"), at_x, at_y)
+        for name, scores in run.baselines().items()
+        if (at_x := x.read(scores)) is not None and (at_y := y.read(scores)) is not None
+    ]
+
+
+def _summary(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+    """What is known of the first run's front beyond the picture: which baselines it beats, whether its order held."""
+    run, _, front = scored[0]
+    baselines = run.baselines()
+    beaten = [name for name, scores in baselines.items() if run.beaten(front, scores)]
+    lines = [f"the front dominates {len(beaten)} of {len(baselines)} baselines: {', '.join(beaten) or 'none'}"]
+    return "\n".join((lines if baselines else []) + run.verdicts())
 
 
 def _use_log(values: list[float]) -> bool:
@@ -167,8 +190,25 @@ def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
             Line2D([], [], color="#333333", marker=m, markerfacecolor="white", label=f"front of {run.name}")
             for (run, _, _), m in zip(scored, itertools.cycle(MARKERS), strict=False)
         ]
+    if any(run.baselines() for run, _, _ in scored):
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="*",
+                markersize=9,
+                markeredgecolor="#333333",
+                color="white",
+                label="baseline",
+            )
+        )
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
     figure.suptitle(_title(scored), fontsize="medium")
+    if summary := _summary(scored):
+        width = 50 + 55 * panels
+        wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in summary.splitlines())
+        figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color="#333333")
     return figure
 
 
@@ -198,12 +238,12 @@ def _draw_run(
         axes.plot(
             _values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2
         )
-    if front and "latency" in (x.name, y.name):
+    if front and (x.is_latency or y.is_latency):
         axes.errorbar(
             _values(x, front),
             _values(y, front),
-            xerr=_latency_errors(front) if x.name == "latency" else None,
-            yerr=_latency_errors(front) if y.name == "latency" else None,
+            xerr=_errors(x, front),
+            yerr=_errors(y, front),
             fmt="none",
             ecolor="#333333",
             elinewidth=1.2,
@@ -221,6 +261,9 @@ def _draw_run(
             linewidths=1,
             zorder=3,
         )
+    for label, at_x, at_y in _baselines(run, x, y):
+        axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors="#333333", linewidths=1, zorder=4)
+        axes.annotate(label, (at_x, at_y), xytext=(5, -9), textcoords="offset points", fontsize=6.5, color="#333333")
 
 
 def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
@@ -258,6 +301,15 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
                         col=column,
                     )
                     shown.add(label)
+            if known := _baselines(run, objectives[0], objective):
+                figure.add_trace(
+                    _stars(run, known).update(
+                        name="baseline", legendgroup="baseline", showlegend="baseline" not in shown
+                    ),
+                    row=1,
+                    col=column,
+                )
+                shown.add("baseline")
         everything = [t for _, trials, _ in scored for t in trials]
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
             scale = "log" if _use_log(_values(which, everything)) else "linear"
@@ -271,12 +323,14 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
         margin={"t": 90},
         autosize=True,
     )
-    body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="94vh", config={"responsive": True})
+    notes = "".join(f"<p>{escape(line)}</p>\n" for line in _summary(scored).splitlines())
+    body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="90vh", config={"responsive": True})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title.splitlines()[0])}</title>\n"
-        "<style>body { margin: 0; font-family: sans-serif; }</style>\n</head>\n<body>\n"
-        f"{body}\n</body>\n</html>\n"
+        "<style>body { margin: 0; font-family: sans-serif; } p { margin: 0.4em 1em; font-size: 14px; }</style>\n"
+        "</head>\n<body>\n"
+        f"{body}\n{notes}</body>\n</html>\n"
     )
 
 
@@ -285,8 +339,8 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
 
     errors = {}
     for which, name in ((x, "error_x"), (y, "error_y")):
-        if on_front and which.name == "latency":
-            below, above = _latency_errors(trials)
+        if on_front and (reach := _errors(which, trials)) is not None:
+            below, above = reach
             errors[name] = {
                 "type": "data",
                 "symmetric": False,
@@ -312,14 +366,29 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
     )
 
 
+def _stars(run: Run, known: list[tuple[str, float, float]]) -> Any:
+    import plotly.graph_objects as go
+
+    return go.Scatter(
+        x=[x for _, x, _ in known],
+        y=[y for _, _, y in known],
+        mode="markers+text",
+        marker={"symbol": "star", "size": 13, "color": "white", "line": {"width": 1.2, "color": "#333333"}},
+        text=[escape(name) for name, _, _ in known],
+        textposition="bottom right",
+        textfont={"size": 10},
+        hovertemplate="<b>%{text}</b>, scored as the points are<br>%{x:.3f}, %{y:.3f}<extra></extra>",
+    )
+
+
 def _hover(run: Run, trial: Trial) -> str:
     assert trial.architecture is not None
     lines = [f"<b>{escape(run.name)}@{escape(trial.key)}</b>  trial {trial.number}"]
     for objective in run.objectives:
         value = objective.read(trial.scores)
         spread = ""
-        if objective.name == "latency" and trial.scores.latency_low_ms is not None:
-            spread = f" [{trial.scores.latency_low_ms:.2f}, {trial.scores.latency_high_ms:.2f}]"
+        if (interval := objective.interval(trial.scores)) is not None:
+            spread = f" [{interval[0]:.2f}, {interval[1]:.2f}]"
         if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
             spread = f" ± {trial.scores.accuracy_std:.2f}"
         lines.append(

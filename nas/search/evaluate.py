@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import TrialFailure, UsageError
-from ..models import create_backbone
+from ..machine import exclusive
+from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.cost import count_cost
-from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
+from ..scoring.latency import DTYPES, Latency, LatencyConfig, measure_latency
 from ..scoring.memory import is_out_of_memory, measure_memory_mib
 from .objectives import OBJECTIVES, Scores
 
@@ -45,7 +47,8 @@ class Evaluator:
         data: what to train and to validate on; gives the image size and the number of classes.
         objectives: names of what is wanted.
         budgets: objective -> largest value allowed.
-        latency: under which conditions to time; its device is where everything runs.
+        latency: under which conditions to time, for each target; the first one's device trains.
+        references: target (`LatencyConfig.label`) -> latency fixed for the reference network, in milliseconds.
         proxy: a row of `ESTIMATORS`, used where `accuracy` is an objective.
         fidelity: how much effort the proxy may take.
         seed: of initial weights and training.
@@ -54,10 +57,16 @@ class Evaluator:
     data: ImageData
     objectives: tuple[str, ...]
     budgets: Mapping[str, float]
-    latency: LatencyConfig
+    latency: tuple[LatencyConfig, ...]
+    references: Mapping[str, float]
     proxy: str
     fidelity: Fidelity
     seed: int
+
+    @property
+    def device(self) -> str:
+        """Where networks are trained, and timed first."""
+        return self.latency[0].device
 
     def build(self, architecture: Architecture) -> nn.Module:
         """The architecture's module for the data's classes, with initial weights that depend on the seed alone.
@@ -71,20 +80,32 @@ class Evaluator:
                 f"images of {side} pixels are too small for a total stride of {architecture.reduction}: "
                 f"set --input-size to {architecture.reduction} or more, or use a space with fewer stages"
             )
+        return self.seeded(lambda: create_backbone(architecture, len(self.data.classes)))
+
+    def seeded(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """What `build` makes, with initial weights that depend on the seed alone."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
-            return create_backbone(architecture, len(self.data.classes))
+            return build()
 
     def evaluate(self, architecture: Architecture) -> Evaluation:
-        """Score one architecture.
+        """Score one architecture; raises as `evaluate_network`."""
+        return self.evaluate_network(lambda: self.build(architecture))
+
+    def evaluate_network(self, build: Callable[[], nn.Module]) -> Evaluation:
+        """Score any network.
+
+        Args:
+            build: makes it, with fresh weights.
 
         Raises:
-            TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout).
+            TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout, a runtime that
+                cannot run it).
         """
         start = time.perf_counter()
         shortage = ""
         try:
-            evaluation = self._evaluate(architecture)
+            evaluation = self._evaluate(build())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -97,12 +118,12 @@ class Evaluator:
         scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
         return replace(evaluation, scores=scores)
 
-    def _evaluate(self, architecture: Architecture) -> Evaluation:
-        model = self.build(architecture)
+    def _evaluate(self, model: nn.Module) -> Evaluation:
         wanted = {*self.objectives, *self.budgets}
         cost = count_cost(model, self.data.input_size)
-        assert not cost.uncounted, f"MACs of {architecture.key} are incomplete: {cost.uncounted}"
-        scores = Scores(params=cost.params, macs=cost.macs, flops=cost.flops)
+        counted = not cost.uncounted  # a foreign network may hold what no rule counts: better no figure than a low one
+        assert counted or not isinstance(model, Backbone), f"MACs are incomplete: {cost.uncounted}"
+        scores = Scores(params=cost.params, macs=cost.macs if counted else None, flops=cost.flops if counted else None)
         if excess := self._excess(scores):
             return Evaluation(scores, excess)
         if "memory" in wanted:
@@ -116,7 +137,8 @@ class Evaluator:
         if "accuracy" not in wanted:
             return Evaluation(scores, {})
         estimator = ESTIMATORS[self.proxy]
-        estimate = estimator.estimate(model, self.data, self.fidelity, self.seed, self.latency.device)
+        with exclusive(self.device) if estimator.trained else nullcontext():
+            estimate = estimator.estimate(model, self.data, self.fidelity, self.seed, self.device)
         if estimator.trained:
             scores = replace(scores, accuracy=estimate.score, accuracy_std=estimate.std)
         else:
@@ -124,19 +146,16 @@ class Evaluator:
         return Evaluation(scores, {}, estimate.weights)
 
     def _memory(self, model: nn.Module) -> float:
-        at = self.latency
+        at = self.latency[0]
         return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, DTYPES[at.dtype])
 
     def _latency(self, model: nn.Module) -> dict[str, Any]:
-        measured = measure_latency(model, self.data.input_size, self.latency)
-        return {
-            "latency_ms": measured.median_ms,
-            "latency_q1_ms": measured.q1_ms,
-            "latency_q3_ms": measured.q3_ms,
-            "latency_low_ms": measured.low_ms,
-            "latency_high_ms": measured.high_ms,
-            "latency_repeats": measured.repeats,
-        }
+        measured = [
+            measure_latency(model, self.data.input_size, config, self.references.get(config.label))
+            for config in self.latency
+        ]
+        others = {c.label: as_other(m) for c, m in zip(self.latency[1:], measured[1:], strict=True)}
+        return as_scores(measured[0]) | {"others": others}
 
     def _excess(self, scores: Scores) -> dict[str, float]:
         """Budgets that what is measured so far exceeds, and by which share."""
@@ -146,3 +165,27 @@ class Evaluator:
             if value is not None and value > budget:
                 excess[name] = value / budget - 1
         return excess
+
+
+def as_scores(latency: Latency) -> dict[str, Any]:
+    """A latency as the fields of `Scores` that hold it."""
+    return {
+        "latency_ms": latency.ms,
+        "latency_low_ms": latency.low_ms,
+        "latency_high_ms": latency.high_ms,
+        "latency_spread": latency.spread,
+        "latency_raw_ms": latency.raw_ms,
+        "latency_q1_ms": latency.q1_ms,
+        "latency_q3_ms": latency.q3_ms,
+        "latency_drift": latency.drift,
+        "latency_passes": latency.passes,
+        "latency_rounds": latency.rounds,
+        "latency_steady": latency.steady,
+        "latency_waited": latency.waited,
+        "latency_prepare_seconds": latency.prepare_seconds,
+    }
+
+
+def as_other(latency: Latency) -> dict[str, float]:
+    """A latency as an entry of `Scores.others`."""
+    return {"ms": latency.ms, "low_ms": latency.low_ms, "high_ms": latency.high_ms, "spread": latency.spread}

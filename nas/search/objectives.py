@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..errors import UsageError, unknown_name
@@ -20,12 +20,21 @@ class Scores:
         params: number of parameters.
         macs: multiply-adds for one image.
         flops: 2 x MACs.
-        latency_ms: median milliseconds of a forward pass over a batch.
-        latency_q1_ms: lower quartile of the repeats.
-        latency_q3_ms: upper quartile.
-        latency_low_ms: lower end of the median's 95 % interval.
+        latency_ms: milliseconds of a forward pass over a batch, drift-corrected (`nas.scoring.latency.Latency`).
+        latency_low_ms: lower end of its 95 % interval.
         latency_high_ms: its upper end.
-        latency_repeats: timed passes.
+        latency_spread: half-width of the interval's part from the rounds' own spread, as a share.
+        latency_raw_ms: median of the passes as timed, not corrected.
+        latency_q1_ms: their lower quartile.
+        latency_q3_ms: their upper quartile.
+        latency_drift: the reference network's latency then, over the one that is fixed for it.
+        latency_passes: timed passes.
+        latency_rounds: rounds of turns with the reference network.
+        latency_steady: whether the spread came within the target; else the time for it was over.
+        latency_waited: share of the time in which another program had the core; not counted.
+        latency_prepare_seconds: what export, compilation and session took; no part of the latency.
+        latency_search_ms: what the search itself saw, where the point was measured again after it.
+        others: further target (`cpu-onnxruntime`) -> `ms`, `low_ms`, `high_ms` and `spread` there.
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
@@ -38,11 +47,20 @@ class Scores:
     macs: int | None = None
     flops: int | None = None
     latency_ms: float | None = None
-    latency_q1_ms: float | None = None
-    latency_q3_ms: float | None = None
     latency_low_ms: float | None = None
     latency_high_ms: float | None = None
-    latency_repeats: int | None = None
+    latency_spread: float | None = None
+    latency_raw_ms: float | None = None
+    latency_q1_ms: float | None = None
+    latency_q3_ms: float | None = None
+    latency_drift: float | None = None
+    latency_passes: int | None = None
+    latency_rounds: int | None = None
+    latency_steady: bool | None = None
+    latency_waited: float | None = None
+    latency_prepare_seconds: float | None = None
+    latency_search_ms: float | None = None
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     memory_mib: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None
@@ -52,7 +70,7 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, by field name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None and value != {}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
@@ -70,6 +88,7 @@ class Objective:
         unit: for tables and axes; empty for a count.
         minimize: whether less is better.
         label: for axes.
+        target: of a latency, the further target it is read for; empty for the first.
     """
 
     name: str
@@ -77,11 +96,26 @@ class Objective:
     unit: str
     minimize: bool
     label: str
+    target: str = ""
 
     def read(self, scores: Scores) -> float | None:
         """The value in `scores`, None where it was not measured."""
-        value = getattr(scores, self.field)
+        value = scores.others.get(self.target, {}).get("ms") if self.target else getattr(scores, self.field)
         return None if value is None else float(value)
+
+    def interval(self, scores: Scores) -> tuple[float, float] | None:
+        """The 95 % interval of a latency in `scores`; None where there is none."""
+        if self.target:
+            there = scores.others.get(self.target)
+            return None if there is None else (there["low_ms"], there["high_ms"])
+        if not self.is_latency or scores.latency_low_ms is None or scores.latency_high_ms is None:
+            return None
+        return scores.latency_low_ms, scores.latency_high_ms
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether it is a latency, on whichever target."""
+        return self.field == "latency_ms"
 
     def loss(self, value: float) -> float:
         """The value in loss space, where less is always better."""
@@ -106,8 +140,16 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def parse_objectives(names: Sequence[str], proxy: str, proxy_trained: bool) -> tuple[Objective, ...]:
+def parse_objectives(
+    names: Sequence[str], proxy: str, proxy_trained: bool, targets: Sequence[str] = ("",)
+) -> tuple[Objective, ...]:
     """Objectives by name; `accuracy` becomes the untrained proxy's score where the proxy does not train.
+
+    Args:
+        names: rows of `OBJECTIVES`.
+        proxy: the proxy's name.
+        proxy_trained: whether it trains.
+        targets: what latency is measured on; with several, `latency` becomes one objective for each, `latency@TARGET`.
 
     Raises:
         UsageError: for an unknown or repeated name, fewer than two or more than four.
@@ -123,7 +165,18 @@ def parse_objectives(names: Sequence[str], proxy: str, proxy_trained: bool) -> t
     if not proxy_trained:
         stand_in = Objective(f"proxy_{proxy}", "proxy", "", False, f"Proxy {proxy} (untrained)")
         chosen = [stand_in if o.name == "accuracy" else o for o in chosen]
+    if len(targets) > 1:
+        chosen = [each for o in chosen for each in (_by_target(o, targets) if o.is_latency else (o,))]
+    if len(chosen) > MAX_OBJECTIVES:
+        raise UsageError(f"{len(chosen)} objectives ({', '.join(o.name for o in chosen)}): at most {MAX_OBJECTIVES}")
     return tuple(chosen)
+
+
+def _by_target(latency: Objective, targets: Sequence[str]) -> tuple[Objective, ...]:
+    return tuple(
+        replace(latency, name=f"latency@{target}", label=f"Latency on {target}", target=target if i else "")
+        for i, target in enumerate(targets)
+    )
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, float]:

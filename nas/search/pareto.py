@@ -29,6 +29,25 @@ def non_dominated(losses: ArrayLike) -> NDArray[np.bool_]:
     return mask
 
 
+def near_front(best: ArrayLike, worst: ArrayLike) -> NDArray[np.bool_]:
+    """Which points may be on the front when each lies somewhere between its best and its worst, as a mask.
+
+    A point is out when some other, at its worst, dominates it at its best. With `best` equal to `worst` this is
+    `non_dominated`.
+
+    Args:
+        best: losses of shape (n, m).
+        worst: losses of shape (n, m), none below `best`.
+    """
+    low, high = _as_losses(best), _as_losses(worst)
+    if not len(low):
+        return np.zeros(0, dtype=bool)
+    candidates = np.flatnonzero(non_dominated(high))  # what others dominate at their worst excludes nothing more
+    beaten = (high[candidates, None] <= low[None]).all(-1) & (high[candidates, None] < low[None]).any(-1)
+    mask: NDArray[np.bool_] = np.logical_not(np.any(beaten, axis=0))
+    return mask
+
+
 def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArray[np.int64]:
     """The front each point belongs to, 0 being the best, as an array of shape (n,).
 

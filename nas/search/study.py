@@ -25,11 +25,11 @@ from optuna.trial import TrialState
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, load_data
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
+from ..machine import describe_machine, describe_software, machine_name, resolve_device
+from ..models.zoo import check_network_name
 from ..runs import (
     Run,
     Trial,
-    describe_machine,
-    describe_software,
     is_run,
     locked_folder,
     no_study,
@@ -39,9 +39,10 @@ from ..runs import (
     storage_errors,
 )
 from ..scoring.accuracy import ESTIMATORS, Fidelity
-from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
+from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
 from .evaluate import Evaluation, Evaluator
+from .finish import finish, near_trials
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
 from .samplers import SAMPLERS, UnseenSampler, suggest
 
@@ -51,6 +52,8 @@ MAX_OVER_BUDGET = 100
 """Architectures in a row that may be over budget (or fail) before a search gives up."""
 MAX_FAILURES = 10
 """Failures in a row before it gives up."""
+LATENCY_PROTOCOL = 2
+"""Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -63,6 +66,8 @@ class SearchConfig:
         space: what may be built.
         objectives: two to four of `OBJECTIVES`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; trains and times.
+        also: further devices and runtimes that latency is measured on, each an objective of its own.
+        baselines: networks by name (timm's and presets) that are scored beside the search, as its points are.
         data: a data set as `nas.data` names it.
         data_root: where `torch/NAME` and `hfds/NAME` sets lie.
         max_images: of a larger training split, a stratified sample of this many is used.
@@ -74,13 +79,17 @@ class SearchConfig:
         timeout_minutes: no trial is started after this long.
         trial_timeout_minutes: a training that takes longer fails.
         sampler: a row of `SAMPLERS`.
-        budgets: objective -> largest value allowed; what exceeds one is not trained.
+        budgets: objective -> largest value allowed; what exceeds one is not trained. Latency's is for the first target.
         runtime: a row of `RUNTIMES`.
         dtype: of the timed network, a row of `DTYPES`.
         batch_size: images a timed forward pass.
         threads: CPU threads of the timed network; None for torch's own number.
         channels_last: memory format of the timed network.
         folded: whether batch norms of the timed network are folded into convolutions.
+        command: the program of the runtime `command`.
+        command_timeout: seconds after which one call of it is given up.
+        latency_target: wanted half-width of a latency's 95 % interval, as a share.
+        latency_seconds: time for a network whose interval stays wider than that.
         seed: of every draw, of initial weights and of training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
         storage: URL of an Optuna RDB storage; None keeps `study.db` in the run folder.
@@ -89,6 +98,8 @@ class SearchConfig:
     space: SearchSpace
     objectives: tuple[str, ...] = ("latency", "accuracy")
     device: str = "auto"
+    also: tuple[tuple[str, str], ...] = ()
+    baselines: tuple[str, ...] = ()
     data: str = "digits"
     data_root: str | None = None
     max_images: int = MAX_IMAGES
@@ -107,25 +118,34 @@ class SearchConfig:
     threads: int | None = None
     channels_last: bool = False
     folded: bool = True
+    command: str | None = None
+    command_timeout: float = LatencyConfig.command_timeout
+    latency_target: float = LatencyConfig.target
+    latency_seconds: float = LatencyConfig.max_seconds
     seed: int = 0
     out: Path | None = None
     storage: str | None = None
 
     def __post_init__(self) -> None:
         for what, name, table in (
-            ("proxy", self.proxy, ESTIMATORS),
-            ("sampler", self.sampler, SAMPLERS),
-            ("runtime", self.runtime, RUNTIMES),
-            ("dtype", self.dtype, DTYPES),
+            ("proxy", self.proxy, set(ESTIMATORS)),
+            ("sampler", self.sampler, set(SAMPLERS)),
+            *(("runtime", runtime, set(RUNTIMES)) for runtime in (self.runtime, *(also for _, also in self.also))),
+            ("dtype", self.dtype, set(DTYPES)),
         ):
             if name not in table:
                 raise unknown_name(what, name, table)
-        parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained)
+        labels = [f"{device}-{runtime}" for device, runtime in ((self.device, self.runtime), *self.also)]
+        if len(set(labels)) != len(labels):
+            raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
+        parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
+        for baseline in self.baselines:
+            check_network_name(baseline)
         for name in ("trials", "epochs", "train_batch_size", "batch_size", "max_images", "threads", "input_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name in ("timeout_minutes", "trial_timeout_minutes"):
+        for name in ("timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}: it must be a number above 0")
@@ -140,7 +160,12 @@ class SearchConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the space (kept apart) and the folder are left out."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out")}
-        return data | {"objectives": list(self.objectives), "budgets": dict(self.budgets)}
+        return data | {
+            "objectives": list(self.objectives),
+            "budgets": dict(self.budgets),
+            "baselines": list(self.baselines),
+            "also": [list(target) for target in self.also],
+        }
 
     @classmethod
     def from_run(cls, run: Run) -> SearchConfig:
@@ -148,6 +173,8 @@ class SearchConfig:
         try:
             values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
             values["objectives"] = tuple(values["objectives"])
+            values["baselines"] = tuple(values.get("baselines", ()))
+            values["also"] = tuple((str(device), str(runtime)) for device, runtime in values.get("also", ()))
             return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
@@ -194,6 +221,8 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     device = resolve_device(config.device)
     config = replace(
         config,
+        device=device,
+        also=tuple((resolve_device(further), runtime) for further, runtime in config.also),
         data=_absolute(config.data),
         data_root=None if config.data_root is None else str(Path(config.data_root).expanduser().resolve()),
         out=_new_folder(config) if config.out is None else config.out,
@@ -216,7 +245,9 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             _check_same(run, conditions)
             run = _update(run, config)
         else:
+            evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, device, data, evaluator, conditions)
+        evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
         with storage_errors(run.path):
             return _Search(run, config, evaluator, on_trial).run_trials()
 
@@ -229,37 +260,15 @@ def _absolute(data: str) -> str:
 
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
-    asked = {name: getattr(config, name) for name in ("trials", "sampler", "timeout_minutes", "trial_timeout_minutes")}
+    names = ("trials", "sampler", "timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds")
+    asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
     if asked == {name: run.manifest["config"].get(name) for name in asked}:
         return run
     return Run.create(run.path, {**run.manifest, "config": {**run.manifest["config"], **asked}})
 
 
-def resolve_device(name: str) -> str:
-    """`auto` to a device; others checked.
-
-    Raises:
-        UsageError: where the device is not known or not there.
-    """
-    if name == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
-        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver"
-        )
-    if int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
-    return f"cuda:{int(index or 0)}"
-
-
 def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict[str, Any]:
     """Everything that changes a score: two runs with equal conditions score an architecture alike."""
-    machine = describe_machine(device)
     return {
         "space": config.space.to_dict(),
         "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
@@ -269,13 +278,16 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict
         "proxy": config.proxy,
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
-        "device": machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores",
+        "device": machine_name(device),
         "runtime": config.runtime,
         "dtype": config.dtype,
         "batch_size": config.batch_size,
         "threads": config.threads or torch.get_num_threads(),
         "channels_last": config.channels_last,
         "folded": config.folded,
+        "also": [[*target, machine_name(target[0])] for target in config.also],
+        "command": config.command,
+        "latency_protocol": LATENCY_PROTOCOL if "latency" in (*config.objectives, *config.budgets) else None,
         "seed": config.seed,
     }
 
@@ -286,19 +298,40 @@ def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
         data=data,
         objectives=config.objectives,
         budgets=config.budgets,
-        latency=LatencyConfig(
-            device=device,
-            runtime=config.runtime,
-            dtype=config.dtype,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            channels_last=config.channels_last,
-            folded=config.folded,
-        ),
+        latency=_latency_configs(config, device),
+        references={},
         proxy=config.proxy,
         fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None),
         seed=config.seed,
     )
+
+
+def _latency_configs(config: SearchConfig, device: str) -> tuple[LatencyConfig, ...]:
+    """What latency is measured on, the first one first."""
+    targets = [(device, config.runtime), *((resolve_device(also), runtime) for also, runtime in config.also)]
+    return tuple(
+        LatencyConfig(
+            device=where,
+            runtime=runtime,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            channels_last=config.channels_last and RUNTIME_TRAITS[runtime].channels_last,
+            folded=config.folded,
+            command=config.command if runtime == "command" else None,
+            command_timeout=config.command_timeout,
+            target=config.latency_target,
+            max_seconds=config.latency_seconds,
+        )
+        for where, runtime in targets
+    )
+
+
+def _references(config: SearchConfig, evaluator: Evaluator) -> dict[str, float]:
+    """Target -> latency of the reference network that this run's figures hang on; fixed for good here."""
+    if "latency" not in (*config.objectives, *config.budgets):
+        return {}
+    return {target.label: reference_ms(target) for target in evaluator.latency}
 
 
 def _new_folder(config: SearchConfig) -> Path:
@@ -315,7 +348,9 @@ def _create(
 ) -> Run:
     """Fix the reference point, create the study, and only then write the manifest that makes the folder a run."""
     assert config.out is not None
-    objectives = parse_objectives(config.objectives, config.proxy, ESTIMATORS[config.proxy].trained)
+    objectives = parse_objectives(
+        config.objectives, config.proxy, ESTIMATORS[config.proxy].trained, tuple(evaluator.references) or ("",)
+    )
     name = config.out.resolve().name
     remove_unfinished_study(config.out)
     with storage_errors(config.out):
@@ -345,6 +380,7 @@ def _create(
             "space": config.space.to_dict(),
             "proxy_trained": ESTIMATORS[config.proxy].trained,
             "reference": reference,
+            "latency_references": dict(evaluator.references),
             "conditions": conditions,
             "data": {
                 "name": data.name,
@@ -370,28 +406,33 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
 
     What is maximised has 0.
     """
-    minimised = [o for o in objectives if o.minimize]
-    open_ones = tuple(o.name for o in minimised if o.name not in config.budgets)
-    worst = dict.fromkeys(open_ones, 0.0)
+    open_ones = [o for o in objectives if o.minimize and (o.target or _base(o) not in config.budgets)]
+    worst = {o.name: 0.0 for o in open_ones}
     if open_ones:
         measured = 0
         log.info("measuring the largest architectures of %s to fix the reference point", config.space.name)
-        cheap = replace(evaluator, objectives=open_ones, budgets={})
+        cheap = replace(evaluator, objectives=tuple({_base(o) for o in open_ones}), budgets={})
         for architecture in config.space.largest():
             with contextlib.suppress(TrialFailure):
                 scores = cheap.evaluate(architecture).scores
-                worst = {name: max(value, OBJECTIVES[name].read(scores) or 0.0) for name, value in worst.items()}
+                worst = {o.name: max(worst[o.name], o.read(scores) or 0.0) for o in open_ones}
                 measured += 1
         if not measured:
             raise NasError(
                 f"none of the largest architectures of space {config.space.name} can be measured on this device: set "
-                + " ".join(f"--max {name}=…" for name in open_ones)
+                + " ".join(f"--max {_base(o)}=…" for o in open_ones)
             )
-    return {o.name: config.budgets.get(o.name, 1.1 * worst.get(o.name, 0.0)) if o.minimize else 0.0 for o in objectives}
+    budgets = {o.name: config.budgets[_base(o)] for o in objectives if o.minimize and o not in open_ones}
+    return {o.name: budgets.get(o.name, 1.1 * worst.get(o.name, 0.0)) if o.minimize else 0.0 for o in objectives}
+
+
+def _base(objective: Objective) -> str:
+    """The name as users type it: `latency` for `latency@cpu-eager`."""
+    return objective.name.partition("@")[0]
 
 
 def _check_same(run: Run, conditions: dict[str, Any]) -> None:
-    before = {"folded": False, **run.manifest.get("conditions", {})}
+    before = {"folded": False, "also": [], **run.manifest.get("conditions", {})}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
             continue  # perhaps written by a release that knew fewer fields
@@ -452,6 +493,7 @@ class _Search:
         self.before = len(self.trials)  # what earlier processes did
         self.front = run.front(self.trials)
         self.hypervolume = run.hypervolume(self.front)
+        self.near = near_trials(run, [t for t in self.trials if t.state == "complete"])
 
     def run_trials(self) -> Run:
         """Score until done; the tables are derived however it ends."""
@@ -474,9 +516,13 @@ class _Search:
             with contextlib.suppress(NasError):
                 self.run.write_tables()
             raise
-        self.run.write_tables()
         if not self._count("complete"):
+            self.run.write_tables()
             self._raise_nothing_scored(gave_up or exhausted)
+        try:
+            finish(self.study, self.run, self.evaluator, self.config.baselines)
+        finally:
+            self.run.write_tables()
         if exhausted:
             log.warning("space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size)
         if gave_up:
@@ -521,13 +567,17 @@ class _Search:
             self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, over))
             return
         done = Trial(trial.number, "complete", architecture, evaluation.scores)
-        front = self.run.front([*self.front, done])
-        if evaluation.weights is not None and done in front:
+        # measuring again may bring what is near the front onto it, so its weights are kept too
+        near = near_trials(self.run, [*self.near, done])
+        if evaluation.weights is not None and done in near:
             self.run.save_weights(done.key, evaluation.weights)
         self.study.tell(trial, values)
+        front = self.run.front([*self.front, done])
         if front != self.front:
             self.front, self.hypervolume = front, self.run.hypervolume(front)
-            self.run.drop_weights({t.key for t in front})
+        if {t.key for t in near} != {t.key for t in self.near}:
+            self.near = near
+            self.run.drop_weights({t.key for t in near})
         self._ended(done)
 
     def _values(self, evaluation: Evaluation) -> list[float] | None:

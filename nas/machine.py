@@ -1,0 +1,154 @@
+"""The machine underneath: its devices, what it is, what state it is in, and who may use a device now."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import NasError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to a device; others checked.
+
+    Raises:
+        UsageError: where the device is not known or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver"
+        )
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return f"cuda:{int(index or 0)}"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What figures are measured on, and in what state it is: read, never set."""
+    import torch
+
+    machine: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "clock_mhz": _cpu_clock_mhz(),
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "gpu": properties.name,
+            "gpu_memory_mib": properties.total_memory // 2**20,
+            "cuda": torch.version.cuda,
+            "gpu_clock_mhz": _gpu_clock_mhz(device),
+        }
+    return machine
+
+
+def machine_name(device: str) -> str:
+    """The GPU, or the CPU with its number of cores."""
+    machine = describe_machine(device)
+    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores")
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions of Python and of the packages a score depends on, and the commit of a source checkout."""
+    names = ("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "onnx", "onnxruntime", "openvino")
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent.parent
+        if (here / ".git").exists():
+            command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            versions["commit"] = result.stdout.strip()
+    return versions
+
+
+@contextlib.contextmanager
+def exclusive(device: str) -> Iterator[None]:
+    """Hold a device alone among all processes of this program on this machine: a measurement, or a training.
+
+    Waits for its turn and says so. Not held across a whole search, so that two may take turns.
+
+    Raises:
+        NasError: where the lock file cannot be made.
+    """
+    path = Path(tempfile.gettempdir()) / f"mixnas-{_device_id(device)}.lock"
+    lock = FileLock(path, mode=0o666)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that measures or trains on %s", device)
+            lock.acquire()
+    except OSError as error:
+        raise NasError(f"cannot lock {device} with {path}: {error.strerror or error}; free or remove it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _device_id(device: str) -> str:
+    """One name for one piece of hardware, whatever each process sees of it."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"gpu-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_clock_mhz() -> float | None:
+    """What the kernel says of the first core's clock; None where it does not (virtual machines may show a constant)."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("cpu MHz"):
+                return float(line.partition(":")[2])
+    return None
+
+
+def _gpu_clock_mhz(device: str) -> int | None:
+    """The GPU's clock now; None without the package that reads it."""
+    import torch
+
+    try:
+        return int(torch.cuda.clock_rate(device))
+    except (ModuleNotFoundError, RuntimeError):
+        return None

@@ -1,0 +1,434 @@
+"""Profile a space on a device: pieces of networks measured once, from which the latency of any network is predicted.
+
+A profile is a folder of two files. `profile.json` says of which space, on what and how. `pieces.jsonl` has a line for
+each network that was drawn: its stem, its stages and its head, each timed on its own input, and of some networks the
+whole too. It can be interrupted at any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from .architecture import Architecture
+from .errors import RunError, TrialFailure, UsageError
+from .machine import describe_machine, describe_software, machine_name
+from .models import Backbone, create_backbone
+from .models.blocks import Stage
+from .runs import Run, write_file
+from .scoring.latency import LatencyConfig, Prepared, measure_latencies, prepare_module, random_images, reference_ms
+from .scoring.latency.features import FEATURES, operation_features
+from .scoring.latency.model import LatencyModel
+from .search.stability import rank_correlation
+from .space import SearchSpace
+
+FORMAT = 1
+NUM_CLASSES = 1000
+MAX_DEPTH = 2
+"""Blocks of a profiled stage at most: a stage's time grows by a block's with each block."""
+WHOLE_EVERY = 3
+"""Of every so many networks, one is timed as a whole at its real depth, to learn what the sum of the pieces lacks."""
+WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0}
+"""How such a network is timed: in turns as long as any measurement's, or the model would learn another protocol."""
+SHARED = ("runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "command")
+"""Conditions that a run and a profile must share for the run's trials to teach the profile's model."""
+PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
+"""How a piece is timed: less exactly than a network, since the model averages over hundreds."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What to profile, and under which conditions.
+
+    Args:
+        space: whose networks.
+        latency: the conditions.
+        input_size: side of the images.
+        seed: of the networks that are drawn.
+    """
+
+    space: SearchSpace
+    latency: LatencyConfig
+    input_size: int = 224
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        reduction = self.space.largest()[0].reduction
+        if self.input_size < reduction:
+            raise UsageError(f"images of {self.input_size} pixels are too small: {reduction} or more are needed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        latency = {k: v for k, v in asdict(self.latency).items() if k not in PIECE and k != "seed"}
+        latency["threads"] = self.latency.threads or torch.get_num_threads()
+        return {
+            "space": self.space.to_dict(),
+            "latency": latency,
+            "machine": machine_name(self.latency.device),
+            "input_size": self.input_size,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An existing profile.
+
+    Args:
+        path: its folder.
+        config: what it is of.
+        reference_ms: what its figures hang on.
+    """
+
+    path: Path
+    config: ProfileConfig
+    reference_ms: float
+
+    @property
+    def label(self) -> str:
+        """What it predicts, in words."""
+        at = self.config.latency
+        return f"{at.label}, {at.dtype}, batch {at.batch_size}, {self.config.input_size} pixels"
+
+    @classmethod
+    def open(cls, path: Path) -> Profile:
+        """Read a profile's folder.
+
+        Raises:
+            RunError: where it is none, or damaged.
+        """
+        file = path / "profile.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise RunError(f"{file} has format {data['format']}, this release reads {FORMAT}")
+            config = ProfileConfig(
+                SearchSpace.from_dict(data["space"]),
+                LatencyConfig(**data["latency"]),
+                int(data["input_size"]),
+                int(data["seed"]),
+            )
+            return cls(path, config, float(data["reference_ms"]))
+        except OSError as error:
+            raise RunError(f"{path} is not a profile: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+
+    def records(self, name: str = "pieces") -> list[dict[str, Any]]:
+        """What was measured, in order; a last line that a killed process left unfinished is not there."""
+        try:
+            lines = (self.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def add(self, record: Mapping[str, Any], name: str = "pieces") -> None:
+        """Append a record, in one write."""
+        file = self.path / f"{name}.jsonl"
+        whole = "".join(json.dumps(r) + "\n" for r in [*self.records(name), record])
+        write_file(file, whole)
+
+    def fit(self, trials: Sequence[tuple[Architecture, float]] = ()) -> LatencyModel:
+        """The model of all that was measured.
+
+        Args:
+            trials: further architectures with their latency as a whole, such as `trials_of` a run.
+
+        Raises:
+            RunError: where too little was measured.
+        """
+        pieces: list[np.ndarray] = []
+        pieces_ms: list[float] = []
+        wholes: list[np.ndarray] = []
+        wholes_ms: list[float] = []
+        for record in self.records():
+            if "failure" in record:
+                continue
+            architecture = Architecture.from_dict(record["architecture"])
+            shallow = self._features(_shallow(architecture))
+            for row, ms in zip(shallow, record["pieces_ms"], strict=True):
+                pieces.append(row)
+                pieces_ms.append(ms)
+            if record.get("whole_ms"):
+                wholes.append(self._features(architecture))
+                wholes_ms.append(record["whole_ms"])
+        for architecture, ms in trials:
+            wholes.append(self._features(architecture))
+            wholes_ms.append(ms)
+        if len(wholes) < 5 or len(pieces) < 40:
+            raise RunError(f"{self.path} holds {len(pieces)} pieces and {len(wholes)} networks: profile for longer")
+        return LatencyModel.fit(np.array(pieces), np.array(pieces_ms), wholes, np.array(wholes_ms))
+
+    def _features(self, architecture: Architecture) -> np.ndarray:
+        return features_of(architecture, self.config.input_size, self.config.latency.batch_size)
+
+    def predict(self, model: LatencyModel, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
+        """Latency in milliseconds of each architecture, and the standard deviation of its error, as a share."""
+        return model.predict([self._features(a) for a in architectures])
+
+
+def profile(
+    config: ProfileConfig,
+    path: Path,
+    minutes: float,
+    on_network: Callable[[int, float], None] | None = None,
+) -> Profile:
+    """Measure pieces until `minutes` are over, those of earlier calls included; Ctrl-C and kill lose one network.
+
+    Args:
+        config: what to profile.
+        path: the profile's folder; an existing one of the same configuration goes on.
+        minutes: of measuring, in all.
+        on_network: called after each network with their number and the seconds spent.
+
+    Raises:
+        RunError: where the folder has a profile of something else, or cannot be written.
+    """
+    found = _open_or_create(config, path)
+    with _alone(path):
+        return _profile(found, minutes, on_network)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process profiles in {path}: wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _profile(found: Profile, minutes: float, on_network: Callable[[int, float], None] | None) -> Profile:
+    config, records = found.config, found.records()
+    spent = sum(record["seconds"] for record in records)
+    draws = random_architectures(config.space, config.seed)
+    for _ in records:
+        next(draws)
+    count = len(records)
+    while spent < 60 * minutes:
+        start = time.perf_counter()
+        architecture = next(draws)
+        record: dict[str, Any] = {"architecture": architecture.to_dict()}
+        try:
+            record |= _measure_pieces(architecture, found, whole=count % WHOLE_EVERY == 0)
+        except TrialFailure as failure:
+            record["failure"] = f"{failure.reason}: {failure}"
+        record["seconds"] = time.perf_counter() - start
+        found.add(record)
+        spent += record["seconds"]
+        count += 1
+        if on_network is not None:
+            on_network(count, spent)
+    return found
+
+
+def hold_out(
+    found: Profile,
+    count: int,
+    on_network: Callable[[int, int], None] | None = None,
+    trials: Sequence[tuple[Architecture, float]] = (),
+) -> dict[str, Any]:
+    """Measure architectures that were not profiled, by the full protocol, and compare with what is predicted.
+
+    Args:
+        found: the profile; what is measured is kept in its folder as `held_out.jsonl`.
+        count: how many.
+        on_network: called after each with how many are done, and `count`.
+        trials: as in `Profile.fit`; none of them is held out.
+
+    Returns:
+        `within_5` and `within_10` (shares), `mape` (percent), `spearman`, `count`, and each architecture's `key`,
+        `measured_ms`, `low_ms`, `high_ms`, `predicted_ms` and `predicted_std` (a share).
+    """
+    config = found.config
+    model = found.fit(trials)
+    draws = random_architectures(config.space, config.seed + 1)
+    records = found.records("held_out")
+    seen = {Architecture.from_dict(r["architecture"]).key for r in [*found.records(), *records]} | {
+        a.key for a, _ in trials
+    }
+    tries = 0
+    while sum("failure" not in r for r in records) < count:
+        tries += 1
+        if tries > 50 * count:
+            raise RunError(f"no {count} networks of {config.space.name} that can be measured are left to hold out")
+        architecture = next(draws)
+        if architecture.key in seen:
+            continue
+        seen.add(architecture.key)
+        record: dict[str, Any] = {"architecture": architecture.to_dict()}
+        try:
+            network = create_backbone(architecture, NUM_CLASSES).eval()
+            prepared = prepare_module(network, random_images(_image(config), config.latency), config.latency)
+            latency = measure_latencies([prepared], config.latency, found.reference_ms)[0]
+            record |= {"ms": latency.ms, "low_ms": latency.low_ms, "high_ms": latency.high_ms, "drift": latency.drift}
+        except TrialFailure as failure:
+            record["failure"] = f"{failure.reason}: {failure}"
+        found.add(record, "held_out")
+        records.append(record)
+        if on_network is not None:
+            on_network(sum("failure" not in r for r in records), count)
+    kept = [r for r in records if "failure" not in r][:count]
+    architectures = [Architecture.from_dict(r["architecture"]) for r in kept]
+    predicted, std = found.predict(model, architectures)
+    measured = np.array([r["ms"] for r in kept])
+    error = np.abs(predicted / measured - 1)
+    return {
+        "count": len(kept),
+        "within_5": float((error <= 0.05).mean()),
+        "within_10": float((error <= 0.10).mean()),
+        "mape": float(100 * error.mean()),
+        "spearman": rank_correlation(predicted.tolist(), measured.tolist()),
+        "architectures": [
+            {
+                "key": a.key,
+                "measured_ms": r["ms"],
+                "low_ms": r["low_ms"],
+                "high_ms": r["high_ms"],
+                "predicted_ms": float(p),
+                "predicted_std": float(s),
+            }
+            for a, r, p, s in zip(architectures, kept, predicted, std, strict=True)
+        ],
+    }
+
+
+def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
+    """What a run measured of a profile's networks, in the profile's terms.
+
+    Raises:
+        UsageError: where the run measured under other conditions.
+    """
+    config, mine = run.manifest["config"], found.config
+    there = {"input_size": run.manifest["data"]["input_size"][1], "machine": run.manifest["conditions"]["device"]}
+    there |= {name: config.get(name) for name in SHARED}
+    here = {"input_size": mine.input_size, "machine": machine_name(mine.latency.device)}
+    here |= {name: getattr(mine.latency, name) for name in SHARED}
+    for name, value in here.items():
+        if there[name] != value:
+            raise UsageError(f"{run.path} was measured with {name} {there[name]}, the profile with {value}")
+    reference = run.manifest.get("latency_references", {}).get(mine.latency.label)
+    if reference is None:
+        raise UsageError(f"{run.path} has no latency on {mine.latency.label}")
+    scale = found.reference_ms / reference
+    return [
+        (t.architecture, t.scores.latency_ms * scale)
+        for t in run.trials()
+        if t.architecture is not None and t.scores.latency_ms is not None
+    ]
+
+
+def random_architectures(space: SearchSpace, seed: int) -> Iterator[Architecture]:
+    """Random architectures of a space, without end."""
+    rng = np.random.default_rng([seed, 0x70726F66])
+    while True:
+        yield space.sample(rng)
+
+
+def features_of(architecture: Architecture, input_size: int, batch_size: int) -> np.ndarray:
+    """Features of stem, stages and head, one row each, of shape (pieces, features)."""
+    flat = replace(architecture, stages=tuple(replace(stage, depth=1) for stage in architecture.stages))
+    once, each = _features_of_flat(flat, input_size, batch_size)
+    depths = np.array([0, *(stage.depth for stage in architecture.stages), 0])
+    features: np.ndarray = once + depths[:, None] * each
+    return features
+
+
+@lru_cache(maxsize=65536)
+def _features_of_flat(architecture: Architecture, input_size: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a network with one block a stage: what runs once in each piece, and what every further block adds."""
+    backbone = create_backbone(architecture, NUM_CLASSES, device="meta").eval()
+    x = torch.empty(batch_size, 3, input_size, input_size, device="meta")
+    once, each = [], []
+    nothing = dict.fromkeys(FEATURES, 0.0)
+    for piece in _pieces(backbone):
+        block = nothing
+        if isinstance(piece, Stage):
+            single, x = operation_features(piece.downsample, x)
+            block, x = operation_features(piece.blocks, x)
+        else:
+            single, x = operation_features(piece, x)
+        once.append([single[name] for name in FEATURES])
+        each.append([block[name] for name in FEATURES])
+    return np.array(once), np.array(each)
+
+
+def _pieces(backbone: Backbone) -> list[nn.Module]:
+    """Stem, stages and what comes after them, as modules that run one after the other."""
+    return [backbone.stem, *backbone.stages, _Head(backbone)]
+
+
+class _Head(nn.Sequential):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone.norm, backbone.head_conv, backbone.global_pool, backbone.head)
+
+
+def _shallow(architecture: Architecture) -> Architecture:
+    """With at most `MAX_DEPTH` blocks a stage."""
+    stages = tuple(replace(stage, depth=min(stage.depth, MAX_DEPTH)) for stage in architecture.stages)
+    return replace(architecture, stages=stages)
+
+
+def _image(config: ProfileConfig) -> tuple[int, int, int]:
+    return 3, config.input_size, config.input_size
+
+
+def _measure_pieces(architecture: Architecture, found: Profile, whole: bool) -> dict[str, Any]:
+    config = replace(found.config.latency, **PIECE)
+    backbone = create_backbone(_shallow(architecture), NUM_CLASSES).eval()
+    x = images = random_images(_image(found.config), config)
+    ready: list[Prepared] = []
+    for piece in _pieces(backbone):
+        ready.append(prepare_module(piece, x, config))
+        with torch.inference_mode():
+            x = piece(x)
+    latencies = measure_latencies(ready, config, found.reference_ms)
+    record: dict[str, Any] = {"pieces_ms": [latency.ms for latency in latencies], "drift": latencies[0].drift}
+    if whole:
+        config = replace(found.config.latency, **WHOLE)
+        network = prepare_module(create_backbone(architecture, NUM_CLASSES).eval(), images, config)
+        (latency,) = measure_latencies([network], config, found.reference_ms)
+        record |= {"whole_ms": latency.ms, "whole_drift": latency.drift}
+    return record
+
+
+def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
+    now = json.loads(json.dumps(config.to_dict()))
+    if (path / "profile.json").is_file():
+        found = Profile.open(path)
+        before = json.loads((path / "profile.json").read_text(encoding="utf-8"))
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise RunError(f"{path} is a profile with another {name}: give another --out")
+        return replace(found, config=config)
+    manifest = now | {
+        "format": FORMAT,
+        "reference_ms": reference_ms(config.latency),
+        "conditions": describe_machine(config.latency.device),
+        "software": describe_software(),
+    }
+    write_file(path / "profile.json", json.dumps(manifest, indent=2) + "\n")
+    return Profile.open(path)

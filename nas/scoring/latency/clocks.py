@@ -1,0 +1,114 @@
+"""How long one pass takes: wall time on a CPU, device time on CUDA."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+TimeBlock = Callable[[int], list[float]]
+"""Runs that many passes and returns the milliseconds of each."""
+
+
+def cpu_clock(run: Callable[[], object]) -> TimeBlock:
+    """Wall time of passes on the CPU, less what the operating system kept this thread waiting for a core.
+
+    An untimed pass comes first, so that caches hold this network and not the one before it.
+    """
+
+    def time_block(passes: int) -> list[float]:
+        waited = WaitingTime()
+        times_ms = []
+        run()
+        for _ in range(passes):
+            # both readings of the waiting lie within the timed span: what is subtracted was in it
+            start = time.perf_counter()
+            waited_before = waited.seconds()
+            run()
+            delay = waited.seconds() - waited_before
+            times_ms.append(1e3 * max(time.perf_counter() - start - delay, 1e-6))
+        return times_ms
+
+    return time_block
+
+
+class WaitingTime:
+    """Seconds this thread has been ready to run but another had its core (Linux; 0 elsewhere)."""
+
+    def __init__(self) -> None:
+        self._path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        try:
+            self._file = os.open(self._path, os.O_RDONLY)
+        except OSError:
+            self._file = -1
+
+    def seconds(self) -> float:
+        """Waiting time so far."""
+        if self._file < 0:
+            return 0.0
+        return int(os.pread(self._file, 64, 0).split()[1]) / 1e9
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+
+def cuda_clock(run: Callable[[], object], device: torch.device) -> TimeBlock:
+    """Device time of passes between two CUDA events.
+
+    The device is kept busy while the host issues a pass's kernels, so that the time between two launches on a slow host
+    is not counted.
+    """
+
+    def issue_seconds() -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize(device)
+        return seconds
+
+    def timed(cycles: int) -> tuple[float, bool]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(cycles)
+        start.record()
+        run()
+        led = not start.query()  # the device still sleeps: no kernel waited for the host
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end), led
+
+    def time_block(passes: int) -> list[float]:
+        cycles = int(1.5 * issue_seconds() * 1e3 * _cycles_per_ms(device))
+        times_ms = []
+        for _ in range(passes):
+            elapsed_ms, led = timed(cycles)
+            for _ in range(4):
+                if led:
+                    break
+                cycles *= 2  # the device had finished waiting before the host had issued everything
+                elapsed_ms, led = timed(cycles)
+            times_ms.append(elapsed_ms)
+        return times_ms
+
+    return time_block
+
+
+_CYCLES: dict[torch.device, float] = {}
+
+
+def _cycles_per_ms(device: torch.device) -> float:
+    """How many cycles of torch's sleeping kernel take a millisecond; timed once a process."""
+    if device not in _CYCLES:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(1_000_000)
+        start.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        torch.cuda.synchronize(device)
+        _CYCLES[device] = 10_000_000 / start.elapsed_time(end)
+    return _CYCLES[device]

@@ -1,0 +1,180 @@
+"""Under which conditions latency is measured, and what comes out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shlex
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import UsageError, unknown_name
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RuntimeTraits:
+    """What a runtime can do, known without loading it.
+
+    Args:
+        devices: kinds of devices it runs on; empty where the device is its own.
+        dtypes: rows of `DTYPES` it takes.
+        packages: what must be installed, beside torch.
+        extra: the extra of this package that installs them.
+        channels_last: whether that memory format means anything to it.
+    """
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    channels_last: bool = False
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages that are not installed."""
+        return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
+
+
+_ONNX = ("onnx", "onnxscript")
+RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
+    "eager": RuntimeTraits(channels_last=True),
+    "compile": RuntimeTraits(channels_last=True),
+    "cudagraph": RuntimeTraits(devices=("cuda",), channels_last=True),
+    "onnxruntime": RuntimeTraits(dtypes=("fp32", "fp16"), packages=(*_ONNX, "onnxruntime"), extra="onnx"),
+    "openvino": RuntimeTraits(
+        devices=("cpu",), dtypes=("fp32", "bf16"), packages=(*_ONNX, "openvino"), extra="openvino"
+    ),
+    "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16"), packages=_ONNX, extra="onnx"),
+}
+"""Name -> traits; `nas.scoring.latency.runtimes.RUNTIMES` has the code, row by row."""
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """Under which conditions latency is measured.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:i`; the runtime `command` has its own and takes `cpu` for the check.
+        runtime: a row of `RUNTIMES`.
+        dtype: a row of `DTYPES`, for weights and input.
+        batch_size: images a forward pass.
+        threads: CPU threads inside an operation; None leaves torch's own number.
+        channels_last: weights and input in channels-last memory format.
+        folded: time the network with its batch norms folded into convolutions, as it is deployed.
+        command: for the runtime `command`, the program and its arguments; `{model}` (ONNX), `{input}` and `{output}`
+            (NumPy files) stand for paths. Run without a shell.
+        command_timeout: seconds after which one call of it is given up; it is tried three times.
+        target: wanted half-width of the 95 % interval, as a share of the figure.
+        max_seconds: time for a network's rounds; the fewest rounds are always made.
+        warmup_seconds: the most time for running untimed until the time of a pass is steady.
+        block_ms: how long a network runs before the next has its turn, about: short against drift, long against caches
+            that hold the network before.
+        seed: of the random input, and of the order in which networks take turns.
+
+    Raises:
+        UsageError: where a value is not allowed, or the runtime's packages are not installed.
+    """
+
+    device: str = "cpu"
+    runtime: str = "eager"
+    dtype: str = "fp32"
+    batch_size: int = 1
+    threads: int | None = None
+    channels_last: bool = False
+    folded: bool = True
+    command: str | None = None
+    command_timeout: float = 120.0
+    target: float = 0.01
+    max_seconds: float = 3.0
+    warmup_seconds: float = 1.0
+    block_ms: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("dtype", self.dtype, DTYPES)):
+            if name not in table:
+                raise unknown_name(what, name, table)
+        for what, number in (("batch size", self.batch_size), ("number of threads", self.threads)):
+            if number is not None and number < 1:
+                raise UsageError(f"the {what} is {number}: it must be at least 1")
+        for what, share in (("target", self.target), ("max_seconds", self.max_seconds)):
+            if not (math.isfinite(share) and share > 0):
+                raise UsageError(f"the latency {what} is {share}: it must be a number above 0")
+        self._check_runtime(RUNTIME_TRAITS[self.runtime])
+        if (self.runtime == "command") != (self.command is not None):
+            raise UsageError("--command PROGRAM goes with --runtime command, and that with it")
+        if self.command is not None:
+            _check_command(self.command)
+
+    def _check_runtime(self, traits: RuntimeTraits) -> None:
+        if traits.missing:
+            raise UsageError(
+                f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
+            )
+        kind = self.device.partition(":")[0]
+        if traits.devices and kind not in traits.devices:
+            raise UsageError(f"runtime {self.runtime} runs on {' and '.join(traits.devices)}, not on {self.device}")
+        if self.dtype not in traits.dtypes:
+            raise UsageError(f"runtime {self.runtime} takes {' and '.join(traits.dtypes)}, not {self.dtype}")
+        if self.channels_last and not traits.channels_last:
+            raise UsageError(f"runtime {self.runtime} chooses its own memory format: leave --channels-last out")
+
+    @property
+    def label(self) -> str:
+        """Device and runtime in short, such as `cpu-onnxruntime`."""
+        return f"{self.device}-{self.runtime}"
+
+
+def _check_command(command: str) -> None:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"the command {command!r} cannot be split into words: {error}") from None
+    for place in ("{model}", "{input}", "{output}"):
+        if not any(place in word for word in words[1:]):
+            raise UsageError(
+                f"the command {command!r} must have {{model}}, {{input}} and {{output}} among its arguments"
+            )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass over a batch.
+
+    Args:
+        ms: the figure to quote: the ratio to the reference network in interleaved rounds x the reference's own latency.
+        low_ms: lower end of its 95 % interval.
+        high_ms: its upper end.
+        spread: half-width of the part of that interval which the rounds' own spread makes, as a share of the figure.
+        raw_ms: median of the network's own passes, as timed here and now.
+        q1_ms: lower quartile of those passes.
+        q3_ms: upper quartile.
+        drift: the reference network here and now over the latency that is fixed for it: 1.2 on a machine that is a
+            fifth slower than when it was fixed.
+        rounds: interleaved rounds.
+        passes: timed passes of the network.
+        steady: whether the interval came within the target; else the time budget ended first.
+        waited: share of the time in which another program had this thread's core; not counted in any figure.
+        seconds: what measuring took.
+        prepare_seconds: what export, compilation and session took; no part of the latency.
+        threads: CPU threads that torch used.
+    """
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    spread: float
+    raw_ms: float
+    q1_ms: float
+    q3_ms: float
+    drift: float
+    rounds: int
+    passes: int
+    steady: bool
+    waited: float = 0.0
+    seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    threads: int = 1

@@ -1,0 +1,151 @@
+"""A model of latency: pieces of networks, each predicted from what it executes, and what their sum lacks.
+
+A piece's time is a weighted sum of its operations' numbers, multiply-adds and elements (weights not below 0), times a
+correction learned by a Gaussian process. A network's time is the sum of its pieces times what the sum lacks, learned by
+ridge regression from networks that were measured as a whole; how far it misses each of them when learned from the
+others is the uncertainty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import nnls
+
+Floats = NDArray[np.float64]
+
+LENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5)
+"""Length scales of the correction that are tried, in multiples of the root of the number of features."""
+PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Of the regression on whole networks."""
+NOISES = (0.15, 0.3, 0.6)
+"""Noise of a measured piece, as a share of the correction's own spread."""
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Predicts milliseconds from the features of a network's pieces.
+
+    Args:
+        weights: of the features, in milliseconds each.
+        centre: mean of the logarithmic features.
+        scale: their standard deviation.
+        inputs: standardised logarithmic features of the measured pieces.
+        solved: the Gaussian process's weights of the measured pieces.
+        length: its length scale.
+        coefficients: of the logarithm of a network's time over the sum of its pieces': a constant, then one for each of
+            its standardised summaries (`_summary`).
+        middle: mean of the summaries.
+        width: their standard deviation.
+        uncertainty: standard deviation of a network's prediction, as a share.
+    """
+
+    weights: Floats
+    centre: Floats
+    scale: Floats
+    inputs: Floats
+    solved: Floats
+    length: float
+    coefficients: Floats
+    middle: Floats
+    width: Floats
+    uncertainty: float
+
+    @classmethod
+    def fit(cls, pieces: Floats, pieces_ms: Floats, networks: Sequence[Floats], networks_ms: Floats) -> LatencyModel:
+        """Learn from measured pieces and networks.
+
+        Args:
+            pieces: features of shape (pieces, features).
+            pieces_ms: their latencies.
+            networks: features of each network's pieces, of shape (pieces, features) each.
+            networks_ms: their latencies as a whole.
+        """
+        size = np.abs(pieces).max(axis=0)
+        scaled = pieces / np.where(size > 0, size, 1.0)
+        # relative errors: a small piece counts as much as a large one
+        weights, _ = nnls(scaled / pieces_ms[:, None], np.ones(len(pieces)))
+        weights = weights / np.where(size > 0, size, 1.0)
+        logs = np.log1p(pieces)
+        centre, scale = logs.mean(axis=0), logs.std(axis=0)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        inputs = (logs - centre) / scale
+        residual = np.log(pieces_ms / _linear(pieces, weights))
+        length, solved = _gaussian_process(inputs, residual)
+        plain = cls(weights, centre, scale, inputs, solved, length, np.zeros(0), np.zeros(0), np.ones(0), 0.0)
+        summaries = np.array([plain._summary(network) for network in networks])
+        middle, width = summaries.mean(axis=0), summaries.std(axis=0)
+        width = np.where(width > 1e-9, width, 1.0)
+        ratios = np.log(networks_ms) - summaries[:, 0]
+        coefficients, left_out = _ridge((summaries - middle) / width, ratios)
+        uncertainty = float(np.sqrt((left_out**2).mean()))
+        return cls(weights, centre, scale, inputs, solved, length, coefficients, middle, width, uncertainty)
+
+    def predict(self, networks: Sequence[Floats]) -> tuple[Floats, Floats]:
+        """Milliseconds of each network, and the standard deviation of the error, as a share.
+
+        Args:
+            networks: features of each one's pieces, of shape (pieces, features) each.
+        """
+        summaries = np.array([self._summary(network) for network in networks])
+        design = np.c_[np.ones(len(summaries)), (summaries - self.middle) / self.width]
+        totals: Floats = np.exp(summaries[:, 0] + design @ self.coefficients)
+        return totals, np.full(len(totals), self.uncertainty)
+
+    def _summary(self, network: Floats) -> Floats:
+        """Of a network: the logarithm of the sum of its pieces' times, and of its features in all."""
+        return np.concatenate([[np.log(self.predict_pieces(network).sum())], np.log1p(network.sum(axis=0))])
+
+    def predict_pieces(self, pieces: Floats) -> Floats:
+        """Milliseconds of pieces, from features of shape (pieces, features)."""
+        inputs = (np.log1p(pieces) - self.centre) / self.scale
+        correction = _kernel(inputs, self.inputs, self.length) @ self.solved
+        predicted: Floats = _linear(pieces, self.weights) * np.exp(correction)
+        return predicted
+
+
+def _ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
+    """Coefficients (a constant first), and the error at each point when learned from the others; the best penalty."""
+    design = np.c_[np.ones(len(inputs)), inputs]
+    best: tuple[float, Floats, Floats] | None = None
+    for penalty in PENALTIES:
+        inverse = np.linalg.inv(design.T @ design + penalty * np.diag([0.0, *np.ones(inputs.shape[1])]))
+        coefficients = inverse @ design.T @ targets
+        leverage = np.einsum("ij,jk,ik->i", design, inverse, design)
+        left_out = (targets - design @ coefficients) / np.maximum(1 - leverage, 1e-6)
+        error = float((left_out**2).mean())
+        if best is None or error < best[0]:
+            best = (error, coefficients, left_out)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _linear(pieces: Floats, weights: Floats) -> Floats:
+    return np.maximum(pieces @ weights, 1e-4)
+
+
+def _kernel(a: Floats, b: Floats, length: float) -> Floats:
+    """Matérn 5/2."""
+    squares = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0)
+    r = np.sqrt(5 * squares / a.shape[1]) / length
+    values: Floats = (1 + r + r**2 / 3) * np.exp(-r)
+    return values
+
+
+def _gaussian_process(inputs: Floats, targets: Floats) -> tuple[float, Floats]:
+    """Length scale and solved weights with the largest marginal likelihood over a grid."""
+    n, best = len(targets), (-np.inf, 1.0, np.zeros(len(targets)))
+    spread = float(targets.var()) + 1e-12
+    for length in LENGTHS:
+        kernel = _kernel(inputs, inputs, length)
+        for noise in NOISES:
+            factor = cho_factor(kernel + (noise**2 + 1e-8) * np.eye(n), lower=True)
+            solved = cho_solve(factor, targets)
+            likelihood = -0.5 * targets @ solved / spread - np.log(np.diag(factor[0])).sum() - 0.5 * n * np.log(spread)
+            if likelihood > best[0]:
+                best = (likelihood, length, solved)
+    return best[1], best[2]

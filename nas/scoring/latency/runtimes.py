@@ -1,0 +1,334 @@
+"""What runs a network: each runtime makes it ready, runs it once for its output, and times passes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import TrialFailure, UsageError
+from ...folding import fold_batch_norms
+from ...onnx import export_onnx
+from ..memory import is_out_of_memory
+from .clocks import TimeBlock, cpu_clock, cuda_clock
+from .config import DTYPES, LatencyConfig
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
+"""How far a runtime's output may be from eager's: max|a - b| / max|b|."""
+COMMAND_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that a runtime has made ready.
+
+    Args:
+        run: one pass.
+        time_block: runs that many passes and returns the milliseconds of each.
+        output: runs once and returns the output, as float32 on the CPU.
+        deviation: how far that is from eager's output, max|a - b| / max|b|.
+        seconds: what making it ready took.
+        keeps: what must live as long as this does.
+    """
+
+    run: Callable[[], object]
+    time_block: TimeBlock
+    output: Callable[[], torch.Tensor]
+    deviation: float = 0.0
+    seconds: float = 0.0
+    keeps: tuple[object, ...] = ()
+
+
+def random_images(input_size: tuple[int, int, int], config: LatencyConfig) -> torch.Tensor:
+    """A batch of normally distributed images of `input_size` (channels, height, width)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randn(config.batch_size, *input_size, generator=generator)
+
+
+def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    """Make a copy of `model` ready to be timed on `images`, and check its output.
+
+    Raises:
+        TrialFailure: where export or compilation fails (`runtime`), or the output is not eager's (`wrong_output`).
+        UsageError: where the runtime cannot run here at all.
+    """
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    weight = next(model.parameters(), images)
+    probe = fold_batch_norms(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    probe = probe.to(device, dtype).to(memory_format=memory_format).requires_grad_(False)
+    images = images.to(device, dtype)
+    images = images.contiguous(memory_format=memory_format) if images.ndim == 4 else images.contiguous()
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            expected = _to_cpu(probe(images))
+    except (RuntimeError, TypeError) as error:
+        if config.dtype == "fp32" or is_out_of_memory(error):
+            raise
+        raise TrialFailure("runtime", f"eager in {config.dtype} cannot run it: {_first_line(error)}") from error
+    try:
+        prepared = RUNTIMES[config.runtime](probe, images, config)
+        output = prepared.output()
+    except (TrialFailure, UsageError):
+        raise
+    except Exception as error:
+        # exporters and compilers raise whatever they like: what one cannot take is a fact about the architecture
+        if config.runtime == "eager" or is_out_of_memory(error):
+            raise
+        raise TrialFailure("runtime", f"{config.runtime} cannot run it: {_first_line(error)}") from error
+    seconds = time.perf_counter() - start
+    deviation = _deviation(output, expected)
+    if not deviation <= TOLERANCE[config.dtype]:
+        raise TrialFailure(
+            "wrong_output",
+            f"{config.runtime} in {config.dtype} differs from eager by {deviation:.2g} of the largest output "
+            f"({TOLERANCE[config.dtype]:g} is allowed)",
+        )
+    return replace(prepared, deviation=deviation, seconds=seconds)
+
+
+def _deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
+    if output.shape != expected.shape:
+        return float("inf")
+    return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _to_cpu(output: torch.Tensor) -> torch.Tensor:
+    return output.detach().float().cpu().clone()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no message'}"
+
+
+def _torch_clock(run: Callable[[], Any], device: torch.device) -> TimeBlock:
+    return cuda_clock(run, device) if device.type == "cuda" else cpu_clock(run)
+
+
+def _eager(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    def run() -> Any:
+        return probe(images)
+
+    return Prepared(run, _torch_clock(run, images.device), lambda: _to_cpu(run()))
+
+
+def _compile(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    """A function of its own for each network: torch keeps compiled code by function, and only a few for each."""
+
+    def call() -> Any:
+        return probe(images)
+
+    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    with _quiet():
+        run = torch.compile(own, dynamic=False, fullgraph=True)  # what cannot be one graph is not timed in pieces
+        for _ in range(2):
+            run()
+    return Prepared(run, _torch_clock(run, images.device), lambda: _to_cpu(run()))
+
+
+def _cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    """The kernels of one pass, recorded and replayed without the host."""
+    side = torch.cuda.Stream(images.device)
+    side.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            probe(images)
+    torch.cuda.current_stream(images.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        result = probe(images)
+    result.zero_()  # so that only a replay can make it right
+
+    def output() -> torch.Tensor:
+        graph.replay()
+        torch.cuda.synchronize(images.device)
+        return _to_cpu(result)
+
+    return Prepared(graph.replay, cuda_clock(graph.replay, images.device), output, keeps=(probe, images))
+
+
+def _onnxruntime(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    import onnxruntime
+
+    model = export_onnx(probe, images)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # else the threads of one network go on spinning while the next has its turn on the same cores
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if images.device.type == "cuda":
+        provider = ("CUDAExecutionProvider", {"device_id": images.device.index or 0})
+    else:
+        provider = ("CPUExecutionProvider", {})
+    if provider[0] not in onnxruntime.get_available_providers():
+        raise UsageError(f"this onnxruntime has no {provider[0]}: pip install onnxruntime-gpu, or use --device cpu")
+    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    if session.get_providers()[0] != provider[0]:
+        raise UsageError(f"onnxruntime could not load its {provider[0]}: check its CUDA libraries, or use --device cpu")
+    if images.device.type == "cpu":
+        feed = {"images": images.numpy()}
+
+        def run() -> Any:
+            return session.run(None, feed)
+
+        return Prepared(run, cpu_clock(run), lambda: torch.from_numpy(run()[0]).float())
+
+    # on a GPU input and output stay there; a run returns when the device is done, so wall time is its time
+    binding = session.io_binding()
+    kind, index = images.device.type, images.device.index or 0
+    binding.bind_ortvalue_input("images", onnxruntime.OrtValue.ortvalue_from_numpy(images.cpu().numpy(), kind, index))
+    binding.bind_output("output", kind, index)
+
+    def run_bound() -> None:
+        session.run_with_iobinding(binding)
+
+    def output() -> torch.Tensor:
+        run_bound()
+        return torch.from_numpy(binding.copy_outputs_to_cpu()[0]).float()
+
+    return Prepared(run_bound, cpu_clock(run_bound), output)
+
+
+def _openvino(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    import openvino
+
+    precision = {"fp32": "f32", "bf16": "bf16"}[config.dtype]
+    core = openvino.Core()
+    if config.dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UsageError("openvino has no bf16 on this CPU: use --dtype fp32")
+    # weights stay in fp32: the precision in which it computes is its own setting
+    model = core.read_model(export_onnx(probe.float(), images.float()))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    array = images.float().numpy()
+
+    def run() -> Any:
+        return request.infer({0: array}, share_inputs=True)
+
+    return Prepared(run, cpu_clock(run), lambda: torch.from_numpy(np.array(run()[0])).float())
+
+
+def _command(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+    """A user's own program, given an ONNX file and an input; it prints its times and writes its output."""
+    assert config.command is not None
+    model = export_onnx(probe.cpu(), images.cpu())
+    folder = Path(tempfile.mkdtemp(prefix="mixnas-"))
+    places = {name: folder / file for name, file in _COMMAND_FILES.items()}
+    places["model"].write_bytes(model)
+    np.save(places["input"], images.cpu().numpy())
+    words = [_fill(word, places) for word in shlex.split(config.command)]
+
+    def time_block(passes: int) -> list[float]:
+        # the program decides how many passes a call makes
+        return [float(np.median(_call_command(words, config.command_timeout)))]
+
+    weakref.finalize(time_block, shutil.rmtree, folder, ignore_errors=True)  # its files live as long as it
+
+    def output() -> torch.Tensor:
+        time_block(1)
+        try:
+            return torch.from_numpy(np.load(places["output"], allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError) as error:
+            raise TrialFailure("runtime", f"the command wrote no NumPy array to {{output}}: {error}") from None
+
+    return Prepared(lambda: time_block(1), time_block, output)
+
+
+_COMMAND_FILES = {"model": "model.onnx", "input": "input.npy", "output": "output.npy"}
+
+
+def _fill(word: str, places: dict[str, Path]) -> str:
+    for name, path in places.items():
+        word = word.replace(f"{{{name}}}", str(path))
+    return word
+
+
+def _call_command(words: list[str], timeout: float) -> list[float]:
+    """Milliseconds of the passes of one call.
+
+    Raises:
+        TrialFailure: where it failed, was silent or too slow each time it was tried.
+    """
+    problem = ""
+    for _ in range(COMMAND_TRIES):
+        try:
+            status, printed, complaints = _run_program(words, timeout)
+        except subprocess.TimeoutExpired:
+            problem = f"it took longer than {timeout:g} s"
+            continue
+        except OSError as error:
+            raise UsageError(f"the command {words[0]} cannot be run: {error.strerror or error}") from None
+        if status:
+            last = (complaints.strip() or printed.strip() or "it said nothing").splitlines()[-1][:200]
+            problem = f"exit status {status}: {last}"
+            continue
+        times_ms = _read_times(printed)
+        if times_ms:
+            return times_ms
+        problem = 'its last line must be JSON such as {"latency_ms": [3.1, 3.0, 3.2]}, with numbers above 0'
+    raise TrialFailure("runtime", f"the command failed {COMMAND_TRIES} times: {problem}")
+
+
+def _run_program(words: list[str], timeout: float) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error; with a time-out it goes with all that it started."""
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            printed, complaints = process.communicate(timeout=timeout)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, printed.decode(errors="replace"), complaints.decode(errors="replace")
+
+
+def _read_times(printed: str) -> list[float]:
+    try:
+        told = json.loads(printed.strip().splitlines()[-1])["latency_ms"]
+        times_ms = [float(t) for t in (told if isinstance(told, list) else [told])]
+    except (IndexError, ValueError, TypeError, KeyError):
+        return []
+    return times_ms if all(0 < t < float("inf") for t in times_ms) else []
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+Runtime = Callable[[nn.Module, torch.Tensor, LatencyConfig], Prepared]
+RUNTIMES: dict[str, Runtime] = {
+    "eager": _eager,
+    "compile": _compile,
+    "cudagraph": _cudagraph,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "command": _command,
+}

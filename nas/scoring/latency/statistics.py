@@ -1,0 +1,48 @@
+"""From interleaved times to a figure with its interval.
+
+The statistic was chosen by measurement (`benchmarks/latency_repeatability.py`): over separate processes, the ratio of
+the means of each network's faster half of passes varied least, both on a quiet machine that drifts and beside other
+load. A minimum follows single lucky passes, a median jumps where load comes and goes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+RESAMPLES = 400
+
+
+def faster_half(times_ms: np.ndarray) -> np.ndarray:
+    """Mean of the faster half of the times, along the last axis; the middle one of an odd number counts."""
+    ordered = np.sort(times_ms, axis=-1)
+    mean: np.ndarray = ordered[..., : (ordered.shape[-1] + 1) // 2].mean(axis=-1)
+    return mean
+
+
+def ratio(candidate_ms: np.ndarray, reference_ms: np.ndarray) -> float:
+    """Candidate over reference, of rounds x passes each."""
+    return float(faster_half(candidate_ms.ravel()) / faster_half(reference_ms.ravel()))
+
+
+def ratio_interval(candidate_ms: np.ndarray, reference_ms: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of `ratio`, by resampling rounds.
+
+    Rounds are drawn in blocks of neighbours, as long as the cube root of their number, so that a disturbance that
+    lasts over some rounds widens the interval as it should (Künsch 1989).
+
+    Args:
+        candidate_ms: times of shape (rounds, passes).
+        reference_ms: times of the same rounds, of shape (rounds, passes).
+        seed: of the resampling.
+    """
+    rounds = len(candidate_ms)
+    length = max(1, round(rounds ** (1 / 3)))
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, rounds, size=(RESAMPLES, -(-rounds // length)))
+    drawn = ((starts[:, :, None] + np.arange(length)) % rounds).reshape(RESAMPLES, -1)[:, :rounds]
+    ratios = faster_half(candidate_ms[drawn].reshape(RESAMPLES, -1)) / faster_half(
+        reference_ms[drawn].reshape(RESAMPLES, -1)
+    )
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    middle = ratio(candidate_ms, reference_ms)  # of a skewed few, all resamples may lie on one side of it
+    return min(float(low), middle), max(float(high), middle)

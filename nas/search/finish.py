@@ -1,0 +1,166 @@
+"""What follows the last trial: baselines, the front measured again in turns, and its order in another runtime.
+
+Everything is kept as attributes of the study: `baselines` (name -> scores or failure), `remeasured` (target -> key or
+name -> latency) and `elsewhere` (the same in another runtime), so that it is as safe and as resumable as the trials.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import optuna
+from torch import nn
+
+from ..errors import NasError, TrialFailure
+from ..models.zoo import check_network_name, create_network
+from ..runs import BASELINES, ELSEWHERE, REMEASURED, Run, Trial
+from ..scoring.latency import (
+    RUNTIME_TRAITS,
+    Latency,
+    LatencyConfig,
+    Prepared,
+    measure_latencies,
+    prepare_model,
+    reference_ms,
+)
+from ..scoring.memory import is_out_of_memory
+from .evaluate import Evaluator
+from .pareto import near_front, nondomination_ranks
+
+log = logging.getLogger(__name__)
+
+MAX_REMEASURED = 24
+"""Networks that are measured again after a search: the front, and of those near it the best."""
+
+Builders = Mapping[str, Callable[[], nn.Module]]
+
+
+def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Sequence[str]) -> None:
+    """Score the baselines, measure the front and what is near it again, and the front in ONNX Runtime too."""
+    scored = _score_baselines(study, evaluator, baselines)
+    if not any(objective.is_latency for objective in run.objectives):
+        return
+    trials = [t for t in run.trials(remeasured=False) if t.state == "complete"]
+    if not trials:
+        return
+    first = {t.key for t in run.front(trials)}
+    near = near_trials(run, trials)
+    wanted = [t for t in near if t.key in first]
+    wanted += [t for t in near if t.key not in first][: max(0, MAX_REMEASURED - len(wanted))]
+    networks = {t.key: _builder(evaluator, t) for t in wanted}
+    _remeasure(study, evaluator, networks | {name: _baseline_builder(evaluator, name) for name in scored})
+    # what was measured slower the second time may let others onto the front, with their first figures: again for these
+    while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
+        more = {t.key: _builder(evaluator, t) for t in new}
+        networks |= more
+        _remeasure(study, evaluator, more)
+    front = {t.key: _builder(evaluator, t) for t in run.front()}
+    other = _onnxruntime(evaluator.latency)
+    if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
+        log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
+        study.set_user_attr(ELSEWHERE, {other.label: _measure(front, evaluator, other)})
+
+
+def _remeasure(study: optuna.Study, evaluator: Evaluator, networks: Builders) -> None:
+    """Measure networks on every target in turns, unless all of them are measured again already."""
+    done: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
+    if all(set(networks) <= set(done.get(config.label, {})) for config in evaluator.latency):
+        return
+    log.info("measuring the front and what is near it again, in turns: %d networks", len(networks))
+    found = {c.label: done.get(c.label, {}) | _measure(networks, evaluator, c) for c in evaluator.latency}
+    study.set_user_attr(REMEASURED, found)
+
+
+def near_trials(run: Run, trials: Sequence[Trial]) -> list[Trial]:
+    """The front and what may belong to it, given the intervals of latency; the front first, then by what beats them.
+
+    Args:
+        run: whose objectives count.
+        trials: complete ones.
+    """
+    if not trials:
+        return []
+    best, worst = run.loss_intervals(trials)
+    ranks = nondomination_ranks(run.losses(list(trials)))
+    near = np.flatnonzero(near_front(best, worst)).tolist()
+    return [trials[i] for i in sorted(near, key=lambda i: (ranks[i], *best[i]))]
+
+
+def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[str]) -> list[str]:
+    """Score named networks as the trials are, but for budgets; returns those that have scores."""
+    known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
+    free = replace(evaluator, budgets={})
+    for name in names:
+        if name in known:
+            continue
+        log.info("scoring the baseline %s", name)
+        try:
+            known[name] = {"scores": free.evaluate_network(_baseline_builder(evaluator, name)).scores.to_dict()}
+        except Exception as error:  # a foreign network may fail in any way: no reason to lose a search
+            failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
+            log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
+            known[name] = {"failure": failure}
+        study.set_user_attr(BASELINES, known)
+    return [name for name in names if "scores" in known[name]]
+
+
+def _builder(evaluator: Evaluator, trial: Trial) -> Callable[[], nn.Module]:
+    architecture = trial.architecture
+    assert architecture is not None
+    return lambda: evaluator.build(architecture)
+
+
+def _baseline_builder(evaluator: Evaluator, name: str) -> Callable[[], nn.Module]:
+    data = evaluator.data
+    return lambda: evaluator.seeded(
+        lambda: create_network(check_network_name(name), len(data.classes), data.input_size)
+    )
+
+
+def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) -> dict[str, dict[str, Any]]:
+    """Latencies of networks in turns, by name; what a runtime cannot run has a failure instead."""
+    reference = evaluator.references.get(config.label) or reference_ms(config)
+    ready: dict[str, Prepared] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, build in networks.items():
+        try:
+            ready[name] = prepare_model(build(), evaluator.data.input_size, config)
+        except TrialFailure as failure:
+            log.warning("%s cannot be measured: %s", name, failure)
+            found[name] = {"failure": f"{failure.reason}: {failure}"}
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found[name] = {"failure": f"out_of_memory: {error}"}
+    try:
+        measured: list[Latency] = measure_latencies(list(ready.values()), config, reference)
+    except (TrialFailure, RuntimeError, MemoryError) as error:
+        if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
+            raise
+        log.warning("measuring %d networks in turns failed, so one by one: %s", len(ready), error)
+        return found | {name: _measure_one(network, config, reference) for name, network in ready.items()}
+    return found | {name: asdict(latency) for name, latency in zip(ready, measured, strict=True)}
+
+
+def _measure_one(network: Prepared, config: LatencyConfig, reference: float) -> dict[str, Any]:
+    try:
+        return asdict(measure_latencies([network], config, reference)[0])
+    except TrialFailure as failure:
+        return {"failure": f"{failure.reason}: {failure}"}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"failure": f"out_of_memory: {error}"}
+
+
+def _onnxruntime(targets: Sequence[LatencyConfig]) -> LatencyConfig | None:
+    """ONNX Runtime beside an eager search on the CPU, where it is installed and no target already."""
+    first = targets[0]
+    suits = first.runtime == "eager" and first.device == "cpu" and first.dtype in RUNTIME_TRAITS["onnxruntime"].dtypes
+    if not suits or RUNTIME_TRAITS["onnxruntime"].missing or any(c.runtime == "onnxruntime" for c in targets):
+        return None
+    return replace(first, runtime="onnxruntime", channels_last=False)

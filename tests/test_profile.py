@@ -1,0 +1,204 @@
+"""What a module executes, the latency model, and profiles of a space."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import search_spaces
+from nas.architecture import Architecture
+from nas.errors import RunError, UsageError
+from nas.models import create_backbone
+from nas.profile import Profile, ProfileConfig, features_of, hold_out, profile, random_architectures, trials_of
+from nas.scoring.cost import count_cost
+from nas.scoring.latency import LatencyConfig
+from nas.scoring.latency.features import FEATURES, operation_features
+from nas.scoring.latency.model import LatencyModel
+from nas.search import SearchConfig, search
+
+MINI = search_spaces.load("mini")
+CONFIG = ProfileConfig(MINI, LatencyConfig(max_seconds=0.02, warmup_seconds=0.01, block_ms=1.0), input_size=32)
+
+
+COUNTED = ("dense", "depthwise", "pointwise", "product", "activation", "softmax", "pool")
+
+
+def test_features_are_those_of_the_layers():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+        nn.Softmax(-1),
+    )
+    features, output = operation_features(network, torch.zeros(2, 3, 16, 16))
+    assert output.shape == (2, 10)
+    macs = {k.removesuffix("_macs"): v for k, v in features.items() if k.endswith("_macs") and v}
+    assert macs == {
+        "dense": 2 * 64 * 8 * 3 * 9,
+        "depthwise": 2 * 64 * 8 * 25,
+        "pointwise": 2 * 64 * 16 * 8,
+        "product": 2 * 16 * 10,
+    }
+    counts = {k.removesuffix("_count"): v for k, v in features.items() if k.endswith("_count") and v}
+    assert counts == dict.fromkeys(COUNTED, 1)
+    assert features["activation_elements"] == 2 * (2 * 8 * 64)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_hold_all_multiply_adds(seed):
+    """A second count: stem, stages and head together have the MACs of `count_cost`."""
+    architecture = MINI.sample(np.random.default_rng(seed))
+    rows = features_of(architecture, 32, 1)
+    assert rows.shape == (2 + len(architecture.stages), len(FEATURES))
+    columns = [i for i, name in enumerate(FEATURES) if name.endswith("_macs")]
+    cost = count_cost(create_backbone(architecture, 1000), (3, 32, 32))
+    assert rows[:, columns].sum() == cost.macs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_are_counted_once_and_multiplied(seed):
+    """A second count: the whole network executed at its real depth."""
+    architecture = search_spaces.load("mobile").sample(np.random.default_rng(seed))
+    backbone = create_backbone(architecture, 1000, device="meta").eval()
+    whole, _ = operation_features(backbone, torch.empty(1, 3, 64, 64))
+    np.testing.assert_array_equal(features_of(architecture, 64, 1).sum(axis=0), [whole[name] for name in FEATURES])
+
+
+def synthetic(rng, n, pieces=4):
+    """Networks whose pieces take a weighted sum of their features, times a smooth curve of one of them."""
+    weights = np.array([2e-3, 5e-6, 1e-6])
+    rows = [
+        np.stack([[rng.integers(1, 20), rng.uniform(1e4, 1e6), rng.uniform(1e4, 1e6)] for _ in range(pieces)])
+        for _ in range(n)
+    ]
+
+    def ms(row):
+        return row @ weights * (1 + 0.3 * np.sin(np.log(row[:, 1])))
+
+    return rows, [ms(row) for row in rows]
+
+
+def test_the_model_learns_what_is_there():
+    rng = np.random.default_rng(0)
+    rows, times = synthetic(rng, 200)
+    wholes = np.array([1.1 * t.sum() for t in times[:40]])
+    noisy = np.concatenate(times) * rng.lognormal(0, 0.02, 800)
+    model = LatencyModel.fit(np.concatenate(rows), noisy, rows[:40], wholes)
+    new, truth = synthetic(rng, 60)
+    predicted, std = model.predict(new)
+    error = predicted / np.array([1.1 * t.sum() for t in truth]) - 1
+    assert np.abs(error).mean() < 0.05
+    assert 0 < std[0] < 0.1
+    assert (np.abs(error) < 3 * std).mean() > 0.9
+
+
+def test_more_work_is_predicted_to_take_longer():
+    rng = np.random.default_rng(1)
+    rows, times = synthetic(rng, 100)
+    model = LatencyModel.fit(
+        np.concatenate(rows), np.concatenate(times), rows[:20], np.array([t.sum() for t in times[:20]])
+    )
+    (small, large), _ = model.predict([rows[0], np.concatenate([rows[0], rows[1]])])
+    assert small < large
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory) -> Profile:
+    """Just enough for a model."""
+    path = tmp_path_factory.mktemp("profile") / "mini"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.profile.WHOLE_EVERY", 2)
+        patch.setattr("nas.profile.PIECE", {"target": 0.5, "max_seconds": 0.01, "warmup_seconds": 0.0, "block_ms": 1.0})
+        while not path.exists() or len(Profile.open(path).records()) < 10:
+            minutes = sum(r["seconds"] for r in Profile.open(path).records()) / 60 if path.exists() else 0.0
+            found = profile(CONFIG, path, minutes + 1e-6)
+    return found
+
+
+def test_a_profile_keeps_what_was_measured(profiled):
+    records = profiled.records()
+    draws = random_architectures(MINI, 0)
+    for i, record in enumerate(records):
+        assert Architecture.from_dict(record["architecture"]) == next(draws)
+        assert len(record["pieces_ms"]) == 5
+        assert all(ms > 0 for ms in record["pieces_ms"])
+        assert ("whole_ms" in record) == (i % 2 == 0)
+    again = Profile.open(profiled.path)
+    assert (again.path, again.reference_ms, again.config.space) == (profiled.path, profiled.reference_ms, MINI)
+    assert again.config.to_dict() | {"latency": 0} == CONFIG.to_dict() | {"latency": 0}
+
+
+def test_a_profile_goes_on_and_survives_a_torn_line(profiled, tmp_path):
+    import shutil
+
+    path = tmp_path / "copy"
+    shutil.copytree(profiled.path, path)
+    lines = (path / "pieces.jsonl").read_text().splitlines()[:3]
+    (path / "pieces.jsonl").write_text("\n".join([*lines, lines[0][:40]]))
+    spent = sum(json.loads(line)["seconds"] for line in lines)
+    seen = []
+    more = profile(CONFIG, path, spent / 60 + 1e-6, lambda count, seconds: seen.append(count))
+    assert seen == [4]
+    assert [r["architecture"] for r in more.records()] == [r["architecture"] for r in profiled.records()[:4]]
+    profile(CONFIG, path, 0.0, lambda *_: pytest.fail("its time was over"))
+
+
+def test_another_configuration_is_refused(profiled):
+    with pytest.raises(RunError, match="another seed"):
+        profile(replace(CONFIG, seed=1), profiled.path, 0.1)
+    with pytest.raises(UsageError, match="too small"):
+        replace(CONFIG, input_size=2)
+
+
+def test_held_out_networks_are_others_and_are_predicted(profiled):
+    report = hold_out(profiled, 6)
+    assert report["count"] == 6
+    keys = {entry["key"] for entry in report["architectures"]}
+    assert not keys & {Architecture.from_dict(r["architecture"]).key for r in profiled.records()}
+    errors = [abs(e["predicted_ms"] / e["measured_ms"] - 1) for e in report["architectures"]]
+    assert report["mape"] == pytest.approx(100 * np.mean(errors))
+    assert report["within_10"] == pytest.approx(np.mean([e <= 0.1 for e in errors]))
+    assert hold_out(profiled, 6) == report, "nothing is measured twice"
+
+
+def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
+    run = search(
+        SearchConfig(
+            space=MINI,
+            objectives=("latency", "accuracy"),
+            proxy="params",
+            trials=3,
+            latency_seconds=0.02,
+            input_size=32,
+            device="cpu",
+            out=tmp_path / "run",
+        )
+    )
+    trials = trials_of(run, profiled)
+    assert [a.key for a, _ in trials] == [t.key for t in run.trials()]
+    scale = profiled.reference_ms / run.manifest["latency_references"]["cpu-eager"]
+    assert [ms for _, ms in trials] == pytest.approx([t.scores.latency_ms * scale for t in run.trials()])
+    slow = [(a, 1000.0 * ms) for a, ms in trials] * 20
+    (taught,), _ = profiled.predict(profiled.fit(slow), [trials[0][0]])
+    assert taught > 10 * profiled.predict(profiled.fit(), [trials[0][0]])[0], "many of them outvote what was profiled"
+    other = replace(profiled, config=replace(CONFIG, input_size=64))
+    with pytest.raises(UsageError, match="was measured with input_size 32, the profile with 64"):
+        trials_of(run, other)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 9}'])
+def test_a_damaged_profile_is_refused(tmp_path, content):
+    (tmp_path / "profile.json").write_text(content)
+    with pytest.raises(RunError):
+        Profile.open(tmp_path)
+    with pytest.raises(RunError, match="not a profile"):
+        Profile.open(tmp_path / "missing")

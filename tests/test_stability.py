@@ -1,0 +1,225 @@
+"""Does an order hold, what is near a front, what follows a search."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import search_spaces
+from nas.errors import UsageError
+from nas.measure import REST, agreement, measure
+from nas.models.zoo import check_network_name, create_network
+from nas.runs import ELSEWHERE, REMEASURED, Run
+from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES
+from nas.search import SearchConfig, search
+from nas.search.pareto import near_front, non_dominated
+from nas.search.stability import compare_orders, rank_correlation
+from nas.targets import resolve_all
+
+
+def sure(**figures: float) -> dict[str, tuple[float, float]]:
+    return {name: (ms, 0.0) for name, ms in figures.items()}
+
+
+def test_an_order_that_holds():
+    held = compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": (1.1, 0.01), "b": (2.2, 0.01), "c": (3.3, 0.01)})
+    assert (held.pairs, held.held, held.tied, held.held_apart) == (2, 2, (), 2)
+    assert "2 of 2 neighbouring pairs" in held.verdict
+
+
+def test_an_order_that_does_not_hold_and_a_tie():
+    second = {"a": (1.02, 0.02), "b": (1.0, 0.02), "c": (3.0, 0.01), "d": (2.5, 0.01)}
+    held = compare_orders(sure(a=1.0, b=1.01, c=2.4, d=2.6), second)
+    assert held.pairs == 3
+    assert held.held == 1  # b before c; a and b, c and d turned round
+    assert held.tied == (("a", "b"),)
+    assert held.held_apart == 1  # of b-c and c-d
+    assert "1 of the 2 that are not tied" in held.verdict
+    assert "statistically tied: a and b" in held.verdict
+
+
+def test_either_measurement_may_declare_a_tie():
+    sharp, vague = {"a": (1.0, 0.01), "b": (1.1, 0.01)}, {"a": (1.0, 0.2), "b": (1.1, 0.2)}
+    assert not compare_orders(sharp, sharp).tied
+    for first, second in ((sharp, vague), (vague, sharp), (vague, vague)):
+        assert compare_orders(first, second).tied == (("a", "b"),)
+
+
+def test_only_what_was_measured_twice_is_compared():
+    assert compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": (1.0, 0.1), "c": (3.0, 0.1)}).pairs == 1
+    for second in ({}, {"a": (1.0, 0.1)}):
+        assert compare_orders(sure(a=1.0, b=2.0), second).pairs == 0
+    assert "nothing to compare" in compare_orders({}, {}).verdict
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rho"),
+    [([1, 2, 3], [2, 4, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2], [1, 2], None), ([1, 1, 1], [1, 2, 3], None)],
+)
+def test_rank_correlation(first, second, rho):
+    found = rank_correlation(first, second)
+    assert found is None if rho is None else found == pytest.approx(rho)
+
+
+def brute_force_near(best, worst) -> list[bool]:
+    return [
+        not any((worst[j] <= best[i]).all() and (worst[j] < best[i]).any() for j in range(len(best)))
+        for i in range(len(best))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_near_front_is_what_no_other_beats_for_certain(seed):
+    rng = np.random.default_rng(seed)
+    middle = rng.integers(0, 12, (40, 2 + seed % 2)).astype(float)
+    reach = rng.integers(0, 3, middle.shape).astype(float)
+    reach[:, 1] = 0
+    near = near_front(middle - reach, middle + reach)
+    assert near.tolist() == brute_force_near(middle - reach, middle + reach)
+    assert (near | ~non_dominated(middle)).all(), "the front itself is always near"
+    np.testing.assert_array_equal(near_front(middle, middle), non_dominated(middle))
+
+
+def test_near_front_of_nothing():
+    assert near_front(np.empty((0, 2)), np.empty((0, 2))).tolist() == []
+
+
+def quick(tmp_path, **changes) -> SearchConfig:
+    base = SearchConfig(
+        space=search_spaces.load("mini"),
+        objectives=("latency", "accuracy"),
+        proxy="params",
+        trials=6,
+        latency_seconds=0.05,
+        out=tmp_path / "run",
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A search with a baseline, and a network that no small image suits."""
+    config = quick(
+        tmp_path_factory.mktemp("search"), baselines=("test_vit", "cas_vit_xs", "timm:mobilenetv3_small_050")
+    )
+    return search(config)
+
+
+def test_the_front_is_that_of_the_second_measurement(run):
+    again = run.attributes[REMEASURED]["cpu-eager"]
+    first = {t.key: t for t in run.trials(remeasured=False)}
+    front = run.front(list(first.values()))
+    assert {t.key for t in front} <= again.keys(), "all of the first front was measured again"
+    for trial in run.trials():
+        if trial.key in again:
+            assert trial.scores.latency_ms == again[trial.key]["ms"]
+            assert trial.scores.latency_search_ms == first[trial.key].scores.latency_ms
+            assert trial.scores.latency_low_ms <= trial.scores.latency_ms <= trial.scores.latency_high_ms
+        else:
+            assert trial.scores == first[trial.key].scores
+    losses = run.losses(run.trials())
+    expected = {t.key for t, on in zip(run.trials(), non_dominated(losses), strict=True) if on}
+    assert {t.key for t in run.front()} == expected
+    assert any("order stability" in line or "neighbouring pairs" in line for line in run.verdicts())
+
+
+def test_baselines_are_scored_like_the_points_and_measured_with_them(run):
+    baselines = run.baselines()
+    assert set(baselines) == {"test_vit", "cas_vit_xs", "timm:mobilenetv3_small_050"}
+    for name, scores in baselines.items():
+        assert scores.latency_ms == run.attributes[REMEASURED]["cpu-eager"][name]["ms"]
+        assert scores.proxy == scores.params
+    front = run.front()
+    for scores in baselines.values():
+        beaten = [
+            t.key
+            for t in front
+            if t.scores.latency_ms <= scores.latency_ms
+            and t.scores.proxy >= scores.proxy
+            and (t.scores.latency_ms, t.scores.proxy) != (scores.latency_ms, scores.proxy)
+        ]
+        assert run.beaten(front, scores) == beaten
+
+
+def test_the_front_is_measured_in_onnxruntime_too(run):
+    if RUNTIME_TRAITS["onnxruntime"].missing:
+        assert ELSEWHERE not in run.attributes
+        return
+    there = run.attributes[ELSEWHERE]["cpu-onnxruntime"]
+    assert {t.key for t in run.front()} <= there.keys()
+    assert all(entry["ms"] > 0 for entry in there.values())
+
+
+def test_a_resume_with_nothing_to_do_measures_nothing_again(run, monkeypatch):
+    before = run.attributes
+    monkeypatch.setattr("nas.search.finish.measure_latencies", None)
+    search(SearchConfig.from_run(run))
+    assert run.attributes == before
+
+
+def test_a_runtime_that_cannot_run_some_networks_does_not_stop_a_search(tmp_path, monkeypatch):
+    calls = itertools.count()
+
+    def sometimes(probe, images, config):
+        if next(calls) % 3 == 2:
+            raise NotImplementedError("no rule for aten.unheard_of\nand a long story")
+        return RUNTIMES["eager"](probe, images, config)
+
+    monkeypatch.setitem(RUNTIMES, "compile", sometimes)
+    run = search(quick(tmp_path, runtime="compile", trials=4))
+    failed = [t for t in run.trials() if t.state == "failed"]
+    assert failed
+    assert {t.failure for t in failed} == {
+        "runtime: compile cannot run it: NotImplementedError: no rule for aten.unheard_of"
+    }
+    assert sum(t.state == "complete" for t in run.trials()) == 4
+
+
+def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
+    monkeypatch.setitem(RUNTIMES, "compile", RUNTIMES["eager"])
+    run = search(quick(tmp_path, also=(("cpu", "compile"),), trials=3))
+    assert [o.name for o in run.objectives] == ["latency@cpu-eager", "latency@cpu-compile", "proxy_params"]
+    for trial in run.front():
+        values = [o.read(trial.scores) for o in run.objectives]
+        assert len(set(values)) == 3
+        assert all(v > 0 for v in values)
+        low, high = run.objectives[1].interval(trial.scores)
+        assert low <= values[1] <= high
+    text = (run.path / "front.csv").read_text(encoding="utf-8")
+    assert "latency_ms@cpu-compile" in text
+    assert set(run.reference) == {o.name for o in run.objectives}
+    with pytest.raises(UsageError, match="each may be named once"):
+        quick(tmp_path, also=(("auto", "eager"),))
+
+
+def test_a_finished_front_measured_again_elsewhere(run):
+    targets = resolve_all(str(run.path))
+    assert [t.name.partition("@")[2] for t in targets] == [t.key for t in run.front()]
+    rows = measure(targets, max_seconds=0.05)
+    if len(targets) > 1:
+        (line,) = agreement(targets, rows)
+        assert "neighbouring pairs of its points have the same order on cpu-eager as in the run" in line
+    assert all(row["runtime"] == "eager" and row["latency_ms"] > 0 for row in rows)
+
+
+def test_parts_and_rest_make_the_whole():
+    (row,) = measure(resolve_all("cas_vit_xs"), input_size=64, per_stage=True, max_seconds=0.05, device="cpu")
+    parts = {part["part"]: part["latency_ms"] for part in row["parts"]}
+    assert list(parts) == ["stem", *(f"stages.{i}" for i in range(4)), "norm", "head", REST]
+    assert sum(parts.values()) == pytest.approx(row["latency_ms"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:vit_tiny_patch16_224", "cas_vit_xs"])
+def test_networks_by_name_take_the_images_they_are_asked_for(name):
+    model = create_network(check_network_name(name), 7, (3, 64, 64))
+    assert model.num_classes == 7
+
+
+def test_unknown_and_unsuited_networks_are_refused():
+    with pytest.raises(UsageError, match="unknown network"):
+        check_network_name("resnet1818")
+    with pytest.raises(UsageError, match="does not take images of 8x8"):
+        create_network("levit_128s", 7, (3, 8, 8))
