@@ -39,8 +39,6 @@ MAX_DEPTH = 2
 """Blocks of a profiled stage at most: a stage's time grows by a block's with each block."""
 WHOLE_EVERY = 3
 """Of every so many networks, one is timed as a whole at its real depth, to learn what the sum of the pieces lacks."""
-WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0}
-"""How such a network is timed: in turns as long as any measurement's, or the model would learn another protocol."""
 SHARED = ("runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "command")
 """Conditions that a run and a profile must share for the run's trials to teach the profile's model."""
 PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
@@ -408,7 +406,8 @@ def _measure_pieces(architecture: Architecture, found: Profile, whole: bool) -> 
     latencies = measure_latencies(ready, config, found.reference_ms)
     record: dict[str, Any] = {"pieces_ms": [latency.ms for latency in latencies], "drift": latencies[0].drift}
     if whole:
-        config = replace(found.config.latency, **WHOLE)
+        ready.clear()  # as in any measurement, nothing else is ready beside it
+        config = found.config.latency
         network = prepare_module(create_backbone(architecture, NUM_CLASSES).eval(), images, config)
         (latency,) = measure_latencies([network], config, found.reference_ms)
         record |= {"whole_ms": latency.ms, "whole_drift": latency.drift}

@@ -505,8 +505,9 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     )
 
 
-LATENCY_PARTS = tuple(
-    "ms low_ms high_ms spread raw_ms q1_ms q3_ms drift passes rounds steady waited prepare_seconds".split()
+LATENCY_PARTS = (
+    *("ms", "low_ms", "high_ms", "spread", "raw_ms", "q1_ms", "q3_ms"),
+    *("drift", "passes", "rounds", "steady", "waited", "prepare_seconds"),
 )
 """Of a measured latency, what `Scores` holds as `latency_PART`."""
 

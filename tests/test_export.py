@@ -50,7 +50,10 @@ with torch.inference_mode():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("export") / "run"
-    return search(SearchConfig(space=search_spaces.load("mini"), trials=3, epochs=1, sampler="random", out=out))
+    config = SearchConfig(
+        space=search_spaces.load("mini"), trials=3, epochs=1, sampler="random", latency_seconds=0.02, out=out
+    )
+    return search(config)
 
 
 def test_every_export_of_a_front_loads_with_only_torch_and_timm(run):

@@ -26,6 +26,7 @@ from torch import nn
 from nas.errors import TrialFailure, UsageError
 from nas.machine import exclusive
 from nas.models import Backbone
+from nas.scoring.cost import count_cost
 from nas.scoring.latency import (
     DTYPES,
     RUNTIME_TRAITS,
@@ -271,17 +272,28 @@ def test_a_damaged_file_is_measured_anew(content):
 
 def test_the_reference_network_does_not_change():
     """Every figure hangs on it: another network needs another VERSION."""
-    torch.manual_seed(0)
     network = ReferenceNetwork().eval()
+    cost = count_cost(network, INPUT_SIZE)
+    assert (cost.params, cost.uncounted) == (REFERENCE_PARAMS, ())
+    assert (
+        cost.macs
+        == 64**2 * 27 * 24 + 32**2 * (9 * 24 * 48 + 3 * LOCAL_MACS) + 256 * (9 * 48 * 128 + 3 * TOKEN_MACS) + 128_000
+    )
+    names = ["stem", "local", "down", "tokens", "head"]
+    assert [name for name, _ in network.named_children()] == names
     with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(0.01)
         output = network(torch.ones(1, *INPUT_SIZE))
-    assert sum(p.numel() for p in network.parameters()) == REFERENCE_PARAMS
-    assert output.shape == (1, 1000)
+    torch.testing.assert_close(output, torch.full((1, 1000), PINNED), rtol=1e-4, atol=0)
 
 
 STEM = (3 * 24 + 24 * 48) * 9 + 24 + 48
 LOCAL = 48 * 9 + 48 + 2 * 48 * 192 + 192 + 48
 TOKEN = 2 * 2 * 128 + (128 + 1) * 384 + (128 + 1) * 128 + (128 + 1) * 256 + (256 + 1) * 128
+LOCAL_MACS = 9 * 48 + 2 * 48 * 192
+TOKEN_MACS = 128 * (384 + 128 + 2 * 256) + 2 * 256 * 128
+PINNED = 4.351604  # with every weight at 0.01 and an image of ones
 REFERENCE_PARAMS = STEM + 3 * LOCAL + 48 * 128 * 9 + 128 + 3 * TOKEN + 129 * 1000
 
 
@@ -424,7 +436,7 @@ def test_every_runtime_gives_ordered_figures(runtime, dtype):
     assert result.threads == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_every_mixer_can_be_timed(tiny, runtime):
     need(runtime)
     config = LatencyConfig(runtime=runtime, **QUICK | {"folded": True})

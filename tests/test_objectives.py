@@ -198,7 +198,11 @@ def test_values_for_people(name, value, text):
 # Scores
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 10**12)
-scores = st.builds(Scores, **dict.fromkeys(sorted(FIELDS), numbers))
+entries = st.dictionaries(
+    st.sampled_from(["ms", "low_ms", "high_ms"]), st.floats(allow_nan=False, allow_infinity=False)
+)
+others = st.dictionaries(st.text(max_size=20), entries, max_size=2)
+scores = st.builds(Scores, **dict.fromkeys(sorted(FIELDS - {"others"}), numbers), others=others)
 
 
 @given(scores)

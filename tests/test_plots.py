@@ -22,7 +22,13 @@ from nas.search import SearchConfig, search
 def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("plots") / "first"
     config = SearchConfig(
-        space=search_spaces.load("mini"), objectives=("latency", "accuracy"), proxy="params", trials=4, out=out
+        space=search_spaces.load("mini"),
+        objectives=("latency", "accuracy"),
+        proxy="params",
+        trials=4,
+        baselines=("mobilenetv3_small_050",),
+        latency_seconds=0.02,
+        out=out,
     )
     return search(config)
 

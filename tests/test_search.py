@@ -41,7 +41,14 @@ TINY = SearchSpace(
 
 def analytic_config(tmp_path, **changes) -> SearchConfig:
     """Exact scores only: MACs against the untrained proxy `params`."""
-    base = SearchConfig(space=TINY, objectives=("macs", "accuracy"), proxy="params", trials=6, out=tmp_path / "run")
+    base = SearchConfig(
+        space=TINY,
+        objectives=("macs", "accuracy"),
+        proxy="params",
+        trials=6,
+        latency_seconds=0.02,
+        out=tmp_path / "run",
+    )
     return replace(base, **changes)
 
 
@@ -80,7 +87,7 @@ def test_all_of_mini_gives_the_brute_force_front(tmp_path):
 
 def test_the_main_job_scores_all_it_should(tmp_path):
     seen = []
-    config = SearchConfig(space=MINI, trials=3, epochs=1, out=tmp_path / "run")
+    config = SearchConfig(space=MINI, trials=3, epochs=1, latency_seconds=0.02, out=tmp_path / "run")
     run = search(config, seen.append)
     trials = [t for t in run.trials() if t.state == "complete"]
     assert [p.scored for p in seen] == [0, 1, 2, 3]
@@ -146,7 +153,13 @@ def test_budgets_prune_before_training_and_say_by_how_much(tmp_path):
     costs = sorted(count_cost(create_backbone(a, 10), (3, 32, 32)).macs for a in TINY)
     budget = float(costs[len(costs) // 2])
     config = SearchConfig(
-        space=TINY, trials=5, epochs=1, sampler="random", budgets={"macs": budget}, out=tmp_path / "run"
+        space=TINY,
+        trials=5,
+        epochs=1,
+        sampler="random",
+        budgets={"macs": budget},
+        latency_seconds=0.02,
+        out=tmp_path / "run",
     )
     run = search(config)
     trials = run.trials()
@@ -423,6 +436,7 @@ def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
     """A real process, killed without warning while a trial runs; the resumed run has every trial once."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "cli", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
+    command += ["--latency-seconds", "0.02"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("[2/5]"):

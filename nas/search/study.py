@@ -411,7 +411,9 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
     if open_ones:
         measured = 0
         log.info("measuring the largest architectures of %s to fix the reference point", config.space.name)
-        cheap = replace(evaluator, objectives=tuple({_base(o) for o in open_ones}), budgets={})
+        # a corner need not be known to the percent
+        roughly = tuple(replace(target, target=0.05, max_seconds=0.5) for target in evaluator.latency)
+        cheap = replace(evaluator, objectives=tuple({_base(o) for o in open_ones}), budgets={}, latency=roughly)
         for architecture in config.space.largest():
             with contextlib.suppress(TrialFailure):
                 scores = cheap.evaluate(architecture).scores
