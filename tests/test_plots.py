@@ -46,6 +46,9 @@ def test_three_files_that_open(run, tmp_path):
             assert line.partition(": ")[2] in page
     assert "Latency (ms, eager, fp32, batch 1, batch norms folded)" in page
     assert "Proxy params (untrained)" in page
+    assert "the front dominates 0 of 1 baselines" in page
+    assert "baselines outside the picture: mobilenetv3_small_050" in page
+    assert "neighbouring pairs" in page
     assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
 
 

@@ -145,12 +145,41 @@ def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, f
     ]
 
 
+def _window(objective: Objective, scored: list[tuple[Run, list[Trial], list[Trial]]]) -> tuple[float, float]:
+    """The part of an axis that is shown: all architectures, and baselines that are not so far off as to crowd them."""
+    own = _values(objective, [t for _, trials, _ in scored for t in trials])
+    low, high = min(own), max(own)
+    reach = high - low or abs(high) or 1.0
+    beside = [
+        value for run, _, _ in scored for s in run.baselines().values() if (value := objective.read(s)) is not None
+    ]
+    near = [value for value in beside if low - reach <= value <= high + reach]
+    low, high = min([low, *near]), max([high, *near])
+    margin = 0.07 * (high - low or abs(high) or 1.0)
+    return low - margin, high + margin
+
+
+def _far_off(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> list[str]:
+    """Baselines that lie outside the windows, with their values."""
+    objectives = scored[0][0].objectives
+    windows = {objective: _window(objective, scored) for objective in objectives}
+    found = []
+    for run, _, _ in scored:
+        for name, scores in run.baselines().items():
+            values = {o: value for o in objectives if (value := o.read(scores)) is not None}
+            if any(not windows[o][0] <= value <= windows[o][1] for o, value in values.items()):
+                found.append(f"{name} ({', '.join(format_value(o, value) for o, value in values.items())})")
+    return found
+
+
 def _summary(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
     """What is known of the first run's front beyond the picture: which baselines it beats, whether its order held."""
     run, _, front = scored[0]
     baselines = run.baselines()
     beaten = [name for name, scores in baselines.items() if run.beaten(front, scores)]
     lines = [f"the front dominates {len(beaten)} of {len(baselines)} baselines: {', '.join(beaten) or 'none'}"]
+    if far := _far_off(scored):
+        lines.append(f"baselines outside the picture: {', '.join(far)}")
     return "\n".join((lines if baselines else []) + run.verdicts())
 
 
@@ -174,9 +203,14 @@ def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         everything = [t for _, trials, _ in scored for t in trials]
-        for which, set_scale in ((objectives[0], axes.set_xscale), (objective, axes.set_yscale)):
+        for which, set_scale, set_limits in (
+            (objectives[0], axes.set_xscale, axes.set_xlim),
+            (objective, axes.set_yscale, axes.set_ylim),
+        ):
             if _use_log(_values(which, everything)):
                 set_scale("log")
+            elif any(run.baselines() for run, _, _ in scored):
+                set_limits(*_window(which, scored))
     present = dict.fromkeys(_mixer(t) for _, trials, _ in scored for t in trials)
     handles = [
         Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=f"mostly {name}")
@@ -263,7 +297,8 @@ def _draw_run(
         )
     for label, at_x, at_y in _baselines(run, x, y):
         axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors="#333333", linewidths=1, zorder=4)
-        axes.annotate(label, (at_x, at_y), xytext=(5, -9), textcoords="offset points", fontsize=6.5, color="#333333")
+        style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": "#333333"}
+        axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)
 
 
 def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
@@ -314,6 +349,8 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
             scale = "log" if _use_log(_values(which, everything)) else "linear"
             update(title_text=escape(axis_title(which, scored[0][0])), type=scale, row=1, col=column)
+            if scale == "linear" and any(run.baselines() for run, _, _ in scored):
+                update(range=_window(which, scored), row=1, col=column)
     title = _title(scored)
     figure.update_layout(
         template="plotly_white",
