@@ -1,6 +1,6 @@
 """Each runtime's output beside eager's, and what it makes of the latency.
 
-    python benchmarks/runtimes.py [--device cpu] [--threads N]
+    python benchmarks/runtimes.py [--device cpu] [--threads N] [--networks NAME,…]
 
 The deviation is max|a - b| / max|b| against eager in the same type; 1e-3 is allowed in fp32, 2e-2 in the others.
 """
@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="names, with commas between")
     arguments = parser.parse_args()
     versions = describe_software()
     packages = ", ".join(f"{n} {versions[n]}" for n in ("torch", "onnxruntime", "openvino") if n in versions)
@@ -42,7 +43,7 @@ def main() -> None:
         "| network | runtime | type | latency | 95 % interval | deviation | made ready in |\n"
         "|---|---|---|---:|---:|---:|---:|"
     )
-    for name in NETWORKS:
+    for name in arguments.networks.split(","):
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
         for runtime, traits in RUNTIME_TRAITS.items():

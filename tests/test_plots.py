@@ -68,7 +68,7 @@ def test_three_objectives_give_two_panels(tmp_path):
 
 
 def test_several_runs_are_overlaid(run, tmp_path):
-    config = replace(SearchConfig.from_run(run), seed=1, out=tmp_path / "second")
+    config = replace(SearchConfig.from_run(run), seed=1, trials=2, baselines=(), out=tmp_path / "second")
     other = search(config)
     _, _, html = plots.plot([run, other], tmp_path)
     page = html.read_text()
@@ -77,13 +77,15 @@ def test_several_runs_are_overlaid(run, tmp_path):
 
 
 def test_runs_with_other_objectives_are_refused(run, tmp_path):
-    other = search(replace(SearchConfig.from_run(run), objectives=("macs", "params"), out=tmp_path / "other", trials=1))
+    config = replace(SearchConfig.from_run(run), objectives=("macs", "params"), baselines=(), trials=1)
+    other = search(replace(config, out=tmp_path / "other"))
     with pytest.raises(UsageError, match="different objectives"):
         plots.plot([run, other], tmp_path)
 
 
 def test_trained_and_untrained_accuracy_are_not_mixed(run, tmp_path):
-    trained = search(replace(SearchConfig.from_run(run), proxy="train", epochs=1, trials=1, out=tmp_path / "trained"))
+    config = replace(SearchConfig.from_run(run), proxy="train", epochs=1, baselines=(), trials=1)
+    trained = search(replace(config, out=tmp_path / "trained"))
     with pytest.raises(UsageError, match=r"proxy_params.*accuracy"):
         plots.plot([run, trained], tmp_path)
 
