@@ -67,7 +67,7 @@ def main() -> None:
         child(arguments)
         return
 
-    from nas.search.stability import compare_orders, rank_correlation
+    from nas.search.stability import as_figure, compare_orders, rank_correlation
 
     found = []
     for _ in range(2):
@@ -78,10 +78,7 @@ def main() -> None:
         with open(arguments.raw, "w", encoding="utf-8") as file:
             json.dump(found, file)
     first, second = (f["figures"] for f in found)
-    figures = [
-        {key: (f["ms"], (f["high_ms"] - f["low_ms"]) / 2 / f["ms"]) for key, f in each.items()}
-        for each in (first, second)
-    ]
+    figures = [{k: as_figure(f["ms"], f["low_ms"], f["high_ms"]) for k, f in each.items()} for each in (first, second)]
     held = compare_orders(*figures)
     fronts = [
         compare_orders(*({key: each[key] for key in front(first, sizes)} for each in figures))

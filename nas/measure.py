@@ -22,7 +22,7 @@ from .scoring.latency import (
     prepare_parts,
 )
 from .scoring.memory import is_out_of_memory, measure_memory_mib
-from .search.stability import Figure, compare_orders, rank_correlation
+from .search.stability import as_figure, compare_orders, rank_correlation
 from .targets import Target
 
 REST = "(rest)"
@@ -167,10 +167,6 @@ def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
     return [*rows, {"part": REST, "latency_ms": rest, "share": rest / whole.ms}]
 
 
-def _figure(ms: float, low_ms: float, high_ms: float) -> Figure:
-    return ms, (high_ms - low_ms) / 2 / ms
-
-
 def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list[str]:
     """How far the order of a run's points, as recorded there, is the order measured now: a line for each run."""
     runs: dict[str, list[int]] = defaultdict(list)
@@ -181,9 +177,9 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
     for run, members in runs.items():
         if len(members) < 2:
             continue
-        before = {targets[i].name: _figure(*(targets[i].recorded or (0.0, 0.0, 0.0))) for i in members}
+        before = {targets[i].name: as_figure(*(targets[i].recorded or (0.0, 0.0, 0.0))) for i in members}
         names = ("latency_ms", "latency_low_ms", "latency_high_ms")
-        now = {targets[i].name: _figure(*(rows[i][name] for name in names)) for i in members}
+        now = {targets[i].name: as_figure(*(rows[i][name] for name in names)) for i in members}
         held = compare_orders(before, now)
         rho = rank_correlation([ms for ms, _ in before.values()], [ms for ms, _ in now.values()])
         row = rows[members[0]]

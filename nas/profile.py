@@ -27,7 +27,15 @@ from .machine import describe_machine, describe_software, machine_name
 from .models import Backbone, create_backbone
 from .models.blocks import Stage
 from .runs import Run, write_file
-from .scoring.latency import LatencyConfig, Prepared, measure_latencies, prepare_module, random_images, reference_ms
+from .scoring.latency import (
+    LatencyConfig,
+    Prepared,
+    measure_latencies,
+    measure_latency,
+    prepare_module,
+    random_images,
+    reference_ms,
+)
 from .scoring.latency.features import FEATURES, operation_features
 from .scoring.latency.model import LatencyModel
 from .search.stability import rank_correlation
@@ -280,8 +288,7 @@ def hold_out(
         record: dict[str, Any] = {"architecture": architecture.to_dict()}
         try:
             network = create_backbone(architecture, NUM_CLASSES).eval()
-            prepared = prepare_module(network, random_images(_image(config), config.latency), config.latency)
-            latency = measure_latencies([prepared], config.latency, found.reference_ms)[0]
+            latency = measure_latency(network, _image(config), config.latency, found.reference_ms)
             record |= {"ms": latency.ms, "low_ms": latency.low_ms, "high_ms": latency.high_ms, "drift": latency.drift}
         except TrialFailure as failure:
             record["failure"] = f"{failure.reason}: {failure}"
@@ -397,7 +404,7 @@ def _image(config: ProfileConfig) -> tuple[int, int, int]:
 def _measure_pieces(architecture: Architecture, found: Profile, whole: bool) -> dict[str, Any]:
     config = replace(found.config.latency, **PIECE)
     backbone = create_backbone(_shallow(architecture), NUM_CLASSES).eval()
-    x = images = random_images(_image(found.config), config)
+    x = random_images(_image(found.config), config)
     ready: list[Prepared] = []
     for piece in _pieces(backbone):
         ready.append(prepare_module(piece, x, config))
@@ -407,9 +414,8 @@ def _measure_pieces(architecture: Architecture, found: Profile, whole: bool) -> 
     record: dict[str, Any] = {"pieces_ms": [latency.ms for latency in latencies], "drift": latencies[0].drift}
     if whole:
         ready.clear()  # as in any measurement, nothing else is ready beside it
-        config = found.config.latency
-        network = prepare_module(create_backbone(architecture, NUM_CLASSES).eval(), images, config)
-        (latency,) = measure_latencies([network], config, found.reference_ms)
+        network = create_backbone(architecture, NUM_CLASSES).eval()
+        latency = measure_latency(network, _image(found.config), found.config.latency, found.reference_ms)
         record |= {"whole_ms": latency.ms, "whole_drift": latency.drift}
     return record
 

@@ -28,9 +28,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
 from .errors import RunError, UsageError
-from .search.objectives import OBJECTIVES, Objective, Scores, parse_objectives
+from .search.objectives import OBJECTIVES, Objective, Scores, latency_fields, other_entry, parse_objectives
 from .search.pareto import hypervolume, non_dominated
-from .search.stability import Figure, compare_orders, rank_correlation
+from .search.stability import Figure, as_figure, compare_orders, rank_correlation
 
 if TYPE_CHECKING:
     import torch
@@ -204,14 +204,9 @@ class Run:
             if found is None or "failure" in found:
                 continue
             if i:
-                entry = {part: found[part] for part in ("ms", "low_ms", "high_ms", "spread")}
-                scores = replace(scores, others={**scores.others, target: entry})
+                scores = replace(scores, others={**scores.others, target: other_entry(found)})
             else:
-                scores = replace(
-                    scores,
-                    latency_search_ms=scores.latency_ms,
-                    **{f"latency_{part}": found[part] for part in LATENCY_PARTS},
-                )
+                scores = replace(scores, latency_search_ms=scores.latency_ms, **latency_fields(found))
         return scores
 
     def baselines(self) -> dict[str, Scores]:
@@ -505,17 +500,10 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     )
 
 
-LATENCY_PARTS = (
-    *("ms", "low_ms", "high_ms", "spread", "raw_ms", "q1_ms", "q3_ms"),
-    *("drift", "passes", "rounds", "steady", "waited", "prepare_seconds"),
-)
-"""Of a measured latency, what `Scores` holds as `latency_PART`."""
-
-
 def _measured(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
     """Name -> latency with its uncertainty, without failures."""
     return {
-        name: (entry["ms"], (entry["high_ms"] - entry["low_ms"]) / 2 / entry["ms"])
+        name: as_figure(entry["ms"], entry["low_ms"], entry["high_ms"])
         for name, entry in entries.items()
         if "failure" not in entry
     }
@@ -523,7 +511,7 @@ def _measured(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
 
 def _figure(objective: Objective, scores: Scores) -> Figure | None:
     ms, interval = objective.read(scores), objective.interval(scores)
-    return None if ms is None or interval is None else (ms, (interval[1] - interval[0]) / 2 / ms)
+    return None if ms is None or interval is None else as_figure(ms, *interval)
 
 
 def _known(value: float | None) -> float:

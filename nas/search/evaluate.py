@@ -19,9 +19,9 @@ from ..machine import exclusive
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.cost import count_cost
-from ..scoring.latency import DTYPES, Latency, LatencyConfig, measure_latency
+from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
 from ..scoring.memory import is_out_of_memory, measure_memory_mib
-from .objectives import OBJECTIVES, Scores
+from .objectives import OBJECTIVES, Scores, latency_fields, other_entry
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class Evaluator:
             measure_latency(model, self.data.input_size, config, self.references.get(config.label))
             for config in self.latency
         ]
-        others = {c.label: as_other(m) for c, m in zip(self.latency[1:], measured[1:], strict=True)}
-        return as_scores(measured[0]) | {"others": others}
+        others = {c.label: other_entry(vars(m)) for c, m in zip(self.latency[1:], measured[1:], strict=True)}
+        return latency_fields(vars(measured[0])) | {"others": others}
 
     def _excess(self, scores: Scores) -> dict[str, float]:
         """Budgets that what is measured so far exceeds, and by which share."""
@@ -165,27 +165,3 @@ class Evaluator:
             if value is not None and value > budget:
                 excess[name] = value / budget - 1
         return excess
-
-
-def as_scores(latency: Latency) -> dict[str, Any]:
-    """A latency as the fields of `Scores` that hold it."""
-    return {
-        "latency_ms": latency.ms,
-        "latency_low_ms": latency.low_ms,
-        "latency_high_ms": latency.high_ms,
-        "latency_spread": latency.spread,
-        "latency_raw_ms": latency.raw_ms,
-        "latency_q1_ms": latency.q1_ms,
-        "latency_q3_ms": latency.q3_ms,
-        "latency_drift": latency.drift,
-        "latency_passes": latency.passes,
-        "latency_rounds": latency.rounds,
-        "latency_steady": latency.steady,
-        "latency_waited": latency.waited,
-        "latency_prepare_seconds": latency.prepare_seconds,
-    }
-
-
-def as_other(latency: Latency) -> dict[str, float]:
-    """A latency as an entry of `Scores.others`."""
-    return {"ms": latency.ms, "low_ms": latency.low_ms, "high_ms": latency.high_ms, "spread": latency.spread}

@@ -78,6 +78,25 @@ class Scores:
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
+LATENCY_PARTS = (
+    *("ms", "low_ms", "high_ms", "spread", "raw_ms", "q1_ms", "q3_ms"),
+    *("drift", "passes", "rounds", "steady", "waited", "prepare_seconds"),
+)
+"""Of a measured latency, what `Scores` holds as `latency_PART`."""
+OTHER_PARTS = ("ms", "low_ms", "high_ms", "spread")
+"""What `Scores.others` holds of it for each further target."""
+
+
+def latency_fields(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A measured latency (the fields of `nas.scoring.latency.Latency`) as the fields of `Scores` that hold it."""
+    return {f"latency_{part}": measured[part] for part in LATENCY_PARTS}
+
+
+def other_entry(measured: Mapping[str, Any]) -> dict[str, float]:
+    """A measured latency as an entry of `Scores.others`."""
+    return {part: measured[part] for part in OTHER_PARTS}
+
+
 @dataclass(frozen=True)
 class Objective:
     """One axis of a search.

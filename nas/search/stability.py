@@ -42,6 +42,11 @@ Figure = tuple[float, float]
 """Milliseconds, and the half-width of their 95 % interval as a share."""
 
 
+def as_figure(ms: float, low_ms: float, high_ms: float) -> Figure:
+    """A latency with its 95 % interval as a figure."""
+    return ms, (high_ms - low_ms) / 2 / ms
+
+
 def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) -> Stability:
     """Compare the order of `first` with that of a second measurement.
 
