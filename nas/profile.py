@@ -1,13 +1,12 @@
 """Profile a space on a device: pieces of networks measured once, from which the latency of any network is predicted.
 
-A profile is a folder of two files. `profile.json` says of which space, on what and how. `pieces.jsonl` has a line for
-each network that was drawn: its stem, its stages and its head, each timed on its own input, and of some networks the
-whole too. It can be interrupted at any time and goes on where it was.
+A profile is a folder of two files. `profile.json` says of which space, on what and how. `networks.jsonl` has a line for
+each network that was drawn: its latency, and those of its stem, its stages and its head, each on its own input. It can
+be interrupted at any time and goes on where it was.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from .architecture import Architecture
@@ -26,14 +24,12 @@ from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
 from .models import Backbone, create_backbone
 from .models.blocks import Stage
-from .runs import Run, write_file
+from .runs import Run, locked_folder, write_file
 from .scoring.latency import (
     LatencyConfig,
-    Prepared,
     measure_latencies,
     measure_latency,
-    prepare_module,
-    random_images,
+    prepare_modules,
     reference_ms,
 )
 from .scoring.latency.features import FEATURES, operation_features
@@ -41,16 +37,14 @@ from .scoring.latency.model import LatencyModel
 from .search.stability import rank_correlation
 from .space import SearchSpace
 
-FORMAT = 1
+FORMAT = 2
 NUM_CLASSES = 1000
-MAX_DEPTH = 2
-"""Blocks of a profiled stage at most: a stage's time grows by a block's with each block."""
-WHOLE_EVERY = 3
-"""Of every so many networks, one is timed as a whole at its real depth, to learn what the sum of the pieces lacks."""
 SHARED = ("runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "command")
 """Conditions that a run and a profile must share for the run's trials to teach the profile's model."""
+WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0.3}
+"""How a network is timed: less exactly than elsewhere, since the model averages over many."""
 PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
-"""How a piece is timed: less exactly than a network, since the model averages over hundreds."""
+"""How its pieces are."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class Profile:
                 raise
             raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
 
-    def records(self, name: str = "pieces") -> list[dict[str, Any]]:
+    def records(self, name: str = "networks") -> list[dict[str, Any]]:
         """What was measured, in order; a last line that a killed process left unfinished is not there."""
         try:
             lines = (self.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -147,7 +141,7 @@ class Profile:
                 break
         return records
 
-    def add(self, record: Mapping[str, Any], name: str = "pieces") -> None:
+    def add(self, record: Mapping[str, Any], name: str = "networks") -> None:
         """Append a record, in one write."""
         file = self.path / f"{name}.jsonl"
         whole = "".join(json.dumps(r) + "\n" for r in [*self.records(name), record])
@@ -170,13 +164,11 @@ class Profile:
             if "failure" in record:
                 continue
             architecture = Architecture.from_dict(record["architecture"])
-            shallow = self._features(_shallow(architecture))
-            for row, ms in zip(shallow, record["pieces_ms"], strict=True):
-                pieces.append(row)
-                pieces_ms.append(ms)
-            if record.get("whole_ms"):
-                wholes.append(self._features(architecture))
-                wholes_ms.append(record["whole_ms"])
+            features = self._features(architecture)
+            pieces += list(features)
+            pieces_ms += record["pieces_ms"]
+            wholes.append(features)
+            wholes_ms.append(record["ms"])
         for architecture, ms in trials:
             wholes.append(self._features(architecture))
             wholes_ms.append(ms)
@@ -209,22 +201,8 @@ def profile(
     Raises:
         RunError: where the folder has a profile of something else, or cannot be written.
     """
-    found = _open_or_create(config, path)
-    with _alone(path):
-        return _profile(found, minutes, on_network)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process profiles in {path}: wait for it, or give another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with locked_folder(path, "profile.json", "profile"):
+        return _profile(_open_or_create(config, path), minutes, on_network)
 
 
 def _profile(found: Profile, minutes: float, on_network: Callable[[int, float], None] | None) -> Profile:
@@ -239,7 +217,7 @@ def _profile(found: Profile, minutes: float, on_network: Callable[[int, float], 
         architecture = next(draws)
         record: dict[str, Any] = {"architecture": architecture.to_dict()}
         try:
-            record |= _measure_pieces(architecture, found, whole=count % WHOLE_EVERY == 0)
+            record |= _measure(architecture, found)
         except TrialFailure as failure:
             record["failure"] = f"{failure.reason}: {failure}"
         record["seconds"] = time.perf_counter() - start
@@ -391,33 +369,23 @@ class _Head(nn.Sequential):
         super().__init__(backbone.norm, backbone.head_conv, backbone.global_pool, backbone.head)
 
 
-def _shallow(architecture: Architecture) -> Architecture:
-    """With at most `MAX_DEPTH` blocks a stage."""
-    stages = tuple(replace(stage, depth=min(stage.depth, MAX_DEPTH)) for stage in architecture.stages)
-    return replace(architecture, stages=stages)
-
-
 def _image(config: ProfileConfig) -> tuple[int, int, int]:
     return 3, config.input_size, config.input_size
 
 
-def _measure_pieces(architecture: Architecture, found: Profile, whole: bool) -> dict[str, Any]:
-    config = replace(found.config.latency, **PIECE)
-    backbone = create_backbone(_shallow(architecture), NUM_CLASSES).eval()
-    x = random_images(_image(found.config), config)
-    ready: list[Prepared] = []
-    for piece in _pieces(backbone):
-        ready.append(prepare_module(piece, x, config))
-        with torch.inference_mode():
-            x = piece(x)
-    latencies = measure_latencies(ready, config, found.reference_ms)
-    record: dict[str, Any] = {"pieces_ms": [latency.ms for latency in latencies], "drift": latencies[0].drift}
-    if whole:
-        ready.clear()  # as in any measurement, nothing else is ready beside it
-        network = create_backbone(architecture, NUM_CLASSES).eval()
-        latency = measure_latency(network, _image(found.config), found.config.latency, found.reference_ms)
-        record |= {"whole_ms": latency.ms, "whole_drift": latency.drift}
-    return record
+def _measure(architecture: Architecture, found: Profile) -> dict[str, Any]:
+    config = found.config.latency
+    backbone = create_backbone(architecture, NUM_CLASSES).eval()
+    ready = prepare_modules(_pieces(backbone), _image(found.config), config)
+    # as in any measurement, nothing else is ready beside a network
+    (whole,) = measure_latencies([next(ready)], replace(config, **WHOLE), found.reference_ms)
+    pieces = measure_latencies(list(ready), replace(config, **PIECE), found.reference_ms)
+    return {
+        "ms": whole.ms,
+        "drift": whole.drift,
+        "pieces_ms": [piece.ms for piece in pieces],
+        "pieces_drift": pieces[0].drift,
+    }
 
 
 def _open_or_create(config: ProfileConfig, path: Path) -> Profile:

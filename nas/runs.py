@@ -47,10 +47,10 @@ class Trial:
 
     Args:
         number: position in the run, from 0.
-        state: `complete`, `pruned` (over a budget), `failed` or `running`.
+        state: `complete`, `pruned` (over a budget, or stopped early), `failed` or `running`.
         architecture: what was scored; None where a trial ended before it was drawn.
         scores: what was measured.
-        failure: `reason: message` of a failed trial, the exceeded budgets of a pruned one, else ''.
+        failure: `reason: message` of a failed trial, why one was pruned, else ''.
     """
 
     number: int
@@ -63,6 +63,16 @@ class Trial:
     def key(self) -> str:
         """The architecture's key, '' where there is none."""
         return self.architecture.key if self.architecture else ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its training was stopped early, since it could not reach the front."""
+        return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it counts as one of the architectures that a search was to score."""
+        return self.state == "complete" or self.stopped
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class Run:
     def columns(self) -> dict[str, str]:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
         proxy = f"proxy_{self.manifest['config']['proxy']}"
-        names = {name: name for name in Scores.__dataclass_fields__ if name != "others"}
+        names = {name: name for name in Scores.__dataclass_fields__ if name not in ("others", "curve")}
         names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
         first = [o.field for o in self.objectives] + [
             OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")
@@ -232,10 +242,13 @@ class Run:
         ]
 
     def verdicts(self) -> list[str]:
-        """What measuring again said of the front's order, a line for each target and each further runtime."""
+        """How far the front can be trusted: its proxy, where that was calibrated, and the order of its latencies.
+
+        The latter is what measuring again said, a line for each target and each further runtime.
+        """
         attributes, front = self.attributes, self.front(self.trials(remeasured=False))
         first = {t.key: t.scores for t in front}
-        lines = []
+        lines = [_trust(told)] if (told := self.manifest.get("trust")) else []
         for objective in (o for o in self.objectives if o.is_latency):
             target = objective.target or (self.targets[0] if self.targets else "")
             seen = {key: figure for key, scores in first.items() if (figure := _figure(objective, scores)) is not None}
@@ -308,6 +321,7 @@ class Run:
             return {
                 "key": trial.key,
                 **scores,
+                "curve": " ".join(f"{epoch}:{accuracy:g}" for epoch, accuracy in trial.scores.curve) or None,
                 "mixer": architecture.dominant_mixer if architecture else "",
                 "trial": trial.number,
                 "state": trial.state,
@@ -316,7 +330,7 @@ class Run:
             }
 
         further = [f"latency_{part}@{target}" for target in others for part in ("ms", "low_ms", "high_ms")]
-        names = ["key", *columns.values(), *further, "mixer", "trial", "state", "failure", "architecture"]
+        names = ["key", *columns.values(), *further, "curve", "mixer", "trial", "state", "failure", "architecture"]
         # whole numbers stay whole where some are missing
         table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
         if trials:
@@ -409,28 +423,34 @@ def is_run(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Hold a run folder, made if it is not there: one search at a time. It goes again if nothing comes of it.
+def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> Iterator[None]:
+    """Hold a folder, made if it is not there: one process at a time. It goes again if nothing comes of it.
+
+    Args:
+        path: the folder.
+        manifest: the file that makes it what it is to be.
+        what: is to come of it.
 
     Raises:
-        RunError: where it cannot be made or written, holds something else, or another process searches in it.
+        RunError: where it cannot be made or written, holds something else, or another process has it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        foreign = [] if is_run(path) else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
+        ours = (path / manifest).is_file()
+        foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
         if foreign:
-            raise RunError(f"{path} is not a run folder and not empty (it holds {min(foreign)}): give another --out")
+            raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another --out")
         lock = FileLock(path / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"another search is running in {path}: wait for it, or give another --out") from None
+        raise RunError(f"another process works in {path}: wait for it, or give another --out") from None
     except OSError as error:
-        raise RunError(f"cannot write the run folder {path}: {error.strerror or error}") from None
+        raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
     try:
         yield
     finally:
         lock.release()
-        if not is_run(path):
+        if not (path / manifest).is_file():
             with contextlib.suppress(OSError):
                 (path / ".lock").unlink(missing_ok=True)
                 path.rmdir()
@@ -497,6 +517,17 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
         architecture=Architecture.from_dict(described) if described else None,
         scores=Scores.from_dict(attributes.get("scores", {})),
         failure=str(attributes.get("failure", "")),
+    )
+
+
+def _trust(told: Mapping[str, Any]) -> str:
+    kendall, ceiling = (
+        f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})" if figure else "undefined"
+        for figure in (told["kendall"], told["ceiling"])
+    )
+    return (
+        f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
+        f"seed {ceiling}; {told['count']} architectures, {told['calibration']}"
     )
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from nas.errors import TrialFailure, UsageError
 from nas.machine import exclusive
 from nas.models import Backbone
+from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import (
     DTYPES,
@@ -37,8 +38,10 @@ from nas.scoring.latency import (
     measure_latencies,
     measure_latency,
     prepare_model,
+    prepare_modules,
     prepare_parts,
     protocol,
+    random_images,
     reference_ms,
 )
 from nas.scoring.latency.clocks import cpu_clock
@@ -633,6 +636,49 @@ def test_parts_that_do_not_stand_alone_are_left_out():
 
     paths = ["once", "twice", "never", "two"]
     assert list(prepare_parts(Net(), (3, 4, 4), paths, LatencyConfig(**QUICK))) == ["once"]
+
+
+@pytest.mark.parametrize(
+    "runtime", [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in HERE]
+)
+def test_modules_are_ready_as_one_network_and_each_alone(tiny, runtime):
+    need(runtime)
+    model = Backbone(tiny, num_classes=10).eval()
+    config = LatencyConfig(runtime=runtime, **QUICK | {"folded": True})
+    modules = [model.stem, *model.stages]
+    whole, *each = prepare_modules(modules, (3, 32, 32), config)
+    x = random_images((3, 32, 32), config)
+    with torch.no_grad():
+        for module, prepared in zip(modules, each, strict=True):
+            x = module(x)
+            torch.testing.assert_close(prepared.output(), x, rtol=0, atol=1e-3 * float(x.abs().max()))
+    torch.testing.assert_close(whole.output(), each[-1].output(), rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
+def test_one_export_of_modules_has_the_operations_of_an_export_of_each(tiny):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = Backbone(tiny, num_classes=10).eval()
+    parts = [model.stem, model.stages[0]]
+    images = torch.randn(1, 3, 32, 32)
+
+    def operations(graph: bytes) -> list[str]:
+        return sorted(node.op_type for node in onnx.load_from_string(graph).graph.node)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.stage = parts
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x, self.stage(x)
+
+    with torch.no_grad():
+        inputs = [images, images, model.stem(images)]
+    graphs = export_chain(Both().eval(), images, 2)
+    for graph, module, x in zip(graphs, [nn.Sequential(*parts), *parts], inputs, strict=True):
+        assert operations(graph) == operations(export_onnx(module, x))
 
 
 # one at a time

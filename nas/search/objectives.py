@@ -38,6 +38,7 @@ class Scores:
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
+        curve: (epochs, percent top-1) on the way of the training; of a stopped one as far as it came.
         proxy: an untrained proxy's score, higher is better; its column is `proxy_NAME`.
         proxy_std: its standard error.
         scoring_seconds: what all of this took.
@@ -64,13 +65,14 @@ class Scores:
     memory_mib: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None
+    curve: Sequence[tuple[int, float]] = ()
     proxy: float | None = None
     proxy_std: float | None = None
     scoring_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, by field name."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value != {}}
+        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, (), [])}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:

@@ -11,7 +11,7 @@ from .protocol import (
     measure_latencies,
     measure_latency,
     prepare_model,
-    prepare_module,
+    prepare_modules,
     prepare_parts,
     reference_ms,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "measure_latencies",
     "measure_latency",
     "prepare_model",
-    "prepare_module",
+    "prepare_modules",
     "prepare_parts",
     "random_images",
     "reference_ms",

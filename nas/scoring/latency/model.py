@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import nnls
 
+from ..regression import ridge
+
 Floats = NDArray[np.float64]
 
 LENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5)
 """Length scales of the correction that are tried, in multiples of the root of the number of features."""
-PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""Of the regression on whole networks."""
 NOISES = (0.15, 0.3, 0.6)
 """Noise of a measured piece, as a share of the correction's own spread."""
 
@@ -81,7 +81,7 @@ class LatencyModel:
         middle, width = summaries.mean(axis=0), summaries.std(axis=0)
         width = np.where(width > 1e-9, width, 1.0)
         ratios = np.log(networks_ms) - summaries[:, 0]
-        coefficients, left_out = _ridge((summaries - middle) / width, ratios)
+        coefficients, left_out = ridge((summaries - middle) / width, ratios)
         uncertainty = float(np.sqrt((left_out**2).mean()))
         return cls(weights, centre, scale, inputs, solved, length, coefficients, middle, width, uncertainty)
 
@@ -106,22 +106,6 @@ class LatencyModel:
         correction = _kernel(inputs, self.inputs, self.length) @ self.solved
         predicted: Floats = _linear(pieces, self.weights) * np.exp(correction)
         return predicted
-
-
-def _ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
-    """Coefficients (a constant first), and the error at each point when learned from the others; the best penalty."""
-    design = np.c_[np.ones(len(inputs)), inputs]
-    best: tuple[float, Floats, Floats] | None = None
-    for penalty in PENALTIES:
-        inverse = np.linalg.inv(design.T @ design + penalty * np.diag([0.0, *np.ones(inputs.shape[1])]))
-        coefficients = inverse @ design.T @ targets
-        leverage = np.einsum("ij,jk,ik->i", design, inverse, design)
-        left_out = (targets - design @ coefficients) / np.maximum(1 - leverage, 1e-6)
-        error = float((left_out**2).mean())
-        if best is None or error < best[0]:
-            best = (error, coefficients, left_out)
-    assert best is not None
-    return best[1], best[2]
 
 
 def _linear(pieces: Floats, weights: Floats) -> Floats:

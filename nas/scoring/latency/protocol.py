@@ -23,7 +23,7 @@ from ...machine import exclusive
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig
 from .reference import fix_reference_ms, fixed_reference_ms, prepared_reference
-from .runtimes import Prepared, prepare, random_images
+from .runtimes import Prepared, prepare, prepare_chain, random_images
 from .statistics import faster_half, ratio, ratio_interval
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,28 @@ def prepare_model(model: nn.Module, input_size: tuple[int, int, int], config: La
     Raises:
         TrialFailure: where the runtime cannot run it, or its output is not eager's.
     """
-    return prepare_module(model, random_images(input_size, config), config)
-
-
-def prepare_module(model: nn.Module, inputs: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """As `prepare_model`, for any module and the input that it takes."""
     with exclusive(config.device), _conditions(config):
-        return prepare(model, inputs, config)
+        return prepare(model, random_images(input_size, config), config)
+
+
+def prepare_modules(
+    modules: Sequence[nn.Module], input_size: tuple[int, int, int], config: LatencyConfig
+) -> Iterator[Prepared]:
+    """Modules that run one after another: first the network that they are, then each with the input that it gets there.
+
+    Each is made ready when it is asked for, so that the network can be measured before its modules are ready beside it.
+
+    Raises:
+        TrialFailure: as `prepare_model`.
+    """
+    with exclusive(config.device), _conditions(config):
+        chain = prepare_chain(modules, random_images(input_size, config), config)
+    while True:
+        with exclusive(config.device), _conditions(config):
+            prepared = next(chain, None)
+        if prepared is None:
+            return
+        yield prepared
 
 
 def prepare_parts(

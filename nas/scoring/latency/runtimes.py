@@ -14,9 +14,10 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -27,7 +28,7 @@ from torch import nn
 
 from ...errors import TrialFailure, UsageError
 from ...folding import fold_batch_norms
-from ...onnx import export_onnx
+from ...onnx import export_chain, export_onnx
 from ..memory import is_out_of_memory
 from .clocks import TimeBlock, cpu_clock, cuda_clock
 from .config import DTYPES, LatencyConfig
@@ -71,6 +72,56 @@ def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Pr
         TrialFailure: where export or compilation fails (`runtime`), or the output is not eager's (`wrong_output`).
         UsageError: where the runtime cannot run here at all.
     """
+    probe, images = _deployed(model, images, config)
+    (expected,) = _eager_outputs(probe, images, config)
+    return _checked(partial(RUNTIMES[config.runtime], probe, images, config), expected, config)
+
+
+def prepare_chain(parts: Sequence[nn.Module], images: torch.Tensor, config: LatencyConfig) -> Iterator[Prepared]:
+    """Make the network that runs `parts` one after another ready, then each part with the input that it gets there.
+
+    Nothing is made ready before it is asked for. Runtimes that take ONNX share one export, the most of their time.
+
+    Raises:
+        TrialFailure: as `prepare`.
+        UsageError: as `prepare`.
+    """
+    chain, images = _deployed(_Chain(parts), images, config)
+    outputs = _eager_outputs(chain, images, config)
+    whole = nn.Sequential(*chain.parts)
+    modules = [(whole, images), *zip(chain.parts, [images, *outputs[:-1]], strict=True)]
+    expected = [outputs[-1], *outputs]
+    if config.runtime in ONNX_RUNTIMES:
+        load = ONNX_RUNTIMES[config.runtime]
+        start = time.perf_counter()
+        with _failures_told(config):
+            graphs = export_chain(*_exportable(chain, images, config), len(outputs))
+        export_seconds = time.perf_counter() - start
+        for graph, (_, inputs), output in zip(graphs, modules, expected, strict=True):
+            prepared = _checked(partial(load, graph, inputs.contiguous(), config), output, config)
+            yield replace(prepared, seconds=prepared.seconds + export_seconds / len(graphs))
+    else:
+        for (module, inputs), output in zip(modules, expected, strict=True):
+            yield _checked(partial(RUNTIMES[config.runtime], module, inputs, config), output, config)
+
+
+class _Chain(nn.Module):
+    """Parts that run one after another; returns the output of each."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for part in self.parts:
+            x = part(x)
+            outputs.append(x)
+        return outputs
+
+
+def _deployed(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> tuple[Any, torch.Tensor]:
+    """A copy of `model` in the form, and `images` in the format, that `config` asks for."""
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     weight = next(model.parameters(), images)
     probe = fold_batch_norms(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
@@ -78,26 +129,33 @@ def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Pr
     probe = probe.to(device, dtype).to(memory_format=memory_format).requires_grad_(False)
     images = images.to(device, dtype)
     images = images.contiguous(memory_format=memory_format) if images.ndim == 4 else images.contiguous()
-    start = time.perf_counter()
+    return probe, images
+
+
+def _eager_outputs(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> list[torch.Tensor]:
+    """What the network returns, as a list.
+
+    Raises:
+        TrialFailure: where eager has no such operation in a short type.
+    """
     try:
         with torch.inference_mode():
-            expected = _to_cpu(probe(images))
+            outputs = probe(images)
     except (RuntimeError, TypeError) as error:
         if config.dtype == "fp32" or is_out_of_memory(error):
             raise
         raise TrialFailure("runtime", f"eager in {config.dtype} cannot run it: {_first_line(error)}") from error
-    try:
-        prepared = RUNTIMES[config.runtime](probe, images, config)
+    return outputs if isinstance(outputs, list) else [outputs]
+
+
+def _checked(make: Callable[[], Prepared], expected: torch.Tensor, config: LatencyConfig) -> Prepared:
+    """What `make` makes ready, its output compared with eager's and its time noted."""
+    start = time.perf_counter()
+    with _failures_told(config):
+        prepared = make()
         output = prepared.output()
-    except (TrialFailure, UsageError):
-        raise
-    except Exception as error:
-        # exporters and compilers raise whatever they like: what one cannot take is a fact about the architecture
-        if config.runtime == "eager" or is_out_of_memory(error):
-            raise
-        raise TrialFailure("runtime", f"{config.runtime} cannot run it: {_first_line(error)}") from error
     seconds = time.perf_counter() - start
-    deviation = _deviation(output, expected)
+    deviation = _deviation(output, _to_cpu(expected))
     if not deviation <= TOLERANCE[config.dtype]:
         raise TrialFailure(
             "wrong_output",
@@ -105,6 +163,19 @@ def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Pr
             f"({TOLERANCE[config.dtype]:g} is allowed)",
         )
     return replace(prepared, deviation=deviation, seconds=seconds)
+
+
+@contextmanager
+def _failures_told(config: LatencyConfig) -> Iterator[None]:
+    """Exporters and compilers raise whatever they like: what one cannot take is a fact about the architecture."""
+    try:
+        yield
+    except (TrialFailure, UsageError):
+        raise
+    except Exception as error:
+        if config.runtime == "eager" or is_out_of_memory(error):
+            raise
+        raise TrialFailure("runtime", f"{config.runtime} cannot run it: {_first_line(error)}") from error
 
 
 def _deviation(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -168,10 +239,14 @@ def _cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) ->
     return Prepared(graph.replay, cuda_clock(graph.replay, images.device), output, keeps=(probe, images))
 
 
-def _onnxruntime(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+def _exportable(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> tuple[nn.Module, torch.Tensor]:
+    """Weights and images as they are exported; ONNX knows no bf16 in which a CPU computes: that is a setting."""
+    return (probe.float(), images.float()) if config.dtype == "bf16" else (probe, images)
+
+
+def _onnxruntime(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
     import onnxruntime
 
-    model = export_onnx(probe, images)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -210,21 +285,19 @@ def _onnxruntime(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) 
     return Prepared(run_bound, cpu_clock(run_bound), output)
 
 
-def _openvino(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+def _openvino(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
     import openvino
 
     precision = {"fp32": "f32", "bf16": "bf16"}[config.dtype]
     core = openvino.Core()
     if config.dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UsageError("openvino has no bf16 on this CPU: use --dtype fp32")
-    # weights stay in fp32: the precision in which it computes is its own setting
-    model = core.read_model(export_onnx(probe.float(), images.float()))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,
     }
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
     array = images.float().numpy()
 
     def run() -> Any:
@@ -233,10 +306,9 @@ def _openvino(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> 
     return Prepared(run, cpu_clock(run), lambda: torch.from_numpy(np.array(run()[0])).float())
 
 
-def _command(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+def _command(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
     """A user's own program, given an ONNX file and an input; it prints its times and writes its output."""
     assert config.command is not None
-    model = export_onnx(probe.cpu(), images.cpu())
     folder = Path(tempfile.mkdtemp(prefix="mixnas-"))
     places = {name: folder / file for name, file in _COMMAND_FILES.items()}
     places["model"].write_bytes(model)
@@ -323,12 +395,22 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+OnnxRuntime = Callable[[bytes, torch.Tensor, LatencyConfig], Prepared]
+ONNX_RUNTIMES: dict[str, OnnxRuntime] = {"onnxruntime": _onnxruntime, "openvino": _openvino, "command": _command}
+"""Of `RUNTIMES`, those that take an ONNX model; here by what makes one ready."""
+
+
+def _of_module(load: OnnxRuntime) -> Runtime:
+    def runtime(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+        return load(export_onnx(*_exportable(probe, images, config)), images, config)
+
+    return runtime
+
+
 Runtime = Callable[[nn.Module, torch.Tensor, LatencyConfig], Prepared]
 RUNTIMES: dict[str, Runtime] = {
     "eager": _eager,
     "compile": _compile,
     "cudagraph": _cudagraph,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-    "command": _command,
+    **{name: _of_module(load) for name, load in ONNX_RUNTIMES.items()},
 }
