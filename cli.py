@@ -230,6 +230,32 @@ def _conditions(command: Any, several: bool = False) -> Any:
     return command
 
 
+def _images(command: Any) -> Any:
+    """The options that say of which space, and on which images."""
+    for option in (
+        click.option("--input-size", type=int, help="Side of the images in pixels.  [default: the data's own]"),
+        click.option(
+            "--images",
+            type=int,
+            default=20_000,
+            show_default=True,
+            help="Of a larger training split, a stratified sample of this many.",
+        ),
+        click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie."),
+        click.option(
+            "--data",
+            default="digits",
+            show_default=True,
+            help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+        ),
+        click.option(
+            "--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command("search")
 @click.option(
     "--objective",
@@ -237,27 +263,20 @@ def _conditions(command: Any, several: bool = False) -> Any:
     show_default=True,
     help="Two to four of latency, accuracy, macs, flops, params, memory.",
 )
-@click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
-@click.option(
-    "--data",
-    default="digits",
-    show_default=True,
-    help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
-)
-@click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
-@click.option(
-    "--images",
-    type=int,
-    default=20_000,
-    show_default=True,
-    help="Of a larger training split, a stratified sample of this many.",
-)
-@click.option("--input-size", type=int, help="Side of the images in pixels.  [default: the data's own]")
+@_images
 @click.option(
     "--proxy",
     default="train",
     show_default=True,
-    help="Where accuracy comes from: train, or an untrained proxy (params, macs).",
+    help="Where accuracy comes from: train, or what only ranks (params, macs, zico, ensemble, …; see docs/proxies.md).",
+)
+@click.option("--proxy-repeats", type=int, default=1, show_default=True, help="Seeds over which a score is averaged.")
+@click.option("--calibration", metavar="FOLDER", help="For --proxy ensemble: what `calibrate` made.")
+@click.option(
+    "--early-stopping/--no-early-stopping",
+    default=True,
+    show_default=True,
+    help="End a training that cannot reach the front any more.",
 )
 @click.option("--epochs", type=int, default=4, show_default=True, help="Of the short training.")
 @click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
@@ -672,6 +691,76 @@ def profile_command(
             f"{report['within_10']:.0%}; mean absolute error {report['mape']:.1f} %"
             + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
         )
+
+
+@cli.command("calibrate")
+@_images
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i.")
+@click.option("--count", type=int, default=40, show_default=True, help="Architectures to train.")
+@click.option("--epochs", type=int, default=16, show_default=True, help="Of a training that counts as the truth.")
+@click.option("--repeats", type=int, default=12, show_default=True, help="Of these, trained again with another seed.")
+@click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every draw and training.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="An existing calibration goes on, with more architectures or epochs where asked.  "
+    "[default: results/calibration-SPACE-DATA]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
+    """Train some architectures of a space for long, and see how far each accuracy estimator orders them alike."""
+    import search_spaces
+    from nas.calibration.work import CalibrationConfig, calibrate
+    from nas.machine import resolve_device
+    from nas.report.trust import plot_trust
+
+    names = {"images": "max_images", "train_batch_size": "batch_size"}
+    values = {names.get(name, name): value for name, value in options.items()}
+    values |= {"space": search_spaces.load(options["space"]), "device": resolve_device(options["device"])}
+    config = CalibrationConfig(**values)
+    stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
+    path = out or Path("results") / f"calibration-{config.space.name}-{stem}"
+    with _bar("calibrating", 1.0) as advance:
+        found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
+    report = found.report()
+    files = plot_trust(found)
+    if as_json:
+        _print_json(report)
+        return
+    _print_trust(report, str(path))
+    click.echo(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _print_trust(report: dict[str, Any], path: str) -> None:
+    """The table of a calibration, best estimator first."""
+    from nas.calibration.folder import format_figure
+
+    bands = tuple(report["rows"][0]["bands"])
+    table = _table(
+        "estimator",
+        "Kendall>",
+        "Spearman>",
+        "best tenth found>",
+        *(f"{band}>" for band in bands),
+        "seconds>",
+        "of a truth>",
+        title=f"{path}: {report['count']} truths of {report['epochs']} epochs ({report['truth_seconds']:.0f} s each)",
+    )
+    ceiling = report["ceiling"]
+    for row in [*report["rows"], {"estimator": f"truth, other seed ({ceiling['count']})", **ceiling}]:
+        table.add_row(
+            row["estimator"],
+            *(format_figure(row[name]) for name in ("kendall", "spearman", "top_recall")),
+            *(format_figure(row["bands"][band]) if "bands" in row else "" for band in bands),
+            f"{row['seconds']:.2f}" if "seconds" in row else f"{report['truth_seconds']:.0f}",
+            f"{row['share_of_truth']:.1%}" if "seconds" in row else "",
+        )
+    table.caption = "95 % intervals; fast, middle and slow: Kendall within thirds by latency"
+    _print_table(table)
+    for line in report["verdict"]:
+        click.echo(line)
 
 
 @contextmanager

@@ -36,12 +36,20 @@ class TrialFailure(NasError):
     """Scoring one architecture failed in an expected way; the search records the reason and goes on.
 
     Attributes:
-        reason: one of `out_of_memory`, `non_finite`, `timeout`, `killed`, `runtime`, `wrong_output`.
+        reason: one of `out_of_memory`, `non_finite`, `timeout`, `killed`, `runtime`, `wrong_output`,
+            `not_applicable`.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class NotApplicable(TrialFailure):
+    """An accuracy estimator cannot say anything about this network."""
+
+    def __init__(self, proxy: str, message: str) -> None:
+        super().__init__("not_applicable", f"{proxy}: {message}")
 
 
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UsageError:

@@ -377,7 +377,7 @@ class Run:
         columns, data = self.columns(), scores.to_dict()
         others = data.pop("others", {})
         further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
-        return {columns[name]: value for name, value in data.items()} | further
+        return {columns.get(name, name): value for name, value in data.items()} | further
 
     def find(self, key: str) -> Trial:
         """The scored trial whose architecture's key is, or starts with, `key`.

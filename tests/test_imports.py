@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# errors < architecture, folding, machine < space < models, data, objectives, pareto < scoring < runs < search < users
-# of runs < cli
+# errors < architecture, folding, machine < space < models, data, objectives, pareto < scoring < runs < calibration's
+# folder < search < users of runs < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,
@@ -28,10 +28,11 @@ RANKS = {
     "nas.search.stability": 3,
     "nas.scoring": 4,
     "nas.runs": 5,
-    "nas.search": 6,
-    "cli": 8,
+    "nas.calibration.folder": 6,
+    "nas.search": 7,
+    "cli": 9,
 }
-RANK_OF_USERS = 7  # export, report and what else uses runs; they may use each other, without cycles
+RANK_OF_USERS = 8  # export, report and what else uses runs; they may use each other, without cycles
 
 
 def source_files(*tops: str) -> list[Path]:

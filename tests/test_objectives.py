@@ -202,7 +202,9 @@ entries = st.dictionaries(
     st.sampled_from(["ms", "low_ms", "high_ms"]), st.floats(allow_nan=False, allow_infinity=False)
 )
 others = st.dictionaries(st.text(max_size=20), entries, max_size=2)
-scores = st.builds(Scores, **dict.fromkeys(sorted(FIELDS - {"others"}), numbers), others=others)
+curves = st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), max_size=9).map(tuple)
+measured = dict.fromkeys(sorted(FIELDS - {"others", "curve"}), numbers)
+scores = st.builds(Scores, **measured, others=others, curve=curves)
 
 
 @given(scores)

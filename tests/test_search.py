@@ -273,7 +273,7 @@ def test_sampler_and_trials_may_change(tmp_path):
 
 def test_two_searches_in_one_folder_are_refused(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
-    with locked_folder(run.path), pytest.raises(RunError, match="another search is running"):
+    with locked_folder(run.path), pytest.raises(RunError, match="another process works"):
         search(analytic_config(tmp_path, trials=2))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +19,12 @@ from ..data import ImageData
 from ..errors import TrialFailure, UsageError
 from ..machine import exclusive
 from ..models import Backbone, create_backbone
-from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
 from ..scoring.memory import is_out_of_memory, measure_memory_mib
 from .objectives import OBJECTIVES, Scores, latency_fields, other_entry
+from .stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,18 @@ class Evaluation:
     Args:
         scores: everything measured.
         excess: budget -> by how much it is exceeded, as a share of the budget; empty where all are met.
-        weights: trained weights, where the proxy trains and no budget is exceeded.
+        weights: trained weights, where the proxy trained to its end.
+        stopped: why the training was stopped early, where it was.
     """
 
     scores: Scores
     excess: Mapping[str, float]
     weights: dict[str, torch.Tensor] | None = None
+    stopped: Stopped | None = None
+
+
+Judge = Callable[[Scores, Rung], None]
+"""Called with what is known of an architecture and a rung of its training; raises `Stopped` to end that."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Evaluator:
         proxy: a row of `ESTIMATORS`, used where `accuracy` is an objective.
         fidelity: how much effort the proxy may take.
         seed: of initial weights and training.
+        repeats: the proxy's score is the mean of so many, with seeds that follow each other.
     """
 
     data: ImageData
@@ -62,6 +72,7 @@ class Evaluator:
     proxy: str
     fidelity: Fidelity
     seed: int
+    repeats: int = 1
 
     @property
     def device(self) -> str:
@@ -74,38 +85,42 @@ class Evaluator:
         Raises:
             UsageError: where the images are smaller than the architecture's total stride.
         """
+        return self.seeded(lambda: self._create(architecture))
+
+    def _create(self, architecture: Architecture) -> nn.Module:
         side = min(self.data.input_size[1:])
         if side < architecture.reduction:
             raise UsageError(
                 f"images of {side} pixels are too small for a total stride of {architecture.reduction}: "
                 f"set --input-size to {architecture.reduction} or more, or use a space with fewer stages"
             )
-        return self.seeded(lambda: create_backbone(architecture, len(self.data.classes)))
+        return create_backbone(architecture, len(self.data.classes))
 
-    def seeded(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """What `build` makes, with initial weights that depend on the seed alone."""
+    def seeded(self, create: Callable[[], nn.Module], repeat: int = 0) -> nn.Module:
+        """What `create` makes, with initial weights that depend on the seed (and the repeat, from 0) alone."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(self.seed)
-            return build()
+            torch.manual_seed(self.seed + repeat)
+            return create()
 
-    def evaluate(self, architecture: Architecture) -> Evaluation:
+    def evaluate(self, architecture: Architecture, judge: Judge | None = None) -> Evaluation:
         """Score one architecture; raises as `evaluate_network`."""
-        return self.evaluate_network(lambda: self.build(architecture))
+        return self.evaluate_network(lambda: self._create(architecture), judge)
 
-    def evaluate_network(self, build: Callable[[], nn.Module]) -> Evaluation:
+    def evaluate_network(self, create: Callable[[], nn.Module], judge: Judge | None = None) -> Evaluation:
         """Score any network.
 
         Args:
-            build: makes it, with fresh weights.
+            create: makes it, with fresh weights.
+            judge: may stop its training.
 
         Raises:
             TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout, a runtime that
-                cannot run it).
+                cannot run it, a proxy that cannot say anything).
         """
         start = time.perf_counter()
         shortage = ""
         try:
-            evaluation = self._evaluate(build())
+            evaluation = self._evaluate(create, judge)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -118,7 +133,8 @@ class Evaluator:
         scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
         return replace(evaluation, scores=scores)
 
-    def _evaluate(self, model: nn.Module) -> Evaluation:
+    def _evaluate(self, create: Callable[[], nn.Module], judge: Judge | None) -> Evaluation:
+        model = self.seeded(create)
         wanted = {*self.objectives, *self.budgets}
         cost = count_cost(model, self.data.input_size)
         counted = not cost.uncounted  # a foreign network may hold what no rule counts: better no figure than a low one
@@ -136,14 +152,34 @@ class Evaluator:
                 return Evaluation(scores, excess)
         if "accuracy" not in wanted:
             return Evaluation(scores, {})
-        estimator = ESTIMATORS[self.proxy]
-        with exclusive(self.device) if estimator.trained else nullcontext():
-            estimate = estimator.estimate(model, self.data, self.fidelity, self.seed, self.device)
+        return self._with_proxy(scores, model, create, judge)
+
+    def _with_proxy(
+        self, scores: Scores, model: nn.Module, create: Callable[[], nn.Module], judge: Judge | None
+    ) -> Evaluation:
+        estimator, curve = ESTIMATORS[self.proxy], []
+
+        def on_rung(rung: Rung) -> None:
+            curve.append((rung.epoch, rung.accuracy))
+            if judge is not None and rung.epoch < self.fidelity.epochs:
+                judge(scores, rung)
+
+        estimates = []
+        with exclusive(self.device) if estimator.works else nullcontext():
+            for repeat in range(self.repeats):
+                network = self.seeded(create, repeat) if repeat else model
+                watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
+                seed = self.seed + repeat
+                try:
+                    estimates.append(estimator.estimate(network, self.data, self.fidelity, seed, self.device, **watch))
+                except Stopped as stopped:
+                    return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped)
+        score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
-            scores = replace(scores, accuracy=estimate.score, accuracy_std=estimate.std)
+            scores = replace(scores, accuracy=score, accuracy_std=std, curve=tuple(curve))
         else:
-            scores = replace(scores, proxy=estimate.score, proxy_std=estimate.std)
-        return Evaluation(scores, {}, estimate.weights)
+            scores = replace(scores, proxy=score, proxy_std=std)
+        return Evaluation(scores, {}, estimates[0].weights)
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]
@@ -165,3 +201,11 @@ class Evaluator:
             if value is not None and value > budget:
                 excess[name] = value / budget - 1
         return excess
+
+
+def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error: the one that is seen between repeats, or what each says of itself."""
+    count = len(scores)
+    own = math.sqrt(sum(std**2 for std in stds)) / count
+    seen = statistics.stdev(scores) / math.sqrt(count) if count > 1 else 0.0
+    return statistics.fmean(scores), max(own, seen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[
             continue
         log.info("scoring the baseline %s", name)
         try:
-            known[name] = {"scores": free.evaluate_network(_baseline_builder(evaluator, name)).scores.to_dict()}
+            known[name] = {"scores": free.evaluate_network(partial(_create_baseline, evaluator, name)).scores.to_dict()}
         except Exception as error:  # a foreign network may fail in any way: no reason to lose a search
             failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
             log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
@@ -115,10 +116,12 @@ def _builder(evaluator: Evaluator, trial: Trial) -> Callable[[], nn.Module]:
 
 
 def _baseline_builder(evaluator: Evaluator, name: str) -> Callable[[], nn.Module]:
+    return lambda: evaluator.seeded(lambda: _create_baseline(evaluator, name))
+
+
+def _create_baseline(evaluator: Evaluator, name: str) -> nn.Module:
     data = evaluator.data
-    return lambda: evaluator.seeded(
-        lambda: create_network(check_network_name(name), len(data.classes), data.input_size)
-    )
+    return create_network(check_network_name(name), len(data.classes), data.input_size)
 
 
 def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) -> dict[str, dict[str, Any]]:

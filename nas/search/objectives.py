@@ -65,19 +65,20 @@ class Scores:
     memory_mib: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None
-    curve: Sequence[tuple[int, float]] = ()
+    curve: tuple[tuple[int, float], ...] = ()
     proxy: float | None = None
     proxy_std: float | None = None
     scoring_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, by field name."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, (), [])}
+        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, ())}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """The inverse of `to_dict`; fields of a later release are dropped."""
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**known | {"curve": tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ()))})
 
 
 LATENCY_PARTS = (

@@ -23,6 +23,7 @@ import torch
 from optuna.trial import TrialState
 
 from ..architecture import Architecture
+from ..calibration.folder import Calibration, find_trust
 from ..data import MAX_IMAGES, ImageData, load_data
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
@@ -38,13 +39,14 @@ from ..runs import (
     remove_unfinished_study,
     storage_errors,
 )
-from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
 from .samplers import SAMPLERS, UnseenSampler, suggest
+from .stopping import Finished, check_rung
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ MAX_FAILURES = 10
 """Failures in a row before it gives up."""
 LATENCY_PROTOCOL = 2
 """Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
+TRAINING_RECIPE = 2
+"""Of short training: 1 was a cosine over the epochs asked for, 2 goes on from any epoch and averages weights."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -73,6 +77,9 @@ class SearchConfig:
         max_images: of a larger training split, a stratified sample of this many is used.
         input_size: side of the images; None takes the data's own.
         proxy: a row of `ESTIMATORS`; what `accuracy` is read from.
+        proxy_repeats: the proxy's score is the mean over so many seeds.
+        calibration: a folder of `mixnas calibrate`, whose ensemble the proxy `ensemble` is.
+        early_stopping: end a training that cannot reach the front any more; it counts as scored.
         epochs: of the short training.
         train_batch_size: images a training step.
         trials: architectures to score in all, resumed ones included.
@@ -105,6 +112,9 @@ class SearchConfig:
     max_images: int = MAX_IMAGES
     input_size: int | None = None
     proxy: str = "train"
+    proxy_repeats: int = 1
+    calibration: str | None = None
+    early_stopping: bool = True
     epochs: int = Fidelity.epochs
     train_batch_size: int = Fidelity.batch_size
     trials: int = 32
@@ -141,7 +151,18 @@ class SearchConfig:
         parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
         for baseline in self.baselines:
             check_network_name(baseline)
-        for name in ("trials", "epochs", "train_batch_size", "batch_size", "max_images", "threads", "input_size"):
+        if (ESTIMATORS[self.proxy].needs != "") != (self.calibration is not None):
+            raise UsageError("--calibration FOLDER goes with --proxy ensemble, and that with it")
+        for name in (
+            "trials",
+            "epochs",
+            "proxy_repeats",
+            "train_batch_size",
+            "batch_size",
+            "max_images",
+            "threads",
+            "input_size",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1")
@@ -225,6 +246,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         also=tuple((resolve_device(further), runtime) for further, runtime in config.also),
         data=_absolute(config.data),
         data_root=None if config.data_root is None else str(Path(config.data_root).expanduser().resolve()),
+        calibration=None if config.calibration is None else str(Path(config.calibration).expanduser().resolve()),
         out=_new_folder(config) if config.out is None else config.out,
     )
     assert config.out is not None
@@ -238,7 +260,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)
     evaluator = _evaluator(config, device, data)
     evaluator.build(config.space.largest()[0])  # refuses images that are too small, before anything is written
-    conditions = score_conditions(config, device, data)
+    conditions = score_conditions(config, device, data, evaluator)
     with locked_folder(config.out):
         if is_run(config.out):
             run = Run.open(config.out)
@@ -260,14 +282,28 @@ def _absolute(data: str) -> str:
 
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
-    names = ("trials", "sampler", "timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds")
+    names = (
+        *("trials", "sampler", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
+        *("latency_target", "latency_seconds"),
+    )
     asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
-    if asked == {name: run.manifest["config"].get(name) for name in asked}:
+    told = _trust(config, run.path, run.manifest["data"]["fingerprint"])
+    if asked == {name: run.manifest["config"].get(name) for name in asked} and told == run.manifest.get("trust"):
         return run
-    return Run.create(run.path, {**run.manifest, "config": {**run.manifest["config"], **asked}})
+    return Run.create(run.path, {**run.manifest, "trust": told, "config": {**run.manifest["config"], **asked}})
 
 
-def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict[str, Any]:
+def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What a calibration says of the run's proxy: the one it uses, or one that lies beside the run."""
+    roots = [path.resolve().parent] + ([Path(config.calibration).parent] if config.calibration else [])
+    for root in reversed(roots):
+        told = find_trust(config.space, fingerprint, config.proxy, config.epochs, root)
+        if told is not None:
+            return told
+    return None
+
+
+def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
     """Everything that changes a score: two runs with equal conditions score an architecture alike."""
     return {
         "space": config.space.to_dict(),
@@ -276,6 +312,9 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData) -> dict
         "objectives": list(config.objectives),
         "budgets": dict(config.budgets),
         "proxy": config.proxy,
+        "proxy_repeats": config.proxy_repeats,
+        "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
+        "training_recipe": TRAINING_RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
         "device": machine_name(device),
@@ -301,9 +340,24 @@ def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
         latency=_latency_configs(config, device),
         references={},
         proxy=config.proxy,
-        fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None),
+        fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None, _ensemble(config)),
         seed=config.seed,
+        repeats=config.proxy_repeats,
     )
+
+
+def _ensemble(config: SearchConfig) -> dict[str, Any] | None:
+    """The fitted ensemble that the proxy is, where it is one.
+
+    Raises:
+        RunError: where the calibration is of another space, or has none.
+    """
+    if config.calibration is None:
+        return None
+    found = Calibration.open(Path(config.calibration))
+    if found.space != config.space:
+        raise RunError(f"{found.path} is a calibration of another space: calibrate {config.space.name} first")
+    return found.ensemble().to_dict()
 
 
 def _latency_configs(config: SearchConfig, device: str) -> tuple[LatencyConfig, ...]:
@@ -380,6 +434,7 @@ def _create(
             "space": config.space.to_dict(),
             "proxy_trained": ESTIMATORS[config.proxy].trained,
             "reference": reference,
+            "trust": _trust(config, config.out, data.fingerprint),
             "latency_references": dict(evaluator.references),
             "conditions": conditions,
             "data": {
@@ -496,6 +551,8 @@ class _Search:
         self.front = run.front(self.trials)
         self.hypervolume = run.hypervolume(self.front)
         self.near = near_trials(run, [t for t in self.trials if t.state == "complete"])
+        self.judges = config.early_stopping and ESTIMATORS[config.proxy].trained
+        self.finished = [self._finished(t.scores) for t in self.trials if t.state == "complete" and t.scores.curve]
 
     def run_trials(self) -> Run:
         """Score until done; the tables are derived however it ends."""
@@ -504,7 +561,7 @@ class _Search:
         gave_up = exhausted = False
         self._report(None)
         try:
-            while self._count("complete") < self.config.trials:
+            while self._scored() < self.config.trials:
                 if limit is not None and time.monotonic() - started > limit * 60:
                     log.warning("the time limit of %g minutes is reached", limit)
                     break
@@ -547,7 +604,7 @@ class _Search:
         try:
             if attempts > MAX_ATTEMPTS:
                 raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
-            evaluation = self.evaluator.evaluate(architecture)
+            evaluation = self.evaluator.evaluate(architecture, self._judge if self.judges else None)
             values = self._values(evaluation)
         except TrialFailure as failure:
             self._fail(trial, architecture, failure)
@@ -568,12 +625,21 @@ class _Search:
             self.study.tell(trial, state=TrialState.PRUNED)
             self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, over))
             return
+        if evaluation.stopped is not None:
+            # worse the further it is from what it would need
+            trial.set_constraint("early_stopping", evaluation.stopped.shortfall)
+            trial.set_user_attr("failure", str(evaluation.stopped))
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, str(evaluation.stopped)))
+            return
         done = Trial(trial.number, "complete", architecture, evaluation.scores)
         # measuring again may bring what is near the front onto it, so its weights are kept too
         near = near_trials(self.run, [*self.near, done])
         if evaluation.weights is not None and done in near:
             self.run.save_weights(done.key, evaluation.weights)
         self.study.tell(trial, values)
+        if done.scores.curve:
+            self.finished.append(self._finished(done.scores))
         front = self.run.front([*self.front, done])
         if front != self.front:
             self.front, self.hypervolume = front, self.run.hypervolume(front)
@@ -583,8 +649,8 @@ class _Search:
         self._ended(done)
 
     def _values(self, evaluation: Evaluation) -> list[float] | None:
-        """Objective values, None where a budget stopped the scoring."""
-        if evaluation.excess:
+        """Objective values, None where a budget or early stopping ended the scoring."""
+        if evaluation.excess or evaluation.stopped is not None:
             return None
         values = [o.read(evaluation.scores) for o in self.run.objectives]
         if not all(v is not None and math.isfinite(v) for v in values):
@@ -602,15 +668,28 @@ class _Search:
         self._report(trial)
 
     def _report(self, trial: Trial | None) -> None:
-        scored = self._count("complete")
+        scored = self._scored()
         self.on_trial(Progress(self.run, trial, scored, self.config.trials, list(self.front), self.hypervolume))
+
+    def _judge(self, scores: Scores, rung: Rung) -> None:
+        """Ends a training that cannot reach the front, given those that went to their end."""
+        check_rung(rung.epoch, rung.accuracy, self._costs(scores), self.finished)
+
+    def _finished(self, scores: Scores) -> Finished:
+        return Finished(self._costs(scores), dict(scores.curve), scores.accuracy or 0.0)
+
+    def _costs(self, scores: Scores) -> tuple[float, ...]:
+        return tuple(o.loss(o.read(scores) or 0.0) for o in self.run.objectives if o.field != "accuracy")
 
     def _count(self, state: str) -> int:
         return sum(t.state == state for t in self.trials)
 
+    def _scored(self) -> int:
+        return sum(t.scored for t in self.trials)
+
     def _gives_up(self) -> bool:
         """Whether this process has scored nothing for too long; raises where all that happened was failures."""
-        streak = list(itertools.takewhile(lambda t: t.state != "complete", reversed(self.trials[self.before :])))
+        streak = list(itertools.takewhile(lambda t: not t.scored, reversed(self.trials[self.before :])))
         if len(streak) >= MAX_FAILURES and {t.state for t in streak[:MAX_FAILURES]} == {"failed"}:
             raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {streak[0].failure}")
         return len(streak) >= MAX_OVER_BUDGET

@@ -1,7 +1,8 @@
 """How good an architecture would be, estimated at a stated fidelity. One table, one signature.
 
-An estimator is `(model, data, fidelity, seed, device) -> Estimate`. It leaves the model's weights and mode and the
-global random state as it found them. To add one: a function and a row in `ESTIMATORS`.
+An estimator is `(model, data, fidelity, seed, device) -> Estimate`; one that trains takes `on_rung` too, see `train`.
+It leaves the model's weights and mode and the global random state as it found them. To add one: a function and a row
+in `ESTIMATORS`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from ...data import ImageData
 from .baselines import macs, params
-from .estimate import Estimate, Fidelity
-from .training import train
+from .ensemble import Ensemble, ensemble
+from .estimate import Estimate, Fidelity, Rung
+from .training import Training, train
+from .zero_cost import az, grad_norm, naswot, synflow, zico
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "Fidelity"]
+__all__ = ["ESTIMATORS", "Ensemble", "Estimate", "Estimator", "Fidelity", "Rung", "Training", "train"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,38 @@ class Estimator:
     Args:
         estimate: the function.
         trained: whether its score is top-1 accuracy in percent, from trained weights; any other score only ranks.
+        cost: what it takes, in words.
+        source: the paper it is from; empty for what needs none.
+        needs: what it needs beside a network and data; empty for nothing.
     """
 
-    estimate: Callable[[nn.Module, ImageData, Fidelity, int, str], Estimate]
+    estimate: Callable[..., Estimate]
     trained: bool
+    cost: str
+    source: str = ""
+    needs: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether it runs the network, and so needs the device for itself."""
+        return self.cost != NOTHING
 
 
+NOTHING = "nothing"
 ESTIMATORS: dict[str, Estimator] = {
-    "train": Estimator(train, trained=True),
-    "params": Estimator(params, trained=False),
-    "macs": Estimator(macs, trained=False),
+    "train": Estimator(train, trained=True, cost="epochs of training"),
+    "params": Estimator(params, trained=False, cost=NOTHING),
+    "macs": Estimator(macs, trained=False, cost=NOTHING),
+    "grad_norm": Estimator(
+        grad_norm, False, "one batch forward and backward", "Abdelfattah et al., ICLR 2021 (arXiv:2101.08134)"
+    ),
+    "synflow": Estimator(
+        synflow, False, "one image forward and backward", "Tanaka et al., NeurIPS 2020 (arXiv:2006.05467)"
+    ),
+    "naswot": Estimator(naswot, False, "one batch forward", "Mellor et al., ICML 2021 (arXiv:2006.04647)"),
+    "zico": Estimator(zico, False, "two batches forward and backward", "Li et al., ICLR 2023 (arXiv:2301.11300)"),
+    "az": Estimator(az, False, "one batch forward and backward", "Lee and Ham, CVPR 2024 (arXiv:2403.19232)"),
+    "ensemble": Estimator(
+        ensemble, False, "that of its members", "a ridge regression on truths", needs="a calibration"
+    ),
 }

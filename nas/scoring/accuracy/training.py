@@ -1,7 +1,9 @@
-"""Short training on the training part, top-1 on the held-out part.
+"""Short training on the training part, top-1 on the held-out part: at any epoch, and on from there.
 
-The recipe is a common one for small hybrids of convolution and attention: AdamW, linear warm-up and cosine decay by
-step, label smoothing, gradient clipping, random shifts and (where images may be mirrored) flips; bf16 autocast on CUDA.
+The recipe knows nothing of how long it will run, so that a training is the beginning of every longer one: AdamW at a
+rate that falls with the root of the steps after a short warm-up, label smoothing, gradient clipping, random shifts and
+(where images may be mirrored) flips; bf16 autocast on CUDA. What is scored is not the last weights but their average
+over about the last tenth of the steps, which does for them what a decay of the rate to zero would.
 """
 
 from __future__ import annotations
@@ -9,90 +11,199 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...data import ImageData, Images
 from ...errors import TrialFailure
-from .estimate import Estimate, Fidelity
+from .estimate import Estimate, Fidelity, Rung
 
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
-WARMUP_SHARE = 0.15
+WARMUP_STEPS = 20
+DECAY_STEPS = 2000
+"""After so many steps the learning rate has fallen by the root of two."""
+AVERAGING = 8.0
+"""Weights of step t count as t to this power in the average (minus one): about the last tenth of the steps."""
+STATISTICS_BATCHES = 16
+"""Batches from which batch norms learn the averaged network's statistics."""
 LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
 SHIFT_SHARE = 0.125
 
 
-def train(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
+def train(
+    model: nn.Module,
+    data: ImageData,
+    fidelity: Fidelity,
+    seed: int,
+    device: str,
+    training: Training | None = None,
+    on_rung: Callable[[Rung], None] | None = None,
+) -> Estimate:
     """Train a copy of `model` and return its top-1 accuracy in percent on `data.holdout`, with the trained weights.
 
     The standard error is that of a share of as many images. On the CPU the same seed and number of threads give the
     same score on a machine; on CUDA nearly the same, since some of its sums have no fixed order.
 
+    Args:
+        model: any classifier of `data.classes`.
+        data: what to train and validate on.
+        fidelity: for how long.
+        seed: of the order of images, their augmentation and dropout.
+        device: where.
+        training: one that was begun with the same arguments and goes on; `model` does not matter then.
+        on_rung: called with each accuracy on the way (`Fidelity.rungs`); may raise to end the training.
+
     Raises:
         TrialFailure: `non_finite` where loss or logits stop being finite, `timeout` after `fidelity.max_seconds`.
     """
     start = time.perf_counter()
-    target = torch.device(device)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # dropout and stochastic depth, where a model has them
-        learner = copy.deepcopy(model).to(target).to(memory_format=torch.channels_last)
-        _fit(learner, data, fidelity, seed, target, start)
-        accuracy = _top1(learner, data, target)
-    share = accuracy / 100
+    deadline = None if fidelity.max_seconds is None else start + fidelity.max_seconds
+    running = training or Training(model, data, fidelity.batch_size, seed, device)
+    network = running.network
+    for epoch in fidelity.rungs:
+        if epoch <= running.epoch:
+            continue
+        begun = time.perf_counter()
+        while running.epoch < epoch:
+            running.run_epoch(deadline)
+        network = running.averaged()
+        accuracy = top1(network, data, torch.device(device))
+        before = running.curve[-1].seconds if running.curve else 0.0
+        rung = Rung(epoch, accuracy, before + time.perf_counter() - begun)
+        running.curve += (rung,)
+        if on_rung is not None:
+            on_rung(rung)
+    score = running.curve[-1].accuracy
+    share = score / 100
     return Estimate(
-        score=accuracy,
+        score=score,
         std=100 * math.sqrt(share * (1 - share) / len(data.holdout)),
         seconds=time.perf_counter() - start,
-        weights={name: t.detach().to("cpu").contiguous() for name, t in learner.state_dict().items()},
+        weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
+        curve=running.curve,
     )
 
 
-def _fit(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: torch.device, start: float) -> None:
-    pixels, labels = data.train.pixels.to(device), data.train.labels.to(device)
-    batch_size = min(fidelity.batch_size, len(labels))
-    steps = len(labels) // batch_size
-    total = steps * fidelity.epochs
-    # scaled with the square root of the batch, as suits Adam; 64 is what the rate was chosen at
-    rate = LEARNING_RATE * math.sqrt(batch_size / 64)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=rate, weight_decay=WEIGHT_DECAY)
-    warmup = int(WARMUP_SHARE * total)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=total - warmup,
-        warmup_t=warmup,
-        warmup_lr_init=rate / 100,
-        warmup_prefix=True,
-        lr_min=rate / 100,
-        t_in_epochs=False,
-    )
-    scheduler.step_update(0)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    model.train()
-    update = 0
-    for _ in range(fidelity.epochs):
-        order = torch.randperm(len(labels), generator=generator, device=device)
-        loss_sum = torch.zeros((), device=device)
-        for index in order[: steps * batch_size].split(batch_size):
-            if fidelity.max_seconds is not None and time.perf_counter() - start > fidelity.max_seconds:
-                raise TrialFailure("timeout", f"training took longer than {fidelity.max_seconds:g} s")
-            images = _normalise(_augment(pixels[index], data.mirrored, generator), data)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(images), labels[index], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad(set_to_none=True)
+class Training:
+    """A copy of a network in training: runs epoch by epoch, and can be saved and go on as if it had never stopped.
+
+    Attributes:
+        network: with the weights of the last step.
+        epoch: epochs that are done.
+        curve: accuracies on the way.
+    """
+
+    def __init__(self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:
+        self.data, self.seed, self.device = data, seed, torch.device(device)
+        self.pixels, self.labels = data.train.pixels.to(self.device), data.train.labels.to(self.device)
+        self.batch_size = min(batch_size, len(self.labels))
+        self.network = copy.deepcopy(model).to(self.device).to(memory_format=torch.channels_last)
+        self.average = [p.detach().clone() for p in self.network.parameters()]
+        # scaled with the square root of the batch, as suits Adam; 64 is what the rate was chosen at
+        self.rate = LEARNING_RATE * math.sqrt(self.batch_size / 64)
+        self.optimizer = create_optimizer_v2(
+            self.network, opt="adamw", lr=self.rate, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.epoch = self.step = 0
+        self.curve: tuple[Rung, ...] = ()
+
+    def run_epoch(self, deadline: float | None = None) -> None:
+        """One pass over the training part.
+
+        Args:
+            deadline: of `time.perf_counter`, after which the training fails.
+
+        Raises:
+            TrialFailure: `non_finite`, or `timeout` at the deadline.
+        """
+        # all that is random in an epoch follows from the seed and its number: nothing random has to be saved
+        seed = (self.seed * 1_000_003 + self.epoch) % 2**63
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+            torch.manual_seed(seed)  # dropout and stochastic depth, where a model has them
+            self._run_epoch(torch.Generator(device=self.device).manual_seed(seed), deadline)
+        self.epoch += 1
+
+    def _run_epoch(self, generator: torch.Generator, deadline: float | None) -> None:
+        count = len(self.labels) // self.batch_size * self.batch_size
+        order = torch.randperm(len(self.labels), generator=generator, device=self.device)
+        parameters: list[torch.Tensor] = list(self.network.parameters())
+        loss_sum = torch.zeros((), device=self.device)
+        self.network.train()
+        for index in order[:count].split(self.batch_size):
+            if deadline is not None and time.perf_counter() > deadline:
+                raise TrialFailure("timeout", f"training took too long: the time was over in epoch {self.epoch + 1}")
+            self.step += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * _rate(self.step)
+            images = normalise(_augment(self.pixels[index], self.data.mirrored, generator), self.data)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = F.cross_entropy(self.network(images), self.labels[index], label_smoothing=LABEL_SMOOTHING)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            update += 1
-            scheduler.step_update(update)
+            nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+            self.optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, parameters, 1 - (1 - 1 / self.step) ** AVERAGING)
             loss_sum += loss.detach()
         if not math.isfinite(loss_sum.item()):  # once an epoch: asking every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
+
+    def averaged(self) -> nn.Module:
+        """A network with the averaged weights, whose batch norms have statistics of its own."""
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            for parameter, average in zip(network.parameters(), self.average, strict=True):
+                parameter.copy_(average)
+        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        if not norms:
+            return network
+        network.eval()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.seed))
+        with torch.inference_mode():
+            for index in order[: STATISTICS_BATCHES * self.batch_size].split(self.batch_size):
+                if len(index) == self.batch_size:
+                    network(normalise(self.pixels[index.to(self.device)], self.data))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        return network
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs, as tensors and plain data."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "curve": [[rung.epoch, rung.accuracy, rung.seconds] for rung in self.curve],
+            "network": self.network.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where another one of the same arguments stood."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.average, [t.to(self.device) for t in state["average"]])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.curve = tuple(Rung(*point) for point in state["curve"])
+
+
+def _rate(step: int) -> float:
+    """Share of the learning rate at a step, from 1."""
+    return min(1.0, step / WARMUP_STEPS) * math.sqrt(DECAY_STEPS / (DECAY_STEPS + step))
 
 
 def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -> torch.Tensor:
@@ -111,14 +222,14 @@ def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _normalise(pixels: torch.Tensor, data: ImageData) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, data: ImageData) -> torch.Tensor:
     """uint8 to float32 with the data's mean and standard deviation."""
     mean = torch.tensor(data.mean, device=pixels.device).view(1, -1, 1, 1) * 255
     std = torch.tensor(data.std, device=pixels.device).view(1, -1, 1, 1) * 255
     return (pixels.float() - mean) / std
 
 
-def _top1(model: nn.Module, data: ImageData, device: torch.device, batch_size: int = 256) -> float:
+def top1(model: nn.Module, data: ImageData, device: torch.device, batch_size: int = 256) -> float:
     """Percent of the held-out images whose highest logit is the right one."""
     held: Images = data.holdout
     model.eval()
@@ -126,7 +237,7 @@ def _top1(model: nn.Module, data: ImageData, device: torch.device, batch_size: i
     finite = torch.ones((), dtype=torch.bool, device=device)
     with torch.inference_mode():
         for pixels, labels in zip(held.pixels.split(batch_size), held.labels.split(batch_size), strict=True):
-            logits = model(_normalise(pixels.to(device), data).contiguous(memory_format=torch.channels_last))
+            logits = model(normalise(pixels.to(device), data).contiguous(memory_format=torch.channels_last))
             finite &= logits.isfinite().all()
             correct += (logits.argmax(1) == labels.to(device)).sum()
     if not bool(finite):

@@ -1,0 +1,163 @@
+"""A calibration's folder: its only reader and writer.
+
+calibration.json    of which space, on which data, on what machine
+pool.csv            random architectures with their latency, from which those to train are taken
+truths.csv          trainings: architecture, seed, epochs, learning curve
+scores.csv          what each estimator said of each architecture
+report.json         how far they agree, derived
+trust.png trust.svg the same as a picture, derived
+checkpoints/        where each training stands, so that it can go on
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import NasError, RunError
+from ..runs import write_file
+from ..scoring.accuracy import Ensemble, Rung
+from ..space import SearchSpace
+
+FORMAT = 1
+FILE = "calibration.json"
+COLUMNS = {
+    "pool": ("key", "architecture", "latency_ms", "latency_low_ms", "latency_high_ms", "failure"),
+    "truths": ("key", "architecture", "seed", "epochs", "score", "std", "curve", "seconds", "failure"),
+    "scores": ("key", "estimator", "seed", "score", "seconds", "failure"),
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An existing calibration.
+
+    Args:
+        path: its folder.
+        manifest: what `calibration.json` holds.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Calibration:
+        """Read a calibration's folder.
+
+        Raises:
+            RunError: where it is none, or damaged.
+        """
+        file = path / FILE
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise RunError(f"{file} has format {manifest['format']}, this release reads {FORMAT}")
+            SearchSpace.from_dict(manifest["space"])
+            return cls(path, manifest)
+        except OSError as error:
+            raise RunError(f"{path} is not a calibration: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+
+    @property
+    def space(self) -> SearchSpace:
+        """Whose architectures."""
+        return SearchSpace.from_dict(self.manifest["space"])
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """A table's rows as text; none where there is no such table yet."""
+        try:
+            text = (self.path / f"{name}.csv").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"{self.path / name}.csv cannot be read: {error.strerror or error}") from None
+        csv.field_size_limit(10**7)
+        return list(csv.DictReader(io.StringIO(text)))
+
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace a table."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS[name], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({column: row.get(column, "") for column in COLUMNS[name]} for row in rows)
+        write_file(self.path / f"{name}.csv", buffer.getvalue())
+
+    def truths(self) -> dict[tuple[str, int], tuple[Rung, ...]]:
+        """(key, seed) -> learning curve; without the trainings that failed."""
+        return {
+            (row["key"], int(row["seed"])): parse_curve(row["curve"]) for row in self.rows("truths") if row["curve"]
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What `calibrate` found last; raises RunError where it has not come so far."""
+        try:
+            report: dict[str, Any] = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+            return report
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no report yet: go on with mixnas calibrate --out {self.path}") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / 'report.json'} cannot be read ({error})") from None
+
+    def ensemble(self) -> Ensemble:
+        """The ensemble that is fitted on all of its truths."""
+        try:
+            return Ensemble.from_dict(self.report()["ensemble"])
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{self.path} has no ensemble: go on with mixnas calibrate --out {self.path}") from None
+
+
+def format_curve(curve: Sequence[Rung]) -> str:
+    """`epoch:accuracy:seconds`, a space between the points."""
+    return " ".join(f"{rung.epoch}:{rung.accuracy:.6g}:{rung.seconds:.3f}" for rung in curve)
+
+
+def parse_curve(text: str) -> tuple[Rung, ...]:
+    """The inverse of `format_curve`."""
+    points = (point.split(":") for point in text.split())
+    return tuple(Rung(int(epoch), float(accuracy), float(seconds)) for epoch, accuracy, seconds in points)
+
+
+def format_figure(figure: Mapping[str, float] | None) -> str:
+    """`0.71 (0.60 to 0.80)`."""
+    if figure is None:
+        return "undefined"
+    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+def find_trust(space: SearchSpace, fingerprint: str, proxy: str, epochs: int, root: Path) -> dict[str, Any] | None:
+    """What a calibration beside a run says of its proxy; None where none of the same space and data has it.
+
+    Args:
+        space: of the run.
+        fingerprint: of its data.
+        proxy: a row of `ESTIMATORS`.
+        epochs: of its training.
+        root: the folder in which calibrations lie.
+
+    Returns:
+        The row of `trust_report` with `calibration` (its folder), `ceiling` and `epochs` (of a truth); of the
+        calibration with the most truths.
+    """
+    name = f"train@{epochs}" if proxy == "train" else proxy
+    best: dict[str, Any] | None = None
+    for file in sorted(root.glob(f"*/{FILE}")):
+        try:
+            found = Calibration.open(file.parent)
+            report = found.report()
+            same = found.space == space
+            row = next((r for r in report["rows"] if r["estimator"] == name), None)
+            if same and found.manifest["data"]["fingerprint"] == fingerprint and row is not None:
+                told = row | {"calibration": str(file.parent), "ceiling": report["ceiling"]["kendall"]}
+                if best is None or row["count"] > best["count"]:
+                    best = told | {"epochs": report["epochs"]}
+        except (NasError, KeyError, TypeError):
+            continue  # a damaged one is no reason not to search
+    return best

@@ -1,0 +1,231 @@
+"""What a calibration found: each estimator's agreement with the truths, what to use, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import RunError
+from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
+from .folder import Calibration, format_figure
+
+FEWEST = 10
+"""Truths that a report needs."""
+LOW_SHARE = 4
+"""The second training of an architecture ends at the last rung before this share of the epochs, unless repeated."""
+CHEAP_SHARE = 0.1
+"""Of a truth's time: what takes no longer counts as cheap."""
+BANDS = ("fast", "middle", "slow")
+BASELINES = ("params", "macs")
+
+
+@dataclass(frozen=True)
+class _Column:
+    """An estimator's scores of the architectures, NaN where it has none, and its seconds for each."""
+
+    scores: np.ndarray
+    seconds: float
+
+
+def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
+    """Compare every estimator with the truths of `epochs` epochs.
+
+    Returns:
+        `count`, `epochs`, `truth_seconds`, `ceiling` (truth against truth with another seed), `rows` (one for each
+        estimator, best first), `choice` (what was chosen on resamples, and how it did on what they left out),
+        `recommended`, `verdict` (lines for people) and `ensemble`.
+
+    Raises:
+        RunError: where too few truths are known.
+    """
+    first = int(found.manifest["seed"])
+    rungs = {seed: _rungs(found, seed) for seed in (first, first + 1)}
+    final, again = (rungs[seed].get(epochs, {}) for seed in (first, first + 1))
+    if len(final) < FEWEST:
+        raise RunError(f"{len(final)} truths of {epochs} epochs are known, {FEWEST} are needed: go on")
+    latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
+    keys = sorted(final, key=lambda key: latency[key])  # by latency: bands are thirds of this order
+    truths = np.array([final[key].accuracy for key in keys])
+    truth_seconds = float(np.mean([final[key].seconds for key in keys]))
+    columns = _columns(found, keys, {e: rungs[first + 1].get(e, {}) for e in Fidelity(low_epochs(epochs)).rungs})
+    cheap = {name: c for name, c in columns.items() if c.seconds <= CHEAP_SHARE * truth_seconds}
+    ensemble, cross_validated = _ensemble(cheap, truths)
+    columns["ensemble"] = cheap["ensemble"] = cross_validated
+    rows = [_row(name, column, columns, truths, truth_seconds) for name, column in columns.items()]
+    rows.sort(key=lambda row: row["kendall"]["value"] if row["kendall"] else -math.inf, reverse=True)
+    repeated = [key for key in keys if key in again]
+    other, once = (np.array([part[key].accuracy for key in repeated]) for part in (again, final))
+    report: dict[str, Any] = {
+        "count": len(keys),
+        "epochs": epochs,
+        "truth_seconds": truth_seconds,
+        "accuracy": [float(truths.min()), float(np.median(truths)), float(truths.max())],
+        "ceiling": _agreement(other, once)
+        | {"count": len(repeated), "std": float((other - once).std() / math.sqrt(2))},
+        "rows": rows,
+        "choice": _choice(cheap, truths),
+        "ensemble": ensemble.to_dict(),
+    }
+    report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(*_both(cheap[name].scores, truths))))
+    return report | {"verdict": _verdict(report)}
+
+
+def low_epochs(epochs: int) -> int:
+    """Epochs of the second training of an architecture that is not repeated in full."""
+    return max(e for e in (1, *Fidelity(epochs).rungs) if e == 1 or e <= epochs // LOW_SHARE)
+
+
+def _rungs(found: Calibration, seed: int) -> dict[int, dict[str, Rung]]:
+    """Epochs -> key -> where that training stood then."""
+    rungs: dict[int, dict[str, Rung]] = {}
+    for (key, its_seed), curve in found.truths().items():
+        for rung in curve if its_seed == seed else ():
+            rungs.setdefault(rung.epoch, {})[key] = rung
+    return rungs
+
+
+def _columns(
+    found: Calibration, keys: Sequence[str], trainings: Mapping[int, Mapping[str, Rung]]
+) -> dict[str, _Column]:
+    """Estimator -> scores; a short training counts with another seed than the truth's, as it would in a search."""
+    columns = {}
+    rows = found.rows("scores")
+    for name in ESTIMATORS:
+        mine = {row["key"]: row for row in rows if row["estimator"] == name and not row["failure"]}
+        if mine:
+            scores = [float(mine[key]["score"]) if key in mine else math.nan for key in keys]
+            columns[name] = _Column(np.array(scores), float(np.mean([float(r["seconds"]) for r in mine.values()])))
+    for epochs, rungs in trainings.items():
+        if rungs:
+            scores = [rungs[key].accuracy if key in rungs else math.nan for key in keys]
+            columns[f"train@{epochs}"] = _Column(np.array(scores), float(np.mean([r.seconds for r in rungs.values()])))
+    return columns
+
+
+def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray) -> tuple[Ensemble, _Column]:
+    """Fitted on all truths, and what it says of each when fitted on others (ten parts, ten times)."""
+    whole = {name: column for name, column in cheap.items() if np.isfinite(column.scores).all()}
+    members, scores = list(whole), np.stack([column.scores for column in whole.values()], axis=1)
+    rng, repeats = np.random.default_rng(0), 10
+    predicted = np.zeros(len(truths))
+    for _ in range(repeats):
+        for part in np.array_split(rng.permutation(len(truths)), 10):
+            rest = np.setdiff1d(np.arange(len(truths)), part)
+            predicted[part] += Ensemble.fit(members, scores[rest], truths[rest]).predict(scores[part]) / repeats
+    seconds = sum(column.seconds for name, column in whole.items())
+    return Ensemble.fit(members, scores, truths), _Column(predicted, seconds)
+
+
+def _row(
+    name: str, column: _Column, columns: Mapping[str, _Column], truths: np.ndarray, truth_seconds: float
+) -> dict[str, Any]:
+    scores, known = _both(column.scores, truths)
+    row: dict[str, Any] = {"estimator": name, "count": len(known), "seconds": column.seconds}
+    row["share_of_truth"] = column.seconds / truth_seconds
+    row |= _agreement(scores, known)
+    row["bands"] = {
+        band: _figure(trust.kendall, *_both(column.scores[part], truths[part]))
+        for band, part in zip(BANDS, np.array_split(np.arange(len(truths)), len(BANDS)), strict=True)
+    }
+    row["against"] = {
+        other: _plain(_difference(column.scores, columns[other].scores, truths))
+        for other in BASELINES
+        if other != name and other in columns
+    }
+    return row
+
+
+def _agreement(scores: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
+    statistics = {"kendall": trust.kendall, "spearman": trust.spearman, "top_recall": trust.top_recall}
+    return {name: _figure(statistic, scores, truths) for name, statistic in statistics.items()}
+
+
+Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray | None], float]
+
+
+def _figure(statistic: Statistic, scores: np.ndarray, truths: np.ndarray) -> dict[str, float] | None:
+    if len(scores) < 3:
+        return None
+    return _plain(trust.bootstrap(lambda counts: statistic(scores, truths, counts), len(truths)))
+
+
+def _plain(figure: trust.Figure) -> dict[str, float] | None:
+    """As it is written; None where it is not defined."""
+    return asdict(figure) if math.isfinite(figure.value) else None
+
+
+def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> trust.Figure:
+    """Of Kendall's correlations with the truth, on the same resamples."""
+    known = np.isfinite(scores) & np.isfinite(others)
+    a, b, t = scores[known], others[known], truths[known]
+    return trust.bootstrap(lambda counts: trust.kendall(a, t, counts) - trust.kendall(b, t, counts), len(t))
+
+
+def _choice(cheap: Mapping[str, _Column], truths: np.ndarray, resamples: int = 300) -> dict[str, Any]:
+    """Choose the best on a resample, look how it does on the architectures that are not in it; again and again."""
+    rng, count = np.random.default_rng(1), len(truths)
+    names = [name for name, column in cheap.items() if np.isfinite(column.scores).all()]
+    chosen: dict[str, int] = dict.fromkeys(names, 0)
+    found: list[float] = []
+    against: dict[str, list[float]] = {name: [] for name in BASELINES if name in names}
+    for _ in range(resamples):
+        counts = rng.multinomial(count, np.full(count, 1 / count)).astype(float)
+        out = counts == 0
+        best = max(names, key=lambda name: _known(trust.kendall(cheap[name].scores, truths, counts)))
+        chosen[best] += 1
+        mine = trust.kendall(cheap[best].scores[out], truths[out])
+        found.append(mine)
+        for other, differences in against.items():
+            differences.append(mine - trust.kendall(cheap[other].scores[out], truths[out]))
+    return {
+        "chosen": {name: number / resamples for name, number in chosen.items() if number},
+        "kendall": _quantiles(found),
+        "against": {name: _quantiles(differences) for name, differences in against.items()},
+    }
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    known = np.array([v for v in values if math.isfinite(v)])
+    low, high = np.quantile(known, [0.025, 0.975])
+    return {"value": float(known.mean()), "low": float(low), "high": float(high)}
+
+
+def _verdict(report: Mapping[str, Any]) -> list[str]:
+    name = report["recommended"]
+    row = next(row for row in report["rows"] if row["estimator"] == name)
+    ceiling = report["ceiling"]["kendall"]
+    lines = [
+        f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {row['share_of_truth']:.1%} of a truth's "
+        f"time; truth against truth with another seed: {format_figure(report['ceiling']['kendall'])}"
+        + (f", so {row['kendall']['value'] / ceiling['value']:.0%} of what can be reached" if ceiling else "")
+    ]
+    for other, difference in row["against"].items():
+        if difference is None:
+            continue
+        if difference["low"] > 0:
+            lines.append(f"it orders architectures better than {other} does: by {format_figure(difference)}")
+        elif difference["high"] < 0:
+            lines.append(f"it orders architectures worse than {other} does: by {format_figure(difference)}")
+        else:
+            width, value = (difference["high"] - difference["low"]) / 2, abs(difference["value"])
+            needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
+            told = f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
+            lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {told}")
+    if name in BASELINES:
+        lines.append(
+            "no estimator beats counting: a search can do without training as well as with any of the cheap ones"
+        )
+    return lines
+
+
+def _both(scores: np.ndarray, truths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    known = np.isfinite(scores)
+    return scores[known], truths[known]
+
+
+def _known(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf

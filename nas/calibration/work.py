@@ -1,0 +1,278 @@
+"""Draw architectures evenly over their latency, train them, score them: resumable, and extended by a later call."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..architecture import Architecture
+from ..data import MAX_IMAGES, ImageData, load_data
+from ..errors import RunError, TrialFailure, UsageError
+from ..machine import describe_machine, describe_software, exclusive, machine_name
+from ..models import create_backbone
+from ..runs import locked_folder, write_file
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Training, train
+from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
+from ..space import SearchSpace
+from .folder import FILE, FORMAT, Calibration, format_curve
+from .report import FEWEST, low_epochs, trust_report
+
+POOL = 3
+"""Random architectures that are timed for each that is trained."""
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What to calibrate on, and with how much effort.
+
+    Args:
+        space: whose architectures.
+        data: a data set as `nas.data` names it.
+        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        input_size: side of the images; None takes the data's own.
+        max_images: of a larger training split, a stratified sample of this many is used.
+        device: trains and times.
+        count: architectures that are trained.
+        epochs: of a truth.
+        repeats: of the architectures, so many are trained in full with a second seed, for the noise of truths.
+        batch_size: images a training step.
+        seed: of the architectures, the initial weights and the training; the second seed is the next.
+    """
+
+    space: SearchSpace
+    data: str = "digits"
+    data_root: str | None = None
+    input_size: int | None = None
+    max_images: int = MAX_IMAGES
+    device: str = "cpu"
+    count: int = 40
+    epochs: int = 16
+    repeats: int = 12
+    batch_size: int = Fidelity.batch_size
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", FEWEST), ("epochs", 2), ("repeats", 3), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise UsageError(f"{name} is {value}: it must be at least {least}")
+        if self.count > self.space.size:
+            raise UsageError(f"space {self.space.name} has {self.space.size} architectures, {self.count} are asked for")
+        if self.repeats > self.count:
+            raise UsageError(f"{self.repeats} repeats of {self.count} architectures: ask for {self.count} at most")
+
+
+Step = Callable[[int, int, str], None]
+
+
+def calibrate(config: CalibrationConfig, path: Path, on_step: Step | None = None) -> Calibration:
+    """Train, score and compare; what is done already is not done again, and a killed training goes on at its last rung.
+
+    Args:
+        config: on what; an existing folder must be of the same but for `count`, `epochs` and `repeats`.
+        path: the folder.
+        on_step: called after each step with how many are done, how many there are, and what was done.
+
+    Raises:
+        RunError: where the folder has a calibration of something else, or cannot be written.
+        DataError: for an unusable data set.
+        UsageError: where images are too small for the space.
+    """
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    reduction = config.space.largest()[0].reduction
+    if data.input_size[1] < reduction:
+        raise UsageError(f"images of {data.input_size[1]} pixels are too small: {reduction} or more are needed")
+    with locked_folder(path, FILE, "calibration"):
+        found = _open_or_create(config, path, data)
+        work = _Work(config, found, data, on_step or (lambda *_: None))
+        work.run()
+        report = trust_report(found, config.epochs)
+        write_file(path / "report.json", json.dumps(report, indent=2) + "\n")
+    return found
+
+
+class _Work:
+    """The steps of one call, in an order that makes an early end useful."""
+
+    def __init__(self, config: CalibrationConfig, found: Calibration, data: ImageData, on_step: Step) -> None:
+        self.config, self.found, self.data, self.on_step = config, found, data, on_step
+        self.low_epochs = low_epochs(config.epochs)
+        self.truths = found.rows("truths")
+        self.scores = found.rows("scores")
+        self.names = [name for name, row in ESTIMATORS.items() if not row.trained and not row.needs]
+
+    def run(self) -> None:
+        self.total = POOL * self.config.count + self.config.count * 3
+        self.done = 0
+        chosen = self._choose()
+        twice = {chosen[int(i)].key for i in np.linspace(0, len(chosen) - 1, self.config.repeats)}
+        for architecture in _spread(chosen):
+            seed = self.config.seed
+            self._train(architecture, seed, self.config.epochs)
+            self._score(architecture, seed)
+            self._train(architecture, seed + 1, self.config.epochs if architecture.key in twice else self.low_epochs)
+
+    def _step(self, note: str) -> None:
+        self.done += 1
+        self.on_step(self.done, self.total, note)
+
+    def _choose(self) -> list[Architecture]:
+        """As many as are wanted, evenly over the latencies of the pool and in their order; trained ones are kept."""
+        pool = self._pool()
+        timed = sorted((row for row in pool if not row["failure"]), key=lambda row: float(row["latency_ms"]))
+        if len(timed) < self.config.count:
+            raise RunError(f"only {len(timed)} of {len(pool)} architectures can be measured here")
+        trained = {row["key"] for row in self.truths}
+        picked: set[str] = set()
+        bins = np.array_split(np.arange(len(timed)), self.config.count)
+        for members in bins:
+            keys = [timed[i]["key"] for i in members]
+            picked.update(k for k in keys if k in trained)
+            if not picked & set(keys):
+                first = min(members, key=lambda i: int(timed[i]["number"]))
+                picked.add(timed[first]["key"])
+        order = {row["key"]: row["architecture"] for row in timed}
+        return [Architecture.from_json(text) for key, text in order.items() if key in picked]
+
+    def _pool(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = list(self.found.rows("pool"))
+        known = {row["key"] for row in rows}
+        at = LatencyConfig(device=self.config.device, target=0.02, max_seconds=0.3, warmup_seconds=0.2)
+        fixed = float(self.found.manifest["reference_ms"])
+        wanted = min(POOL * self.config.count, self.config.space.size)
+        rng = np.random.default_rng([self.config.seed, 0x63616C])
+        drawn: set[str] = set()
+        while len(drawn) < wanted:
+            architecture = self.config.space.sample(rng)
+            if architecture.key in drawn:
+                continue
+            drawn.add(architecture.key)
+            if architecture.key not in known:
+                row: dict[str, Any] = {"key": architecture.key, "architecture": architecture.to_json(), "failure": ""}
+                try:
+                    latency = measure_latency(self._build(architecture, 0), self.data.input_size, at, fixed)
+                    row |= {"latency_ms": f"{latency.ms:.6g}", "latency_low_ms": f"{latency.low_ms:.6g}"}
+                    row |= {"latency_high_ms": f"{latency.high_ms:.6g}"}
+                except TrialFailure as failure:
+                    row["failure"] = str(failure)
+                rows.append(row)
+                self.found.write("pool", rows)
+            self._step("latency")
+        return [row | {"number": i} for i, row in enumerate(rows)]
+
+    def _build(self, architecture: Architecture, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            return create_backbone(architecture, len(self.data.classes))
+
+    def _train(self, architecture: Architecture, seed: int, epochs: int) -> None:
+        key = architecture.key
+        known = next((r for r in self.truths if (r["key"], r["seed"]) == (key, str(seed))), None)
+        if known is None or (not known["failure"] and int(known["epochs"]) < epochs):
+            row = {"key": key, "architecture": architecture.to_json(), "seed": str(seed), "epochs": str(epochs)}
+            try:
+                row |= self._trained(architecture, seed, epochs) | {"failure": ""}
+            except TrialFailure as failure:
+                row["failure"] = f"{failure.reason}: {failure}"
+            if known is not None:
+                self.truths.remove(known)
+            self.truths.append(row)
+            self.found.write("truths", self.truths)
+        self._step(f"training {key}")
+
+    def _trained(self, architecture: Architecture, seed: int, epochs: int) -> dict[str, str]:
+        config, checkpoint = self.config, self.found.path / "checkpoints" / f"{architecture.key}-{seed}.pt"
+        fidelity = Fidelity(epochs, config.batch_size)
+        training = Training(self._build(architecture, seed), self.data, config.batch_size, seed, config.device)
+        if checkpoint.is_file():
+            training.load(_load(checkpoint))
+        with exclusive(config.device):
+            estimate = train(
+                training.network,
+                self.data,
+                fidelity,
+                seed,
+                config.device,
+                training,
+                lambda _: _save(training, checkpoint),
+            )
+        return {
+            "score": f"{estimate.score:.6g}",
+            "std": f"{estimate.std:.6g}",
+            "curve": format_curve(estimate.curve),
+            "seconds": f"{estimate.curve[-1].seconds:.3f}",
+        }
+
+    def _score(self, architecture: Architecture, seed: int) -> None:
+        done = {(row["key"], row["estimator"]) for row in self.scores}
+        model = None
+        for name in self.names:
+            if (architecture.key, name) in done:
+                continue
+            model = model or self._build(architecture, seed)
+            row = {"key": architecture.key, "estimator": name, "seed": str(seed), "failure": ""}
+            try:
+                fidelity = Fidelity(batch_size=self.config.batch_size)
+                estimate = ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
+                row |= {"score": repr(estimate.score), "seconds": f"{estimate.seconds:.4f}"}
+            except TrialFailure as failure:
+                row["failure"] = str(failure)
+            self.scores.append(row)
+        if model is not None:
+            self.found.write("scores", self.scores)
+        self._step(f"scores of {architecture.key}")
+
+
+def _spread(items: Sequence[Architecture]) -> Iterator[Architecture]:
+    """All items in an order whose every beginning is spread over the whole."""
+    order = np.random.default_rng(0).permutation(len(items))
+    yield from (items[int(i)] for i in order)
+
+
+def _save(training: Training, path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(training.state(), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, buffer.getvalue())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+    except Exception as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}): delete it, and its training starts anew") from None
+
+
+def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> Calibration:
+    same = {
+        "space": config.space.to_dict(),
+        "data": {"name": Path(config.data).name, "fingerprint": data.fingerprint, "input_size": list(data.input_size)},
+        "machine": machine_name(config.device),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    same = json.loads(json.dumps(same))
+    if (path / FILE).is_file():
+        found = Calibration.open(path)
+        for name, value in same.items():
+            if found.manifest.get(name) != value:
+                raise RunError(f"{path} is a calibration with another {name}: give another --out")
+        return found
+    manifest = same | {
+        "format": FORMAT,
+        "reference_ms": reference_ms(LatencyConfig(device=config.device)),
+        "threads": torch.get_num_threads(),
+        "conditions": describe_machine(config.device),
+        "software": describe_software(),
+    }
+    write_file(path / FILE, json.dumps(manifest, indent=2) + "\n")
+    return Calibration.open(path)

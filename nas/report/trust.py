@@ -1,0 +1,76 @@
+"""A calibration as a picture: how far each estimator orders architectures as long training does."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..calibration.folder import Calibration
+from ..runs import write_file
+
+ALL, CHEAPEST = "#0072B2", "#D55E00"
+BAND_COLOURS = ("#56B4E9", "#E69F00", "#CC79A7")  # Okabe and Ito: safe for all eyes
+
+
+def plot_trust(found: Calibration) -> list[Path]:
+    """Write `trust.png` and `trust.svg`; returns their paths.
+
+    A row for each estimator: Kendall's correlation with the truth over all architectures with its 95 % interval, and
+    within thirds by latency. The shaded part is what truth reaches against itself with another seed.
+
+    Raises:
+        RunError: where the calibration has no report yet.
+    """
+    from matplotlib.figure import Figure
+
+    report = found.report()
+    rows = list(reversed(report["rows"]))
+    figure = Figure(figsize=(8.5, 1.6 + 0.38 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ceiling = report["ceiling"]["kendall"]
+    if ceiling is not None:
+        axes.axvspan(ceiling["low"], min(ceiling["high"], 1.0), color="0.92", zorder=0)
+        axes.axvline(ceiling["value"], color="0.5", linestyle="--", linewidth=1, label="truth, another seed")
+    axes.axvline(0, color="0.7", linewidth=0.8)
+    for place, row in enumerate(rows):
+        _point(axes, row["kendall"], place, ALL, "all architectures" if place == 0 else None)
+        for colour, (band, value) in zip(BAND_COLOURS, row["bands"].items(), strict=True):
+            if value is not None:
+                label = f"the {band} third" if place == 0 else None
+                axes.plot(value["value"], place - 0.22, "|", color=colour, markersize=8, markeredgewidth=2, label=label)
+    names = [f"{row['estimator']}  ({row['seconds']:.2g} s)" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        if row["estimator"] == report["recommended"]:
+            tick.set_fontweight("bold")
+    axes.set_xlim(left=max(-1.0, min(-0.1, *(_low(row["kendall"]) for row in rows))), right=1.0)
+    axes.set_xlabel("Kendall correlation with the truth (95 % interval)")
+    space, data = found.manifest["space"]["name"], found.manifest["data"]["name"]
+    axes.set_title(
+        f"{space} on {data}: {report['count']} truths of {report['epochs']} epochs "
+        f"({report['truth_seconds']:.0f} s each)",
+        fontsize=10,
+        loc="left",
+    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0), fontsize=8, frameon=True, framealpha=0.9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    files = []
+    for suffix in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=160)
+        files.append(found.path / f"trust.{suffix}")
+        write_file(files[-1], buffer.getvalue())
+    return files
+
+
+def _point(axes: Any, value: Mapping[str, float] | None, place: int, colour: str, label: str | None) -> None:
+    if value is not None:
+        reach = [[value["value"] - value["low"]], [value["high"] - value["value"]]]
+        axes.errorbar(value["value"], place, xerr=reach, fmt="o", color=colour, capsize=3, markersize=6, label=label)
+
+
+def _low(value: Mapping[str, float] | None) -> float:
+    return 0.0 if value is None else value["low"]

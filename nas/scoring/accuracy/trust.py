@@ -1,0 +1,99 @@
+"""How far the order of scores is the order of truths, with intervals.
+
+Intervals are 95 % percentile intervals of the bootstrap over architectures. A resample counts each architecture so many
+times; pairs of an architecture with itself are no pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 1000
+TOP = 0.1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A statistic with its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+def kendall(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
+    """Kendall's rank correlation, in the form that allows for ties (tau-b); NaN where one side is all ties.
+
+    Args:
+        scores: of the architectures.
+        truths: of the same.
+        counts: how often each architecture counts; None for once.
+    """
+    mine, theirs = _signs(scores), _signs(truths)
+    weights = np.ones(len(mine)) if counts is None else counts
+    norm = (weights @ mine**2 @ weights) * (weights @ theirs**2 @ weights)
+    return float(weights @ (mine * theirs) @ weights / np.sqrt(norm)) if norm > 0 else float("nan")
+
+
+def spearman(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
+    """Spearman's rank correlation; NaN where one side is all ties."""
+    a, b = (_ranks(np.asarray(x, dtype=float), counts) for x in (scores, truths))
+    weights = np.ones(len(a)) if counts is None else counts
+    a, b = a - np.average(a, weights=weights), b - np.average(b, weights=weights)
+    norm = (weights @ a**2) * (weights @ b**2)
+    return float(weights @ (a * b) / np.sqrt(norm)) if norm > 1e-12 else float("nan")
+
+
+def top_recall(
+    scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None
+) -> float:
+    """Of the best tenth by truth, the share that is in the best tenth by score (ties by chance, in expectation)."""
+    weights = np.ones(len(scores)) if counts is None else counts
+    mine, theirs = (_in_top(np.asarray(x, dtype=float), weights) for x in (scores, truths))
+    return float((weights * np.minimum(mine, theirs)).sum() / (weights * theirs).sum())
+
+
+def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, resamples: int = RESAMPLES) -> Figure:
+    """A statistic of all architectures with its interval.
+
+    Args:
+        statistic: takes how often each of the architectures counts.
+        count: architectures.
+        seed: of the resamples.
+        resamples: how many.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    found = np.array([statistic(row) for row in draws])
+    found = found[np.isfinite(found)]
+    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (float("nan"), float("nan"))
+    return Figure(statistic(np.ones(count)), float(low), float(high))
+
+
+def _signs(values: Sequence[float] | Floats) -> Floats:
+    array = np.asarray(values, dtype=float)
+    signs: Floats = np.sign(array[:, None] - array[None, :])
+    return signs
+
+
+def _ranks(values: Floats, counts: Floats | None) -> Floats:
+    """Mean rank of each value among all, counted so often."""
+    weights = np.ones(len(values)) if counts is None else counts
+    below = (values[None, :] < values[:, None]) @ weights
+    same = (values[None, :] == values[:, None]) @ weights
+    ranks: Floats = below + (same + 1) / 2
+    return ranks
+
+
+def _in_top(values: Floats, weights: Floats) -> Floats:
+    """Share of each architecture that is in the best tenth: 1, 0, or in between where the border cuts through ties."""
+    room = max(1.0, round(TOP * weights.sum()))
+    above = (values[None, :] > values[:, None]) @ weights
+    same = (values[None, :] == values[:, None]) @ weights
+    shares: Floats = np.clip((room - above) / np.maximum(same, 1e-9), 0, 1)
+    return shares

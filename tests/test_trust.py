@@ -1,0 +1,388 @@
+"""How far scores can be trusted: statistics, the ensemble, early stopping, and calibrations."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import optuna
+import pytest
+from PIL import Image
+from scipy.stats import kendalltau, linregress, spearmanr, t
+
+import search_spaces
+from nas.calibration.folder import Calibration, find_trust, format_curve, parse_curve
+from nas.calibration.report import low_epochs, trust_report
+from nas.calibration.work import CalibrationConfig, calibrate
+from nas.errors import RunError, UsageError
+from nas.report.trust import plot_trust
+from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
+from nas.search import SearchConfig, search
+from nas.search.stopping import FEWEST, Finished, Stopped, best_final, check_rung, needed_accuracy
+
+MINI = search_spaces.load("mini")
+
+
+# statistics
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correlations_are_those_of_scipy(seed):
+    rng = np.random.default_rng(seed)
+    scores, truths = rng.integers(0, 12, 40).astype(float), rng.normal(size=40)
+    assert trust.kendall(scores, truths) == pytest.approx(kendalltau(scores, truths).statistic)
+    assert trust.spearman(scores, truths) == pytest.approx(spearmanr(scores, truths).statistic)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counting_twice_is_standing_there_twice(seed):
+    rng = np.random.default_rng(seed)
+    scores, truths = rng.normal(size=20), rng.normal(size=20)
+    counts = rng.integers(0, 4, 20)
+    copied = np.repeat(scores, counts), np.repeat(truths, counts)
+    weights = counts.astype(float)
+    assert trust.kendall(scores, truths, weights) == pytest.approx(kendalltau(*copied).statistic)
+    assert trust.spearman(scores, truths, weights) == pytest.approx(spearmanr(*copied).statistic)
+    assert trust.top_recall(scores, truths, weights) == pytest.approx(trust.top_recall(*copied))
+
+
+def test_ties_alone_correlate_with_nothing():
+    assert math.isnan(trust.kendall([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert math.isnan(trust.spearman([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]))
+
+
+def test_recall_of_the_best_tenth():
+    truths = np.arange(30.0)
+    assert trust.top_recall(truths, truths) == 1
+    assert trust.top_recall(-truths, truths) == 0
+    scores = truths.copy()
+    scores[29] = -1  # one of the three best is missed
+    assert trust.top_recall(scores, truths) == pytest.approx(2 / 3)
+
+
+def test_intervals_hold_the_truth():
+    """Pairs of a known correlation: the interval of Kendall's holds 2/pi asin(rho) about as often as it says."""
+    rng, rho, held = np.random.default_rng(0), 0.7, 0
+    expected = 2 / math.pi * math.asin(rho)
+    for _ in range(100):
+        x = rng.normal(size=40)
+        y = rho * x + math.sqrt(1 - rho**2) * rng.normal(size=40)
+        found = trust.bootstrap(lambda counts, x=x, y=y: trust.kendall(x, y, counts), 40, resamples=200)
+        assert found.low <= found.value <= found.high
+        held += found.low <= expected <= found.high
+    assert held >= 88
+
+
+# ensemble
+
+
+def test_an_ensemble_learns_a_weighted_sum():
+    rng = np.random.default_rng(0)
+    scores = np.c_[rng.lognormal(0, 2, 60), rng.normal(size=60), rng.normal(size=60)]
+    truths = 50 + 3 * np.log(scores[:, 0]) - 2 * scores[:, 1] + rng.normal(0, 0.5, 60)
+    fitted = Ensemble.fit(("a", "b", "c"), scores[:40], truths[:40])
+    assert fitted.logarithmic == (True, False, False)
+    error = fitted.predict(scores[40:]) - truths[40:]
+    assert np.abs(error).mean() < 0.8
+    assert 0.3 < fitted.std < 0.9
+    again = Ensemble.from_dict(json.loads(json.dumps(fitted.to_dict())))
+    np.testing.assert_array_equal(again.predict(scores), fitted.predict(scores))
+    with pytest.raises(RunError, match="at least 8"):
+        Ensemble.fit(("a", "b", "c"), scores[:7], truths[:7])
+    with pytest.raises(ValueError, match="fit together"):
+        Ensemble.from_dict(fitted.to_dict() | {"scale": [1.0]})
+
+
+# early stopping
+
+
+def finished_trainings(rng, count, noise=1.0):
+    """Final accuracy is 10 + 1.2 x that after one epoch, give or take."""
+    early = rng.uniform(20, 50, count)
+    costs = rng.uniform(1, 5, count)
+    return [
+        Finished((float(c),), {1: float(e)}, float(10 + 1.2 * e + rng.normal(0, noise)))
+        for c, e in zip(costs, early, strict=True)
+    ]
+
+
+def test_the_interval_is_that_of_a_regression():
+    """A second implementation: scipy's line and the textbook's interval of a further point."""
+    known = finished_trainings(np.random.default_rng(0), 20)
+    x, y = np.array([[f.curve[1], f.accuracy] for f in known]).T
+    line = linregress(x, y)
+    rest = y - line.intercept - line.slope * x
+    s = math.sqrt((rest**2).sum() / 18)
+    for at in (25.0, 60.0):
+        wide = t.ppf(0.9, 18) * s * math.sqrt(1 + 1 / 20 + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+        assert best_final(1, at, known, 0.9) == pytest.approx(line.intercept + line.slope * at + wide)
+
+
+def test_the_interval_holds_as_often_as_it_says():
+    rng, above = np.random.default_rng(1), 0
+    for _ in range(400):
+        *known, new = finished_trainings(rng, 13)
+        above += new.accuracy > best_final(1, new.curve[1], known, 0.9)
+    assert 0.06 < above / 400 < 0.14
+
+
+def test_too_few_trainings_stop_nothing():
+    known = finished_trainings(np.random.default_rng(0), FEWEST - 1)
+    assert best_final(1, 0.0, known) == math.inf
+    assert best_final(2, 0.0, known * 3) == math.inf, "no such rung"
+    check_rung(1, 0.0, (100.0,), known)
+
+
+def test_what_is_needed_is_the_best_that_costs_no_more():
+    known = [Finished((1.0, 5.0), {}, 40.0), Finished((2.0, 3.0), {}, 50.0), Finished((9.0, 9.0), {}, 90.0)]
+    assert needed_accuracy((2.0, 5.0), known) == 50
+    assert needed_accuracy((1.0, 5.0), known) == 40
+    assert needed_accuracy((1.0, 4.0), known) == -math.inf
+
+
+def test_only_the_hopeless_are_stopped():
+    known = finished_trainings(np.random.default_rng(0), 20)
+    best = max(known, key=lambda f: f.accuracy)
+    check_rung(1, best.curve[1], (100.0,), known)
+    check_rung(1, 0.0, (0.0,), known)  # nothing is as cheap
+    with pytest.raises(Stopped, match=r"after epoch 1 at 5\.00 %") as caught:
+        check_rung(1, 5.0, (100.0,), known)
+    assert caught.value.shortfall == pytest.approx(best.accuracy - best_final(1, 5.0, known))
+
+
+# calibrations
+
+
+def config(**changes) -> CalibrationConfig:
+    return CalibrationConfig(MINI, max_images=240, count=10, epochs=2, repeats=3, batch_size=32, **changes)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Calibration:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.calibration.work.POOL", 1)
+        steps: list[tuple[int, int]] = []
+        found = calibrate(
+            config(), tmp_path_factory.mktemp("results") / "calibration", lambda *step: steps.append(step[:2])
+        )
+    assert steps == [(i, 40) for i in range(1, 41)]
+    return found
+
+
+def test_a_calibration_has_truths_scores_and_a_report(calibrated):
+    truths, scores = calibrated.rows("truths"), calibrated.rows("scores")
+    assert len(truths) == 20
+    assert {row["key"] for row in truths if row["seed"] == "0"} == {row["key"] for row in truths if row["seed"] == "1"}
+    curves = calibrated.truths()
+    assert sorted(len(curve) for curve in curves.values()) == [1] * 7 + [2] * 13
+    for row in truths:
+        assert float(row["score"]) == pytest.approx(parse_curve(row["curve"])[-1].accuracy, abs=1e-3)
+    names = {name for name, row in ESTIMATORS.items() if not row.trained and not row.needs}
+    assert {row["estimator"] for row in scores} == names
+    report = calibrated.report()
+    assert {row["estimator"] for row in report["rows"]} == names | {"train@1", "ensemble"}
+    assert report["ceiling"]["count"] == 3
+    assert report["recommended"] in {row["estimator"] for row in report["rows"]}
+    assert report["verdict"][0].startswith(f"recommended: {report['recommended']}")
+    final = {key: curve[-1].accuracy for (key, seed), curve in curves.items() if seed == 0}
+    for name in ("params", "zico"):
+        mine = {row["key"]: float(row["score"]) for row in scores if row["estimator"] == name}
+        row = next(row for row in report["rows"] if row["estimator"] == name)
+        expected = kendalltau([mine[key] for key in final], list(final.values())).statistic
+        assert row["kendall"]["value"] == pytest.approx(expected)
+
+
+def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeypatch):
+    import shutil
+
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    before = {name: (path / f"{name}.csv").read_text() for name in ("pool", "truths", "scores")}
+    calibrate(config(), path)
+    assert {name: (path / f"{name}.csv").read_text() for name in before} == before
+    more = calibrate(CalibrationConfig(MINI, max_images=240, count=11, epochs=4, repeats=3, batch_size=32), path)
+    curves, old = more.truths(), calibrated.truths()
+    assert len(curves) == 22
+    for place, curve in old.items():
+        assert curves[place][: len(curve)] == curve, "what was trained is the beginning of what is"
+    assert {len(curve) for (_, seed), curve in curves.items() if seed == 0} == {3}
+    assert more.report()["count"] == 11
+
+
+def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
+    """Where the table lacks a training whose checkpoint is there, the result is that of one that was not killed."""
+    import shutil
+
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    found = Calibration.open(path)
+    rows = found.rows("truths")
+    found.write("truths", rows[:-2])
+    calibrate(config(), path)
+    again = {(r["key"], r["seed"]): (r["score"], [c.accuracy for c in parse_curve(r["curve"])]) for r in rows}
+    assert {
+        (r["key"], r["seed"]): (r["score"], [c.accuracy for c in parse_curve(r["curve"])]) for r in found.rows("truths")
+    } == again
+
+
+def test_another_data_set_is_refused(calibrated):
+    with pytest.raises(RunError, match="another data"):
+        calibrate(
+            CalibrationConfig(MINI, max_images=120, count=10, epochs=2, repeats=3, batch_size=32), calibrated.path
+        )
+    with pytest.raises(RunError, match="10 are needed"):
+        trust_report(calibrated, 64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}]
+)
+def test_numbers_that_make_no_calibration(options):
+    with pytest.raises(UsageError):
+        CalibrationConfig(MINI, **options)
+
+
+def test_curves_survive_text():
+    curve = (Rung(1, 12.5, 1.25), Rung(2, 33.333333, 2.5))
+    again = parse_curve(format_curve(curve))
+    assert [r.epoch for r in again] == [1, 2]
+    assert [r.accuracy for r in again] == pytest.approx([12.5, 33.3333], abs=1e-4)
+    assert parse_curve("") == ()
+
+
+@pytest.mark.parametrize(("epochs", "low"), [(2, 1), (4, 1), (8, 2), (12, 2), (16, 4), (30, 4), (100, 16)])
+def test_the_short_second_training(epochs, low):
+    assert low_epochs(epochs) == low
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 9}', "[]"])
+def test_a_damaged_calibration_is_refused(tmp_path, content):
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(RunError):
+        Calibration.open(tmp_path)
+    with pytest.raises(RunError, match="not a calibration"):
+        Calibration.open(tmp_path / "missing")
+
+
+def test_the_picture_is_drawn(calibrated):
+    files = plot_trust(calibrated)
+    assert [file.name for file in files] == ["trust.png", "trust.svg"]
+    text = files[1].read_text()
+    for name in ("zico", "ensemble", "Kendall"):
+        assert name in text or "<path" in text
+
+
+def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
+    run = search(
+        SearchConfig(
+            space=MINI,
+            objectives=("macs", "accuracy"),
+            proxy="ensemble",
+            calibration=str(calibrated.path),
+            max_images=240,
+            train_batch_size=32,
+            trials=3,
+            device="cpu",
+            out=calibrated.path.parent / "run",
+        )
+    )
+    assert {t.state for t in run.trials()} == {"complete"}
+    assert all(t.scores.proxy is not None and t.scores.proxy_std > 0 for t in run.trials())
+    row = next(row for row in calibrated.report()["rows"] if row["estimator"] == "ensemble")
+    assert run.manifest["trust"]["kendall"] == row["kendall"]
+    assert run.verdicts()[0].startswith("proxy ensemble: Kendall")
+    fingerprint = calibrated.manifest["data"]["fingerprint"]
+    root = calibrated.path.parent
+    assert find_trust(MINI, fingerprint, "train", 1, root)["estimator"] == "train@1"
+    assert find_trust(MINI, fingerprint, "train", 3, root) is None
+    assert find_trust(MINI, "another", "params", 1, root) is None
+    assert find_trust(search_spaces.load("small"), fingerprint, "params", 1, root) is None
+
+
+def test_the_tables_are_plain_csv(calibrated):
+    with (calibrated.path / "truths.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) >= {"architecture", "epochs", "seed", "score", "curve"}
+    assert len(rows) == 20
+
+
+def test_an_ensemble_without_its_calibration_is_a_mistake():
+    with pytest.raises(UsageError, match="--calibration"):
+        SearchConfig(space=MINI, proxy="ensemble")
+    with pytest.raises(UsageError, match="--calibration"):
+        SearchConfig(space=MINI, calibration="somewhere")
+
+
+# searches that stop trainings early, and what they may read
+
+
+def quick_search(out, **changes):
+    options = {"trials": 8, "epochs": 2, "max_images": 240, "train_batch_size": 32, "device": "cpu", "seed": 3}
+    return search(SearchConfig(space=MINI, objectives=("macs", "accuracy"), out=out, **options | changes))
+
+
+def test_a_hopeless_training_is_stopped_and_counts_as_scored(tmp_path, monkeypatch):
+    whole = quick_search(tmp_path / "whole", early_stopping=False)
+    assert not any(t.stopped for t in whole.trials())
+    monkeypatch.setattr("nas.search.stopping.FEWEST", 3)
+    monkeypatch.setattr("nas.search.study.check_rung", lambda *args: check_rung(*args, level=0.3))
+    run = quick_search(tmp_path / "run", sampler="random")
+    trials = run.trials()
+    stopped = [t for t in trials if t.stopped]
+    assert stopped
+    assert len(trials) == 8 == sum(t.scored for t in trials)
+    front = run.front()
+    for trial in stopped:
+        assert (trial.state, len(trial.scores.curve), trial.scores.accuracy) == ("pruned", 1, None)
+        assert trial.failure.startswith("stopped after epoch 1")
+        assert trial not in front
+        better = [t for t in trials if t.state == "complete" and t.scores.macs <= trial.scores.macs]
+        assert better, "it was stopped because of one that costs no more"
+    frozen = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
+    assert all(frozen[t.number].constraints["early_stopping"] > 0 for t in stopped)
+    with (run.path / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["curve"].count(":") for row in rows} == {1, 2}
+    more = quick_search(tmp_path / "run", sampler="random", trials=9)
+    assert [t.key for t in more.trials()[:8]] == [t.key for t in trials]
+    assert len(more.trials()) == 9
+
+
+opened: list[str] = []
+watching = False
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if watching and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | bytes):
+        opened.append(str(arguments[0]))
+
+
+def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, monkeypatch):
+    """The interpreter itself says which files are opened."""
+    global watching
+    rng = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(40 if part == "train" else 3):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    sys.addaudithook(watch)
+    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    data = str(tmp_path / "images")
+    watching = True
+    try:
+        quick_search(tmp_path / "run", data=data, trials=2)
+        calibrate(
+            CalibrationConfig(MINI, data=data, count=10, epochs=2, repeats=3, batch_size=32), tmp_path / "calibration"
+        )
+    finally:
+        watching = False
+    parts = [path.removeprefix(data).split("/")[1] for path in opened if path.startswith(f"{data}/")]
+    assert parts.count("train") >= 2 * 80, "both have read every image"
+    assert set(parts) == {"train"}
