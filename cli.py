@@ -271,6 +271,8 @@ def _images(command: Any) -> Any:
     help="Where accuracy comes from: train, or what only ranks (params, macs, zico, ensemble, …; see docs/proxies.md).",
 )
 @click.option("--proxy-repeats", type=int, default=1, show_default=True, help="Seeds over which a score is averaged.")
+@click.option("--proxy-images", type=int, help="Training images the proxy sees, a stratified sample.  [default: all]")
+@click.option("--proxy-size", type=int, help="Side of the images it sees.  [default: the input size]")
 @click.option("--calibration", metavar="FOLDER", help="For --proxy ensemble: what `calibrate` made.")
 @click.option(
     "--early-stopping/--no-early-stopping",
@@ -722,8 +724,12 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     config = CalibrationConfig(**values)
     stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
     path = out or Path("results") / f"calibration-{config.space.name}-{stem}"
-    with _bar("calibrating", 1.0) as advance:
-        found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
+    try:
+        with _bar("calibrating", 1.0) as advance:
+            found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(f"interrupted; the same command with --out {shlex.quote(str(path))} goes on", err=True)
+        raise
     report = found.report()
     files = plot_trust(found)
     if as_json:

@@ -17,12 +17,13 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .errors import DataError, UsageError
@@ -159,6 +160,39 @@ def load_data(
         corrupt=tuple(file for _, file in corrupt),
         fingerprint=digest.hexdigest()[:16],
     )
+
+
+def reduced(data: ImageData, images: int | None = None, input_size: int | None = None, seed: int = 0) -> ImageData:
+    """The same data at less effort: fewer training images, or smaller ones in both parts.
+
+    Args:
+        data: what is reduced; stays as it is.
+        images: of a larger training part, a stratified sample of this many is taken; None for all.
+        input_size: side that images are scaled down to; None for theirs.
+        seed: of the sample.
+
+    Raises:
+        UsageError: for fewer than two images, or a size that is no reduction.
+    """
+    train, holdout = data.train, data.holdout
+    if images is not None and images < 2:
+        raise UsageError(f"{images} images for the proxy: at least 2 are needed")
+    if images is not None and images < len(train):
+        rng = np.random.default_rng(seed)
+        chosen = torch.from_numpy(stratified_split(train.labels.numpy(), images / len(train), rng, at_least=1)[0])
+        train = Images(train.pixels[chosen], train.labels[chosen])
+    side = data.input_size[1]
+    if input_size is not None and not 1 <= input_size <= side:
+        raise UsageError(f"images of {input_size} pixels for the proxy: it must be from 1 to their size, {side}")
+    if input_size is not None and input_size < side:
+        train, holdout = (Images(_scaled(part.pixels, input_size), part.labels) for part in (train, holdout))
+        side = input_size
+    return replace(data, train=train, holdout=holdout, input_size=(3, side, side))
+
+
+def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    chunks = [F.interpolate(c, (side, side), mode="bilinear", antialias=True) for c in pixels.split(1024)]
+    return torch.cat(chunks)
 
 
 def stratified_split(

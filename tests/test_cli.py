@@ -101,6 +101,14 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["measure", "cas_vit_xs", "--device", "cpu", "--runtime", "command"], 2, ["--command PROGRAM"]),
         (["measure", "cas_vit_xs", "--command", "x"], 2, ["--command PROGRAM"]),
         (["profile", "--device", "cpu", "--input-size", "4"], 2, ["too small"]),
+        (["search", "--proxy", "zicoo"], 2, ["unknown proxy", "'zico'"]),
+        (["search", "--proxy", "ensemble"], 2, ["--calibration FOLDER"]),
+        (["search", "--calibration", "x"], 2, ["--calibration FOLDER"]),
+        (["search", "--proxy", "ensemble", "--calibration", "/no/such"], 1, ["not a calibration"]),
+        (["search", "--proxy-size", "4"], 2, ["too small"]),
+        (["search", "--proxy-images", "1"], 2, ["at least 2"]),
+        (["calibrate", "--device", "cpu", "--count", "3"], 2, ["count is 3"]),
+        (["calibrate", "--device", "cpu", "--input-size", "4", "--out", "{tmp}/c"], 2, ["too small"]),
         (["search", "--max", "accuracy=5"], 2, ["maximised"]),
         (["search", "--space", "mobile", "--input-size", "16"], 2, ["16", "32"]),
         (["search", "--out", "/proc/none/run"], 1, ["/proc/none/run"]),
@@ -241,6 +249,26 @@ def test_a_profile_from_the_command_line(capsys, tmp_path):
     code, _, err = call(capsys, *arguments, "--held-out", "1")
     assert code == 1
     assert "profile for longer" in err
+
+
+def test_a_calibration_from_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    arguments = ["calibrate", "--images", "240", "--count", "10", "--epochs", "2", "--repeats", "3", "--device", "cpu"]
+    arguments += ["--train-batch-size", "32", "--out", str(tmp_path / "c")]
+    code, out, err = call(capsys, *arguments)
+    assert code == 0, err
+    for word in ("train@1", "ensemble", "synflow", "truth, other seed (3)", "recommended: ", "trust.png"):
+        assert word in out
+    code, out, err = call(capsys, *arguments, "--json")
+    assert code == 0, err
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    assert json.loads(out, parse_constant=refuse)["count"] == 10
+    code, _, err = call(capsys, *arguments, "--space", "small")
+    assert code == 1
+    assert "another space" in err
 
 
 def test_describe_parts_sum_to_the_whole(capsys):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, load_data, stratified_split
+from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, load_data, reduced, stratified_split
 from nas.errors import DataError, UsageError
 
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")
@@ -415,3 +415,24 @@ def test_split_takes_every_member_sometimes():
     """40 seeds, half of 4 members: a member is left out by all of them with probability 2**-40."""
     seen = {int(i) for seed in range(40) for i in stratified_split([0] * 4, 0.5, np.random.default_rng(seed))[0]}
     assert seen == {0, 1, 2, 3}
+
+
+def test_less_data_is_a_stratified_sample_of_smaller_images(digits):
+    less = reduced(digits, 100, 16)
+    assert less.input_size == (3, 16, 16)
+    assert less.train.pixels.shape[1:] == (3, 16, 16)
+    assert less.holdout.pixels.shape == (len(digits.holdout), 3, 16, 16)
+    assert less.train.pixels.dtype == torch.uint8
+    assert abs(len(less.train) - 100) <= 10
+    counts = np.bincount(less.train.labels.numpy(), minlength=10)
+    assert counts.min() >= 8
+    assert counts.max() <= 12
+    assert digits.input_size == (3, 32, 32)
+    whole = reduced(digits, 10**6, 32)
+    assert whole.train is digits.train
+    # a scaled image has the mean of the image
+    before, after = (part.pixels.float().mean((1, 2, 3)) for part in (digits.holdout, less.holdout))
+    assert (before - after).abs().max() < 3
+    for options in ({"images": 1}, {"input_size": 33}, {"input_size": 0}):
+        with pytest.raises(UsageError):
+            reduced(digits, **options)

@@ -19,12 +19,15 @@ from PIL import Image
 
 import search_spaces
 from nas.architecture import Architecture
-from nas.errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError
+from nas.data import load_data
+from nas.errors import InfeasibleError, NasError, NotApplicable, RunError, TrialFailure, UsageError
 from nas.models import create_backbone
 from nas.runs import Run, locked_folder
+from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
 from nas.search import evaluate as evaluate_module
+from nas.search import study as study_module
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")
@@ -468,3 +471,28 @@ def test_the_same_search_on_cuda(tmp_path):
     run = search(config)
     assert "gpu" in run.manifest["machine"]
     assert all(t.scores.latency_ms > 0 and t.scores.memory_mib > 0 for t in run.front())
+
+
+def test_repeats_average_over_seeds(tmp_path):
+    """The mean of single runs with seeds that follow each other, and the standard error that is seen between them."""
+    options = {"proxy": "grad_norm", "trials": 2, "sampler": "random", "train_batch_size": 16, "device": "cpu"}
+    together = search(analytic_config(tmp_path, **options, seed=0, proxy_repeats=3))
+    for trial in together.trials():
+        singles = []
+        for seed in range(3):
+            evaluator = study_module._evaluator(
+                analytic_config(tmp_path, **options, seed=seed), "cpu", load_data("digits", None, None, 20_000, seed=0)
+            )
+            singles.append(evaluator.evaluate(trial.architecture).scores.proxy)
+        assert trial.scores.proxy == pytest.approx(np.mean(singles))
+        assert trial.scores.proxy_std == pytest.approx(np.std(singles, ddof=1) / np.sqrt(3))
+
+
+def test_a_proxy_that_says_nothing_is_a_failed_trial(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NotApplicable("zico", "there is nothing to see")
+
+    row = replace(ESTIMATORS["zico"], estimate=refuse)
+    monkeypatch.setitem(ESTIMATORS, "zico", row)
+    with pytest.raises(NasError, match="not_applicable: zico: there is nothing to see"):
+        search(analytic_config(tmp_path, proxy="zico"))

@@ -201,7 +201,7 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {row['share_of_truth']:.1%} of a truth's "
         f"time; truth against truth with another seed: {format_figure(report['ceiling']['kendall'])}"
-        + (f", so {row['kendall']['value'] / ceiling['value']:.0%} of what can be reached" if ceiling else "")
+        + (f", so {row['kendall']['value'] / ceiling['value']:.0%} of what can be reached" if _above_0(ceiling) else "")
     ]
     for other, difference in row["against"].items():
         if difference is None:
@@ -220,6 +220,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
             "no estimator beats counting: a search can do without training as well as with any of the cheap ones"
         )
     return lines
+
+
+def _above_0(figure: Mapping[str, float] | None) -> bool:
+    return figure is not None and figure["value"] > 0
 
 
 def _both(scores: np.ndarray, truths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

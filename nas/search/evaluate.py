@@ -62,6 +62,7 @@ class Evaluator:
         fidelity: how much effort the proxy may take.
         seed: of initial weights and training.
         repeats: the proxy's score is the mean of so many, with seeds that follow each other.
+        proxy_data: what the proxy sees; None for `data`.
     """
 
     data: ImageData
@@ -73,6 +74,7 @@ class Evaluator:
     fidelity: Fidelity
     seed: int
     repeats: int = 1
+    proxy_data: ImageData | None = None
 
     @property
     def device(self) -> str:
@@ -157,7 +159,7 @@ class Evaluator:
     def _with_proxy(
         self, scores: Scores, model: nn.Module, create: Callable[[], nn.Module], judge: Judge | None
     ) -> Evaluation:
-        estimator, curve = ESTIMATORS[self.proxy], []
+        estimator, data, curve = ESTIMATORS[self.proxy], self.proxy_data or self.data, []
 
         def on_rung(rung: Rung) -> None:
             curve.append((rung.epoch, rung.accuracy))
@@ -171,7 +173,11 @@ class Evaluator:
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
                 seed = self.seed + repeat
                 try:
-                    estimates.append(estimator.estimate(network, self.data, self.fidelity, seed, self.device, **watch))
+                    estimates.append(
+                        estimator.estimate(
+                            network, self.proxy_data or self.data, self.fidelity, seed, self.device, **watch
+                        )
+                    )
                 except Stopped as stopped:
                     return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped)
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from ..architecture import Architecture
 from ..calibration.folder import Calibration, find_trust
-from ..data import MAX_IMAGES, ImageData, load_data
+from ..data import MAX_IMAGES, ImageData, load_data, reduced
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
 from ..models.zoo import check_network_name
@@ -78,6 +78,8 @@ class SearchConfig:
         input_size: side of the images; None takes the data's own.
         proxy: a row of `ESTIMATORS`; what `accuracy` is read from.
         proxy_repeats: the proxy's score is the mean over so many seeds.
+        proxy_images: training images that the proxy sees, a stratified sample; None for all.
+        proxy_size: side of the images that it sees, both to train and to validate; None for the input size.
         calibration: a folder of `mixnas calibrate`, whose ensemble the proxy `ensemble` is.
         early_stopping: end a training that cannot reach the front any more; it counts as scored.
         epochs: of the short training.
@@ -113,6 +115,8 @@ class SearchConfig:
     input_size: int | None = None
     proxy: str = "train"
     proxy_repeats: int = 1
+    proxy_images: int | None = None
+    proxy_size: int | None = None
     calibration: str | None = None
     early_stopping: bool = True
     epochs: int = Fidelity.epochs
@@ -259,7 +263,10 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
         log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)
     evaluator = _evaluator(config, device, data)
-    evaluator.build(config.space.largest()[0])  # refuses images that are too small, before anything is written
+    largest = config.space.largest()[0]
+    evaluator.build(largest)  # refuses images that are too small, before anything is written
+    if config.proxy_size is not None and config.proxy_size < largest.reduction:
+        raise UsageError(f"proxy images of {config.proxy_size} pixels are too small: {largest.reduction} or more")
     conditions = score_conditions(config, device, data, evaluator)
     with locked_folder(config.out):
         if is_run(config.out):
@@ -313,6 +320,8 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluat
         "budgets": dict(config.budgets),
         "proxy": config.proxy,
         "proxy_repeats": config.proxy_repeats,
+        "proxy_images": config.proxy_images,
+        "proxy_size": config.proxy_size,
         "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
         "training_recipe": TRAINING_RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
@@ -343,6 +352,7 @@ def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
         fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None, _ensemble(config)),
         seed=config.seed,
         repeats=config.proxy_repeats,
+        proxy_data=reduced(data, config.proxy_images, config.proxy_size),
     )
 
 
@@ -489,7 +499,7 @@ def _base(objective: Objective) -> str:
 
 
 def _check_same(run: Run, conditions: dict[str, Any]) -> None:
-    before = {"folded": False, "also": [], **run.manifest.get("conditions", {})}
+    before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.get("conditions", {})}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
             continue  # perhaps written by a release that knew fewer fields
