@@ -173,11 +173,7 @@ class Evaluator:
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
                 seed = self.seed + repeat
                 try:
-                    estimates.append(
-                        estimator.estimate(
-                            network, self.proxy_data or self.data, self.fidelity, seed, self.device, **watch
-                        )
-                    )
+                    estimates.append(estimator.estimate(network, data, self.fidelity, seed, self.device, **watch))
                 except Stopped as stopped:
                     return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped)
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
