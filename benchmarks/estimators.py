@@ -92,7 +92,7 @@ def memory(trials: int) -> None:
         seen.append(pages * 4096 / 2**20)
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"trials": trials, "epochs": 1, "max_images": 400, "latency_seconds": 0.05, "device": "cpu"}
+        options = {"trials": trials, "epochs": 4, "max_images": 400, "latency_seconds": 0.05, "device": "cpu"}
         search(SearchConfig(search_spaces.load("mini"), out=Path(folder) / "run", **options), note)
     print(f"\n## Resident memory over {trials} trials (latency and short training, `mini` on digits)\n")
     print("| after trial | MiB |\n|---|---:|")

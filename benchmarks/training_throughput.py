@@ -35,6 +35,8 @@ def ours(model: nn.Module, data: ImageData, device: str) -> Callable[[], float]:
     """A function that trains some steps and returns images a second."""
     training = Training(model, data, BATCH, 0, device)
     training.pixels, training.labels = training.pixels[: STEPS * BATCH], training.labels[: STEPS * BATCH]
+    if len(training.labels) < STEPS * BATCH:
+        raise SystemExit(f"{len(training.labels)} training images: {STEPS * BATCH} are needed")
 
     def turn() -> float:
         start = time.perf_counter()
@@ -66,7 +68,7 @@ def timms(model: nn.Module, path: Path, size: int, workers: int, device: str) ->
     )
     network = model.to(device).to(memory_format=torch.channels_last).train()
     loss_of = LabelSmoothingCrossEntropy(LABEL_SMOOTHING)
-    optimizer = create_optimizer_v2(network, opt="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = create_optimizer_v2(network, opt="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:

@@ -159,6 +159,31 @@ def test_a_score_that_is_not_finite_is_not_applicable(data):
     model = linear(nn.Linear(3 * 32 * 32, 10))
     with torch.no_grad():
         model[1].weight[0, 0] = math.nan
-    for name in ("grad_norm", "synflow"):
-        with pytest.raises(NotApplicable):
+    for name in ("grad_norm", "synflow", "zico"):
+        with pytest.raises(NotApplicable, match=name):
             score(name, model, data)
+    torch.manual_seed(0)
+    blocks = timm.create_model("test_resnet", num_classes=10)
+    with torch.no_grad():
+        blocks.layer1[0].conv1.weight.fill_(math.nan)
+    for name in ZERO_COST:
+        if name != "naswot":  # which only asks on which side of 0 an activation is
+            with pytest.raises(NotApplicable, match=name):
+                score(name, blocks, data)
+
+
+def test_a_head_of_zeros_has_no_synflow(data):
+    model = linear(nn.Linear(3 * 32 * 32, 10))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    with pytest.raises(NotApplicable, match="nothing flows"):
+        score("synflow", model, data)
+
+
+def test_az_takes_maps_of_odd_sizes(data):
+    odd = dataclasses.replace(
+        data, train=Images(data.train.pixels[:, :, :30, :30], data.train.labels), input_size=(3, 30, 30)
+    )
+    torch.manual_seed(0)
+    assert math.isfinite(score("az", timm.create_model("test_resnet", num_classes=10), odd))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from ..errors import NasError, RunError
 from ..runs import write_file
 from ..scoring.accuracy import Ensemble, Rung
+from ..scoring.accuracy.training import RECIPE
 from ..space import SearchSpace
 
 FORMAT = 1
@@ -132,32 +133,38 @@ def format_figure(figure: Mapping[str, float] | None) -> str:
     return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
-def find_trust(space: SearchSpace, fingerprint: str, proxy: str, epochs: int, root: Path) -> dict[str, Any] | None:
-    """What a calibration beside a run says of its proxy; None where none of the same space and data has it.
+def find_trust(
+    space: SearchSpace, fingerprint: str, proxy: str, epochs: int, batch_size: int, places: Iterable[Path]
+) -> dict[str, Any] | None:
+    """What a calibration says of a proxy; None where none of the same space, data and recipe has it.
 
     Args:
         space: of the run.
         fingerprint: of its data.
         proxy: a row of `ESTIMATORS`.
         epochs: of its training.
-        root: the folder in which calibrations lie.
+        batch_size: images a training step.
+        places: folders that may be calibrations.
 
     Returns:
         The row of `trust_report` with `calibration` (its folder), `ceiling` and `epochs` (of a truth); of the
         calibration with the most truths.
     """
     name = f"train@{epochs}" if proxy == "train" else proxy
+    wanted = {"batch_size": batch_size, "training_recipe": RECIPE}
     best: dict[str, Any] | None = None
-    for file in sorted(root.glob(f"*/{FILE}")):
+    for path in places:
+        if not (path / FILE).is_file():
+            continue
         try:
-            found = Calibration.open(file.parent)
+            found = Calibration.open(path)
             report = found.report()
-            same = found.space == space
             row = next((r for r in report["rows"] if r["estimator"] == name), None)
-            if same and found.manifest["data"]["fingerprint"] == fingerprint and row is not None:
-                told = row | {"calibration": str(file.parent), "ceiling": report["ceiling"]["kendall"]}
-                if best is None or row["count"] > best["count"]:
-                    best = told | {"epochs": report["epochs"]}
+            same = found.space == space and found.manifest["data"]["fingerprint"] == fingerprint
+            same = same and all(found.manifest[key] == value for key, value in wanted.items())
+            if same and row is not None and (best is None or row["count"] > best["count"]):
+                told = {"calibration": str(path), "ceiling": report["ceiling"]["kendall"], "epochs": report["epochs"]}
+                best = row | told
         except (NasError, KeyError, TypeError):
             continue  # a damaged one is no reason not to search
     return best

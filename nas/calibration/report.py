@@ -30,6 +30,10 @@ class _Column:
     scores: np.ndarray
     seconds: float
 
+    @property
+    def complete(self) -> bool:
+        return bool(np.isfinite(self.scores).all())
+
 
 def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     """Compare every estimator with the truths of `epochs` epochs.
@@ -46,15 +50,17 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     rungs = {seed: _rungs(found, seed) for seed in (first, first + 1)}
     final, again = (rungs[seed].get(epochs, {}) for seed in (first, first + 1))
     if len(final) < FEWEST:
-        raise RunError(f"{len(final)} truths of {epochs} epochs are known, {FEWEST} are needed: go on")
+        known = ", ".join(f"{len(part)} of {e}" for e, part in sorted(rungs[first].items())) or "none"
+        raise RunError(f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: go on, or set --epochs so")
     latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
     keys = sorted(final, key=lambda key: latency[key])  # by latency: bands are thirds of this order
     truths = np.array([final[key].accuracy for key in keys])
     truth_seconds = float(np.mean([final[key].seconds for key in keys]))
     columns = _columns(found, keys, {e: rungs[first + 1].get(e, {}) for e in Fidelity(low_epochs(epochs)).rungs})
     cheap = {name: c for name, c in columns.items() if c.seconds <= CHEAP_SHARE * truth_seconds}
-    ensemble, cross_validated = _ensemble(cheap, truths)
-    columns["ensemble"] = cheap["ensemble"] = cross_validated
+    ensemble, columns["ensemble"] = _ensemble(cheap, truths, CHEAP_SHARE * truth_seconds)
+    # only what has a score of every architecture can be chosen
+    cheap = {name: column for name, column in {**cheap, "ensemble": columns["ensemble"]}.items() if column.complete}
     rows = [_row(name, column, columns, truths, truth_seconds) for name, column in columns.items()]
     rows.sort(key=lambda row: row["kendall"]["value"] if row["kendall"] else -math.inf, reverse=True)
     repeated = [key for key in keys if key in again]
@@ -65,12 +71,12 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
         "truth_seconds": truth_seconds,
         "accuracy": [float(truths.min()), float(np.median(truths)), float(truths.max())],
         "ceiling": _agreement(other, once)
-        | {"count": len(repeated), "std": float((other - once).std() / math.sqrt(2))},
+        | {"count": len(repeated), "std": float((other - once).std(ddof=1) / math.sqrt(2))},
         "rows": rows,
-        "choice": _choice(cheap, truths),
+        "choice": _choice(cheap, {name: columns[name] for name in BASELINES if name in columns}, truths),
         "ensemble": ensemble.to_dict(),
     }
-    report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(*_both(cheap[name].scores, truths))))
+    report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(cheap[name].scores, truths)))
     return report | {"verdict": _verdict(report)}
 
 
@@ -106,9 +112,17 @@ def _columns(
     return columns
 
 
-def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray) -> tuple[Ensemble, _Column]:
-    """Fitted on all truths, and what it says of each when fitted on others (ten parts, ten times)."""
-    whole = {name: column for name, column in cheap.items() if np.isfinite(column.scores).all()}
+def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -> tuple[Ensemble, _Column]:
+    """Fitted on all truths, and what it says of each when fitted on others (ten parts, ten times).
+
+    Members are the cheapest first, as long as they cost `budget` seconds together; of several short trainings the
+    longest, whose beginning the others are.
+    """
+    whole: dict[str, _Column] = {}
+    for name, column in sorted(cheap.items(), key=lambda item: item[1].seconds):
+        others = {n: c for n, c in whole.items() if not (name.startswith("train@") and n.startswith("train@"))}
+        if column.complete and column.seconds + sum(c.seconds for c in others.values()) <= budget:
+            whole = {**others, name: column}
     members, scores = list(whole), np.stack([column.scores for column in whole.values()], axis=1)
     rng, repeats = np.random.default_rng(0), 10
     predicted = np.zeros(len(truths))
@@ -162,16 +176,20 @@ def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> t
     """Of Kendall's correlations with the truth, on the same resamples."""
     known = np.isfinite(scores) & np.isfinite(others)
     a, b, t = scores[known], others[known], truths[known]
+    if len(t) < 3:
+        return trust.Figure(math.nan, math.nan, math.nan)
     return trust.bootstrap(lambda counts: trust.kendall(a, t, counts) - trust.kendall(b, t, counts), len(t))
 
 
-def _choice(cheap: Mapping[str, _Column], truths: np.ndarray, resamples: int = 300) -> dict[str, Any]:
+def _choice(
+    cheap: Mapping[str, _Column], baselines: Mapping[str, _Column], truths: np.ndarray, resamples: int = 300
+) -> dict[str, Any]:
     """Choose the best on a resample, look how it does on the architectures that are not in it; again and again."""
     rng, count = np.random.default_rng(1), len(truths)
-    names = [name for name, column in cheap.items() if np.isfinite(column.scores).all()]
+    names = list(cheap)
     chosen: dict[str, int] = dict.fromkeys(names, 0)
     found: list[float] = []
-    against: dict[str, list[float]] = {name: [] for name in BASELINES if name in names}
+    against: dict[str, list[float]] = {name: [] for name, column in baselines.items() if column.complete}
     for _ in range(resamples):
         counts = rng.multinomial(count, np.full(count, 1 / count)).astype(float)
         out = counts == 0
@@ -180,7 +198,7 @@ def _choice(cheap: Mapping[str, _Column], truths: np.ndarray, resamples: int = 3
         mine = trust.kendall(cheap[best].scores[out], truths[out])
         found.append(mine)
         for other, differences in against.items():
-            differences.append(mine - trust.kendall(cheap[other].scores[out], truths[out]))
+            differences.append(mine - trust.kendall(baselines[other].scores[out], truths[out]))
     return {
         "chosen": {name: number / resamples for name, number in chosen.items() if number},
         "kendall": _quantiles(found),
@@ -195,31 +213,45 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _verdict(report: Mapping[str, Any]) -> list[str]:
-    name = report["recommended"]
+    name, choice = report["recommended"], report["choice"]
     row = next(row for row in report["rows"] if row["estimator"] == name)
-    ceiling = report["ceiling"]["kendall"]
+    again = report["ceiling"]["kendall"]
     lines = [
         f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {row['share_of_truth']:.1%} of a truth's "
-        f"time; truth against truth with another seed: {format_figure(report['ceiling']['kendall'])}"
-        + (f", so {row['kendall']['value'] / ceiling['value']:.0%} of what can be reached" if _above_0(ceiling) else "")
+        f"time; choosing on some architectures and looking at the others gives {choice['kendall']['value']:.2f}",
+        f"truth against truth with another seed ({report['ceiling']['count']} architectures): {format_figure(again)}"
+        + (f"; a score without noise could reach about {noiseless(again['value']):.2f}" if _above_0(again) else ""),
     ]
-    for other, difference in row["against"].items():
-        if difference is None:
+    for other, plain in row["against"].items():
+        if plain is None or other not in choice["against"]:
             continue
+        # the best of several looks better than it is: the middle is that on architectures it was not chosen on
+        middle = choice["against"][other]["value"]
+        difference = {
+            "value": middle,
+            "low": middle - (plain["value"] - plain["low"]),
+            "high": middle + (plain["high"] - plain["value"]),
+        }
         if difference["low"] > 0:
             lines.append(f"it orders architectures better than {other} does: by {format_figure(difference)}")
         elif difference["high"] < 0:
             lines.append(f"it orders architectures worse than {other} does: by {format_figure(difference)}")
         else:
-            width, value = (difference["high"] - difference["low"]) / 2, abs(difference["value"])
+            width, value = (difference["high"] - difference["low"]) / 2, abs(middle)
             needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
             told = f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
             lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {told}")
     if name in BASELINES:
-        lines.append(
-            "no estimator beats counting: a search can do without training as well as with any of the cheap ones"
-        )
+        lines.append("nothing that is cheap orders architectures better than counting does")
     return lines
+
+
+def noiseless(kendall: float) -> float:
+    """Kendall's correlation with truths that a score of their means would have, from that of truths with each other.
+
+    For normal errors: between truths it is 2/pi asin(r), between truths and their means 2/pi asin(sqrt(r)).
+    """
+    return 2 / math.pi * math.asin(math.sqrt(math.sin(math.pi / 2 * kendall)))
 
 
 def _above_0(figure: Mapping[str, float] | None) -> bool:

@@ -1,4 +1,4 @@
-"""Draw architectures evenly over their latency, train them, score them: resumable, and extended by a later call."""
+"""Draw architectures stratified by latency, train them, score them: resumable, and extended by a later call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from ..errors import RunError, TrialFailure, UsageError
 from ..machine import describe_machine, describe_software, exclusive, machine_name
 from ..models import create_backbone
 from ..runs import locked_folder, write_file
-from ..scoring.accuracy import ESTIMATORS, Fidelity, Training, train
+from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
+from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
+from ..scoring.memory import failing_without_memory
 from ..space import SearchSpace
 from .folder import FILE, FORMAT, Calibration, format_curve
 from .report import FEWEST, low_epochs, trust_report
@@ -125,11 +128,13 @@ class _Work:
         self.on_step(self.done, self.total, note)
 
     def _choose(self) -> list[Architecture]:
-        """As many as are wanted, evenly over the latencies of the pool and in their order; trained ones are kept."""
+        """As many as are wanted, one from each part of the pool by latency, in that order; trained ones are kept."""
         pool = self._pool()
-        timed = sorted((row for row in pool if not row["failure"]), key=lambda row: float(row["latency_ms"]))
+        failed = {row["key"] for row in self.truths if row["failure"]}
+        timed = [row for row in pool if not row["failure"] and row["key"] not in failed]
+        timed.sort(key=lambda row: float(row["latency_ms"]))
         if len(timed) < self.config.count:
-            raise RunError(f"only {len(timed)} of {len(pool)} architectures can be measured here")
+            raise RunError(f"only {len(timed)} of {len(pool)} architectures can be measured and trained here")
         trained = {row["key"] for row in self.truths}
         picked: set[str] = set()
         bins = np.array_split(np.arange(len(timed)), self.config.count)
@@ -158,7 +163,8 @@ class _Work:
             if architecture.key not in known:
                 row: dict[str, Any] = {"key": architecture.key, "architecture": architecture.to_json(), "failure": ""}
                 try:
-                    latency = measure_latency(self._build(architecture, 0), self.data.input_size, at, fixed)
+                    model = self._build(architecture, 0)
+                    latency = failing_without_memory(partial(measure_latency, model, self.data.input_size, at, fixed))
                     row |= {"latency_ms": f"{latency.ms:.6g}", "latency_low_ms": f"{latency.low_ms:.6g}"}
                     row |= {"latency_high_ms": f"{latency.high_ms:.6g}"}
                 except TrialFailure as failure:
@@ -179,7 +185,7 @@ class _Work:
         if known is None or (not known["failure"] and int(known["epochs"]) < epochs):
             row = {"key": key, "architecture": architecture.to_json(), "seed": str(seed), "epochs": str(epochs)}
             try:
-                row |= self._trained(architecture, seed, epochs) | {"failure": ""}
+                row |= failing_without_memory(partial(self._trained, architecture, seed, epochs)) | {"failure": ""}
             except TrialFailure as failure:
                 row["failure"] = f"{failure.reason}: {failure}"
             if known is not None:
@@ -220,8 +226,7 @@ class _Work:
             model = model or self._build(architecture, seed)
             row = {"key": architecture.key, "estimator": name, "seed": str(seed), "failure": ""}
             try:
-                fidelity = Fidelity(batch_size=self.config.batch_size)
-                estimate = ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
+                estimate = failing_without_memory(partial(self._estimate, name, model, seed))
                 row |= {"score": repr(estimate.score), "seconds": f"{estimate.seconds:.4f}"}
             except TrialFailure as failure:
                 row["failure"] = str(failure)
@@ -229,6 +234,11 @@ class _Work:
         if model is not None:
             self.found.write("scores", self.scores)
         self._step(f"scores of {architecture.key}")
+
+    def _estimate(self, name: str, model: nn.Module, seed: int) -> Estimate:
+        fidelity = Fidelity(batch_size=self.config.batch_size)
+        with exclusive(self.config.device):
+            return ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
 
 
 def _spread(items: Sequence[Architecture]) -> Iterator[Architecture]:
@@ -258,6 +268,8 @@ def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> C
         "data": {"name": Path(config.data).name, "fingerprint": data.fingerprint, "input_size": list(data.input_size)},
         "machine": machine_name(config.device),
         "batch_size": config.batch_size,
+        "training_recipe": RECIPE,
+        "threads": torch.get_num_threads(),
         "seed": config.seed,
     }
     same = json.loads(json.dumps(same))
@@ -270,7 +282,6 @@ def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> C
     manifest = same | {
         "format": FORMAT,
         "reference_ms": reference_ms(LatencyConfig(device=config.device)),
-        "threads": torch.get_num_threads(),
         "conditions": describe_machine(config.device),
         "software": describe_software(),
     }

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import TrialFailure
+
 MIB = 2**20
+T = TypeVar("T")
 
 _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 """What torch's allocators and libraries say, in the several types of error they raise."""
@@ -23,6 +27,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
     )
+
+
+def failing_without_memory(call: Callable[[], T]) -> T:
+    """What `call` returns.
+
+    Raises:
+        TrialFailure: `out_of_memory` where memory ran out; by then what held it is gone.
+    """
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = str(error).partition("\n")[0] or "out of memory"
+    # not in the handler: only now are the frames that held the tensors gone
+    gc.collect()
+    torch.cuda.empty_cache()
+    raise TrialFailure("out_of_memory", shortage)
 
 
 def measure_memory_mib(

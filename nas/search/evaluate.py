@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -16,13 +15,13 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..data import ImageData
-from ..errors import TrialFailure, UsageError
+from ..errors import UsageError
 from ..machine import exclusive
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
-from ..scoring.memory import is_out_of_memory, measure_memory_mib
+from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .objectives import OBJECTIVES, Scores, latency_fields, other_entry
 from .stopping import Stopped
 
@@ -120,18 +119,7 @@ class Evaluator:
                 cannot run it, a proxy that cannot say anything).
         """
         start = time.perf_counter()
-        shortage = ""
-        try:
-            evaluation = self._evaluate(create, judge)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            shortage = str(error).partition("\n")[0] or "out of memory"
-        if shortage:
-            # not in the handler: only now are the frames that held the tensors gone
-            gc.collect()
-            torch.cuda.empty_cache()
-            raise TrialFailure("out_of_memory", shortage)
+        evaluation = failing_without_memory(lambda: self._evaluate(create, judge))
         scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
         return replace(evaluation, scores=scores)
 
@@ -175,7 +163,8 @@ class Evaluator:
                 try:
                     estimates.append(estimator.estimate(network, data, self.fidelity, seed, self.device, **watch))
                 except Stopped as stopped:
-                    return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped)
+                    # without its traceback, whose frames hold the training with all its tensors
+                    return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=tuple(curve))

@@ -38,7 +38,7 @@ class Stopped(Exception):
     """A training was stopped early.
 
     Attributes:
-        shortfall: percent points by which it would miss the front at best.
+        shortfall: by how much it would miss the front at best, as a share of the accuracy it needs.
     """
 
     def __init__(self, reason: str, shortfall: float) -> None:
@@ -102,5 +102,5 @@ def check_rung(
         raise Stopped(
             f"stopped after epoch {epoch} at {accuracy:.2f} %: it would reach {best:.2f} % at best, and {needed:.2f} % "
             "is known at no higher cost",
-            needed - best,
+            1 - best / needed,
         )

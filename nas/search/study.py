@@ -40,6 +40,7 @@ from ..runs import (
     storage_errors,
 )
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
+from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
 from .evaluate import Evaluation, Evaluator
@@ -56,8 +57,6 @@ MAX_FAILURES = 10
 """Failures in a row before it gives up."""
 LATENCY_PROTOCOL = 2
 """Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
-TRAINING_RECIPE = 2
-"""Of short training: 1 was a cosine over the epochs asked for, 2 goes on from any epoch and averages weights."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -301,13 +300,12 @@ def _update(run: Run, config: SearchConfig) -> Run:
 
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What a calibration says of the run's proxy: the one it uses, or one that lies beside the run."""
-    roots = [path.resolve().parent] + ([Path(config.calibration).parent] if config.calibration else [])
-    for root in reversed(roots):
-        told = find_trust(config.space, fingerprint, config.proxy, config.epochs, root)
-        if told is not None:
-            return told
-    return None
+    """What a calibration says of the run's proxy: the ensemble's own, or one beside the run; None where none does."""
+    reduced_effort = config.proxy_images is not None or config.proxy_size is not None or config.proxy_repeats > 1
+    if "accuracy" not in config.objectives or reduced_effort:
+        return None
+    places = [Path(config.calibration)] if config.calibration else sorted(path.resolve().parent.iterdir())
+    return find_trust(config.space, fingerprint, config.proxy, config.epochs, config.train_batch_size, places)
 
 
 def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
@@ -323,7 +321,7 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluat
         "proxy_images": config.proxy_images,
         "proxy_size": config.proxy_size,
         "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
-        "training_recipe": TRAINING_RECIPE if ESTIMATORS[config.proxy].trained else None,
+        "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
         "device": machine_name(device),
@@ -349,24 +347,39 @@ def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
         latency=_latency_configs(config, device),
         references={},
         proxy=config.proxy,
-        fidelity=Fidelity(config.epochs, config.train_batch_size, limit * 60 if limit else None, _ensemble(config)),
+        fidelity=Fidelity(
+            config.epochs, config.train_batch_size, limit * 60 if limit else None, _ensemble(config, data)
+        ),
         seed=config.seed,
         repeats=config.proxy_repeats,
         proxy_data=reduced(data, config.proxy_images, config.proxy_size),
     )
 
 
-def _ensemble(config: SearchConfig) -> dict[str, Any] | None:
-    """The fitted ensemble that the proxy is, where it is one.
+def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
+    """The fitted ensemble that the proxy is, where it is one: a resumed run's own, else the calibration's.
 
     Raises:
-        RunError: where the calibration is of another space, or has none.
+        RunError: where the calibration is of another space or other data, or has none.
+        UsageError: where the proxy is to see less than was calibrated on.
     """
     if config.calibration is None:
         return None
+    if config.out is not None and is_run(config.out):
+        manifest = Run.open(config.out).manifest
+        stored = manifest.get("conditions", {}).get("ensemble")
+        if stored is not None and manifest["config"].get("calibration") == config.calibration:
+            return dict(stored)  # the folder may have grown or gone since
     found = Calibration.open(Path(config.calibration))
-    if found.space != config.space:
-        raise RunError(f"{found.path} is a calibration of another space: calibrate {config.space.name} first")
+    if config.proxy_images is not None or config.proxy_size is not None:
+        raise UsageError("an ensemble sees what it was calibrated on: leave --proxy-images and --proxy-size out")
+    for name, mine, its in (
+        ("space", config.space, found.space),
+        ("data or image size", data.fingerprint, found.manifest["data"]["fingerprint"]),
+        ("training batch size", config.train_batch_size, found.manifest["batch_size"]),
+    ):
+        if mine != its:
+            raise RunError(f"{found.path} is a calibration of another {name}: calibrate on this one first")
     return found.ensemble().to_dict()
 
 
@@ -561,7 +574,8 @@ class _Search:
         self.front = run.front(self.trials)
         self.hypervolume = run.hypervolume(self.front)
         self.near = near_trials(run, [t for t in self.trials if t.state == "complete"])
-        self.judges = config.early_stopping and ESTIMATORS[config.proxy].trained
+        self.trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
+        self.judges = self.trains and config.early_stopping
         self.finished = [self._finished(t.scores) for t in self.trials if t.state == "complete" and t.scores.curve]
 
     def run_trials(self) -> Run:
@@ -635,9 +649,10 @@ class _Search:
             self.study.tell(trial, state=TrialState.PRUNED)
             self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, over))
             return
+        if self.trains:
+            # every trial has it: a sampler may want the same constraints of all, and a process may have died in between
+            trial.set_constraint("early_stopping", evaluation.stopped.shortfall if evaluation.stopped else 0.0)
         if evaluation.stopped is not None:
-            # worse the further it is from what it would need
-            trial.set_constraint("early_stopping", evaluation.stopped.shortfall)
             trial.set_user_attr("failure", str(evaluation.stopped))
             self.study.tell(trial, state=TrialState.PRUNED)
             self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, str(evaluation.stopped)))

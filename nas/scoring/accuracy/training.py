@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from ...data import ImageData, Images
 from ...errors import TrialFailure
 from .estimate import Estimate, Fidelity, Rung
 
+RECIPE = 2
+"""Of short training: 1 was a cosine over the epochs asked for, 2 goes on from any epoch and averages weights."""
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 WARMUP_STEPS = 20
@@ -58,7 +61,8 @@ def train(
         fidelity: for how long.
         seed: of the order of images, their augmentation and dropout.
         device: where.
-        training: one that was begun with the same arguments and goes on; `model` does not matter then.
+        training: one that was begun with the same arguments and goes on; `model` does not matter then. It may have
+            as many epochs as `fidelity` at most.
         on_rung: called with each accuracy on the way (`Fidelity.rungs`); may raise to end the training.
 
     Raises:
@@ -67,7 +71,9 @@ def train(
     start = time.perf_counter()
     deadline = None if fidelity.max_seconds is None else start + fidelity.max_seconds
     running = training or Training(model, data, fidelity.batch_size, seed, device)
-    network = running.network
+    if running.epoch > fidelity.epochs:
+        raise ValueError(f"a training of {running.epoch} epochs cannot go on to {fidelity.epochs}")
+    network = running.averaged() if running.epoch == fidelity.epochs else running.network
     for epoch in fidelity.rungs:
         if epoch <= running.epoch:
             continue
@@ -75,7 +81,7 @@ def train(
         while running.epoch < epoch:
             running.run_epoch(deadline)
         network = running.averaged()
-        accuracy = top1(network, data, torch.device(device))
+        accuracy = top1(network, data, device)
         before = running.curve[-1].seconds if running.curve else 0.0
         rung = Rung(epoch, accuracy, before + time.perf_counter() - begun)
         running.curve += (rung,)
@@ -103,7 +109,9 @@ class Training:
 
     def __init__(self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
-        self.pixels, self.labels = data.train.pixels.to(self.device), data.train.labels.to(self.device)
+        train_part = _on_device(data.train, device)
+        self.pixels, self.labels = train_part.pixels, train_part.labels
+        self.normalise = normaliser(data, device)
         self.batch_size = min(batch_size, len(self.labels))
         self.network = copy.deepcopy(model).to(self.device).to(memory_format=torch.channels_last)
         self.average = [p.detach().clone() for p in self.network.parameters()]
@@ -143,7 +151,7 @@ class Training:
             self.step += 1
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
-            images = normalise(_augment(self.pixels[index], self.data.mirrored, generator), self.data)
+            images = self.normalise(_augment(self.pixels[index], self.data.mirrored, generator))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = F.cross_entropy(self.network(images), self.labels[index], label_smoothing=LABEL_SMOOTHING)
             self.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +183,7 @@ class Training:
         with torch.inference_mode():
             for index in order[: STATISTICS_BATCHES * self.batch_size].split(self.batch_size):
                 if len(index) == self.batch_size:
-                    network(normalise(self.pixels[index.to(self.device)], self.data))
+                    network(self.normalise(self.pixels[index.to(self.device)]))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         return network
@@ -222,24 +230,30 @@ def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def normalise(pixels: torch.Tensor, data: ImageData) -> torch.Tensor:
-    """uint8 to float32 with the data's mean and standard deviation."""
-    mean = torch.tensor(data.mean, device=pixels.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(data.std, device=pixels.device).view(1, -1, 1, 1) * 255
-    return (pixels.float() - mean) / std
+@lru_cache(maxsize=2)
+def _on_device(images: Images, device: str) -> Images:
+    """Kept there from one training to the next."""
+    return Images(images.pixels.to(device), images.labels.to(device))
 
 
-def top1(model: nn.Module, data: ImageData, device: torch.device, batch_size: int = 256) -> float:
+def normaliser(data: ImageData, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns uint8 images on `device` into float32 with the data's mean and standard deviation."""
+    mean = torch.tensor(data.mean, device=device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(data.std, device=device).view(1, -1, 1, 1) * 255
+    return lambda pixels: (pixels.float() - mean) / std
+
+
+def top1(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> float:
     """Percent of the held-out images whose highest logit is the right one."""
-    held: Images = data.holdout
+    held, normalise = _on_device(data.holdout, device), normaliser(data, device)
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     with torch.inference_mode():
         for pixels, labels in zip(held.pixels.split(batch_size), held.labels.split(batch_size), strict=True):
-            logits = model(normalise(pixels.to(device), data).contiguous(memory_format=torch.channels_last))
+            logits = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
             finite &= logits.isfinite().all()
-            correct += (logits.argmax(1) == labels.to(device)).sum()
+            correct += (logits.argmax(1) == labels).sum()
     if not bool(finite):
         raise TrialFailure("non_finite", "the trained network gives logits that are not finite")
     return 100 * int(correct) / len(held)

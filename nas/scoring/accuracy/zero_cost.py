@@ -24,7 +24,7 @@ from ...data import ImageData
 from ...errors import NotApplicable
 from ..cost import count_cost
 from .estimate import Estimate, Fidelity
-from .training import normalise
+from .training import normaliser
 
 ZICO_BATCHES = 2
 """As in the paper, whose results hardly change with more."""
@@ -42,7 +42,7 @@ def grad_norm(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, 
     def score(network: nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
         return float(torch.stack([g.norm() for g in _gradients(network, *next(batches)).values()]).sum())
 
-    return _score(score, model, data, fidelity, seed, device)
+    return _score("grad_norm", score, model, data, fidelity, seed, device)
 
 
 def synflow(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
@@ -67,9 +67,12 @@ def synflow(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, de
         parameters = [p for p in network.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(output, parameters, allow_unused=True)
         flow = [(p.detach() * g).abs().sum() for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        return math.log(float(torch.stack(flow).sum()))
+        total = float(torch.stack(flow).sum())
+        if total <= 0:
+            raise FloatingPointError("nothing flows through it")
+        return math.log(total)
 
-    return _score(score, model, data, fidelity, seed, device)
+    return _score("synflow", score, model, data, fidelity, seed, device)
 
 
 class _PositiveNormalisation(TorchFunctionMode):
@@ -102,7 +105,7 @@ def naswot(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, dev
             raise NotApplicable("naswot", "two images switch exactly the same activations on")
         return float(value)
 
-    return _score(score, model, data, fidelity, seed, device)
+    return _score("naswot", score, model, data, fidelity, seed, device)
 
 
 class _Agreement(TorchDispatchMode):
@@ -143,7 +146,7 @@ def zico(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, devic
                 total += math.log(float(ratio))
         return total
 
-    return _score(score, model, data, fidelity, seed, device)
+    return _score("zico", score, model, data, fidelity, seed, device)
 
 
 def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
@@ -172,7 +175,7 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
         macs = count_cost(model, data.input_size).macs
         return math.log(sum(entropies)) + math.asinh(progress) - math.log1p(trouble) + math.log(macs)
 
-    return _score(score, model, data, fidelity, seed, device)
+    return _score("az", score, model, data, fidelity, seed, device)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
@@ -213,8 +216,12 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 def _entropy(tokens: torch.Tensor) -> float:
     """Of the variances along the principal axes, as shares, in nats."""
+    if not bool(tokens.isfinite().all()):
+        raise FloatingPointError("its feature maps are not finite")
     centred = tokens.double() - tokens.double().mean(dim=0)
     variances = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp_min(0)
+    if float(variances.sum()) == 0:
+        raise FloatingPointError("a block gives a constant")
     shares = variances / variances.sum()
     return float(-(shares * shares.clamp_min(1e-30).log()).sum())
 
@@ -229,7 +236,13 @@ def _amplification_miss(before: torch.Tensor, after: torch.Tensor) -> float | No
     if arrived is None:
         return None
     if arrived.ndim == 4 and arrived.shape[2:] != signs.shape[2:]:
-        arrived = F.pixel_unshuffle(arrived, arrived.shape[2] // signs.shape[2])
+        stride = round(arrived.shape[2] / signs.shape[2])
+        # maps of odd sizes are cut to whole strides
+        height, width = (min(a // stride, s) for a, s in zip(arrived.shape[2:], signs.shape[2:], strict=True))
+        arrived = F.pixel_unshuffle(arrived[:, :, : stride * height, : stride * width], stride)
+        signs = signs[:, :, :height, :width]
+    if not bool(arrived.isfinite().all()):
+        raise FloatingPointError("its gradients are not finite")
     arrived, signs = _tokens(arrived), _tokens(signs)
     if len(arrived) != len(signs):
         return None
@@ -241,24 +254,31 @@ def _gradients(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     loss = F.cross_entropy(network(images), labels)
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    if not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+        raise FloatingPointError("its gradients are not finite")
     return {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
 
 
 Score = Callable[[nn.Module, Iterator[tuple[torch.Tensor, torch.Tensor]]], float]
 
 
-def _score(score: Score, model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
+def _score(
+    name: str, score: Score, model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str
+) -> Estimate:
     """Call `score` with a copy of the model in training mode and random training batches.
 
     Raises:
-        NotApplicable: where the score is not finite.
+        NotApplicable: where the score is not finite, or what it is made of.
     """
     start = time.perf_counter()
-    with _untouched(seed), torch.enable_grad():
-        network = copy.deepcopy(model).to(device).train()
-        value = score(network, _batches(data, fidelity.batch_size, seed, device))
-    if not math.isfinite(value):
-        raise NotApplicable("score", f"the score is {value}")
+    try:
+        with _untouched(seed), torch.enable_grad():
+            network = copy.deepcopy(model).to(device).train()
+            value = score(network, _batches(data, fidelity.batch_size, seed, device))
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the score is {value}")
+    except FloatingPointError as error:
+        raise NotApplicable(name, str(error)) from None
     return Estimate(value, 0.0, time.perf_counter() - start)
 
 
@@ -272,8 +292,8 @@ def _untouched(seed: int) -> Iterator[None]:
 def _batches(data: ImageData, size: int, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Different random images of the training part, and their labels; all over again where they run out."""
     generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(data.train))
+    size, normalise = min(size, len(data.train)), normaliser(data, device)
     while True:
         order = torch.randperm(len(data.train), generator=generator)
         for index in order[: len(order) // size * size].split(size):
-            yield normalise(data.train.pixels[index].to(device), data), data.train.labels[index].to(device)
+            yield normalise(data.train.pixels[index].to(device)), data.train.labels[index].to(device)
