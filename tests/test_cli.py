@@ -130,7 +130,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     got, out, err = call(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
-    told = ("[", "run folder", "measuring")
+    told = ("[", "run folder", "measuring", "calibrating")
     lines = [line for line in err.splitlines() if not line.startswith(told)]
     assert got == code, err
     assert out == ""
@@ -299,7 +299,9 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
     assert code == 0, err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
     command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]

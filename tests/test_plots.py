@@ -67,6 +67,7 @@ def test_three_objectives_give_two_panels(tmp_path):
     assert {axes.get_xlabel() for axes in figure.axes} == {"MACs"}
 
 
+@pytest.mark.slow
 def test_several_runs_are_overlaid(run, tmp_path):
     config = replace(SearchConfig.from_run(run), seed=1, trials=2, baselines=(), out=tmp_path / "second")
     other = search(config)

@@ -148,7 +148,7 @@ def test_what_is_needed_is_the_best_that_costs_no_more():
 def test_only_the_hopeless_are_stopped():
     known = finished_trainings(np.random.default_rng(0), 20)
     best = max(known, key=lambda f: f.accuracy)
-    check_rung(1, best.curve[1], (100.0,), known)
+    check_rung(1, best.curve[1], (100.0,), known, 0.975)
     check_rung(1, 0.0, (0.0,), known)  # nothing is as cheap
     with pytest.raises(Stopped, match=r"after epoch 1 at 5\.00 %") as caught:
         check_rung(1, 5.0, (100.0,), known)
@@ -197,6 +197,7 @@ def test_a_calibration_has_truths_scores_and_a_report(calibrated):
         assert row["kendall"]["value"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeypatch):
     import shutil
 

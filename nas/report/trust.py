@@ -45,7 +45,7 @@ def plot_trust(found: Calibration) -> list[Path]:
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         if row["estimator"] == report["recommended"]:
             tick.set_fontweight("bold")
-    axes.set_xlim(left=max(-1.0, min(-0.1, *(_low(row["kendall"]) for row in rows))), right=1.0)
+    axes.set_xlim(left=max(-1.0, -0.05 + min(-0.1, *(_low(row["kendall"]) for row in rows))), right=1.0)
     axes.set_xlabel("Kendall correlation with the truth (95 % interval)")
     space, data = found.manifest["space"]["name"], found.manifest["data"]["name"]
     axes.set_title(
@@ -54,7 +54,7 @@ def plot_trust(found: Calibration) -> list[Path]:
         fontsize=10,
         loc="left",
     )
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 0), fontsize=8, frameon=True, framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     files = []
