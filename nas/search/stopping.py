@@ -2,7 +2,7 @@
 
 What an architecture costs (latency, MACs, …) is known before it is trained, so it is known which accuracy it has to
 reach: the best among those that cost no more. At each rung of its learning curve, earlier trainings say what such a
-rung has led to; where even the upper end of that interval is below what is needed, the training ends.
+rung has led to; where that is probably below what is needed (`LEVEL`), the training ends.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def check_rung(
     best = best_final(epoch, accuracy, finished, level)
     if best < needed:
         raise Stopped(
-            f"stopped after epoch {epoch} at {accuracy:.2f} %: it would reach {best:.2f} % at best, and {needed:.2f} % "
+            f"stopped after epoch {epoch} at {accuracy:.2f} %: it would hardly end above {best:.2f} %, and {needed:.2f} % "
             "is known at no higher cost",
             1 - best / needed,
         )
