@@ -101,7 +101,7 @@ def check_rung(
     best = best_final(epoch, accuracy, finished, level)
     if best < needed:
         raise Stopped(
-            f"stopped after epoch {epoch} at {accuracy:.2f} %: it would hardly end above {best:.2f} %, and {needed:.2f} % "
-            "is known at no higher cost",
+            f"stopped after epoch {epoch} at {accuracy:.2f} %: it would hardly end above {best:.2f} %, and "
+            f"{needed:.2f} % is known at no higher cost",
             1 - best / needed,
         )
