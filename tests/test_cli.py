@@ -129,6 +129,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
 )
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.search.study.MAX_OVER_BUDGET", 10)
     got, out, err = call(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     told = ("[", "run folder", "measuring", "calibrating")
     lines = [line for line in err.splitlines() if not line.startswith(told)]
@@ -251,6 +252,7 @@ def test_a_profile_from_the_command_line(capsys, tmp_path):
     assert "profile for longer" in err
 
 
+@pytest.mark.slow
 def test_a_calibration_from_the_command_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("nas.calibration.work.POOL", 1)
     arguments = ["calibrate", "--images", "240", "--count", "10", "--epochs", "2", "--repeats", "3", "--device", "cpu"]

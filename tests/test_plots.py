@@ -84,6 +84,7 @@ def test_runs_with_other_objectives_are_refused(run, tmp_path):
         plots.plot([run, other], tmp_path)
 
 
+@pytest.mark.slow
 def test_trained_and_untrained_accuracy_are_not_mixed(run, tmp_path):
     config = replace(SearchConfig.from_run(run), proxy="train", epochs=1, baselines=(), trials=1)
     trained = search(replace(config, out=tmp_path / "trained"))
