@@ -15,7 +15,7 @@ import numpy as np
 
 LEVEL = 0.75
 """A training is stopped where its final accuracy would be below what it needs with this probability. Measured: it saves
-half of the epochs and more, at well below 1 % of the hypervolume (`benchmarks/proxy_trust.md`)."""
+40 to 66 % of the epochs, at below 0.5 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
 FEWEST = 8
 """Trainings that went to their end before any is stopped."""
 
