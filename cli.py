@@ -741,7 +741,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 def _print_trust(report: dict[str, Any], path: str) -> None:
     """The table of a calibration, best estimator first."""
-    from nas.calibration.folder import format_figure
+    from nas.search.objectives import format_figure
 
     bands = tuple(report["rows"][0]["bands"])
     table = _table(

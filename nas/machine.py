@@ -45,6 +45,16 @@ def resolve_device(name: str) -> str:
     return f"cuda:{int(index or 0)}"
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers follow from `seed` inside, on every device, and go on as before outside."""
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """What figures are measured on, and in what state it is: read, never set."""
     import torch

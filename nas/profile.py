@@ -24,7 +24,7 @@ from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
 from .models import Backbone, create_backbone
 from .models.blocks import Stage
-from .runs import Run, locked_folder, write_file
+from .runs import Run, locked_folder, reading_manifest, write_file
 from .scoring.latency import (
     LatencyConfig,
     measure_latencies,
@@ -108,11 +108,7 @@ class Profile:
         Raises:
             RunError: where it is none, or damaged.
         """
-        file = path / "profile.json"
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise RunError(f"{file} has format {data['format']}, this release reads {FORMAT}")
+        with reading_manifest(path / "profile.json", FORMAT, "profile") as data:
             config = ProfileConfig(
                 SearchSpace.from_dict(data["space"]),
                 LatencyConfig(**data["latency"]),
@@ -120,12 +116,6 @@ class Profile:
                 int(data["seed"]),
             )
             return cls(path, config, float(data["reference_ms"]))
-        except OSError as error:
-            raise RunError(f"{path} is not a profile: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
 
     def records(self, name: str = "networks") -> list[dict[str, Any]]:
         """What was measured, in order; a last line that a killed process left unfinished is not there."""

@@ -28,7 +28,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
 from .errors import RunError, UsageError
-from .search.objectives import OBJECTIVES, Objective, Scores, latency_fields, other_entry, parse_objectives
+from .search.objectives import (
+    OBJECTIVES,
+    Objective,
+    Scores,
+    format_figure,
+    latency_fields,
+    other_entry,
+    parse_objectives,
+)
 from .search.pareto import hypervolume, non_dominated
 from .search.stability import Figure, as_figure, compare_orders, rank_correlation
 
@@ -423,6 +431,31 @@ def is_run(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def reading_manifest(file: Path, release_format: int, what: str) -> Iterator[dict[str, Any]]:
+    """The content of a folder's manifest; what goes wrong in reading it, in the body too, becomes one line.
+
+    Args:
+        file: the manifest.
+        release_format: the `format` that it must have.
+        what: the folder is with it.
+
+    Raises:
+        RunError: where it is missing, of another format or damaged.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["format"] != release_format:
+            raise RunError(f"{file} has format {data['format']}, this release reads {release_format}")
+        yield data
+    except OSError as error:
+        raise RunError(f"{file.parent} is not a {what}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+
+
+@contextlib.contextmanager
 def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> Iterator[None]:
     """Hold a folder, made if it is not there: one process at a time. It goes again if nothing comes of it.
 
@@ -521,10 +554,7 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
 
 
 def _trust(told: Mapping[str, Any]) -> str:
-    kendall, ceiling = (
-        f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})" if figure else "undefined"
-        for figure in (told["kendall"], told["ceiling"])
-    )
+    kendall, ceiling = (format_figure(told[name]) for name in ("kendall", "ceiling"))
     return (
         f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
         f"seed {ceiling}; {told['count']} architectures, {told['calibration']}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NasError, RunError
-from ..runs import write_file
+from ..runs import reading_manifest, write_file
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..space import SearchSpace
@@ -53,19 +53,10 @@ class Calibration:
         Raises:
             RunError: where it is none, or damaged.
         """
-        file = path / FILE
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise RunError(f"{file} has format {manifest['format']}, this release reads {FORMAT}")
-            SearchSpace.from_dict(manifest["space"])
-            return cls(path, manifest)
-        except OSError as error:
-            raise RunError(f"{path} is not a calibration: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+        with reading_manifest(path / FILE, FORMAT, "calibration") as manifest:
+            found = cls(path, manifest)
+            _ = found.space, float(manifest["reference_ms"]), int(manifest["seed"]), manifest["data"]["fingerprint"]
+            return found
 
     @property
     def space(self) -> SearchSpace:
@@ -80,7 +71,6 @@ class Calibration:
             return []
         except OSError as error:
             raise RunError(f"{self.path / name}.csv cannot be read: {error.strerror or error}") from None
-        csv.field_size_limit(10**7)
         return list(csv.DictReader(io.StringIO(text)))
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -126,13 +116,6 @@ def parse_curve(text: str) -> tuple[Rung, ...]:
     return tuple(Rung(int(epoch), float(accuracy), float(seconds)) for epoch, accuracy, seconds in points)
 
 
-def format_figure(figure: Mapping[str, float] | None) -> str:
-    """`0.71 (0.60 to 0.80)`."""
-    if figure is None:
-        return "undefined"
-    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
-
-
 def find_trust(
     space: SearchSpace, fingerprint: str, proxy: str, epochs: int, batch_size: int, places: Iterable[Path]
 ) -> dict[str, Any] | None:
@@ -154,8 +137,6 @@ def find_trust(
     wanted = {"batch_size": batch_size, "training_recipe": RECIPE}
     best: dict[str, Any] | None = None
     for path in places:
-        if not (path / FILE).is_file():
-            continue
         try:
             found = Calibration.open(path)
             report = found.report()

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import RunError
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
-from .folder import Calibration, format_figure
+from ..search.objectives import format_figure
+from .folder import Calibration
 
 FEWEST = 10
 """Truths that a report needs."""

@@ -17,7 +17,7 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
-from ..machine import describe_machine, describe_software, exclusive, machine_name
+from ..machine import describe_machine, describe_software, exclusive, machine_name, seeded
 from ..models import create_backbone
 from ..runs import locked_folder, write_file
 from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
@@ -175,8 +175,7 @@ class _Work:
         return [row | {"number": i} for i, row in enumerate(rows)]
 
     def _build(self, architecture: Architecture, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return create_backbone(architecture, len(self.data.classes))
 
     def _train(self, architecture: Architecture, seed: int, epochs: int) -> None:

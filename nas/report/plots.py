@@ -66,15 +66,20 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     if not any(trials for _, trials, _ in scored):
         raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
     folder = runs[0].path if out is None else out
+    files = save_figure(_draw(scored), folder / "front")
+    files.append(folder / "front.html")
+    write_file(files[-1], _page(scored))
+    return files
+
+
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as `path` with the suffixes `.png` and `.svg`; returns both paths."""
     files = []
-    figure = _draw(scored)
     for suffix in ("png", "svg"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, dpi=160)
-        files.append(folder / f"front.{suffix}")
+        files.append(path.with_name(f"{path.name}.{suffix}"))
         write_file(files[-1], buffer.getvalue())
-    files.append(folder / "front.html")
-    write_file(files[-1], _page(scored))
     return files
 
 

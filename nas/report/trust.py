@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..calibration.folder import Calibration
-from ..runs import write_file
+from .plots import COLOURS, save_figure
 
-ALL, CHEAPEST = "#0072B2", "#D55E00"
-BAND_COLOURS = ("#56B4E9", "#E69F00", "#CC79A7")  # Okabe and Ito: safe for all eyes
+ALL, *BAND_COLOURS = (COLOURS[i] for i in (0, 4, 1, 3))
 
 
 def plot_trust(found: Calibration) -> list[Path]:
@@ -57,13 +55,7 @@ def plot_trust(found: Calibration) -> list[Path]:
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    files = []
-    for suffix in ("png", "svg"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=160)
-        files.append(found.path / f"trust.{suffix}")
-        write_file(files[-1], buffer.getvalue())
-    return files
+    return save_figure(figure, found.path / "trust")
 
 
 def _point(axes: Any, value: Mapping[str, float] | None, place: int, colour: str, label: str | None) -> None:

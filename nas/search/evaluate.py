@@ -16,7 +16,7 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import UsageError
-from ..machine import exclusive
+from ..machine import exclusive, seeded
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
@@ -99,8 +99,7 @@ class Evaluator:
 
     def seeded(self, create: Callable[[], nn.Module], repeat: int = 0) -> nn.Module:
         """What `create` makes, with initial weights that depend on the seed (and the repeat, from 0) alone."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(self.seed + repeat)
+        with seeded(self.seed + repeat):
             return create()
 
     def evaluate(self, architecture: Architecture, judge: Judge | None = None) -> Evaluation:

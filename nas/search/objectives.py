@@ -238,6 +238,13 @@ def _parse_amount(text: str, amount: str, objective: Objective) -> float:
     return value
 
 
+def format_figure(figure: Mapping[str, float] | None) -> str:
+    """A statistic (`value`, `low`, `high`) with its interval for people, `0.71 (0.60 to 0.80)`; None is undefined."""
+    if figure is None:
+        return "undefined"
+    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
 def format_value(objective: Objective, value: float) -> str:
     """A value for people: three or four digits and its unit."""
     if objective.unit:

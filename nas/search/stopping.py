@@ -79,7 +79,7 @@ def best_final(epoch: int, accuracy: float, finished: Sequence[Finished], level:
     distance = accuracy - float(x.mean())
     leverage = distance**2 / spread if spread > 1e-9 else (0.0 if abs(distance) < 1e-9 else math.inf)
     margin = float(t.ppf(level, len(x) - 2)) * math.sqrt(variance * (1 + 1 / len(x) + leverage))
-    return float(y.mean()) + slope * distance + margin
+    return max(0.0, float(y.mean()) + slope * distance + margin)  # no accuracy is below 0
 
 
 def check_rung(

@@ -23,6 +23,7 @@ import torch
 from optuna.trial import TrialState
 
 from ..architecture import Architecture
+from ..calibration.folder import FILE as CALIBRATION_FILE
 from ..calibration.folder import Calibration, find_trust
 from ..data import MAX_IMAGES, ImageData, load_data, reduced
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
@@ -304,7 +305,8 @@ def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any]
     reduced_effort = config.proxy_images is not None or config.proxy_size is not None or config.proxy_repeats > 1
     if "accuracy" not in config.objectives or reduced_effort:
         return None
-    places = [Path(config.calibration)] if config.calibration else sorted(path.resolve().parent.iterdir())
+    beside = sorted(path.resolve().parent.glob(f"*/{CALIBRATION_FILE}"))
+    places = [Path(config.calibration)] if config.calibration else [file.parent for file in beside]
     return find_trust(config.space, fingerprint, config.proxy, config.epochs, config.train_batch_size, places)
 
 

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...data import ImageData, Images
 from ...errors import TrialFailure
+from ...machine import seeded
 from .estimate import Estimate, Fidelity, Rung
 
 RECIPE = 2
@@ -134,8 +135,7 @@ class Training:
         """
         # all that is random in an epoch follows from the seed and its number: nothing random has to be saved
         seed = (self.seed * 1_000_003 + self.epoch) % 2**63
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
-            torch.manual_seed(seed)  # dropout and stochastic depth, where a model has them
+        with seeded(seed), torch.enable_grad():  # dropout and stochastic depth, where a model has them
             self._run_epoch(torch.Generator(device=self.device).manual_seed(seed), deadline)
         self.epoch += 1
 

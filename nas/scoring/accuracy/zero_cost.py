@@ -10,7 +10,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...data import ImageData
 from ...errors import NotApplicable
+from ...machine import seeded
 from ..cost import count_cost
 from .estimate import Estimate, Fidelity
 from .training import normaliser
@@ -272,7 +272,7 @@ def _score(
     """
     start = time.perf_counter()
     try:
-        with _untouched(seed), torch.enable_grad():
+        with seeded(seed), torch.enable_grad():
             network = copy.deepcopy(model).to(device).train()
             value = score(network, _batches(data, fidelity.batch_size, seed, device))
         if not math.isfinite(value):
@@ -280,13 +280,6 @@ def _score(
     except FloatingPointError as error:
         raise NotApplicable(name, str(error)) from None
     return Estimate(value, 0.0, time.perf_counter() - start)
-
-
-@contextmanager
-def _untouched(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _batches(data: ImageData, size: int, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import nn
 
 from ...errors import NasError
-from ...machine import machine_name
+from ...machine import machine_name, seeded
 from .config import LatencyConfig
 from .runtimes import Prepared, prepare, random_images
 
@@ -95,8 +95,7 @@ def prepared_reference(config: LatencyConfig) -> Prepared:
 
 @lru_cache(maxsize=4)
 def _prepared(config: LatencyConfig) -> Prepared:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         network = ReferenceNetwork().eval()
     return prepare(network, random_images(INPUT_SIZE, config), config)
 
