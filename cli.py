@@ -6,6 +6,7 @@ that `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -285,7 +286,20 @@ def _images(command: Any) -> Any:
 @click.option("--trials", type=int, default=32, show_default=True, help="Architectures to score in all.")
 @click.option("--timeout", type=float, metavar="MINUTES", help="Start no trial after this long.")
 @click.option("--trial-timeout", type=float, metavar="MINUTES", help="A training that takes longer fails.")
-@click.option("--sampler", default="tpe", show_default=True, help="tpe, nsga2, nsga3, gp or random.")
+@click.option(
+    "--sampler",
+    default="surrogate",
+    show_default=True,
+    help="surrogate, evolution, local, tpe, nsga2, nsga3, gp or random (docs/search.md).",
+)
+@click.option(
+    "--warm-start",
+    metavar="RUN|PRESET,…",
+    help="Score the fronts of earlier runs, and presets that are points of the space, first.",
+)
+@click.option(
+    "--until", metavar="SHARE", help="Stop when a further architecture is expected to add less, such as 0.1%."
+)
 @click.option(
     "--max",
     "budgets",
@@ -363,6 +377,10 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
             values["budgets"] = parse_budgets(value)
         elif name == "baselines":
             values["baselines"] = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+        elif name == "warm_start":
+            continue
+        elif name == "until":
+            values["until"] = None if value is None else _share(value)
         elif name == "latency_target":
             values[name] = value / 100
         elif name in ("device", "runtime"):
@@ -370,6 +388,10 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
         else:
             values[_FIELDS.get(name, name)] = value
     before = SearchConfig.from_run(Run.open(out)) if resumed and out is not None else None
+    if taken.get("warm_start"):
+        if before is not None:
+            raise UsageError("--warm-start is for a new run: this one has begun")
+        values["start"] = _warm_start(values["space"], taken["warm_start"])
     if taken.keys() & {"device", "runtime"}:
         known = [] if before is None else [(before.device, before.runtime), *before.also]
         devices = options["device"] if "device" in taken else dict.fromkeys(device for device, _ in known)
@@ -378,6 +400,33 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
         first, *also = [(device, runtime) for device in devices for runtime in runtimes]
         values |= {"device": first[0], "runtime": first[1], "also": tuple(also)}
     return SearchConfig(**values) if before is None else replace(before, **values)
+
+
+def _share(text: str) -> float:
+    """`0.1%` or `0.001` as a number."""
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"--until {text!r}: a share of the hypervolume is needed, such as 0.1%") from None
+
+
+def _warm_start(space: Any, names: str) -> tuple[Any, ...]:
+    """Architectures to score first: TARGETs, and of each earlier run the front, as far as it lies in the space."""
+    from nas.targets import resolve_all
+
+    found: list[Any] = []
+    for name in (part.strip() for part in names.split(",") if part.strip()):
+        known = [target.architecture for target in resolve_all(name) if target.architecture is not None]
+        fitting = []
+        for architecture in known:
+            with contextlib.suppress(UsageError):
+                space.encode(architecture)
+                fitting.append(architecture)
+        if not fitting:
+            raise UsageError(f"--warm-start {name}: not in space {space.name}, whose points alone can be scored first")
+        found += fitting
+    return tuple(dict.fromkeys(found))
 
 
 class _ProgressDisplay:

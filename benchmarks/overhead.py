@@ -24,6 +24,7 @@ import search_spaces
 from nas.machine import describe_machine
 from nas.runs import Run
 from nas.search import Progress, SearchConfig, search
+from nas.search.knobs import Knobs
 from nas.search.samplers import distributions
 
 
@@ -65,7 +66,7 @@ def make_large_run(trials: int, folder: Path) -> Run:
     )
     study = optuna.load_study(study_name="large", storage=run.storage())
     rng = np.random.default_rng(0)
-    known = distributions(space)
+    known = distributions(Knobs.of_space(space))
     made = []
     for _ in range(trials - 1):
         architecture = space.sample(rng)

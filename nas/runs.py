@@ -39,6 +39,7 @@ from .search.objectives import (
 )
 from .search.pareto import hypervolume, non_dominated
 from .search.stability import Figure, as_figure, compare_orders, rank_correlation
+from .space import SearchSpace
 
 if TYPE_CHECKING:
     import torch
@@ -305,6 +306,30 @@ class Run:
         corner = [o.loss(self.reference[o.name]) for o in self.objectives]
         return hypervolume(self.losses(front) if front else np.empty((0, len(corner))), corner)
 
+    def hypervolumes(self, trials: Sequence[Trial]) -> list[float]:
+        """The hypervolume of the front after each trial, in the order given, against the run's reference point."""
+        corner = [o.loss(self.reference[o.name]) for o in self.objectives]
+        front, volume, volumes = np.empty((0, len(corner))), 0.0, []
+        for trial in trials:
+            if trial.state == "complete":
+                front = np.concatenate([front, self.losses([trial])])
+                front = front[non_dominated(front)]
+                volume = hypervolume(front, corner)
+            volumes.append(volume)
+        return volumes
+
+    def random_hypervolumes(self, trials: Sequence[Trial], orders: int = 100) -> list[float]:
+        """What random search would have after each trial, as a mean over random orders.
+
+        Only a run that scored every architecture of its space knows that; others give an empty list.
+        """
+        complete = [t for t in trials if t.state == "complete"]
+        if len(complete) < SearchSpace.from_dict(self.manifest["space"]).size:
+            return []
+        rng = np.random.default_rng(0)
+        curves = [self.hypervolumes([complete[i] for i in rng.permutation(len(complete))]) for _ in range(orders)]
+        return [float(value) for value in np.mean(curves, axis=0)]
+
     def write_tables(self) -> None:
         """Derive `trials.csv`, `front.csv` and `front.json` from the study."""
         trials = self.trials()
@@ -319,6 +344,7 @@ class Run:
 
         columns = self.columns()
         others = self.targets[1:]
+        reached = {} if on_front else dict(zip((t.number for t in trials), self.hypervolumes(trials), strict=True))
 
         def row(trial: Trial) -> dict[str, Any]:
             architecture = trial.architecture
@@ -333,12 +359,24 @@ class Run:
                 "mixer": architecture.dominant_mixer if architecture else "",
                 "trial": trial.number,
                 "state": trial.state,
+                "hypervolume": reached.get(trial.number),
                 "failure": trial.failure,
                 "architecture": architecture.to_json() if architecture else "",
             }
 
         further = [f"latency_{part}@{target}" for target in others for part in ("ms", "low_ms", "high_ms")]
-        names = ["key", *columns.values(), *further, "curve", "mixer", "trial", "state", "failure", "architecture"]
+        names = [
+            "key",
+            *columns.values(),
+            *further,
+            "curve",
+            "mixer",
+            "trial",
+            "state",
+            "hypervolume",
+            "failure",
+            "architecture",
+        ]
         # whole numbers stay whole where some are missing
         table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
         if trials:

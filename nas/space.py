@@ -202,6 +202,20 @@ class StageChoices:
             found |= part
         return found
 
+    def settled(self, values: tuple[Choice, ...]) -> dict[str, Choice]:
+        """The first choices that build the same stage as these, one for each of `choices`, in its order."""
+        if values not in self._settled:
+            if len(self._settled) >= MAX_SPELLINGS:
+                self._settled.clear()
+            found = self.find(self.build(dict(zip(self.choices, values, strict=True))))
+            assert found is not None, "a stage's own choices are not found again"
+            self._settled[values] = self._first | found
+        return self._settled[values]
+
+    @cached_property
+    def _settled(self) -> dict[tuple[Choice, ...], dict[str, Choice]]:
+        return {}
+
     def __iter__(self) -> Iterator[Stage]:
         """Every distinct stage once, in a fixed order."""
         for parts in itertools.product(self.cores.values(), *(group.values() for group in self.free)):
@@ -305,6 +319,16 @@ class SearchSpace:
                     f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices"
                 )
             found |= {knob: value for name, value in chosen.items() if (knob := f"stage{i}.{name}") in found}
+        return found
+
+    def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+        """The choices that `encode` gives for what `choices` decode to; faster than both where stages come again."""
+        found: dict[str, Choice] = {}
+        for i, declared in enumerate(self.stages, start=1):
+            wanted = tuple(choices.get(f"stage{i}.{n}", c[0]) for n, c in declared.choices.items())
+            for name, choice in declared.settled(wanted).items():
+                if (knob := f"stage{i}.{name}") in self.knobs:
+                    found[knob] = choice
         return found
 
     def sample(self, rng: np.random.Generator) -> Architecture:

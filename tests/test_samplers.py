@@ -7,7 +7,9 @@ import pytest
 
 import search_spaces
 from nas.architecture import Architecture
-from nas.search.samplers import SAMPLERS, UnseenSampler, distributions, suggest
+from nas.search.knobs import Knobs
+from nas.search.samplers import SAMPLERS, distributions, suggest
+from nas.search.surrogate.sampler import Problem
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")
@@ -28,18 +30,24 @@ def analytic(architecture: Architecture, count: int) -> list[float]:
     return [work, quality, float(sum(s.depth for s in architecture.stages))][:count]
 
 
+def problem(count: int) -> Problem:
+    return Problem(("work", "quality", "depth")[:count], (True, False, True)[:count])
+
+
 def draw(
     name: str, space: SearchSpace, trials: int, seed: int, count: int, study: optuna.Study | None = None
 ) -> tuple[list[str], optuna.Study]:
     """Ask and tell `trials` times, as a fresh process would, and return the keys in order."""
     study = study or optuna.create_study(directions=["minimize", "maximize", "minimize"][:count])
-    known = {t.user_attrs["key"] for t in study.trials}
-    study.sampler = UnseenSampler(name, space, known, seed)
+    knobs = Knobs.of_space(space)
+    known = {knobs.point(t.params) for t in study.trials}
+    study.sampler = SAMPLERS[name](knobs, problem(count), known, seed)
     for _ in range(trials):
         trial = study.ask()
-        architecture = suggest(trial, space)
+        choices = suggest(trial, knobs)
+        architecture = space.decode(choices)
         trial.set_user_attr("key", architecture.key)
-        known.add(architecture.key)
+        known.add(knobs.point(choices))
         study.tell(trial, analytic(architecture, count))
     return [t.user_attrs["key"] for t in study.trials], study
 
@@ -78,12 +86,13 @@ def test_a_space_is_drawn_to_its_last_point(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_over_budget_trials_are_no_obstacle(name):
     study = optuna.create_study(directions=["minimize", "maximize"])
-    known: set[str] = set()
-    study.sampler = UnseenSampler(name, MINI, known, seed=0)
+    knobs, known = Knobs.of_space(MINI), set()
+    study.sampler = SAMPLERS[name](knobs, problem(2), known, 0)
     for number in range(15):
         trial = study.ask()
-        architecture = suggest(trial, MINI)
-        known.add(architecture.key)
+        choices = suggest(trial, knobs)
+        architecture = MINI.decode(choices)
+        known.add(knobs.point(choices))
         trial.set_constraint("params", 0.5 if number % 3 == 0 else -0.5)
         if number % 3 == 0:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -94,7 +103,7 @@ def test_over_budget_trials_are_no_obstacle(name):
 
 
 def test_evenly_spaced_whole_numbers_become_a_range():
-    found = distributions(search_spaces.load("mobile"))
+    found = distributions(Knobs.of_space(search_spaces.load("mobile")))
     assert found["stage1.depth"] == optuna.distributions.IntDistribution(1, 3)
     assert found["stage3.depth"] == optuna.distributions.IntDistribution(2, 8, step=2)
     assert found["stage1.compression"] == optuna.distributions.CategoricalDistribution((1, 2, 4))

@@ -39,7 +39,9 @@ MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
 
 
 def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
-    """Draw the runs' fronts over all their scored architectures; returns the files `front.png`, `.svg` and `.html`.
+    """Draw the runs' fronts over all their scored architectures, and how their hypervolumes grew.
+
+    Returns the files `front.png`, `.svg` and `.html`, and `hypervolume.png` and `.svg`.
 
     Colour is the dominant mixer (most blocks). Latency has its 95 % interval on the front. With more than two
     objectives there is a panel for each against the first.
@@ -69,7 +71,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     files = save_figure(_draw(scored), folder / "front")
     files.append(folder / "front.html")
     write_file(files[-1], _page(scored))
-    return files
+    return files + save_figure(_draw_hypervolume(runs), folder / "hypervolume")
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
@@ -248,6 +250,31 @@ def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
         width = 50 + 55 * panels
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in summary.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color="#333333")
+    return figure
+
+
+def _draw_hypervolume(runs: Sequence[Run]) -> Figure:
+    """Hypervolume over scored architectures; with what random search would have, where a run scored its whole space."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
+        trials = [t for t in run.trials() if t.scored]
+        volumes = run.hypervolumes(trials)
+        axes.step(range(1, len(volumes) + 1), volumes, where="post", color=colour, label=run.name)
+        if expected := run.random_hypervolumes(trials):
+            label = f"random search on all {len(expected)} of {run.name}, mean"
+            axes.plot(range(1, len(expected) + 1), expected, color=colour, linestyle="--", linewidth=1, label=label)
+    objectives = runs[0].objectives
+    corner = ", ".join(f"{o.name} {format_value(o, runs[0].reference[o.name])}" for o in objectives)
+    axes.set_xlabel("architectures scored")
+    axes.set_ylabel("hypervolume, " + " x ".join(o.unit or o.name for o in objectives))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
+    axes.set_title(f"Hypervolume over time; reference point: {corner}", fontsize="medium")
     return figure
 
 

@@ -1,20 +1,24 @@
 """Numbers -> Optuna -> a Pareto front.
 
-`search(SearchConfig(...)) -> Run` does all that the command does. Loaded on first use, so that what only reads a run's
-numbers (`objectives`, `pareto`) does not wait for torch.
+`search(SearchConfig(...)) -> Run` does all that the command does; `optimize(knobs, evaluate, ...)` is the engine
+without a network. Loaded on first use, so that what only reads a run's numbers (`objectives`, `pareto`) does not wait
+for torch, nor what only optimises.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .optimize import Result, optimize
     from .study import Progress, SearchConfig, search
 
-__all__ = ["Progress", "SearchConfig", "search"]
+__all__ = ["Progress", "Result", "SearchConfig", "optimize", "search"]
+
+_PLACES = {"Result": "optimize", "optimize": "optimize"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import study
+        from importlib import import_module
 
-        return getattr(study, name)
+        return getattr(import_module(f".{_PLACES.get(name, 'study')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

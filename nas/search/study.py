@@ -46,9 +46,13 @@ from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, r
 from ..space import SearchSpace
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
+from .history import ESTIMATES, NOISE
+from .knobs import Knobs
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
-from .samplers import SAMPLERS, UnseenSampler, suggest
-from .stopping import Finished, check_rung
+from .optimize import PATIENCE
+from .samplers import SAMPLERS, suggest
+from .stopping import Finished, best_final, check_rung
+from .surrogate.sampler import Problem
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,9 @@ class SearchConfig:
         timeout_minutes: no trial is started after this long.
         trial_timeout_minutes: a training that takes longer fails.
         sampler: a row of `SAMPLERS`.
+        start: architectures of the space to score first: known good ones.
+        until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
+            in a row; sampler `surrogate` only.
         budgets: objective -> largest value allowed; what exceeds one is not trained. Latency's is for the first target.
         runtime: a row of `RUNTIMES`.
         dtype: of the timed network, a row of `DTYPES`.
@@ -124,7 +131,9 @@ class SearchConfig:
     trials: int = 32
     timeout_minutes: float | None = None
     trial_timeout_minutes: float | None = None
-    sampler: str = "tpe"
+    sampler: str = "surrogate"
+    start: tuple[Architecture, ...] = ()
+    until: float | None = None
     budgets: Mapping[str, float] = field(default_factory=dict)
     runtime: str = "eager"
     dtype: str = "fp32"
@@ -174,6 +183,12 @@ class SearchConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}: it must be a number above 0")
+        if self.until is not None and not (0 < self.until < 1):
+            raise UsageError(f"until is {self.until}: a share of the hypervolume below 1 is needed, such as 0.1%")
+        if self.until is not None and self.sampler != "surrogate":
+            raise UsageError(f"until needs the sampler surrogate: {self.sampler} does not say what it expects")
+        for architecture in self.start:
+            self.space.encode(architecture)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to 4294967295")
         if self.storage is not None and _has_password(self.storage):
@@ -189,6 +204,7 @@ class SearchConfig:
             "objectives": list(self.objectives),
             "budgets": dict(self.budgets),
             "baselines": list(self.baselines),
+            "start": [architecture.to_dict() for architecture in self.start],
             "also": [list(target) for target in self.also],
         }
 
@@ -199,6 +215,7 @@ class SearchConfig:
             values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
+            values["start"] = tuple(Architecture.from_dict(data) for data in values.get("start", ()))
             values["also"] = tuple((str(device), str(runtime)) for device, runtime in values.get("also", ()))
             return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
@@ -290,7 +307,7 @@ def _absolute(data: str) -> str:
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
     names = (
-        *("trials", "sampler", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
+        *("trials", "sampler", "until", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
         *("latency_target", "latency_seconds"),
     )
     asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
@@ -447,6 +464,8 @@ def _create(
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([o.name for o in objectives])
             study.set_user_attr("reference", reference)
+            for architecture in config.start:
+                study.enqueue_trial(config.space.encode(architecture), skip_if_exists=True)
     except optuna.exceptions.DuplicatedStudyError:
         raise RunError(f"the storage already has a study named {name!r}: give another --out") from None
     resolved = replace(config, device=device, input_size=data.input_size[1])
@@ -558,20 +577,25 @@ class _Search:
     ) -> None:
         self.run, self.config, self.evaluator = run, config, evaluator
         self.on_trial = on_trial or (lambda _: None)
-        self.space = config.space
-        self.known: set[str] = set()
+        self.knobs = Knobs.of_space(config.space)
+        self.known: set[tuple[int, ...]] = set()
+        problem = Problem(
+            tuple(o.name for o in run.objectives), tuple(o.minimize for o in run.objectives), run.manifest["reference"]
+        )
+        self.sampler = SAMPLERS[config.sampler](self.knobs, problem, self.known, config.seed)
+        self.low = 0
         try:
             self.study = optuna.load_study(
                 study_name=run.manifest["study"],
                 storage=run.storage(),
-                sampler=UnseenSampler(config.sampler, config.space, self.known, config.seed),
+                sampler=self.sampler,
             )
         except KeyError:
             raise no_study(run.path) from None
         frozen = self.study.get_trials(deepcopy=False)
         self.trials = [read_trial(t) for t in frozen if t.state.is_finished()]
-        self.known.update(t.key for t in self.trials if t.architecture)
-        self.unfinished = [t for t in frozen if not t.state.is_finished()]
+        self.known.update(self._point(t.architecture) for t in self.trials if t.architecture)
+        self.unfinished = [t for t in frozen if t.state == TrialState.RUNNING]
         self.before = len(self.trials)  # what earlier processes did
         self.front = run.front(self.trials)
         self.hypervolume = run.hypervolume(self.front)
@@ -591,11 +615,14 @@ class _Search:
                 if limit is not None and time.monotonic() - started > limit * 60:
                     log.warning("the time limit of %g minutes is reached", limit)
                     break
-                exhausted = len(self.known) >= self.space.size and not self.unfinished
+                exhausted = len(self.known) >= self.knobs.size and not self.unfinished
                 gave_up = self._gives_up()
                 if exhausted or gave_up:
                     break
                 self._one_trial()
+                if self._expects_too_little():
+                    log.warning("stopped: a further architecture is expected to add less than --until asks for")
+                    break
         except BaseException:
             # the reason for ending is what the user must see, not a second failure on the way out
             with contextlib.suppress(NasError):
@@ -609,7 +636,9 @@ class _Search:
         finally:
             self.run.write_tables()
         if exhausted:
-            log.warning("space %s is exhausted: all %d architectures were tried", self.space.name, self.space.size)
+            log.warning(
+                "space %s is exhausted: all %d architectures were tried", self.config.space.name, self.knobs.size
+            )
         if gave_up:
             log.warning("stopped: none of the last %d architectures could be scored", MAX_OVER_BUDGET)
         return self.run
@@ -621,12 +650,12 @@ class _Search:
             trial.set_user_attr("attempts", attempts)
         else:
             trial, attempts = self.study.ask(), 1
-        architecture = suggest(trial, self.space)
-        if architecture.key in self.known:  # only where a process died while it was drawing
+        architecture = self.config.space.decode(suggest(trial, self.knobs))
+        if self._point(architecture) in self.known:  # only where a process died while it was drawing
             self._fail(trial, None, TrialFailure("killed", "the process died while the architecture was drawn"))
             return
         trial.set_user_attr("architecture", architecture.to_dict())
-        self.known.add(architecture.key)
+        self.known.add(self._point(architecture))
         try:
             if attempts > MAX_ATTEMPTS:
                 raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
@@ -641,6 +670,7 @@ class _Search:
             )  # it was stopped, or found a bug: no fault of the architecture
             raise
         trial.set_user_attr("scores", evaluation.scores.to_dict())
+        trial.set_user_attr(NOISE, self._noise(evaluation.scores))
         for name, budget in self.config.budgets.items():
             value = OBJECTIVES[name].read(evaluation.scores)
             if value is not None:
@@ -656,6 +686,7 @@ class _Search:
             trial.set_constraint("early_stopping", evaluation.stopped.shortfall if evaluation.stopped else 0.0)
         if evaluation.stopped is not None:
             trial.set_user_attr("failure", str(evaluation.stopped))
+            trial.set_user_attr(ESTIMATES, self._estimates(evaluation.scores))
             self.study.tell(trial, state=TrialState.PRUNED)
             self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, str(evaluation.stopped)))
             return
@@ -674,6 +705,30 @@ class _Search:
             self.near = near
             self.run.drop_weights({t.key for t in near})
         self._ended(done)
+
+    def _noise(self, scores: Scores) -> dict[str, float]:
+        """Standard errors of the objectives that have one."""
+        found = {}
+        for objective in self.run.objectives:
+            interval = objective.interval(scores)
+            error = {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(objective.field)
+            if interval is not None:
+                error = (interval[1] - interval[0]) / (2 * 1.96)
+            if error is not None and math.isfinite(error):
+                found[objective.name] = float(error)
+        return found
+
+    def _estimates(self, scores: Scores) -> dict[str, tuple[float, float]]:
+        """What a stopped training's objectives would probably have been, with standard errors."""
+        noise, (epoch, accuracy) = self._noise(scores), scores.curve[-1]
+        middle = best_final(epoch, accuracy, self.finished, 0.5)
+        accuracy_error = best_final(epoch, accuracy, self.finished, 0.8413) - middle
+        return {
+            o.name: (middle, accuracy_error)
+            if o.field == "accuracy"
+            else (o.read(scores) or 0.0, noise.get(o.name, 0.0))
+            for o in self.run.objectives
+        }
 
     def _values(self, evaluation: Evaluation) -> list[float] | None:
         """Objective values, None where a budget or early stopping ended the scoring."""
@@ -708,6 +763,17 @@ class _Search:
     def _costs(self, scores: Scores) -> tuple[float, ...]:
         return tuple(o.loss(o.read(scores) or 0.0) for o in self.run.objectives if o.field != "accuracy")
 
+    def _expects_too_little(self) -> bool:
+        """Whether the sampler has expected too little of a further architecture, several times in a row."""
+        if self.config.until is None:
+            return False
+        gain = self.sampler.gain
+        self.low = self.low + 1 if gain is not None and gain < self.config.until else 0
+        return self.low >= PATIENCE
+
+    def _point(self, architecture: Architecture) -> tuple[int, ...]:
+        return self.knobs.point(self.config.space.encode(architecture))
+
     def _count(self, state: str) -> int:
         return sum(t.state == state for t in self.trials)
 
@@ -737,6 +803,6 @@ class _Search:
                 parts.append(f"{name} {format_value(objective, budget)} (least seen: {least})")
         budgets = " and ".join(parts) or ", ".join(self.config.budgets)
         raise InfeasibleError(
-            f"none of {len(self.trials)} architectures of space {self.space.name} meets the budget {budgets}: "
+            f"none of {len(self.trials)} architectures of space {self.config.space.name} meets the budget {budgets}: "
             "raise it, or search a smaller space"
         )

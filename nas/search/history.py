@@ -1,0 +1,125 @@
+"""What a study knows, as arrays: what samplers learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from .knobs import Choices, Knobs, Point, Points
+
+Floats = NDArray[np.float64]
+Cheap = Callable[[Sequence[Choices]], Mapping[str, tuple[Floats, Floats]]]
+"""Objectives that cost next to nothing, for many choices at once: name -> means and standard errors."""
+
+NOISE = "noise"
+"""Attribute of a complete trial: objective -> standard error of its value."""
+ESTIMATES = "estimates"
+"""Attribute of a trial that was stopped early: objective -> its expected value and the standard error of that."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Finished and running trials, in the order of their numbers.
+
+    Args:
+        rows: observed points of shape (n, knobs): complete trials, and stopped ones with estimates.
+        losses: of shape (n, objectives).
+        noise: standard errors of the losses, of the same shape.
+        complete: whether they are measured to the end, of shape (n,).
+        feasible: whether they keep every constraint, of shape (n,).
+        constraints: name -> points and values, above 0 where it is broken; `failed` has 1 and -1.
+        pending: points that are being evaluated, of shape (p, knobs).
+    """
+
+    rows: Points
+    losses: Floats
+    noise: Floats
+    complete: NDArray[np.bool_]
+    feasible: NDArray[np.bool_]
+    constraints: Mapping[str, tuple[Points, Floats]]
+    pending: Points
+
+
+FREE = frozenset({"early_stopping"})
+"""Constraints that are no property of a point: stopped trials have estimates instead."""
+
+
+class Reader:
+    """Reads a study's history; keeps what it read of finished trials."""
+
+    def __init__(self, knobs: Knobs) -> None:
+        self._knobs = knobs
+        self._points: dict[int, Point] = {}
+
+    def _point(self, trial: FrozenTrial) -> Point | None:
+        if set(trial.params) != set(self._knobs.names):
+            return None
+        if trial.number not in self._points:
+            self._points[trial.number] = self._knobs.point(trial.params)
+        return self._points[trial.number]
+
+    def read(self, study: optuna.Study, names: Sequence[str], but: int) -> History:
+        """The history before a draw.
+
+        Args:
+            study: to read.
+            names: of its objectives.
+            but: number of the trial that is drawn.
+        """
+        signs = np.array([1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions])
+        rows: list[Point] = []
+        losses: list[Floats] = []
+        noise: list[Floats] = []
+        complete: list[bool] = []
+        feasible: list[bool] = []
+        pending: list[Point] = []
+        judged: dict[str, list[tuple[Point, float]]] = {}
+        for trial in study.get_trials(deepcopy=False):
+            point = self._point(trial) if trial.number != but else None
+            if point is None:
+                continue
+            if not trial.state.is_finished():
+                pending += [point] if trial.state == TrialState.RUNNING else []
+                continue
+            judged.setdefault("failed", []).append((point, 1.0 if trial.state == TrialState.FAIL else -1.0))
+            kept = {name: value for name, value in trial.constraints.items() if name not in FREE}
+            for name, value in kept.items():
+                judged.setdefault(name, []).append((point, value))
+            estimates = trial.user_attrs.get(ESTIMATES, {})
+            if trial.state == TrialState.COMPLETE:
+                values = np.array(trial.values)
+                errors = trial.user_attrs.get(NOISE, {})
+                error = np.array([float(errors.get(name, 0.0)) for name in names])
+            elif trial.state == TrialState.PRUNED and set(names) <= set(estimates):
+                values, error = np.array([estimates[name] for name in names], dtype=float).T
+            else:
+                continue
+            rows.append(point)
+            losses.append(signs * values)
+            noise.append(error)
+            complete.append(trial.state == TrialState.COMPLETE)
+            feasible.append(all(value <= 0 for value in kept.values()))
+        count = len(self._knobs.names)
+        return History(
+            rows=_points(rows, count),
+            losses=np.array(losses).reshape(-1, len(names)),
+            noise=np.array(noise).reshape(-1, len(names)),
+            complete=np.array(complete, dtype=bool),
+            feasible=np.array(feasible, dtype=bool),
+            constraints={
+                name: (_points([p for p, _ in pairs], count), np.array([value for _, value in pairs]))
+                for name, pairs in judged.items()
+                if any(value > 0 for _, value in pairs)
+            },
+            pending=_points(pending, count),
+        )
+
+
+def _points(points: Sequence[Point], knobs: int) -> Points:
+    return np.array(points, dtype=np.int64).reshape(-1, knobs)

@@ -1,0 +1,161 @@
+"""Named choices as rows of numbers: what every sampler of ours draws, changes and compares.
+
+A point is a tuple with the index of one choice per knob. Knobs of numbers are ordered: near choices are alike. Where
+several points stand for the same thing (a knob without effect), `canonical` says which one of them is meant, so that
+nothing is evaluated twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from ..space import Choice, SearchSpace
+
+Choices = Mapping[str, Choice]
+Point = tuple[int, ...]
+Points = NDArray[np.int64]
+
+
+def _same(choices: Choices) -> Choices:
+    return choices
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What may be chosen.
+
+    Args:
+        choices: knob -> its choices, each once.
+        ordered: the knobs whose choices have an order; None takes those of numbers only.
+        canonical: the choices that stand for others with the same meaning; must give itself for what it returns.
+        distinct: how many meanings there are; None where every combination has its own.
+    """
+
+    choices: Mapping[str, tuple[Choice, ...]]
+    ordered: frozenset[str] | None = None
+    canonical: Callable[[Choices], Choices] = _same
+    distinct: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise UsageError("there are no knobs to turn")
+        object.__setattr__(self, "choices", {name: tuple(choices) for name, choices in self.choices.items()})
+        for name, choices in self.choices.items():
+            if not choices or len(set(choices)) != len(choices):
+                raise UsageError(f"knob {name!r} has no choices, or one of them twice: {choices!r}"[:200])
+            if not all(isinstance(choice, int | float | str) for choice in choices):
+                raise UsageError(f"knob {name!r}: a choice must be a number or a word, not {choices!r}"[:200])
+        numeric = frozenset(
+            name
+            for name, choices in self.choices.items()
+            if not any(isinstance(choice, bool | str) for choice in choices)
+        )
+        asked = numeric if self.ordered is None else frozenset(self.ordered)
+        if unknown := sorted(asked - set(self.choices)):
+            raise UsageError(f"no such knobs: {', '.join(unknown)}; there are {', '.join(self.choices)}")
+        object.__setattr__(self, "ordered", asked)
+
+    @classmethod
+    def of_space(cls, space: SearchSpace) -> Knobs:
+        """The knobs of a space of architectures; equal architectures are one point."""
+        return cls(space.knobs, canonical=space.canonical, distinct=space.size)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Knobs in order."""
+        return tuple(self.choices)
+
+    @cached_property
+    def sizes(self) -> Points:
+        """Number of choices of each knob, of shape (knobs,)."""
+        return np.array([len(choices) for choices in self.choices.values()])
+
+    @cached_property
+    def size(self) -> int:
+        """Number of distinct points."""
+        return math.prod(int(size) for size in self.sizes) if self.distinct is None else self.distinct
+
+    @cached_property
+    def _index(self) -> list[dict[Choice, int]]:
+        return [{choice: i for i, choice in enumerate(choices)} for choices in self.choices.values()]
+
+    def point(self, choices: Choices) -> Point:
+        """The canonical point of some choices."""
+        canonical = self.canonical(choices)
+        return tuple(index[canonical[name]] for name, index in zip(self.names, self._index, strict=True))
+
+    def read(self, point: Sequence[int]) -> dict[str, Choice]:
+        """The choices of a point."""
+        return {name: choices[i] for (name, choices), i in zip(self.choices.items(), point, strict=True)}
+
+    def settle(self, points: Points) -> list[Point]:
+        """Rows of indices as canonical points, each once, in order."""
+        rows = [tuple(row) for row in points.tolist()]
+        if self.canonical is not _same:
+            rows = [self.point(self.read(row)) for row in rows]
+        return list(dict.fromkeys(rows))
+
+    def random(self, rng: np.random.Generator, count: int) -> Points:
+        """Rows with every knob drawn uniformly, of shape (count, knobs)."""
+        return rng.integers(self.sizes, size=(count, len(self.names)))
+
+    def spread(self, rng: np.random.Generator, count: int) -> Points:
+        """Rows in which every choice of a knob comes equally often, up to one."""
+        columns = [rng.permutation(np.resize(rng.permutation(int(size)), count)) for size in self.sizes]
+        return np.stack(columns, axis=1)
+
+    def mutate(self, rows: Points, rng: np.random.Generator, changes: int = 1) -> Points:
+        """Rows with `changes` knobs drawn anew, each to another choice than it had."""
+        free = np.flatnonzero(self.sizes > 1)
+        changed, each = rows.copy(), np.arange(len(rows))
+        for _ in range(changes):
+            knob = free[rng.integers(len(free), size=len(rows))]
+            step = 1 + rng.integers(self.sizes[knob] - 1)
+            changed[each, knob] = (changed[each, knob] + step) % self.sizes[knob]
+        return changed
+
+    def cross(self, rows: Points, others: Points, rng: np.random.Generator) -> Points:
+        """Rows in which each knob comes from one of two parents."""
+        return np.where(rng.random(rows.shape) < 0.5, rows, others)
+
+    def neighbours(self, point: Point) -> list[Point]:
+        """The distinct other points that one knob's change gives, in the order of the knobs."""
+        changed = [
+            (*point[:knob], choice, *point[knob + 1 :])
+            for knob, size in enumerate(self.sizes)
+            for choice in range(int(size))
+            if choice != point[knob]
+        ]
+        return [near for near in self.settle(np.array(changed, dtype=np.int64)) if near != point]
+
+    def nearest_unknown(self, start: Point, known: set[Point], rng: np.random.Generator) -> Point:
+        """An unknown point the fewest one-knob changes away; which of several, `rng` decides.
+
+        Raises:
+            UsageError: where all points are known.
+        """
+        shell, seen = [start], {start}
+        while shell:
+            ring = [near for at in shell for near in self.neighbours(at) if near not in seen]
+            if unknown := [near for near in dict.fromkeys(ring) if near not in known]:
+                return unknown[int(rng.integers(len(unknown)))]
+            seen |= set(ring)
+            shell = list(dict.fromkeys(ring))
+        raise UsageError("asked for an unknown point where all are known")
+
+    def __iter__(self) -> Iterator[Point]:
+        """Every distinct point once, in a fixed order; see `size` before you ask for all."""
+        seen: set[Point] = set()
+        for row in itertools.product(*(range(int(size)) for size in self.sizes)):
+            point = row if self.canonical is _same else self.point(self.read(row))
+            if point not in seen:
+                seen.add(point)
+                yield point

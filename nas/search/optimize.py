@@ -1,0 +1,274 @@
+"""The search engine without a network: knobs and a function in, trials and a front out.
+
+    result = optimize(knobs, evaluate, objectives={"latency": "minimize", "accuracy": "maximize"}, trials=100)
+
+The command line's `search` uses the same samplers over the same studies; what it adds is scoring and a run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from ..errors import TrialFailure, UsageError, unknown_name
+from ..space import Choice
+from .history import NOISE, Cheap
+from .knobs import Choices, Knobs, Point
+from .pareto import hypervolume, non_dominated
+from .samplers import SAMPLERS, suggest
+from .surrogate.sampler import Problem
+
+MAX_OBJECTIVES = 4
+MAX_FAILURES = 50
+"""Failures in a row after which an optimisation gives up."""
+PATIENCE = 3
+"""Draws in a row that must expect too little before `until` ends an optimisation."""
+
+Evaluate = Callable[[dict[str, Choice]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One trial.
+
+    Args:
+        number: of the trial, from 0.
+        choices: knob -> choice.
+        values: what `evaluate` gave, by name; empty where it failed.
+        failure: why it failed; None where it did not.
+        feasible: whether it keeps the constraints.
+        hypervolume: of the front after this trial; None where there is no reference point.
+    """
+
+    number: int
+    choices: dict[str, Choice]
+    values: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    feasible: bool = True
+    hypervolume: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Args:
+        trials: in order.
+        objectives: name -> `minimize` or `maximize`.
+        reference: objective -> the reference point's value; empty where none was given.
+        stopped: why it ended before the wanted number of trials; None where it did not.
+    """
+
+    trials: list[Evaluated]
+    objectives: dict[str, str]
+    reference: dict[str, float]
+    stopped: str | None = None
+
+    @cached_property
+    def front(self) -> list[Evaluated]:
+        """The feasible trials that no other one dominates, by the first objective."""
+        scored = [t for t in self.trials if t.failure is None and t.feasible]
+        if not scored:
+            return []
+        losses = np.array([_losses(t.values, self.objectives) for t in scored])
+        front = [t for t, on_front in zip(scored, non_dominated(losses), strict=True) if on_front]
+        first = next(iter(self.objectives))
+        return sorted(front, key=lambda t: t.values[first])
+
+
+def optimize(
+    knobs: Mapping[str, Sequence[Choice]] | Knobs,
+    evaluate: Evaluate,
+    objectives: Mapping[str, Literal["minimize", "maximize"]],
+    sampler: str = "surrogate",
+    trials: int = 100,
+    seed: int = 0,
+    cheap: Cheap | None = None,
+    constraints: Mapping[str, float] | None = None,
+    storage: str | optuna.storages.BaseStorage | None = None,
+    callbacks: Sequence[Callable[[Result], None]] = (),
+    *,
+    name: str = "optimize",
+    reference: Mapping[str, float] | None = None,
+    start: Sequence[Choices] = (),
+    until: float | None = None,
+) -> Result:
+    """Search for the front of some objectives over some knobs.
+
+    No point is evaluated twice. Equal arguments give equal trials. With a storage, what it holds of this name counts:
+    an interrupted call that is made again goes on.
+
+    Args:
+        knobs: knob -> its choices. Numbers are ordered, anything else is a category; a `Knobs` can say otherwise.
+        evaluate: gives the value of every objective (and of every constraint) for some choices. May raise
+            `nas.errors.TrialFailure`, or give a value that is not finite: that trial failed, and the search goes on.
+        objectives: two to four names, with what is wanted of each.
+        sampler: a row of `SAMPLERS`.
+        trials: how many in all, failed ones and those of an earlier call included.
+        seed: of every draw.
+        cheap: gives means and standard errors of some objectives for thousands of choices at once, where that costs
+            next to nothing; `evaluate` gives them too.
+        constraints: name of a value -> the largest allowed; what exceeds it is never on the front.
+        storage: an Optuna storage or its URL; None keeps everything in memory.
+        callbacks: each is called with the result so far after every trial.
+        name: of the study in the storage.
+        reference: objective -> value of the reference point of the hypervolume; None for one of what was seen, a tenth
+            beyond the worst (0 for what is maximised and never negative).
+        start: choices to evaluate first: known good ones.
+        until: stop when the expected gain of a further trial is below this share of the hypervolume (`surrogate` only).
+
+    Raises:
+        UsageError: for arguments that do not fit together.
+        TrialFailure: where the first 50 trials, or 50 in a row, fail.
+    """
+    table = knobs if isinstance(knobs, Knobs) else Knobs({n: tuple(choices) for n, choices in knobs.items()})
+    limits, fixed = dict(constraints or {}), dict(reference or {})
+    _check(objectives, sampler, trials, fixed, until)
+    problem = Problem(tuple(objectives), tuple(d == "minimize" for d in objectives.values()), fixed, cheap, limits)
+    known: set[Point] = set()
+    quiet = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        draws = SAMPLERS[sampler](table, problem, known, seed)
+        study = optuna.create_study(
+            storage=storage, study_name=name, sampler=draws, directions=list(objectives.values()), load_if_exists=True
+        )
+        if [d.name.lower() for d in study.directions] != list(objectives.values()):
+            raise UsageError(f"the storage has a study {name!r} with other objectives: give another name")
+        known.update(table.point(t.params) for t in study.get_trials(deepcopy=False) if t.params)
+        if not study.get_trials(deepcopy=False):
+            for choices in start:
+                study.enqueue_trial(table.read(table.point(choices)), skip_if_exists=True)
+        return _run(study, table, evaluate, problem, trials, known, callbacks, until)
+    finally:
+        optuna.logging.set_verbosity(quiet)
+
+
+def _check(
+    objectives: Mapping[str, str], sampler: str, trials: int, reference: Mapping[str, float], until: float | None
+) -> None:
+    if not 2 <= len(objectives) <= MAX_OBJECTIVES:
+        raise UsageError(f"{len(objectives)} objectives: name two to {MAX_OBJECTIVES}")
+    for objective, direction in objectives.items():
+        if direction not in ("minimize", "maximize"):
+            raise UsageError(
+                f"objective {objective}: its direction is {direction!r}, allowed are minimize and maximize"
+            )
+    if sampler not in SAMPLERS:
+        raise unknown_name("sampler", sampler, SAMPLERS)
+    if trials < 1:
+        raise UsageError(f"trials is {trials}: it must be at least 1")
+    if unknown := sorted(set(reference) - set(objectives)):
+        raise UsageError(f"the reference point has {', '.join(unknown)}, which is no objective")
+    if until is not None and not (0 < until < 1):
+        raise UsageError(f"until is {until}: a share of the hypervolume between 0 and 1 is needed, such as 0.001")
+    if until is not None and sampler != "surrogate":
+        raise UsageError(f"until needs the sampler surrogate: {sampler} does not say what it expects")
+
+
+def _run(
+    study: optuna.Study,
+    knobs: Knobs,
+    evaluate: Evaluate,
+    problem: Problem,
+    trials: int,
+    known: set[Point],
+    callbacks: Sequence[Callable[[Result], None]],
+    until: float | None,
+) -> Result:
+    objectives = {
+        n: "minimize" if small else "maximize" for n, small in zip(problem.objectives, problem.minimize, strict=True)
+    }
+    frozen = study.get_trials(deepcopy=False)
+    done = [_evaluated(t, problem) for t in frozen if t.state.is_finished() and t.params]
+    left = [t for t in frozen if t.state == TrialState.RUNNING and t.params]  # their process died
+    result = _with_hypervolumes(Result(done, objectives, dict(problem.reference)), problem)
+    low = 0
+    while len(result.trials) < trials:
+        if len(known) >= knobs.size and not left:
+            return _replace(result, stopped=f"all {knobs.size} points were evaluated")
+        failures = sum(1 for t in result.trials[-MAX_FAILURES:] if t.failure is not None)
+        if failures == MAX_FAILURES:
+            raise TrialFailure(
+                "failed", f"the last {failures} trials all failed, the last with {result.trials[-1].failure}"
+            )
+        trial = optuna.Trial(study, left.pop(0)._trial_id) if left else study.ask()
+        choices = knobs.read(knobs.point(suggest(trial, knobs)))
+        gain = getattr(study.sampler, "gain", None)
+        low = low + 1 if until is not None and gain is not None and gain < until else 0
+        known.add(knobs.point(choices))
+        _score(study, trial, choices, evaluate, problem)
+        ended = study.get_trials(deepcopy=False)[trial.number]
+        result = _with_hypervolumes(_replace(result, [*result.trials, _evaluated(ended, problem)]), problem)
+        for callback in callbacks:
+            callback(result)
+        if low >= PATIENCE:
+            return _replace(result, stopped=f"less than {until:.3%} of the hypervolume is expected of a further trial")
+    return result
+
+
+def _score(
+    study: optuna.Study, trial: optuna.Trial, choices: dict[str, Choice], evaluate: Evaluate, problem: Problem
+) -> None:
+    wanted = {*problem.objectives, *problem.limits}
+    try:
+        told: Mapping[str, Any] = evaluate(choices)
+        if missing := sorted(wanted - set(told)):
+            raise UsageError(f"evaluate gave no {', '.join(missing)}")
+        values = {n: float(value) for n, value in told.items() if n in wanted}
+        if bad := sorted(n for n, value in values.items() if not math.isfinite(value)):
+            raise TrialFailure("non_finite", f"{', '.join(bad)} is not finite")
+    except TrialFailure as failure:
+        trial.set_user_attr("failure", f"{failure.reason}: {failure}")
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    for n, limit in problem.limits.items():
+        trial.set_constraint(n, values[n] - limit)
+    trial.set_user_attr("values", values)
+    study.tell(trial, [values[n] for n in problem.objectives])
+
+
+def _evaluated(trial: FrozenTrial, problem: Problem) -> Evaluated:
+    failure = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
+    if trial.state != TrialState.COMPLETE:
+        return Evaluated(trial.number, dict(trial.params), {}, failure or "killed: its process died", False)
+    feasible = all(value <= 0 for value in trial.constraints.values())
+    values = dict(trial.user_attrs.get("values", {})) or dict(zip(problem.objectives, trial.values, strict=True))
+    return Evaluated(trial.number, dict(trial.params), values, None, feasible)
+
+
+def _with_hypervolumes(result: Result, problem: Problem) -> Result:
+    """Each trial with the hypervolume after it, where it has none yet and the reference point is given."""
+    if set(problem.reference) != set(problem.objectives):
+        return result
+    corner = problem.signs * np.array([problem.reference[n] for n in problem.objectives])
+    front: list[list[float]] = []
+    trials: list[Evaluated] = []
+    for trial in result.trials:
+        if trial.hypervolume is None:
+            if not front:
+                front = [_losses(t.values, result.objectives) for t in trials if t.failure is None and t.feasible]
+            if trial.failure is None and trial.feasible:
+                front.append(_losses(trial.values, result.objectives))
+                front = [front[i] for i in np.flatnonzero(non_dominated(front))]
+            trial = Evaluated(**{**vars(trial), "hypervolume": hypervolume(front, corner)})
+        trials.append(trial)
+    return _replace(result, trials)
+
+
+def _replace(result: Result, trials: list[Evaluated] | None = None, stopped: str | None = None) -> Result:
+    return Result(trials if trials is not None else result.trials, result.objectives, result.reference, stopped)
+
+
+def _losses(values: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:
+    return [values[n] if direction == "minimize" else -values[n] for n, direction in objectives.items()]
+
+
+__all__ = ["NOISE", "Evaluated", "Result", "optimize"]

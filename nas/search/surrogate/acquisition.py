@@ -1,0 +1,172 @@
+"""What a candidate may add to the hypervolume, in loss space.
+
+The hypervolume that a point y adds is the volume of what it dominates and the front does not. Its expectation over
+independent objectives is the integral, over all z that the front leaves free, of the product of P(y_j <= z_j). For two
+objectives that integral is taken strip by strip of the front's staircase; for more, over a fixed sample of z.
+Whatever distribution an objective has, only P(y_j <= z_j) is asked of it.
+
+Emmerich, Deutz, Klinkenberg: Hypervolume-based expected improvement (2011).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .gp import Posterior, Warp
+
+Floats = NDArray[np.float64]
+
+SAMPLE = 4096
+"""Points that the integral over three and more objectives is taken at."""
+STEPS = 4
+"""Parts of a strip between which a distribution is taken as linear."""
+
+
+class Marginal(ABC):
+    """The distribution of one objective at each of n candidates."""
+
+    @abstractmethod
+    def below(self, levels: Floats) -> Floats:
+        """P(y <= level), of shape (n, levels)."""
+
+    def integrals(self, levels: Floats) -> Floats:
+        """Integral of `below` between successive levels, which do not fall; of shape (n, levels - 1)."""
+        parts = np.arange(STEPS) / STEPS
+        grid = np.append((levels[:-1, None] + np.diff(levels)[:, None] * parts).ravel(), levels[-1])
+        values = self.below(grid)
+        trapezia = (values[:, 1:] + values[:, :-1]) / 2 * np.diff(grid)
+        summed: Floats = trapezia.reshape(len(values), len(levels) - 1, STEPS).sum(2)
+        return summed
+
+    @property
+    @abstractmethod
+    def floor(self) -> float:
+        """A loss that hardly any candidate stays below."""
+
+
+@dataclass(frozen=True)
+class Known(Marginal):
+    """An objective that is known but for a normal error, as a latency model gives it.
+
+    Args:
+        mean: losses of shape (n,).
+        std: of shape (n,); 0 where there is no error.
+    """
+
+    mean: Floats
+    std: Floats
+
+    def below(self, levels: Floats) -> Floats:
+        """P(y <= level), of shape (n, levels)."""
+        from scipy.special import ndtr
+
+        exact = levels[None] >= self.mean[:, None]
+        share: Floats = ndtr((levels[None] - self.mean[:, None]) / np.maximum(self.std, 1e-12)[:, None])
+        return np.where((self.std > 0)[:, None], share, exact)
+
+    def integrals(self, levels: Floats) -> Floats:
+        """In closed form: the integral up to t is E[max(0, t - y)]."""
+        from scipy.special import ndtr
+
+        gap = levels[None] - self.mean[:, None]
+        std = np.maximum(self.std, 1e-12)[:, None]
+        score = gap / std
+        density = np.exp(-0.5 * np.minimum(score**2, 1400.0)) / np.sqrt(2 * np.pi)
+        upto = np.where((self.std > 0)[:, None], gap * ndtr(score) + std * density, np.maximum(gap, 0.0))
+        return np.diff(upto, axis=1)
+
+    @property
+    def floor(self) -> float:
+        """Four standard deviations below the least."""
+        return float((self.mean - 4 * self.std).min())
+
+
+@dataclass(frozen=True)
+class Predicted(Marginal):
+    """An objective as several Gaussian processes see it, each with the same weight.
+
+    Args:
+        members: their warps, means and standard deviations.
+        floor_: see `floor`.
+    """
+
+    members: Sequence[tuple[Warp, Floats, Floats]]
+    floor_: float
+
+    @classmethod
+    def at(cls, posteriors: Sequence[Posterior], rows: NDArray[np.int64], floor: float) -> Predicted:
+        """The predictions for points."""
+        return cls([(p.warp, *p.predict(rows)) for p in posteriors], floor)
+
+    def below(self, levels: Floats) -> Floats:
+        """P(y <= level), of shape (n, levels)."""
+        from scipy.special import ndtr
+
+        total = sum(
+            ndtr((warp.to_normal(levels)[None] - mean[:, None]) / std[:, None]) for warp, mean, std in self.members
+        )
+        shares: Floats = np.asarray(total / len(self.members))
+        return shares
+
+    @property
+    def floor(self) -> float:
+        """As given."""
+        return self.floor_
+
+    def median(self) -> Floats:
+        """The middle of the members' medians, of shape (n,)."""
+        return np.median([warp.to_loss(mean) for warp, mean, _ in self.members], axis=0)
+
+
+def expected_improvement(
+    marginals: Sequence[Marginal],
+    front: Floats,
+    reference: Floats,
+    window: tuple[float, float] = (-np.inf, np.inf),
+    seed: int = 0,
+) -> Floats:
+    """Expected gain in hypervolume of each candidate, of shape (n,).
+
+    Args:
+        marginals: one for each objective.
+        front: losses that do not dominate each other, of shape (k, m); none is worse than the reference.
+        reference: of shape (m,).
+        window: only what is gained at a first loss within it counts.
+        seed: of the sample for three and more objectives.
+    """
+    if len(marginals) == 2:
+        return _by_strips(marginals[0], marginals[1], front, reference, window)
+    floors = np.minimum([m.floor for m in marginals], reference)
+    if len(front):
+        floors = np.minimum(floors, front.min(0))
+    floors[0] = np.clip(window[0], floors[0], reference[0])
+    ceiling = reference.copy()
+    ceiling[0] = np.clip(window[1], floors[0], reference[0])
+    free = floors + (ceiling - floors) * np.random.default_rng(seed).random((SAMPLE, len(reference)))
+    for point in front:
+        free = free[~(point <= free).all(1)]
+    product = np.ones((1, len(free)))
+    for column, marginal in enumerate(marginals):
+        product = product * marginal.below(free[:, column])
+    gains: Floats = product.sum(1) * float(np.prod(ceiling - floors)) / SAMPLE
+    return gains
+
+
+def _by_strips(
+    first: Marginal, second: Marginal, front: Floats, reference: Floats, window: tuple[float, float]
+) -> Floats:
+    """Strip i of the staircase: between the front's losses i and i + 1 in the first, below its i-th in the second."""
+    stairs = front[np.argsort(front[:, 0])]
+    left = min([first.floor, *stairs[:1, 0], reference[0]])
+    bottom = min([second.floor, *stairs[-1:, 1], reference[1]])
+    edges = np.clip(np.concatenate([[left], stairs[:, 0], reference[:1]]), *window)
+    heights = np.concatenate([[bottom], stairs[::-1, 1], reference[1:]])  # rising
+    widths = first.integrals(edges)
+    depths = np.cumsum(second.integrals(heights), axis=1)[:, ::-1]  # from the bottom up to each strip's height
+    gains: Floats = (widths * depths).sum(1)
+    return gains

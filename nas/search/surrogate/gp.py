@@ -1,0 +1,352 @@
+"""Gaussian processes over knobs.
+
+The kernel is a sum of three parts that each see a row of choices in their own way:
+
+- a product over knobs, `exp(-sum_k theta_k g_k)`: points alike in all that matters are alike;
+- a sum over knobs, `sum_k w_k exp(-g_k)`: what one choice does, whatever the others are;
+- one over how often each choice occurs among knobs that offer the same ones: how many convolutions, wherever.
+
+`g_k` is the distance of two choices of knob k: how far apart they are for an ordered knob, whether they differ for a
+word. Knobs that offer the same words (the mixer of each stage) share distances that are learned, so that what is found
+at one stage (two mixers behave alike) helps at the others.
+
+All hyperparameters have priors and are fitted to the largest posterior. A further `member` is fitted to a prior moved
+at random ("randomise, then optimise"), and so is about a draw from the posterior: predictions that mix members know
+more of their own uncertainty than one fit does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..knobs import Knobs, Points
+
+Floats = NDArray[np.float64]
+
+SHARED_BY = 3
+"""Knobs that must offer the same words before they share what is learned of them."""
+FIT_POINTS = 200
+"""Observations that hyperparameters are fitted to; of more, the latest and a regular part of the others."""
+JITTER = 1e-6
+
+
+@dataclass(frozen=True)
+class Warp:
+    """A monotone map from losses to what a Gaussian process models: mean 0, standard deviation 1, few outliers.
+
+    Args:
+        kind: `linear`, `log`, or `soft`: linear where a loss is better than the median, logarithmic where worse, since
+            it does not matter how bad the bad ones are.
+        centre: the median, for `soft`.
+        unit: the distance from it to the best tenth, for `soft`.
+        mean: of the mapped losses.
+        std: of the mapped losses.
+    """
+
+    kind: str
+    centre: float
+    unit: float
+    mean: float
+    std: float
+
+    @classmethod
+    def fit(cls, kind: str, losses: Floats) -> Warp:
+        """The map for these losses; `log` needs them above 0."""
+        centre = float(np.median(losses))
+        unit = max(centre - float(np.quantile(losses, 0.1)), 1e-9 * max(1.0, abs(centre)))
+        raw = cls(kind, centre, unit, 0.0, 1.0).to_normal(losses)
+        return cls(kind, centre, unit, float(raw.mean()), max(float(raw.std()), 1e-9))
+
+    def to_normal(self, losses: Floats) -> Floats:
+        """Mapped; `log` takes what is not above 0 as tiny."""
+        if self.kind == "log":
+            raw = np.log(np.maximum(losses, 1e-12))
+        elif self.kind == "soft":
+            over = (losses - self.centre) / self.unit
+            raw = np.where(over < 0, over, np.log1p(np.maximum(over, 0)))
+        else:
+            raw = losses
+        mapped: Floats = (raw - self.mean) / self.std
+        return mapped
+
+    def to_loss(self, mapped: Floats) -> Floats:
+        """The inverse of `to_normal`."""
+        raw = mapped * self.std + self.mean
+        if self.kind == "log":
+            return np.exp(raw)
+        if self.kind == "soft":
+            return self.centre + self.unit * np.where(raw < 0, raw, np.expm1(np.maximum(raw, 0)))
+        return raw
+
+    def log_slope(self, losses: Floats) -> Floats:
+        """The logarithm of the map's slope."""
+        slope = np.full(len(losses), -np.log(self.std))
+        if self.kind == "log":
+            slope -= np.log(np.maximum(losses, 1e-12))
+        elif self.kind == "soft":
+            slope -= np.log(self.unit) + np.log1p(np.maximum((losses - self.centre) / self.unit, 0))
+        return slope
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What is fitted: the warp's kind, and the logarithms and coordinates that `Encoding` lays out."""
+
+    kind: str
+    vector: Floats
+
+
+class Encoding:
+    """Rows of choices as matrices, and the layout of the hyperparameters that go with them."""
+
+    def __init__(self, knobs: Knobs) -> None:
+        sizes = [int(size) for size in knobs.sizes]
+        ends = np.cumsum(sizes)
+        self.spans = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes, strict=True)]
+        self.offsets = ends - np.array(sizes)
+        self.width = int(ends[-1])
+        ordered = knobs.ordered or frozenset()
+        self.distances: list[Floats] = []
+        for name, size in zip(knobs.names, sizes, strict=True):
+            steps = np.arange(size)
+            apart = np.abs(steps[:, None] - steps[None]) / max(size - 1, 1)
+            self.distances.append(apart if name in ordered else 1.0 - np.eye(size))
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for knob, (name, choices) in enumerate(knobs.choices.items()):
+            if name not in ordered and len(choices) > 2:
+                alike.setdefault(choices, []).append(knob)
+        self.groups = [found for found in alike.values() if len(found) >= SHARED_BY]
+        count = len(sizes)
+        parts: dict[str, tuple[list[float], float]] = {
+            "variances": ([-0.5] * 3, 1.0),  # of the product, the sum and the counts
+            "noise": ([-7.0], 1.5),
+            "rates": ([float(np.log(2.0 / count))] * count, 1.0),
+            "count_rates": ([float(np.log(0.5))] * sum(sizes[group[0]] for group in self.groups), 1.0),
+        }
+        for number, group in enumerate(self.groups):
+            start = np.eye(sizes[group[0]]) / np.sqrt(2)  # all choices at distance 1
+            parts[f"places{number}"] = (start.ravel().tolist(), 0.3)
+        self.layout: dict[str, slice] = {}
+        means: list[float] = []
+        stds: list[float] = []
+        for part, (values, std) in parts.items():
+            self.layout[part] = slice(len(means), len(means) + len(values))
+            means += values
+            stds += [std] * len(values)
+        self.prior_mean, self.prior_std = np.array(means), np.array(stds)
+
+    def one_hot(self, rows: Points) -> Floats:
+        """Of shape (n, choices of all knobs)."""
+        hot = np.zeros((len(rows), self.width))
+        hot[np.arange(len(rows))[:, None], rows + self.offsets] = 1.0
+        return hot
+
+    def counts(self, rows: Points) -> Floats:
+        """How often each choice occurs within each group, over the root of the group's size."""
+        columns = [
+            (rows[:, group] == choice).sum(1) / np.sqrt(len(group))
+            for group in self.groups
+            for choice in range(self.spans[group[0]].stop - self.spans[group[0]].start)
+        ]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
+
+
+class _Kernel:
+    """The kernel at one setting of the hyperparameters; keeps what its gradient needs."""
+
+    def __init__(self, encoding: Encoding, vector: Floats) -> None:
+        self.encoding, self.vector = encoding, vector
+        at = encoding.layout
+        self.variances = np.exp(vector[at["variances"]])
+        if not encoding.groups:
+            self.variances = self.variances * np.array([1.0, 1.0, 0.0])
+        self.noise = float(np.exp(vector[at["noise"]][0]))
+        self.rates = np.exp(vector[at["rates"]])
+        self.weights = self.rates / self.rates.sum()
+        self.count_rates = np.exp(vector[at["count_rates"]])
+        self.places = [
+            vector[at[f"places{number}"]].reshape(len(encoding.distances[group[0]]), -1)
+            for number, group in enumerate(encoding.groups)
+        ]
+        self.distances = list(encoding.distances)
+        for group, places in zip(encoding.groups, self.places, strict=True):
+            learned = ((places[:, None] - places[None]) ** 2).sum(-1)
+            for knob in group:
+                self.distances[knob] = learned
+        self.product = np.zeros((encoding.width, encoding.width))
+        self.sum = np.zeros((encoding.width, encoding.width))
+        for span, rate, weight, distance in zip(encoding.spans, self.rates, self.weights, self.distances, strict=True):
+            self.product[span, span] = rate * distance
+            self.sum[span, span] = weight * np.exp(-distance)
+
+    @property
+    def variance(self) -> float:
+        """Of any point."""
+        return float(self.variances.sum())
+
+    def parts(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> tuple[Floats, Floats, Floats]:
+        """The three parts between rows and others, each of shape (n, m), before their variances."""
+        by_product = np.exp(-(hot @ self.product @ others.T))
+        by_sum = hot @ self.sum @ others.T
+        if not self.encoding.groups:
+            return by_product, by_sum, np.zeros_like(by_sum)
+        left, right = counts * np.sqrt(self.count_rates), other_counts * np.sqrt(self.count_rates)
+        apart = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
+        return by_product, by_sum, np.exp(-np.maximum(apart, 0.0))
+
+    def between(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> Floats:
+        """Covariances of shape (n, m)."""
+        parts = self.parts(hot, counts, others, other_counts)
+        covariance: Floats = sum(v * part for v, part in zip(self.variances, parts, strict=True))
+        return covariance
+
+
+def _objective(
+    vector: Floats, prior_mean: Floats, encoding: Encoding, hot: Floats, counts: Floats, targets: Floats, noise: Floats
+) -> tuple[float, Floats]:
+    """Minus the logarithm of the posterior (up to a constant), and its gradient."""
+    from scipy.linalg import LinAlgError, cho_solve, cholesky
+
+    kernel, at = _Kernel(encoding, vector), encoding.layout
+    parts = kernel.parts(hot, counts, hot, counts)
+    covariance: Floats = sum(v * part for v, part in zip(kernel.variances, parts, strict=True))
+    covariance.flat[:: len(targets) + 1] += kernel.noise + JITTER + noise
+    try:
+        lower = cholesky(covariance, lower=True, check_finite=False)
+    except LinAlgError:
+        return 1e10, np.zeros_like(vector)
+    weights = cho_solve((lower, True), targets, check_finite=False)
+    inverse = cho_solve((lower, True), np.eye(len(targets)), check_finite=False)
+    outer = 0.5 * (inverse - np.outer(weights, weights))
+    value = 0.5 * float(targets @ weights) + float(np.log(np.diag(lower)).sum())
+    gradient = np.zeros_like(vector)
+    gradient[at["variances"]] = [
+        v * float((outer * part).sum()) for v, part in zip(kernel.variances, parts, strict=True)
+    ]
+    gradient[at["noise"]] = kernel.noise * np.trace(outer)
+
+    # through the distances of choices: what a change of each entry of the two block matrices does
+    by_product = hot.T @ (-kernel.variances[0] * outer * parts[0]) @ hot
+    by_sum = hot.T @ (kernel.variances[1] * outer) @ hot
+    rates, weight_gradient = np.zeros(len(kernel.rates)), np.zeros(len(kernel.rates))
+    by_distance: list[Floats] = []
+    for knob, (span, distance) in enumerate(zip(encoding.spans, kernel.distances, strict=True)):
+        block, near = by_product[span, span], np.exp(-distance)
+        rates[knob] = kernel.rates[knob] * float((block * distance).sum())
+        weight_gradient[knob] = float((by_sum[span, span] * near).sum())
+        by_distance.append(kernel.rates[knob] * block - kernel.weights[knob] * by_sum[span, span] * near)
+    mean_weight = float((weight_gradient * kernel.weights).sum())
+    gradient[at["rates"]] = rates + kernel.weights * (weight_gradient - mean_weight)
+    for number, (group, places) in enumerate(zip(encoding.groups, kernel.places, strict=True)):
+        total = np.sum([by_distance[knob] for knob in group], axis=0)
+        total = total + total.T
+        gradient[at[f"places{number}"]] = (2 * (total.sum(1)[:, None] * places - total @ places)).ravel()
+    if encoding.groups:
+        by_count = outer * parts[2]
+        squares = by_count.sum(1) @ counts**2 - np.einsum("if,ij,jf->f", counts, by_count, counts, optimize=True)
+        gradient[at["count_rates"]] = -2 * kernel.variances[2] * kernel.count_rates * squares
+
+    away = (vector - prior_mean) / encoding.prior_std
+    return value + 0.5 * float(away @ away), gradient + away / encoding.prior_std
+
+
+def fit_hyperparameters(
+    encoding: Encoding, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str], member: int = 0
+) -> Hyperparameters:
+    """Hyperparameters of the largest posterior, and the kind of warp with the larger one.
+
+    Args:
+        encoding: of the knobs.
+        rows: points of shape (n, knobs).
+        losses: of shape (n,).
+        noise: standard errors of the losses, of shape (n,); 0 where they are exact.
+        kinds: warps to choose from.
+        member: 0 for the prior as it is, others for one moved at random.
+    """
+    from scipy.optimize import minimize
+
+    if len(rows) > FIT_POINTS:
+        early = np.linspace(0, len(rows) - FIT_POINTS // 2 - 1, FIT_POINTS // 2).astype(int)
+        kept = np.concatenate([early, np.arange(len(rows) - FIT_POINTS // 2, len(rows))])
+        rows, losses, noise = rows[kept], losses[kept], noise[kept]
+    hot, counts = encoding.one_hot(rows), encoding.counts(rows)
+    prior = encoding.prior_mean
+    if member:
+        prior = prior + encoding.prior_std * np.random.default_rng(member).normal(size=len(prior))
+    best: tuple[float, Hyperparameters] | None = None
+    for kind in kinds:
+        if kind == "log" and losses.min() <= 0:
+            continue
+        warp = Warp.fit(kind, losses)
+        slope = warp.log_slope(losses)
+        found = minimize(
+            _objective,
+            prior,
+            args=(prior, encoding, hot, counts, warp.to_normal(losses), (noise * np.exp(slope)) ** 2),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(low, high) for low, high in zip(prior - 6, prior + 6, strict=True)],
+            options={"maxiter": 60},
+        )
+        value = float(found.fun) - float(slope.sum())  # densities of the losses themselves can be compared
+        if best is None or value < best[0]:
+            best = (value, Hyperparameters(kind, found.x))
+    assert best is not None, "no kind of warp fits"
+    return best[1]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A Gaussian process given observations.
+
+    Args:
+        encoding: of the knobs.
+        hyperparameters: fitted to these observations or to some of them.
+        rows: observed points of shape (n, knobs).
+        losses: of shape (n,).
+        noise: standard errors of the losses, of shape (n,).
+    """
+
+    encoding: Encoding
+    hyperparameters: Hyperparameters
+    rows: Points
+    losses: Floats
+    noise: Floats
+
+    @cached_property
+    def warp(self) -> Warp:
+        """The map to the space in which predictions are normal."""
+        kind = self.hyperparameters.kind
+        return Warp.fit("linear" if kind == "log" and self.losses.min() <= 0 else kind, self.losses)
+
+    @cached_property
+    def _solved(self) -> tuple[_Kernel, Floats, Floats, Floats, Floats]:
+        from scipy.linalg import cho_solve, cholesky
+
+        kernel = _Kernel(self.encoding, self.hyperparameters.vector)
+        hot, counts = self.encoding.one_hot(self.rows), self.encoding.counts(self.rows)
+        covariance = kernel.between(hot, counts, hot, counts)
+        error = (self.noise * np.exp(self.warp.log_slope(self.losses))) ** 2
+        covariance.flat[:: len(self.rows) + 1] += kernel.noise + JITTER + error
+        lower = cholesky(covariance, lower=True, check_finite=False)
+        return (
+            kernel,
+            hot,
+            counts,
+            lower,
+            cho_solve((lower, True), self.warp.to_normal(self.losses), check_finite=False),
+        )
+
+    def predict(self, rows: Points) -> tuple[Floats, Floats]:
+        """Mean and standard deviation at points, in the warped space, each of shape (n,)."""
+        from scipy.linalg import solve_triangular
+
+        kernel, hot, counts, lower, weights = self._solved
+        across = kernel.between(self.encoding.one_hot(rows), self.encoding.counts(rows), hot, counts)
+        known = solve_triangular(lower, across.T, lower=True, check_finite=False)
+        return across @ weights, np.sqrt(np.maximum(kernel.variance - (known**2).sum(0), 1e-10))

@@ -1,0 +1,304 @@
+"""Recommends the point that a model of the scores expects most of.
+
+Candidates are one knob away from points of the front. Of many candidates from anywhere the best-looking one is mostly
+one that the model is wrong about; near the front it errs less, and measured, fewer and nearer candidates find better
+fronts than more and wilder ones. Against getting stuck, a part of the draws counts only what is gained within a random
+window of the first cost, so that every budget has its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..history import Cheap, History
+from ..knobs import Knobs, Point, Points
+from ..pareto import hypervolume, non_dominated
+from .acquisition import Known, Marginal, Predicted, expected_improvement
+from .gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
+
+Floats = NDArray[np.float64]
+
+INITIAL = 10
+"""Points of the start, in which every choice of a knob comes equally often."""
+MEMBERS = 2
+"""Gaussian processes for each objective."""
+CANDIDATES = 200
+"""Points that are compared for one recommendation."""
+REFIT = 1.15
+"""Hyperparameters are fitted again when there are so many times the observations."""
+MAX_POINTS = 500
+"""Observations that predictions rest on: the front, then the best ranks and the latest."""
+WINDOWED = 0.6
+"""Share of draws that look at a window of the first cost only."""
+WINDOW = 0.4
+"""Its width, as a share of the range between the front's least cost and the reference."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a surrogate must know beside the history.
+
+    Args:
+        objectives: names, in the study's order.
+        minimize: objective by objective.
+        reference: objective -> the reference point's value; what has none gets one from what was seen.
+        cheap: gives the objectives that cost next to nothing.
+        limits: value -> largest value allowed, where it is one that `cheap` gives.
+    """
+
+    objectives: tuple[str, ...]
+    minimize: tuple[bool, ...]
+    reference: Mapping[str, float] = field(default_factory=dict)
+    cheap: Cheap | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def signs(self) -> Floats:
+        """1 for what is minimised, else -1."""
+        signs: Floats = np.array([1.0 if small else -1.0 for small in self.minimize])
+        return signs
+
+    def corner(self, losses: Floats) -> Floats:
+        """The reference point as losses: as given, or a tenth beyond the worst seen, or 0 for a gain."""
+        worst = losses.max(0)
+        spread = worst - losses.min(0)
+        found = worst + 0.1 * np.where(spread > 0, spread, 1.0)
+        for column, (name, small) in enumerate(zip(self.objectives, self.minimize, strict=True)):
+            if name in self.reference:
+                found[column] = self.signs[column] * self.reference[name]
+            elif not small and worst[column] <= 0:
+                found[column] = 0.0
+        return found
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A point, and what is expected of the best candidate.
+
+    Args:
+        point: to evaluate next.
+        gain: expected gain in hypervolume as a share of the present one; None while there is no model.
+    """
+
+    point: Point
+    gain: float | None = None
+
+
+class Surrogate:
+    """Recommends points. All it keeps is what it could compute again from the history."""
+
+    def __init__(self, knobs: Knobs, problem: Problem) -> None:
+        self.knobs, self.problem = knobs, problem
+        self.encoding = Encoding(knobs)
+        self._fitted: dict[tuple[str, int, int], Hyperparameters] = {}
+        self._known_costs: dict[Point, dict[str, tuple[float, float]]] = {}
+
+    def recommend(self, history: History, known: set[Point], rng: np.random.Generator, seed: int) -> Recommendation:
+        """The next point.
+
+        Args:
+            history: what is known.
+            known: points not to recommend.
+            rng: of this draw.
+            seed: of the search.
+        """
+        started = (
+            len(history.rows)
+            + len(history.pending)
+            + sum(int((values > 0).sum()) for values in (v for _, v in history.constraints.values()))
+        )
+        if started < INITIAL or not history.complete.any():
+            return Recommendation(self._start(known, rng, seed))
+        losses = history.losses[history.complete]
+        corner = self.problem.corner(losses)
+        kept = history.complete & history.feasible
+        on_front = np.zeros(len(kept), dtype=bool)
+        on_front[np.flatnonzero(kept)[non_dominated(history.losses[kept])]] = True
+        candidates = self._candidates(history, on_front, known, rng)
+        if not candidates:
+            start = tuple(int(i) for i in self.knobs.random(rng, 1)[0])
+            return Recommendation(self.knobs.nearest_unknown(self.knobs.point(self.knobs.read(start)), known, rng))
+        rows = np.array(candidates, dtype=np.int64)
+        posteriors = {
+            column: self._posteriors(name, history, column)
+            for column, name in enumerate(self.problem.objectives)
+            if name not in self._cheap_names(candidates[0])
+        }
+        front = self._front(history, on_front, posteriors, corner)
+        marginals = self._marginals(candidates, rows, posteriors, history)
+        feasible = self._feasible(candidates, rows, history)
+        order = self._order()
+        marginals, front, corner = [marginals[i] for i in order], front[:, order], corner[order]
+        draw = int(rng.integers(2**31))
+        gains = feasible * expected_improvement(marginals, front, corner, seed=draw)
+        chosen = gains
+        if self.problem.minimize[order[0]] and rng.random() < WINDOWED:
+            low = front[:, 0].min() if len(front) else marginals[0].floor
+            centre, half = rng.uniform(low, corner[0]), WINDOW / 2 * (corner[0] - low)
+            within = feasible * expected_improvement(marginals, front, corner, (centre - half, centre + half), draw)
+            chosen = within if within.max() > 0 else gains
+        volume = hypervolume(front, corner)
+        best = (
+            candidates[int(np.argmax(chosen))] if chosen.max() > 0 else candidates[int(rng.integers(len(candidates)))]
+        )
+        return Recommendation(best, float(gains.max()) / volume if volume > 0 else None)
+
+    def _order(self) -> list[int]:
+        """Columns with a cost first, where there is one."""
+        columns = list(range(len(self.problem.objectives)))
+        return sorted(columns, key=lambda column: not self.problem.minimize[column])
+
+    def _start(self, known: set[Point], rng: np.random.Generator, seed: int) -> Point:
+        planned = self.knobs.settle(self.knobs.spread(np.random.default_rng([seed, INITIAL]), INITIAL))
+        drawn = self.knobs.settle(self.knobs.random(rng, INITIAL))
+        for point in (*planned, *drawn):
+            if point not in known:
+                return point
+        return self.knobs.nearest_unknown(drawn[0], known, rng)
+
+    def _candidates(
+        self, history: History, on_front: NDArray[np.bool_], known: set[Point], rng: np.random.Generator
+    ) -> list[Point]:
+        parents = history.rows[on_front] if on_front.any() else history.rows
+        for changes in (1, 2, 3):
+            chosen = parents[rng.integers(len(parents), size=CANDIDATES)]
+            found = [p for p in self.knobs.settle(self.knobs.mutate(chosen, rng, changes)) if p not in known]
+            if len(found) >= CANDIDATES // 10:
+                return found
+        return [p for p in self.knobs.settle(self.knobs.random(rng, CANDIDATES)) if p not in known] or found
+
+    def _posteriors(self, name: str, history: History, column: int) -> list[Posterior]:
+        """An objective's Gaussian processes; running trials count as if they came out as expected."""
+        kinds = ("linear", "log") if self.problem.minimize[column] else ("soft",)
+        losses, noise = history.losses[:, column], history.noise[:, column]
+        kept = _kept(history)
+        found = []
+        for member in range(MEMBERS):
+            hyper = self._hyperparameters(name, history.rows, losses, noise, kinds, member)
+            posterior = Posterior(self.encoding, hyper, history.rows[kept], losses[kept], noise[kept])
+            if len(history.pending):
+                guessed = posterior.warp.to_loss(posterior.predict(history.pending)[0])
+                posterior = Posterior(
+                    self.encoding,
+                    hyper,
+                    np.concatenate([posterior.rows, history.pending]),
+                    np.concatenate([posterior.losses, guessed]),
+                    np.concatenate([posterior.noise, np.zeros(len(guessed))]),
+                )
+            found.append(posterior)
+        return found
+
+    def _hyperparameters(
+        self, name: str, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str], member: int
+    ) -> Hyperparameters:
+        """Fitted to the first so many observations, a number that grows by steps: the same after a resume."""
+        count = INITIAL
+        while int(count * REFIT) + 1 <= len(rows):
+            count = int(count * REFIT) + 1
+        count = min(count, len(rows))
+        key = (name, member, count)
+        if key not in self._fitted:
+            self._fitted = {k: v for k, v in self._fitted.items() if k[:2] != key[:2]}
+            self._fitted[key] = fit_hyperparameters(
+                self.encoding, rows[:count], losses[:count], noise[:count], kinds, member
+            )
+        return self._fitted[key]
+
+    def _front(
+        self,
+        history: History,
+        on_front: NDArray[np.bool_],
+        posteriors: Mapping[int, Sequence[Posterior]],
+        corner: Floats,
+    ) -> Floats:
+        """The front's losses, with running trials where they are expected."""
+        losses = history.losses[on_front]
+        if len(history.pending):
+            points = [tuple(row) for row in history.pending.tolist()]
+            guessed = np.zeros((len(points), len(self.problem.objectives)))
+            for column, name in enumerate(self.problem.objectives):
+                if column in posteriors:
+                    guessed[:, column] = Predicted.at(posteriors[column], history.pending, 0.0).median()
+                else:
+                    guessed[:, column] = self._costs(points, name)[0] * self.problem.signs[column]
+            losses = np.concatenate([losses, guessed])
+        inside = losses[(losses < corner).all(1)]
+        return inside[non_dominated(inside)] if len(inside) else inside
+
+    def _marginals(
+        self,
+        candidates: Sequence[Point],
+        rows: Points,
+        posteriors: Mapping[int, Sequence[Posterior]],
+        history: History,
+    ) -> list[Marginal]:
+        found: list[Marginal] = []
+        for column, name in enumerate(self.problem.objectives):
+            if column not in posteriors:
+                mean, std = self._costs(candidates, name)
+                found.append(Known(self.problem.signs[column] * mean, std))
+                continue
+            losses = history.losses[:, column]
+            floor = float(losses.min() - 2 * losses[losses <= np.median(losses)].std())
+            found.append(Predicted.at(posteriors[column], rows, floor))
+        return found
+
+    def _feasible(self, candidates: Sequence[Point], rows: Points, history: History) -> Floats:
+        """The probability that every constraint is kept, of shape (n,)."""
+        from scipy.special import ndtr
+
+        share = np.ones(len(rows))
+        cheap = self._cheap_names(candidates[0])
+        for name, limit in self.problem.limits.items():
+            if name in cheap:
+                mean, std = self._costs(candidates, name)
+                share = share * Known(mean, std).below(np.array([limit]))[:, 0]
+        for name, (points, values) in history.constraints.items():
+            if name in cheap and name in self.problem.limits:
+                continue
+            hyper = self._hyperparameters(f"constraint {name}", points, values, np.zeros(len(values)), ("linear",), 0)
+            recent = slice(max(0, len(values) - MAX_POINTS), None)
+            posterior = Posterior(self.encoding, hyper, points[recent], values[recent], np.zeros(len(values[recent])))
+            mean, std = posterior.predict(rows)
+            share = share * ndtr((posterior.warp.to_normal(np.zeros(1)) - mean) / std)
+        return share
+
+    def _cheap_names(self, point: Point) -> set[str]:
+        if self.problem.cheap is None:
+            return set()
+        self._ask([point])
+        return set(self._known_costs[point])
+
+    def _costs(self, points: Sequence[Point], name: str) -> tuple[Floats, Floats]:
+        self._ask(points)
+        pairs = np.array([self._known_costs[point][name] for point in points])
+        return pairs[:, 0], pairs[:, 1]
+
+    def _ask(self, points: Sequence[Point]) -> None:
+        assert self.problem.cheap is not None
+        new = [point for point in dict.fromkeys(points) if point not in self._known_costs]
+        if not new:
+            return
+        told = self.problem.cheap([self.knobs.read(point) for point in new])
+        for number, point in enumerate(new):
+            self._known_costs[point] = {
+                name: (float(mean[number]), float(std[number])) for name, (mean, std) in told.items()
+            }
+
+
+def _kept(history: History) -> NDArray[np.int64]:
+    """Indices of the observations that predictions rest on, in order."""
+    if len(history.rows) <= MAX_POINTS:
+        return np.arange(len(history.rows))
+    from ..pareto import nondomination_ranks
+
+    ranks = nondomination_ranks(history.losses)
+    latest = -np.arange(len(ranks))
+    return np.sort(np.lexsort((latest, ranks))[:MAX_POINTS])
+
+
+__all__ = ["Posterior", "Problem", "Recommendation", "Surrogate", "Warp"]
