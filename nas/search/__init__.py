@@ -8,12 +8,12 @@ for torch, nor what only optimises.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .optimize import Result, optimize
+    from .engine import Result, optimize
     from .study import Progress, SearchConfig, search
 
 __all__ = ["Progress", "Result", "SearchConfig", "optimize", "search"]
 
-_PLACES = {"Result": "optimize", "optimize": "optimize"}
+_PLACES = {"Result": "engine", "optimize": "engine"}
 
 
 def __getattr__(name: str) -> Any:

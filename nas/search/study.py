@@ -44,12 +44,12 @@ from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
+from .engine import PATIENCE
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
 from .history import ESTIMATES, NOISE
 from .knobs import Knobs
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
-from .optimize import PATIENCE
 from .samplers import SAMPLERS, suggest
 from .stopping import Finished, best_final, check_rung
 from .surrogate.sampler import Problem

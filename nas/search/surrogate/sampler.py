@@ -32,6 +32,8 @@ REFIT = 1.15
 """Hyperparameters are fitted again when there are so many times the observations."""
 MAX_POINTS = 500
 """Observations that predictions rest on: the front, then the best ranks and the latest."""
+BEYOND = 0.3
+"""How far beyond the worst seen the reference point lies where none is given, as a share of the range seen."""
 WINDOWED = 0.6
 """Share of draws that look at a window of the first cost only."""
 WINDOW = 0.4
@@ -63,10 +65,14 @@ class Problem:
         return signs
 
     def corner(self, losses: Floats) -> Floats:
-        """The reference point as losses: as given, or a tenth beyond the worst seen, or 0 for a gain."""
+        """The reference point as losses: as given, or well beyond the worst seen, or 0 for a gain.
+
+        Well beyond, because a corner too near hides what the costly end of the front is worth; measured, that is the
+        dearer mistake.
+        """
         worst = losses.max(0)
         spread = worst - losses.min(0)
-        found = worst + 0.1 * np.where(spread > 0, spread, 1.0)
+        found: Floats = worst + BEYOND * np.where(spread > 0, spread, 1.0)
         for column, (name, small) in enumerate(zip(self.objectives, self.minimize, strict=True)):
             if name in self.reference:
                 found[column] = self.signs[column] * self.reference[name]

@@ -1,0 +1,300 @@
+"""How good a front each sampler finds, and how soon: replayed on tables in which every point's scores are known.
+
+    python benchmarks/search_quality.py --problem raspi4 --sampler surrogate,tpe --seeds 50 --out found.csv
+    python benchmarks/search_quality.py --summary found.csv
+
+Problems: `raspi4` and `2080ti` (NAS-Bench-201: latency of the device against CIFAR-100 accuracy; --table says where
+`nas_bench_201.npz` lies), `mini` (every architecture of that space, really scored: --mini, a run's trials.csv) and
+`stages` (made up: 4 stages, 12,960,000 points, interactions). Regret is 1 - hypervolume / that of the true front,
+against (largest latency of the table, accuracy 0). `+cheap` behind a sampler's name lets it know latency beforehand;
+`+reference` tells it the reference point, as the command line's search does. `--workers 4` has so many trials under way
+at a time, with durations of real trainings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+
+import search_spaces
+from nas.architecture import Architecture
+from nas.search import optimize
+from nas.search.knobs import Knobs
+from nas.search.pareto import hypervolume, non_dominated
+from nas.search.samplers import SAMPLERS, suggest
+from nas.search.surrogate.sampler import Problem
+
+MARKS = (25, 50, 100, 200)
+OBJECTIVES = {"latency": "minimize", "accuracy": "maximize"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A problem whose scores are all known.
+
+    Args:
+        knobs: what may be chosen.
+        losses: latency and minus accuracy of every combination, in the order of the knobs' indices; NaN for spellings.
+    """
+
+    knobs: Knobs
+    losses: np.ndarray
+
+    def scores(self, choices: Mapping[str, Any]) -> dict[str, float]:
+        """What a training and a measurement would say."""
+        latency, negative = self.losses[np.ravel_multi_index(self.knobs.point(choices), tuple(self.knobs.sizes))]
+        return {"latency": float(latency), "accuracy": -float(negative)}
+
+    def cheap(self, many: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Latency without an error."""
+        return {"latency": (np.array([self.scores(c)["latency"] for c in many]), np.zeros(len(many)))}
+
+    @cached_property
+    def reference(self) -> dict[str, float]:
+        """The largest latency, accuracy 0."""
+        return {"latency": float(np.nanmax(self.losses[:, 0])), "accuracy": 0.0}
+
+    @cached_property
+    def hypervolume(self) -> float:
+        """Of the true front."""
+        return self.measure(self.losses[np.isfinite(self.losses[:, 0])])
+
+    def measure(self, losses: np.ndarray) -> float:
+        """Hypervolume of some losses."""
+        return hypervolume(losses, [self.reference["latency"], 0.0])
+
+
+def nas_bench_201(path: Path, latency: str) -> Table:
+    """The 15,625 cells, one knob for each of the six edges."""
+    if not path.is_file():
+        sys.exit(f"no table at {path}: give --table")
+    data = np.load(path)
+    operations = sorted({o for cell in data["arch"][:200] for o in re.findall(r"([a-z_0-9]+)~", str(cell))})
+    cells = np.array([[operations.index(o) for o in re.findall(r"([a-z_0-9]+)~", str(cell))] for cell in data["arch"]])
+    order = np.argsort(np.ravel_multi_index(tuple(cells.T), (5,) * 6))
+    losses = np.stack([data[latency], -data["test200_cifar100"]], axis=1).astype(float)[order]
+    return Table(Knobs({f"edge{i}": tuple(operations) for i in range(1, 7)}), losses)
+
+
+def mini(path: Path) -> Table:
+    """Every architecture of `mini`, as a real run scored it."""
+    if not path.is_file():
+        sys.exit(f"no scores at {path}: give --mini, the trials.csv of a run over all of mini")
+    space = search_spaces.load("mini")
+    knobs, scores = Knobs.of_space(space), pd.read_csv(path)
+    losses = np.full((int(np.prod(knobs.sizes)), 2), np.nan)
+    for row in scores[scores["state"] == "complete"].itertuples():
+        point = knobs.point(space.encode(Architecture.from_json(row.architecture)))
+        losses[np.ravel_multi_index(point, tuple(knobs.sizes))] = row.latency_ms, -row.accuracy
+    assert np.isfinite(losses[:, 0]).sum() == space.size, "some architectures of mini have no scores"
+    return Table(knobs, losses)
+
+
+def stages() -> Table:
+    """Made up, by a fixed seed: costs add up but for changes of mixer; accuracy saturates and has interactions."""
+    rng = np.random.default_rng(2026)
+    mixers, widths, depths = ("softmax", "additive", "strip", "hadamard"), (1, 2, 3, 4, 6), (1, 2, 3)
+    options = list(itertools.product(range(4), widths, depths))
+    mixer, width, depth = (np.array(column) for column in zip(*options, strict=True))
+    cost, skill = rng.lognormal(0, 0.4, (4, 4)), rng.normal(0, 1, (4, 4))  # of a mixer at a stage
+    clash = rng.normal(0, 0.8, (4, 4, 4, 4))  # of two stages' mixers
+    latency, power = np.zeros((60,) * 4, np.float32), np.zeros((60,) * 4, np.float32)
+    for stage in range(4):
+        shape = [60 if axis == stage else 1 for axis in range(4)]
+        latency += (cost[stage, mixer] * width**1.5 * depth).reshape(shape)
+        power += (np.log1p(width * depth**0.7) * (1 + 0.15 * skill[stage, mixer])).reshape(shape)
+    for a, b in itertools.combinations(range(4), 2):
+        shape = [60 if axis in (a, b) else 1 for axis in range(4)]
+        balance = -0.25 * np.abs(np.log(width[:, None] / width[None]) - 0.3 * (a - b))
+        power += (0.3 * clash[a, b][mixer[:, None], mixer[None]] + balance).reshape(shape)
+        if b == a + 1:
+            latency += (1.5 * (mixer[:, None] != mixer[None])).reshape(shape)
+    accuracy = 80 * (1 - np.exp(-0.25 * np.maximum(power, 0)))
+    losses = np.stack([latency.ravel(), -accuracy.ravel()], axis=1).astype(float)
+    # one axis of 60 is mixer, width and depth in this order, so the flat order is that of the knobs
+    choices: dict[str, tuple[Any, ...]] = {}
+    for number in range(1, 5):
+        choices |= {f"stage{number}.mixer": mixers, f"stage{number}.width": widths, f"stage{number}.depth": depths}
+    return Table(Knobs(choices), losses)
+
+
+def run_one(table: Table, name: str, seed: int, trials: int, workers: int) -> tuple[np.ndarray, list[float]]:
+    """Losses in the order in which they came in, and seconds of each suggestion."""
+    base, *more = name.split("+")
+    if base == "pymoo":
+        return _pymoo(table, seed, trials), []
+    cheap = table.cheap if "cheap" in more else None
+    reference = table.reference if "reference" in more else {}
+    swapped = {
+        "nsga2-50": lambda s: optuna.samplers.NSGAIISampler(population_size=50, seed=s),
+        "tpe-raw": lambda s: optuna.samplers.TPESampler(seed=s),
+    }
+    if workers == 1 and base in SAMPLERS:
+        seconds: list[float] = []
+        ended = time.perf_counter()
+
+        def evaluate(choices: Mapping[str, Any]) -> dict[str, float]:
+            seconds.append(time.perf_counter() - ended)
+            return table.scores(choices)
+
+        def restart(_: Any) -> None:
+            nonlocal ended
+            ended = time.perf_counter()
+
+        kwargs: dict[str, Any] = {"reference": reference or None, "cheap": cheap, "callbacks": [restart]}
+        found = optimize(table.knobs, evaluate, OBJECTIVES, base, trials, seed, **kwargs)  # type: ignore[arg-type]
+        return np.array([[t.values["latency"], -t.values["accuracy"]] for t in found.trials]), seconds
+    known: set[tuple[int, ...]] = set()
+    problem = Problem(tuple(OBJECTIVES), (True, False), reference, cheap)
+    if base in SAMPLERS:
+        sampler = SAMPLERS[base](table.knobs, problem, known, seed)
+    else:
+        from nas.search.samplers import OptunaSampler
+
+        sampler = OptunaSampler(base, swapped[base], table.knobs, problem, known, seed)
+    return _asynchronous(table, sampler, known, seed, trials, workers)
+
+
+def _asynchronous(
+    table: Table, sampler: Any, known: set[tuple[int, ...]], seed: int, trials: int, workers: int
+) -> tuple[np.ndarray, list[float]]:
+    """So many workers, each with a trial of its own; a trial's duration grows with its network's latency."""
+    study = optuna.create_study(directions=list(OBJECTIVES.values()), sampler=sampler)
+    rng, clock, running, losses, seconds = np.random.default_rng([seed, 99]), 0.0, [], [], []
+    asked = 0
+    while len(losses) < trials:
+        while len(running) < workers and asked < trials:
+            start = time.perf_counter()
+            trial = study.ask()
+            choices = suggest(trial, table.knobs)
+            seconds.append(time.perf_counter() - start)
+            known.add(table.knobs.point(choices))
+            scores = table.scores(choices)
+            share = scores["latency"] / table.reference["latency"]
+            heapq.heappush(running, (clock + (0.3 + share) * rng.lognormal(0, 0.3), asked, trial, scores))
+            asked += 1
+        clock, _, trial, scores = heapq.heappop(running)
+        study.tell(trial, [scores["latency"], scores["accuracy"]])
+        losses.append([scores["latency"], -scores["accuracy"]])
+    return np.array(losses), seconds
+
+
+def _pymoo(table: Table, seed: int, trials: int) -> np.ndarray:
+    """pymoo's mixed-variable NSGA-II, population 20; a point proposed again counts as an evaluation only once."""
+    from pymoo.algorithms.moo.nsga2 import RankAndCrowdingSurvival
+    from pymoo.core.mixed import MixedVariableGA
+    from pymoo.core.problem import ElementwiseProblem
+    from pymoo.core.variable import Choice, Integer
+    from pymoo.optimize import minimize
+
+    ordered = table.knobs.ordered or frozenset()
+    variables = {
+        name: Integer(bounds=(0, len(choices) - 1)) if name in ordered else Choice(options=list(range(len(choices))))
+        for name, choices in table.knobs.choices.items()
+    }
+    seen: dict[tuple[int, ...], list[float]] = {}
+
+    class Replay(ElementwiseProblem):
+        def _evaluate(self, x: Mapping[str, int], out: dict[str, Any], *_: Any, **__: Any) -> None:
+            point = table.knobs.point(table.knobs.read([int(x[name]) for name in table.knobs.names]))
+            scores = table.scores(table.knobs.read(point))
+            out["F"] = [scores["latency"], -scores["accuracy"]]
+            if len(seen) < trials:
+                seen.setdefault(point, out["F"])
+
+    algorithm = MixedVariableGA(pop_size=20, survival=RankAndCrowdingSurvival())
+    minimize(Replay(vars=variables, n_obj=2), algorithm, ("n_gen", 4 * trials // 20), seed=seed, verbose=False)
+    return np.array(list(seen.values()))
+
+
+def rows(table: Table, problem: str, name: str, seeds: range, trials: int, workers: int) -> Iterator[dict[str, Any]]:
+    """One row for each seed."""
+    for seed in seeds:
+        losses, seconds = run_one(table, name, seed, trials, workers)
+        front = losses[non_dominated(losses)]
+        yield {
+            "problem": problem,
+            "sampler": name,
+            "workers": workers,
+            "seed": seed,
+            **{
+                f"regret{mark}": 1 - table.measure(losses[:mark]) / table.hypervolume
+                for mark in MARKS
+                if mark <= len(losses)
+            },
+            "distinct": len(np.unique(losses, axis=0)),
+            "front": len(np.unique(front, axis=0)),
+            "median_ms": 1e3 * statistics.median(seconds) if seconds else None,
+            "mean_ms": 1e3 * statistics.fmean(seconds) if seconds else None,
+            "last_ms": 1e3 * statistics.median(seconds[-20:]) if seconds else None,
+        }
+
+
+def summary(path: Path) -> str:
+    """Markdown: medians and quartiles of the regret in percent, and milliseconds of a suggestion."""
+    found = pd.read_csv(path)
+    lines = []
+    for (problem, workers), part in found.groupby(["problem", "workers"], sort=False):
+        lines += [f"\n{problem}, {workers} worker{'s' if workers > 1 else ''}\n"]
+        marks = [m for m in MARKS if f"regret{m}" in part and part[f"regret{m}"].notna().any()]
+        lines += ["| sampler | seeds | " + " | ".join(f"at {m}" for m in marks) + " | ms, all | ms, last 20 |"]
+        lines += ["|---" * (4 + len(marks)) + "|"]
+        for name, own in part.groupby("sampler", sort=False):
+            cells = []
+            for mark in marks:
+                low, middle, high = np.nanquantile(100 * own[f"regret{mark}"], [0.25, 0.5, 0.75])
+                cells.append(f"**{middle:.2f}** ({low:.2f} to {high:.2f})" if np.isfinite(middle) else "")
+            times = [f"{own[c].median():.0f}" if own[c].notna().any() else "" for c in ("median_ms", "last_ms")]
+            lines.append(f"| {name} | {len(own)} | " + " | ".join([*cells, *times]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", default="raspi4,2080ti")
+    parser.add_argument("--sampler", default="surrogate,tpe,nsga2,random")
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=Path("../shared/data/nas_bench_201.npz"))
+    parser.add_argument("--mini", type=Path, default=Path("benchmarks/mini_scores.csv"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", type=Path)
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if options.summary:
+        print(summary(options.summary))
+        return
+    load: dict[str, Callable[[], Table]] = {
+        "raspi4": lambda: nas_bench_201(options.table, "lat_raspi4"),
+        "2080ti": lambda: nas_bench_201(options.table, "lat_2080ti_32"),
+        "mini": lambda: mini(options.mini),
+        "stages": stages,
+    }
+    for problem in options.problem.split(","):
+        table = load[problem]()
+        for name in options.sampler.split(","):
+            for row in rows(table, problem, name, range(options.seeds), options.trials, options.workers):
+                line = pd.DataFrame([row])
+                if options.out:
+                    line.to_csv(options.out, mode="a", header=not options.out.exists(), index=False)
+                else:
+                    print(line.to_string(header=False, index=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
