@@ -201,7 +201,8 @@ def test_search_json_is_the_front(capsys, tmp_path):
 def test_plot_names_its_files(capsys, run_path):
     code, out, _ = call(capsys, "plot", run_path)
     assert code == 0
-    assert [Path(line).name for line in out.split()] == ["front.png", "front.svg", "front.html"]
+    names = ["front.png", "front.svg", "front.html", "hypervolume.png", "hypervolume.svg"]
+    assert [Path(line).name for line in out.split()] == names
     assert all(Path(line).is_file() for line in out.split())
 
 

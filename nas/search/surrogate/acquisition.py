@@ -25,6 +25,8 @@ SAMPLE = 4096
 """Points that the integral over three and more objectives is taken at."""
 STEPS = 4
 """Parts of a strip between which a distribution is taken as linear."""
+OPEN_STEPS = 16
+"""The same for the first strip, from the floor to the front: it is long, and most of the distribution is in it."""
 
 
 class Marginal(ABC):
@@ -36,12 +38,13 @@ class Marginal(ABC):
 
     def integrals(self, levels: Floats) -> Floats:
         """Integral of `below` between successive levels, which do not fall; of shape (n, levels - 1)."""
-        parts = np.arange(STEPS) / STEPS
-        grid = np.append((levels[:-1, None] + np.diff(levels)[:, None] * parts).ravel(), levels[-1])
+        open_end = levels[0] + (levels[1] - levels[0]) * np.arange(OPEN_STEPS) / OPEN_STEPS
+        others = levels[1:-1, None] + np.diff(levels[1:])[:, None] * np.arange(STEPS) / STEPS
+        grid = np.concatenate([open_end, others.ravel(), levels[-1:]])
         values = self.below(grid)
         trapezia = (values[:, 1:] + values[:, :-1]) / 2 * np.diff(grid)
-        summed: Floats = trapezia.reshape(len(values), len(levels) - 1, STEPS).sum(2)
-        return summed
+        rest: Floats = trapezia[:, OPEN_STEPS:].reshape(len(values), len(levels) - 2, STEPS).sum(2)
+        return np.concatenate([trapezia[:, :OPEN_STEPS].sum(1, keepdims=True), rest], axis=1)
 
     @property
     @abstractmethod

@@ -78,6 +78,8 @@ class Problem:
                 found[column] = self.signs[column] * self.reference[name]
             elif not small and worst[column] <= 0:
                 found[column] = 0.0
+            if small and name in self.limits:  # nothing beyond it counts
+                found[column] = min(found[column], self.limits[name])
         return found
 
 

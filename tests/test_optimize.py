@@ -1,0 +1,238 @@
+"""The engine without a network."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+
+import search_spaces
+from nas.errors import NasError, TrialFailure, UsageError
+from nas.search import optimize
+from nas.search.knobs import Knobs
+from nas.search.pareto import hypervolume, non_dominated
+from nas.search.samplers import SAMPLERS, suggest
+from nas.search.surrogate.sampler import Problem
+
+KNOBS = {"mixer": ("a", "b", "c"), "width": (8, 16, 32, 64), "depth": (1, 2, 3), "gate": (False, True)}
+BOTH = {"latency": "minimize", "accuracy": "maximize"}
+
+
+def scores(choices):
+    cost = {"a": 1.0, "b": 1.3, "c": 2.0}[choices["mixer"]]
+    latency = choices["width"] * choices["depth"] * cost / 8 + choices["gate"]
+    power = cost**0.7 * np.log2(choices["width"]) * choices["depth"] ** 0.3 * (1.1 if choices["gate"] else 1.0)
+    return {"latency": float(latency), "accuracy": float(100 * (1 - np.exp(-power / 8)))}
+
+
+def all_scores():
+    return [scores(dict(zip(KNOBS, values, strict=True))) for values in itertools.product(*KNOBS.values())]
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp"}))  # a draw of it takes a second
+def test_an_exhausted_space_gives_the_true_front(sampler):
+    found = optimize(KNOBS, scores, BOTH, sampler=sampler, trials=100, seed=1)
+    losses = np.array([[s["latency"], -s["accuracy"]] for s in all_scores()])
+    assert len(found.trials) == 72
+    assert found.stopped == "all 72 points were evaluated"
+    front = sorted({(t.values["latency"], -t.values["accuracy"]) for t in found.front})
+    assert front == sorted({tuple(row) for row in losses[non_dominated(losses)].tolist()})
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp"}))  # tests/test_samplers.py has the contract for all
+def test_equal_arguments_give_equal_trials_and_no_point_twice(sampler):
+    first, again = (optimize(KNOBS, scores, BOTH, sampler=sampler, trials=20, seed=3) for _ in range(2))
+    assert [t.choices for t in first.trials] == [t.choices for t in again.trials]
+    assert len({tuple(t.choices.values()) for t in first.trials}) == 20
+
+
+@pytest.mark.parametrize("sampler", ["surrogate", "evolution"])
+def test_an_interrupted_call_goes_on(sampler, tmp_path):
+    whole = optimize(KNOBS, scores, BOTH, sampler=sampler, trials=24, seed=0)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optimize(KNOBS, scores, BOTH, sampler=sampler, trials=15, seed=0, storage=url)
+    resumed = optimize(KNOBS, scores, BOTH, sampler=sampler, trials=24, seed=0, storage=url)
+    assert [t.choices for t in resumed.trials] == [t.choices for t in whole.trials]
+    assert [t.values for t in resumed.trials] == [t.values for t in whole.trials]
+
+
+def test_a_surrogate_needs_fewer_evaluations_than_chance():
+    knobs = {f"k{i}": ("a", "b", "c", "d") for i in range(6)}
+    weights = np.random.default_rng(0).random((6, 4, 2))
+
+    def score(choices):
+        cost, gain = sum(weights[i, "abcd".index(c)] for i, c in enumerate(choices.values()))
+        return {"latency": cost, "accuracy": gain}
+
+    reference = {"latency": 6.0, "accuracy": 0.0}
+    reached = {
+        name: np.mean(
+            [
+                optimize(knobs, score, BOTH, sampler=name, trials=40, seed=seed, reference=reference)
+                .trials[-1]
+                .hypervolume
+                for seed in range(4)
+            ]
+        )
+        for name in ("surrogate", "random")
+    }
+    assert reached["surrogate"] > 1.03 * reached["random"]
+
+
+def test_hypervolume_after_each_trial():
+    reference = {"latency": 30.0, "accuracy": 0.0}
+    found = optimize(KNOBS, scores, BOTH, trials=25, reference=reference)
+    losses = np.array([[t.values["latency"], -t.values["accuracy"]] for t in found.trials])
+    expected = [hypervolume(losses[: i + 1], [30.0, 0.0]) for i in range(25)]
+    assert [t.hypervolume for t in found.trials] == pytest.approx(expected)
+
+
+def test_failures_are_kept_and_avoided():
+    def failing(choices):
+        if choices["mixer"] == "c":
+            raise TrialFailure("out_of_memory", "too large")
+        if choices["width"] == 64:
+            return {"latency": float("inf"), "accuracy": 1.0}
+        return scores(choices)
+
+    found = optimize(KNOBS, failing, BOTH, trials=36, seed=2)
+    failed = [t for t in found.trials if t.failure]
+    assert {t.failure for t in failed} <= {"out_of_memory: too large", "non_finite: latency is not finite"}
+    assert all((t.choices["mixer"] == "c" or t.choices["width"] == 64) == bool(t.failure) for t in found.trials)
+    late = [t for t in found.trials[16:] if t.failure]
+    assert len(late) < len(found.trials[16:]) / 2  # by chance it is half
+    with pytest.raises(NasError, match="the last 50 trials all failed"):
+        optimize(KNOBS, lambda _: (_ for _ in ()).throw(TrialFailure("x", "y")), BOTH, trials=72)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_constraints_hold_on_the_front(known):
+    def cheap(many):
+        return {"latency": (np.array([scores(c)["latency"] for c in many]), np.zeros(len(many)))}
+
+    found = optimize(
+        KNOBS, scores, BOTH, trials=30, constraints={"latency": 6.0}, cheap=cheap if known else None, seed=1
+    )
+    assert found.front
+    assert all(t.values["latency"] <= 6.0 for t in found.front)
+    assert {t.feasible for t in found.trials if t.values["latency"] > 6.0} <= {False}
+    spoilt = [t for t in found.trials[10:] if not t.feasible]
+    assert len(spoilt) <= (0 if known else 8)
+
+
+def test_cheap_objectives_are_asked_for_many_at_once_and_used():
+    asked: list[int] = []
+
+    def cheap(many):
+        asked.append(len(many))
+        return {"latency": (np.array([scores(c)["latency"] for c in many]), np.zeros(len(many)))}
+
+    found = optimize(KNOBS, scores, BOTH, trials=30, cheap=cheap)
+    assert max(asked) > 10
+    assert sum(asked) <= 72 + 30  # each point once
+    assert len(found.trials) == 30
+
+
+@pytest.mark.parametrize("objectives", [3, 4])
+def test_more_objectives(objectives):
+    wanted = dict(list({**BOTH, "params": "minimize", "memory": "minimize"}.items())[:objectives])
+
+    def more(choices):
+        return {**scores(choices), "params": choices["width"] ** 2 * choices["depth"], "memory": choices["width"]}
+
+    found = optimize(KNOBS, more, wanted, trials=25)
+    assert len(found.trials) == 25
+    assert len(found.front) > 2
+
+
+def test_start_comes_first_and_until_ends():
+    first = [
+        {"mixer": "b", "width": 16, "depth": 2, "gate": True},
+        {"mixer": "a", "width": 8, "depth": 1, "gate": False},
+    ]
+    found = optimize(KNOBS, scores, BOTH, trials=72, start=first, until=0.01, reference={"latency": 50, "accuracy": 0})
+    assert [t.choices for t in found.trials[:2]] == first
+    assert 10 < len(found.trials) < 72
+    assert found.stopped is not None
+    assert "is expected" in found.stopped
+
+
+def test_callbacks_see_every_trial():
+    seen: list[int] = []
+    optimize(KNOBS, scores, BOTH, trials=5, callbacks=[lambda result: seen.append(len(result.trials))])
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_bug_in_evaluate_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        optimize(KNOBS, lambda _: {"latency": 1 / 0}, BOTH, trials=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"knobs": {}}, "no knobs"),
+        ({"knobs": {"k": ("a", "a")}}, "twice"),
+        ({"objectives": {"latency": "minimize"}}, "two to 4"),
+        ({"objectives": {"latency": "down", "accuracy": "maximize"}}, "allowed are minimize and maximize"),
+        ({"sampler": "tpee"}, "Did you mean"),
+        ({"trials": 0}, "at least 1"),
+        ({"until": 2.0}, "between 0 and 1"),
+        ({"until": 0.1, "sampler": "tpe"}, "needs the sampler surrogate"),
+        ({"reference": {"params": 1.0}}, "no objective"),
+        ({"evaluate": lambda _: {"latency": 1.0}}, "gave no accuracy"),
+    ],
+)
+def test_mistakes_get_one_line(changes, message):
+    arguments = {"knobs": KNOBS, "evaluate": scores, "objectives": BOTH, "trials": 3} | changes
+    with pytest.raises(UsageError, match=message) as caught:
+        optimize(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_running_trials_are_not_proposed_again(sampler):
+    knobs, known = Knobs(KNOBS), set()
+    problem = Problem(("latency", "accuracy"), (True, False))
+    study = optuna.create_study(directions=list(BOTH.values()), sampler=SAMPLERS[sampler](knobs, problem, known, 0))
+    running = []
+    count = 14 if sampler == "gp" else 40
+    for _ in range(count):
+        trial = study.ask()
+        choices = suggest(trial, knobs)
+        assert knobs.point(choices) not in known
+        known.add(knobs.point(choices))
+        running.append((trial, scores(choices)))
+        if len(running) == 4:
+            done, found = running.pop(0)
+            study.tell(done, [found["latency"], found["accuracy"]])
+    assert len(known) == count
+
+
+@pytest.mark.parametrize("name", search_spaces.names())
+def test_knobs_of_a_space_mean_its_architectures(name):
+    space = search_spaces.load(name)
+    knobs, rng = Knobs.of_space(space), np.random.default_rng(0)
+    assert knobs.size == space.size
+    for row in knobs.random(rng, 20):
+        choices = knobs.read(row)
+        architecture = space.decode(choices)
+        point = knobs.point(choices)
+        assert knobs.read(point) == space.encode(architecture)
+        assert knobs.point(knobs.read(point)) == point
+    near = knobs.neighbours(point)
+    assert {space.decode(knobs.read(p)).key for p in near} == {a.key for a in space.neighbours(architecture)}
+
+
+def test_knobs_of_words_and_numbers():
+    knobs = Knobs(KNOBS)
+    assert knobs.ordered == {"width", "depth"}
+    rows = knobs.spread(np.random.default_rng(0), 12)
+    for column, size in zip(rows.T, knobs.sizes, strict=True):
+        assert np.ptp(np.bincount(column, minlength=size)) <= 1
+    changed = knobs.mutate(rows, np.random.default_rng(1))
+    assert ((changed != rows).sum(1) == 1).all()
+    assert len(list(knobs)) == knobs.size == 72
+    assert len(knobs.neighbours((0, 0, 0, 0))) == 2 + 3 + 2 + 1
