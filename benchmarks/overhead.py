@@ -97,7 +97,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("| space | sampler | trials | mean ms | median ms | 95th percentile ms |\n|---|---|---|---|---|---|")
-        for space, sampler in (("mini", "tpe"), ("mobile", "tpe"), ("mobile", "nsga2"), ("mobile", "random")):
+        for space, sampler in (
+            ("mini", "surrogate"),
+            *(("mobile", name) for name in ("surrogate", "tpe", "nsga2", "random")),
+        ):
             times = overhead_ms(space, sampler, options.trials, folder)
             cuts = np.quantile(times, [0.5, 0.95])
             print(
