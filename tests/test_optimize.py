@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -236,3 +238,9 @@ def test_knobs_of_words_and_numbers():
     assert ((changed != rows).sum(1) == 1).all()
     assert len(list(knobs)) == knobs.size == 72
     assert len(knobs.neighbours((0, 0, 0, 0))) == 2 + 3 + 2 + 1
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "search.md").read_text(encoding="utf-8")
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "docs/search.md", "exec"), {})
+    assert "latency" in capsys.readouterr().out
