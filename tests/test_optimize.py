@@ -194,14 +194,13 @@ def test_mistakes_get_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp"}))
 def test_running_trials_are_not_proposed_again(sampler):
     knobs, known = Knobs(KNOBS), set()
     problem = Problem(("latency", "accuracy"), (True, False))
     study = optuna.create_study(directions=list(BOTH.values()), sampler=SAMPLERS[sampler](knobs, problem, known, 0))
     running = []
-    count = 14 if sampler == "gp" else 40
-    for _ in range(count):
+    for _ in range(40):
         trial = study.ask()
         choices = suggest(trial, knobs)
         assert knobs.point(choices) not in known
@@ -210,7 +209,7 @@ def test_running_trials_are_not_proposed_again(sampler):
         if len(running) == 4:
             done, found = running.pop(0)
             study.tell(done, [found["latency"], found["accuracy"]])
-    assert len(known) == count
+    assert len(known) == 40
 
 
 @pytest.mark.parametrize("name", search_spaces.names())

@@ -16,6 +16,7 @@ from nas.errors import RunError, UsageError
 from nas.report import plots
 from nas.runs import Run
 from nas.search import SearchConfig, search
+from nas.space import SearchSpace, StageChoices
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,15 @@ def run(tmp_path_factory) -> Run:
     return search(config)
 
 
-def test_three_files_that_open(run, tmp_path):
-    png, svg, html = plots.plot([run], tmp_path)
+def test_files_that_open(run, tmp_path):
+    png, svg, html, *grown = plots.plot([run], tmp_path)
     with Image.open(png) as image:
         image.verify()
         assert image.width > 800
     ElementTree.parse(svg)
+    with Image.open(grown[0]) as image:
+        image.verify()
+    assert "reference point: latency" in grown[1].read_text()
     page = html.read_text().replace(r"\u002f", "/")
     for trial in run.trials():
         assert trial.key in page
@@ -50,6 +54,29 @@ def test_three_files_that_open(run, tmp_path):
     assert "baselines outside the picture: mobilenetv3_small_050" in page
     assert "neighbouring pairs" in page
     assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
+
+
+def test_hypervolume_over_time(run):
+    trials = run.trials()
+    grown = run.hypervolumes(trials)
+    assert grown == sorted(grown)
+    assert grown[-1] == pytest.approx(run.hypervolume(run.front()))
+    assert run.random_hypervolumes(trials) == []  # only who scored all of a space knows what chance would give
+
+
+def test_what_chance_would_give_where_all_is_scored(tmp_path):
+    stage = StageChoices(mixer=search_spaces.load("mini").stages[1].mixer[:2], depth=1, width=16)
+    space = SearchSpace("four", "all of it is scored", (stage, stage))
+    run = search(
+        SearchConfig(space, ("macs", "accuracy"), proxy="params", sampler="random", trials=9, out=tmp_path / "all")
+    )
+    trials = run.trials()
+    assert len(trials) == space.size == 4
+    expected = run.random_hypervolumes(trials, orders=400)
+    alone = [run.hypervolume([trial]) for trial in trials]
+    assert expected[0] == pytest.approx(sum(alone) / 4, rel=0.1)
+    assert expected[-1] == pytest.approx(run.hypervolume(run.front()))
+    assert "random search on all 4" in plots.plot([run])[-1].read_text()
 
 
 def test_three_objectives_give_two_panels(tmp_path):
@@ -71,7 +98,7 @@ def test_three_objectives_give_two_panels(tmp_path):
 def test_several_runs_are_overlaid(run, tmp_path):
     config = replace(SearchConfig.from_run(run), seed=1, trials=2, baselines=(), out=tmp_path / "second")
     other = search(config)
-    _, _, html = plots.plot([run, other], tmp_path)
+    _, _, html, *_ = plots.plot([run, other], tmp_path)
     page = html.read_text()
     assert f"{run.name}@" in page
     assert f"{other.name}@" in page
@@ -103,7 +130,7 @@ def test_names_never_become_markup(run, tmp_path):
     hostile.parent.mkdir()
     run.path.rename(hostile)
     try:
-        _, _, html = plots.plot([Run.open(hostile)], tmp_path)
+        _, _, html, *_ = plots.plot([Run.open(hostile)], tmp_path)
         assert "<img src=x>" not in html.read_text()
     finally:
         hostile.rename(run.path)
