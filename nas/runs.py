@@ -312,9 +312,11 @@ class Run:
         front, volume, volumes = np.empty((0, len(corner))), 0.0, []
         for trial in trials:
             if trial.state == "complete":
-                front = np.concatenate([front, self.losses([trial])])
-                front = front[non_dominated(front)]
-                volume = hypervolume(front, corner)
+                losses = self.losses([trial])
+                if not (front <= losses).all(1).any():  # else it changes nothing
+                    front = np.concatenate([front, losses])
+                    front = front[non_dominated(front)]
+                    volume = hypervolume(front, corner)
             volumes.append(volume)
         return volumes
 

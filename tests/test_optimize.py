@@ -243,3 +243,50 @@ def test_the_code_of_the_documentation_runs(capsys):
     text = (Path(__file__).parent.parent / "docs" / "search.md").read_text(encoding="utf-8")
     exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "docs/search.md", "exec"), {})
     assert "latency" in capsys.readouterr().out
+
+
+def test_nothing_within_the_limit_is_no_obstacle():
+    found = optimize(KNOBS, scores, BOTH, trials=20, constraints={"latency": 0.5})
+    assert len(found.trials) == 20
+    assert found.front == []
+
+
+def test_a_draw_that_was_cut_short_is_finished(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optimize(KNOBS, scores, BOTH, trials=12, storage=url)
+    study = optuna.load_study(study_name="optimize", storage=url)
+    study.ask().suggest_categorical("mixer", KNOBS["mixer"])
+    found = optimize(KNOBS, scores, BOTH, trials=16, storage=url)
+    assert [t.number for t in found.trials] == list(range(16))
+    assert len({tuple(sorted(t.choices.items())) for t in found.trials if t.failure is None}) >= 15
+
+
+def test_a_storage_of_another_problem_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optimize(KNOBS, scores, BOTH, trials=2, storage=url)
+    for other in ({"objectives": {"params": "minimize", "accuracy": "maximize"}}, {"constraints": {"latency": 1.0}}):
+        with pytest.raises(UsageError, match="give another name"):
+            optimize(**{"knobs": KNOBS, "evaluate": scores, "objectives": BOTH, "trials": 4, "storage": url} | other)
+
+
+def test_until_holds_when_asked_again(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    arguments = {"trials": 72, "until": 0.02, "storage": url, "reference": {"latency": 50.0, "accuracy": 0.0}}
+    first = optimize(KNOBS, scores, BOTH, **arguments)
+    again = optimize(KNOBS, scores, BOTH, **arguments)
+    assert len(first.trials) == len(again.trials) < 72
+
+
+def test_knobs_that_only_act_together_are_drawn_to_the_last_point():
+    def canonical(choices):
+        return dict(choices) if choices["a"] and choices["b"] else {**choices, "a": 0, "b": 0}
+
+    knobs = Knobs({"a": (0, 1), "b": (0, 1), "c": (0, 1, 2)}, canonical=canonical, distinct=6)
+    found = optimize(knobs, lambda c: {"latency": c["a"] + c["c"], "accuracy": c["b"] * 2 + c["c"]}, BOTH, trials=10)
+    assert len(found.trials) == 6
+
+
+def test_numpy_choices_become_plain():
+    assert Knobs({"k": tuple(np.arange(3))}).choices == {"k": (0, 1, 2)}
+    with pytest.raises(UsageError, match="finite"):
+        Knobs({"k": (1.0, float("nan"))})

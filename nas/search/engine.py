@@ -7,6 +7,7 @@ The command line's `search` uses the same samplers over the same studies; what i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,8 +120,8 @@ def optimize(
         storage: an Optuna storage or its URL; None keeps everything in memory.
         callbacks: each is called with the result so far after every trial.
         name: of the study in the storage.
-        reference: objective -> value of the reference point of the hypervolume; None for one of what was seen, a tenth
-            beyond the worst (0 for what is maximised and never negative).
+        reference: objective -> value of the reference point of the hypervolume; None for one of what was seen, well
+            beyond the worst (0 for what is maximised and never negative). A limit on a minimised objective caps it.
         start: choices to evaluate first: known good ones.
         until: stop when the expected gain of a further trial is below this share of the hypervolume (`surrogate` only).
 
@@ -142,10 +143,20 @@ def optimize(
         )
         if [d.name.lower() for d in study.directions] != list(objectives.values()):
             raise UsageError(f"the storage has a study {name!r} with other objectives: give another name")
-        known.update(table.point(t.params) for t in study.get_trials(deepcopy=False) if t.params)
-        if not study.get_trials(deepcopy=False):
-            for choices in start:
-                study.enqueue_trial(table.read(table.point(choices)), skip_if_exists=True)
+        first = [table.point(choices) for choices in start]
+        same = {"objectives": list(objectives), "knobs": json.dumps(table.choices), "constraints": limits}
+        stored = study.get_trials(deepcopy=False)
+        if not stored:
+            for key, value in same.items():
+                study.set_user_attr(key, value)
+            for point in first:
+                study.enqueue_trial(table.read(point), skip_if_exists=True)
+        for key, value in same.items():
+            if study.user_attrs.get(key) != value:
+                raise UsageError(f"the storage has a study {name!r} with other {key}: give another name")
+        known.update(
+            table.point(t.params) for t in stored if t.state.is_finished() and set(t.params) == set(table.names)
+        )
         return _run(study, table, evaluate, problem, trials, known, callbacks, until)
     finally:
         optuna.logging.set_verbosity(quiet)
@@ -187,14 +198,18 @@ def _run(
         n: "minimize" if small else "maximize" for n, small in zip(problem.objectives, problem.minimize, strict=True)
     }
     frozen = study.get_trials(deepcopy=False)
-    done = [_evaluated(t, problem) for t in frozen if t.state.is_finished() and t.params]
-    left = [t for t in frozen if t.state == TrialState.RUNNING and t.params]  # their process died
+    done = [_evaluated(t, problem) for t in frozen if t.state.is_finished()]
+    left = [t for t in frozen if t.state == TrialState.RUNNING]  # their process died
     result = _with_hypervolumes(Result(done, objectives, dict(problem.reference)), problem)
-    low = 0
+    before, low = len(done), 0
+    for trial_gain in (t.user_attrs.get("gain") for t in frozen if t.state.is_finished()):
+        low = low + 1 if until is not None and trial_gain is not None and trial_gain < until else 0
     while len(result.trials) < trials:
+        if low >= PATIENCE:
+            return _replace(result, stopped=f"less than {until:.3%} of the hypervolume is expected of a further trial")
         if len(known) >= knobs.size and not left:
             return _replace(result, stopped=f"all {knobs.size} points were evaluated")
-        failures = sum(1 for t in result.trials[-MAX_FAILURES:] if t.failure is not None)
+        failures = sum(1 for t in result.trials[before:][-MAX_FAILURES:] if t.failure is not None)
         if failures == MAX_FAILURES:
             raise TrialFailure(
                 "failed", f"the last {failures} trials all failed, the last with {result.trials[-1].failure}"
@@ -203,14 +218,18 @@ def _run(
         choices = knobs.read(knobs.point(suggest(trial, knobs)))
         gain = getattr(study.sampler, "gain", None)
         low = low + 1 if until is not None and gain is not None and gain < until else 0
-        known.add(knobs.point(choices))
-        _score(study, trial, choices, evaluate, problem)
+        if gain is not None:
+            trial.set_user_attr("gain", gain)
+        if (point := knobs.point(choices)) in known:  # only where a process died while it was drawing
+            trial.set_user_attr("failure", "killed: its process died while it was drawn")
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            known.add(point)
+            _score(study, trial, choices, evaluate, problem)
         ended = study.get_trials(deepcopy=False)[trial.number]
         result = _with_hypervolumes(_replace(result, [*result.trials, _evaluated(ended, problem)]), problem)
         for callback in callbacks:
             callback(result)
-        if low >= PATIENCE:
-            return _replace(result, stopped=f"less than {until:.3%} of the hypervolume is expected of a further trial")
     return result
 
 

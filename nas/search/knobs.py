@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ Points = NDArray[np.int64]
 
 def _same(choices: Choices) -> Choices:
     return choices
+
+
+def _plain(choice: Any) -> Choice:
+    plain: Choice = choice.item() if isinstance(choice, np.generic) else choice
+    return plain
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,14 @@ class Knobs:
     def __post_init__(self) -> None:
         if not self.choices:
             raise UsageError("there are no knobs to turn")
-        object.__setattr__(self, "choices", {name: tuple(choices) for name, choices in self.choices.items()})
+        object.__setattr__(
+            self, "choices", {name: tuple(map(_plain, choices)) for name, choices in self.choices.items()}
+        )
         for name, choices in self.choices.items():
             if not choices or len(set(choices)) != len(choices):
                 raise UsageError(f"knob {name!r} has no choices, or one of them twice: {choices!r}"[:200])
-            if not all(isinstance(choice, int | float | str) for choice in choices):
-                raise UsageError(f"knob {name!r}: a choice must be a number or a word, not {choices!r}"[:200])
+            if not all(isinstance(c, int | float | str) and not (c != c or c in (np.inf, -np.inf)) for c in choices):
+                raise UsageError(f"knob {name!r}: a choice must be a finite number or a word, not {choices!r}"[:200])
         numeric = frozenset(
             name
             for name, choices in self.choices.items()
@@ -89,6 +97,12 @@ class Knobs:
 
     def point(self, choices: Choices) -> Point:
         """The canonical point of some choices."""
+        if set(choices) != set(self.choices):
+            odd = sorted(set(choices) ^ set(self.choices))
+            raise UsageError(f"missing or unknown knobs {', '.join(odd)}; there are {', '.join(self.choices)}")
+        for name, index in zip(self.names, self._index, strict=True):
+            if choices[name] not in index:
+                raise UsageError(f"{name} is {choices[name]!r}, allowed are {', '.join(map(str, index))}")
         canonical = self.canonical(choices)
         return tuple(index[canonical[name]] for name, index in zip(self.names, self._index, strict=True))
 
@@ -149,6 +163,10 @@ class Knobs:
                 return unknown[int(rng.integers(len(unknown)))]
             seen |= set(ring)
             shell = list(dict.fromkeys(ring))
+        # some spellings are more than one change away from all others
+        for further in itertools.chain(self.settle(self.random(rng, 1000)), self):
+            if further not in known:
+                return further
         raise UsageError("asked for an unknown point where all are known")
 
     def __iter__(self) -> Iterator[Point]:

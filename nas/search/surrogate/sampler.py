@@ -146,13 +146,14 @@ class Surrogate:
         chosen = gains
         if self.problem.minimize[order[0]] and rng.random() < WINDOWED:
             low = front[:, 0].min() if len(front) else marginals[0].floor
+            low = min(low, corner[0])
             centre, half = rng.uniform(low, corner[0]), WINDOW / 2 * (corner[0] - low)
             within = feasible * expected_improvement(marginals, front, corner, (centre - half, centre + half), draw)
             chosen = within if within.max() > 0 else gains
         volume = hypervolume(front, corner)
-        best = (
-            candidates[int(np.argmax(chosen))] if chosen.max() > 0 else candidates[int(rng.integers(len(candidates)))]
-        )
+        if chosen.max() <= 0:  # nothing is expected inside the reference point: nearer to being feasible, if anything
+            chosen = feasible + 1e-6 * rng.random(len(feasible))
+        best = candidates[int(np.argmax(chosen))]
         return Recommendation(best, float(gains.max()) / volume if volume > 0 else None)
 
     def _order(self) -> list[int]:
