@@ -256,8 +256,9 @@ def summary(path: Path) -> str:
         for name, own in part.groupby("sampler", sort=False):
             cells = []
             for mark in marks:
-                low, middle, high = np.nanquantile(100 * own[f"regret{mark}"], [0.25, 0.5, 0.75])
-                cells.append(f"**{middle:.2f}** ({low:.2f} to {high:.2f})" if np.isfinite(middle) else "")
+                regret = 100 * own[f"regret{mark}"].dropna()
+                low, middle, high = np.quantile(regret, [0.25, 0.5, 0.75]) if len(regret) else (0, 0, 0)
+                cells.append(f"**{middle:.2f}** ({low:.2f} to {high:.2f})" if len(regret) else "")
             times = [f"{own[c].median():.0f}" if own[c].notna().any() else "" for c in ("median_ms", "last_ms")]
             lines.append(f"| {name} | {len(own)} | " + " | ".join([*cells, *times]) + " |")
     return "\n".join(lines)

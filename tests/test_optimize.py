@@ -75,7 +75,7 @@ def test_a_surrogate_needs_fewer_evaluations_than_chance():
                 optimize(knobs, score, BOTH, sampler=name, trials=40, seed=seed, reference=reference)
                 .trials[-1]
                 .hypervolume
-                for seed in range(4)
+                for seed in range(2)
             ]
         )
         for name in ("surrogate", "random")
