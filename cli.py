@@ -370,13 +370,13 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
     values: dict[str, Any] = {}
     for name, value in taken.items():
         if name == "objective":
-            values["objectives"] = tuple(part.strip() for part in value.split(",") if part.strip())
+            values["objectives"] = _names(value)
         elif name == "space":
             values["space"] = search_spaces.load(value)
         elif name == "budgets":
             values["budgets"] = parse_budgets(value)
         elif name == "baselines":
-            values["baselines"] = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+            values["baselines"] = _names(value or "")
         elif name == "warm_start":
             continue
         elif name == "until":
@@ -402,6 +402,11 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
     return SearchConfig(**values) if before is None else replace(before, **values)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """What is between the commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _share(text: str) -> float:
     """`0.1%` or `0.001` as a number."""
     number = text.strip().removesuffix("%")
@@ -416,7 +421,7 @@ def _warm_start(space: Any, names: str) -> tuple[Any, ...]:
     from nas.targets import resolve_all
 
     found: list[Any] = []
-    for name in (part.strip() for part in names.split(",") if part.strip()):
+    for name in _names(names):
         known = [target.architecture for target in resolve_all(name) if target.architecture is not None]
         fitting = []
         for architecture in known:

@@ -35,8 +35,8 @@ from nas.architecture import Architecture
 from nas.search import optimize
 from nas.search.knobs import Knobs
 from nas.search.pareto import hypervolume, non_dominated
-from nas.search.samplers import SAMPLERS, suggest
-from nas.search.surrogate.sampler import Problem
+from nas.search.problem import Problem
+from nas.search.samplers import SAMPLERS, OptunaSampler, suggest
 
 MARKS = (25, 50, 100, 200)
 OBJECTIVES = {"latency": "minimize", "accuracy": "maximize"}
@@ -141,7 +141,6 @@ def run_one(table: Table, name: str, seed: int, trials: int, workers: int) -> tu
     reference = table.reference if "reference" in more else {}
     swapped = {
         "nsga2-50": lambda s: optuna.samplers.NSGAIISampler(population_size=50, seed=s),
-        "tpe-raw": lambda s: optuna.samplers.TPESampler(seed=s),
     }
     if workers == 1 and base in SAMPLERS:
         seconds: list[float] = []
@@ -163,8 +162,6 @@ def run_one(table: Table, name: str, seed: int, trials: int, workers: int) -> tu
     if base in SAMPLERS:
         sampler = SAMPLERS[base](table.knobs, problem, known, seed)
     else:
-        from nas.search.samplers import OptunaSampler
-
         sampler = OptunaSampler(base, swapped[base], table.knobs, problem, known, seed)
     return _asynchronous(table, sampler, known, seed, trials, workers)
 

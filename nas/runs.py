@@ -37,7 +37,7 @@ from .search.objectives import (
     other_entry,
     parse_objectives,
 )
-from .search.pareto import hypervolume, non_dominated
+from .search.pareto import GrowingFront, hypervolume, non_dominated
 from .search.stability import Figure, as_figure, compare_orders, rank_correlation
 from .space import SearchSpace
 
@@ -309,15 +309,11 @@ class Run:
     def hypervolumes(self, trials: Sequence[Trial]) -> list[float]:
         """The hypervolume of the front after each trial, in the order given, against the run's reference point."""
         corner = [o.loss(self.reference[o.name]) for o in self.objectives]
-        front, volume, volumes = np.empty((0, len(corner))), 0.0, []
+        front, volumes = GrowingFront(corner), []
         for trial in trials:
             if trial.state == "complete":
-                losses = self.losses([trial])
-                if not (front <= losses).all(1).any():  # else it changes nothing
-                    front = np.concatenate([front, losses])
-                    front = front[non_dominated(front)]
-                    volume = hypervolume(front, corner)
-            volumes.append(volume)
+                front.add(self.losses([trial])[0])
+            volumes.append(front.hypervolume)
         return volumes
 
     def random_hypervolumes(self, trials: Sequence[Trial], orders: int = 100) -> list[float]:

@@ -62,8 +62,9 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
         if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
             log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
     scored: list[tuple[Run, list[Trial], list[Trial]]] = []
-    for run in runs:
-        trials = [t for t in run.trials() if t.state == "complete"]
+    everything = [run.trials() for run in runs]
+    for run, all_trials in zip(runs, everything, strict=True):
+        trials = [t for t in all_trials if t.state == "complete"]
         scored.append((run, trials, run.front(trials)))
     if not any(trials for _, trials, _ in scored):
         raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
@@ -71,7 +72,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     files = save_figure(_draw(scored), folder / "front")
     files.append(folder / "front.html")
     write_file(files[-1], _page(scored))
-    return files + save_figure(_draw_hypervolume(runs), folder / "hypervolume")
+    return files + save_figure(_draw_hypervolume(runs, everything), folder / "hypervolume")
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
@@ -253,14 +254,14 @@ def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
     return figure
 
 
-def _draw_hypervolume(runs: Sequence[Run]) -> Figure:
+def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:
     """Hypervolume over scored architectures; with what random search would have, where a run scored its whole space."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        trials = [t for t in run.trials() if t.scored]
+    for run, all_trials, colour in zip(runs, everything, itertools.cycle(COLOURS), strict=False):
+        trials = [t for t in all_trials if t.scored]
         volumes = run.hypervolumes(trials)
         axes.step(range(1, len(volumes) + 1), volumes, where="post", color=colour, label=run.name)
         if expected := run.random_hypervolumes(trials):

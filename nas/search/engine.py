@@ -20,17 +20,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import TrialFailure, UsageError, unknown_name
 from ..space import Choice
-from .history import NOISE, Cheap
 from .knobs import Choices, Knobs, Point
-from .pareto import hypervolume, non_dominated
-from .samplers import SAMPLERS, suggest
-from .surrogate.sampler import Problem
+from .objectives import MAX_OBJECTIVES
+from .pareto import GrowingFront, non_dominated
+from .problem import Cheap, Problem
+from .samplers import SAMPLERS, expects_too_little, suggest
 
-MAX_OBJECTIVES = 4
 MAX_FAILURES = 50
 """Failures in a row after which an optimisation gives up."""
-PATIENCE = 3
-"""Draws in a row that must expect too little before `until` ends an optimisation."""
 
 Evaluate = Callable[[dict[str, Choice]], Mapping[str, float]]
 
@@ -198,39 +195,40 @@ def _run(
         n: "minimize" if small else "maximize" for n, small in zip(problem.objectives, problem.minimize, strict=True)
     }
     frozen = study.get_trials(deepcopy=False)
-    done = [_evaluated(t, problem) for t in frozen if t.state.is_finished()]
     left = [t for t in frozen if t.state == TrialState.RUNNING]  # their process died
-    result = _with_hypervolumes(Result(done, objectives, dict(problem.reference)), problem)
-    before, low = len(done), 0
-    for trial_gain in (t.user_attrs.get("gain") for t in frozen if t.state.is_finished()):
-        low = low + 1 if until is not None and trial_gain is not None and trial_gain < until else 0
-    while len(result.trials) < trials:
-        if low >= PATIENCE:
-            return _replace(result, stopped=f"less than {until:.3%} of the hypervolume is expected of a further trial")
+    front = (
+        GrowingFront([s * problem.reference[n] for n, s in zip(problem.objectives, problem.signs, strict=True)])
+        if (set(problem.reference) == set(problem.objectives))
+        else None
+    )
+    done = [_evaluated(t, problem, front) for t in frozen if t.state.is_finished()]
+    before = len(done)
+
+    def result(stopped: str | None = None) -> Result:
+        return Result(list(done), objectives, dict(problem.reference), stopped)
+
+    while len(done) < trials:
+        if expects_too_little(study, until):
+            return result(f"less than {until:.3%} of the hypervolume is expected of a further trial")
         if len(known) >= knobs.size and not left:
-            return _replace(result, stopped=f"all {knobs.size} points were evaluated")
-        failures = sum(1 for t in result.trials[before:][-MAX_FAILURES:] if t.failure is not None)
-        if failures == MAX_FAILURES:
+            return result(f"all {knobs.size} points were evaluated")
+        recent = done[before:][-MAX_FAILURES:]
+        if len(recent) == MAX_FAILURES and all(t.failure is not None for t in recent):
             raise TrialFailure(
-                "failed", f"the last {failures} trials all failed, the last with {result.trials[-1].failure}"
+                "failed", f"the last {MAX_FAILURES} trials all failed, the last with {recent[-1].failure}"
             )
         trial = optuna.Trial(study, left.pop(0)._trial_id) if left else study.ask()
-        choices = knobs.read(knobs.point(suggest(trial, knobs)))
-        gain = getattr(study.sampler, "gain", None)
-        low = low + 1 if until is not None and gain is not None and gain < until else 0
-        if gain is not None:
-            trial.set_user_attr("gain", gain)
-        if (point := knobs.point(choices)) in known:  # only where a process died while it was drawing
+        point = knobs.point(suggest(trial, knobs))
+        if point in known:  # only where a process died while it was drawing
             trial.set_user_attr("failure", "killed: its process died while it was drawn")
             study.tell(trial, state=TrialState.FAIL)
         else:
             known.add(point)
-            _score(study, trial, choices, evaluate, problem)
-        ended = study.get_trials(deepcopy=False)[trial.number]
-        result = _with_hypervolumes(_replace(result, [*result.trials, _evaluated(ended, problem)]), problem)
+            _score(study, trial, knobs.read(point), evaluate, problem)
+        done.append(_evaluated(study.get_trials(deepcopy=False)[trial.number], problem, front))
         for callback in callbacks:
-            callback(result)
-    return result
+            callback(result())
+    return result()
 
 
 def _score(
@@ -254,40 +252,18 @@ def _score(
     study.tell(trial, [values[n] for n in problem.objectives])
 
 
-def _evaluated(trial: FrozenTrial, problem: Problem) -> Evaluated:
-    failure = trial.user_attrs.get("failure") if trial.state == TrialState.FAIL else None
+def _evaluated(trial: FrozenTrial, problem: Problem, front: GrowingFront | None) -> Evaluated:
+    """A finished trial; the front grows by it."""
+    choices = dict(trial.params)
     if trial.state != TrialState.COMPLETE:
-        return Evaluated(trial.number, dict(trial.params), {}, failure or "killed: its process died", False)
+        failure = trial.user_attrs.get("failure", "killed: its process died")
+        return Evaluated(trial.number, choices, {}, failure, False, front.hypervolume if front else None)
     feasible = all(value <= 0 for value in trial.constraints.values())
-    values = dict(trial.user_attrs.get("values", {})) or dict(zip(problem.objectives, trial.values, strict=True))
-    return Evaluated(trial.number, dict(trial.params), values, None, feasible)
-
-
-def _with_hypervolumes(result: Result, problem: Problem) -> Result:
-    """Each trial with the hypervolume after it, where it has none yet and the reference point is given."""
-    if set(problem.reference) != set(problem.objectives):
-        return result
-    corner = problem.signs * np.array([problem.reference[n] for n in problem.objectives])
-    front: list[list[float]] = []
-    trials: list[Evaluated] = []
-    for trial in result.trials:
-        if trial.hypervolume is None:
-            if not front:
-                front = [_losses(t.values, result.objectives) for t in trials if t.failure is None and t.feasible]
-            if trial.failure is None and trial.feasible:
-                front.append(_losses(trial.values, result.objectives))
-                front = [front[i] for i in np.flatnonzero(non_dominated(front))]
-            trial = Evaluated(**{**vars(trial), "hypervolume": hypervolume(front, corner)})
-        trials.append(trial)
-    return _replace(result, trials)
-
-
-def _replace(result: Result, trials: list[Evaluated] | None = None, stopped: str | None = None) -> Result:
-    return Result(trials if trials is not None else result.trials, result.objectives, result.reference, stopped)
+    if front is not None and feasible:
+        front.add(problem.signs * np.array(trial.values))
+    volume = front.hypervolume if front else None
+    return Evaluated(trial.number, choices, dict(trial.user_attrs["values"]), None, feasible, volume)
 
 
 def _losses(values: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:
     return [values[n] if direction == "minimize" else -values[n] for n, direction in objectives.items()]
-
-
-__all__ = ["NOISE", "Evaluated", "Result", "optimize"]

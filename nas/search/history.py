@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from .knobs import Choices, Knobs, Point, Points
+from .knobs import Knobs, Point, Points
+from .problem import Problem
 
 Floats = NDArray[np.float64]
-Cheap = Callable[[Sequence[Choices]], Mapping[str, tuple[Floats, Floats]]]
-"""Objectives that cost next to nothing, for many choices at once: name -> means and standard errors."""
 
 NOISE = "noise"
 """Attribute of a complete trial: objective -> standard error of its value."""
@@ -46,8 +44,10 @@ class History:
     pending: Points
 
 
-FREE = frozenset({"early_stopping"})
-"""Constraints that are no property of a point: stopped trials have estimates instead."""
+EARLY_STOPPING = "early_stopping"
+"""A constraint that is no property of a point: stopped trials have estimates instead. It is there for Optuna's TPE."""
+GAIN = "gain"
+"""Attribute of a trial: the gain that its sampler expected when it was drawn, as a share of the hypervolume."""
 
 
 class Reader:
@@ -64,15 +64,15 @@ class Reader:
             self._points[trial.number] = self._knobs.point(trial.params)
         return self._points[trial.number]
 
-    def read(self, study: optuna.Study, names: Sequence[str], but: int) -> History:
+    def read(self, study: optuna.Study, problem: Problem, but: int) -> History:
         """The history before a draw.
 
         Args:
             study: to read.
-            names: of its objectives.
+            problem: what it is of.
             but: number of the trial that is drawn.
         """
-        signs = np.array([1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions])
+        names, signs = problem.objectives, problem.signs
         rows: list[Point] = []
         losses: list[Floats] = []
         noise: list[Floats] = []
@@ -88,7 +88,7 @@ class Reader:
                 pending += [point] if trial.state == TrialState.RUNNING else []
                 continue
             judged.setdefault("failed", []).append((point, 1.0 if trial.state == TrialState.FAIL else -1.0))
-            kept = {name: value for name, value in trial.constraints.items() if name not in FREE}
+            kept = {name: value for name, value in trial.constraints.items() if name != EARLY_STOPPING}
             for name, value in kept.items():
                 judged.setdefault(name, []).append((point, value))
             estimates = trial.user_attrs.get(ESTIMATES, {})

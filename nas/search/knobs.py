@@ -59,7 +59,7 @@ class Knobs:
         for name, choices in self.choices.items():
             if not choices or len(set(choices)) != len(choices):
                 raise UsageError(f"knob {name!r} has no choices, or one of them twice: {choices!r}"[:200])
-            if not all(isinstance(c, int | float | str) and not (c != c or c in (np.inf, -np.inf)) for c in choices):
+            if not all(isinstance(c, str) or (isinstance(c, int | float) and math.isfinite(c)) for c in choices):
                 raise UsageError(f"knob {name!r}: a choice must be a finite number or a word, not {choices!r}"[:200])
         numeric = frozenset(
             name
@@ -96,13 +96,20 @@ class Knobs:
         return [{choice: i for i, choice in enumerate(choices)} for choices in self.choices.values()]
 
     def point(self, choices: Choices) -> Point:
-        """The canonical point of some choices."""
+        """The canonical point of some choices.
+
+        Raises:
+            UsageError: where a knob is missing or unknown, or a choice is none of its choices.
+        """
         if set(choices) != set(self.choices):
             odd = sorted(set(choices) ^ set(self.choices))
             raise UsageError(f"missing or unknown knobs {', '.join(odd)}; there are {', '.join(self.choices)}")
         for name, index in zip(self.names, self._index, strict=True):
             if choices[name] not in index:
                 raise UsageError(f"{name} is {choices[name]!r}, allowed are {', '.join(map(str, index))}")
+        return self._point(choices)
+
+    def _point(self, choices: Choices) -> Point:
         canonical = self.canonical(choices)
         return tuple(index[canonical[name]] for name, index in zip(self.names, self._index, strict=True))
 
@@ -114,7 +121,7 @@ class Knobs:
         """Rows of indices as canonical points, each once, in order."""
         rows = [tuple(row) for row in points.tolist()]
         if self.canonical is not _same:
-            rows = [self.point(self.read(row)) for row in rows]
+            rows = [self._point(self.read(row)) for row in rows]
         return list(dict.fromkeys(rows))
 
     def random(self, rng: np.random.Generator, count: int) -> Points:
@@ -173,7 +180,7 @@ class Knobs:
         """Every distinct point once, in a fixed order; see `size` before you ask for all."""
         seen: set[Point] = set()
         for row in itertools.product(*(range(int(size)) for size in self.sizes)):
-            point = row if self.canonical is _same else self.point(self.read(row))
+            point = row if self.canonical is _same else self._point(self.read(row))
             if point not in seen:
                 seen.add(point)
                 yield point

@@ -106,6 +106,27 @@ def hypervolume(losses: ArrayLike, reference: ArrayLike) -> float:
     return _slices(inside[nondomination_ranks(inside, max_rank=0) == 0], corner)
 
 
+class GrowingFront:
+    """A front that points are added to one by one, with its hypervolume.
+
+    Args:
+        reference: of shape (m,).
+    """
+
+    def __init__(self, reference: ArrayLike) -> None:
+        self._reference = np.asarray(reference, dtype=np.float64)
+        self._front: Floats = np.empty((0, len(self._reference)))
+        self.hypervolume = 0.0
+
+    def add(self, losses: ArrayLike) -> None:
+        """Add a point of shape (m,)."""
+        point = _as_losses(np.asarray(losses, dtype=np.float64)[None])
+        if not (self._front <= point).all(axis=1).any():  # else it changes nothing
+            together = np.concatenate([self._front, point])
+            self._front = together[non_dominated(together)]
+            self.hypervolume = hypervolume(self._front, self._reference)
+
+
 def _slices(points: Floats, corner: Floats) -> float:
     """Hypervolume of distinct points inside the corner."""
     if points.shape[1] == 1:

@@ -15,12 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..space import Choice
 from .heuristics import climb, evolve
-from .history import History, Reader
+from .history import GAIN, History, Reader
 from .knobs import Knobs, Point
-from .surrogate.sampler import Problem, Recommendation, Surrogate
+from .problem import Problem
+from .surrogate.sampler import Surrogate
 
 Draw = dict[str, Choice]
 
+PATIENCE = 3
+"""Draws in a row that must expect too little before a search ends for that."""
 REDRAWS = {"gp": 2}
 """How often a proposal already known is drawn again before a neighbour of it is taken; others 10. A GP draw is slow."""
 
@@ -142,7 +145,7 @@ class HeuristicSampler(KnobSampler):
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
         """As the function says."""
-        history = self._reader.read(study, self.problem.objectives, trial.number)
+        history = self._reader.read(study, self.problem, trial.number)
         return self._function(history, self.knobs, self.known, np.random.default_rng([self.seed, trial.number]))
 
 
@@ -155,10 +158,10 @@ class SurrogateSampler(KnobSampler):
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
         """On one thread: its matrices are too small for more to pay, and other workers need the cores."""
-        history = self._reader.read(study, self.problem.objectives, trial.number)
+        history = self._reader.read(study, self.problem, trial.number)
         rng = np.random.default_rng([self.seed, trial.number])
         with _threads().limit(limits=1):
-            found: Recommendation = self._surrogate.recommend(history, self.known, rng, self.seed)
+            found = self._surrogate.recommend(history, self.known, rng, self.seed)
         self.gain = found.gain
         return found.point
 
@@ -194,7 +197,7 @@ SAMPLERS: dict[str, Callable[[Knobs, Problem, set[Point], int], KnobSampler]] = 
 
 
 def suggest(trial: optuna.Trial, knobs: Knobs) -> Draw:
-    """Every knob for this trial."""
+    """Every knob for this trial, which keeps the gain that its sampler expects."""
     draw: Draw = {}
     for name, distribution in distributions(knobs).items():
         if isinstance(distribution, IntDistribution):
@@ -202,4 +205,16 @@ def suggest(trial: optuna.Trial, knobs: Knobs) -> Draw:
         else:
             assert isinstance(distribution, CategoricalDistribution)
             draw[name] = trial.suggest_categorical(name, distribution.choices)  # type: ignore[assignment]
+    gain = getattr(trial.study.sampler, "gain", None)
+    if gain is not None:
+        trial.set_user_attr(GAIN, gain)
     return draw
+
+
+def expects_too_little(study: optuna.Study, until: float | None) -> bool:
+    """Whether the gain expected of each of the last trials was below `until`; None asks for nothing."""
+    if until is None:
+        return False
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    gains = [t.user_attrs.get(GAIN) for t in finished[-PATIENCE:]]
+    return len(gains) == PATIENCE and all(gain is not None and gain < until for gain in gains)

@@ -44,15 +44,14 @@ from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
-from .engine import PATIENCE
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
-from .history import ESTIMATES, NOISE
-from .knobs import Knobs
+from .history import EARLY_STOPPING, ESTIMATES, NOISE
+from .knobs import Knobs, Point
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
-from .samplers import SAMPLERS, suggest
+from .problem import Problem
+from .samplers import SAMPLERS, expects_too_little, suggest
 from .stopping import Finished, best_final, check_rung
-from .surrogate.sampler import Problem
 
 log = logging.getLogger(__name__)
 
@@ -578,23 +577,22 @@ class _Search:
         self.run, self.config, self.evaluator = run, config, evaluator
         self.on_trial = on_trial or (lambda _: None)
         self.knobs = Knobs.of_space(config.space)
-        self.known: set[tuple[int, ...]] = set()
+        self.known: set[Point] = set()
         problem = Problem(
-            tuple(o.name for o in run.objectives), tuple(o.minimize for o in run.objectives), run.manifest["reference"]
+            tuple(o.name for o in run.objectives), tuple(o.minimize for o in run.objectives), run.reference
         )
-        self.sampler = SAMPLERS[config.sampler](self.knobs, problem, self.known, config.seed)
-        self.low = 0
+        sampler = SAMPLERS[config.sampler](self.knobs, problem, self.known, config.seed)
         try:
             self.study = optuna.load_study(
                 study_name=run.manifest["study"],
                 storage=run.storage(),
-                sampler=self.sampler,
+                sampler=sampler,
             )
         except KeyError:
             raise no_study(run.path) from None
         frozen = self.study.get_trials(deepcopy=False)
         self.trials = [read_trial(t) for t in frozen if t.state.is_finished()]
-        self.known.update(self._point(t.architecture) for t in self.trials if t.architecture)
+        self.known.update(self.knobs.point(config.space.encode(t.architecture)) for t in self.trials if t.architecture)
         self.unfinished = [t for t in frozen if t.state == TrialState.RUNNING]
         self.before = len(self.trials)  # what earlier processes did
         self.front = run.front(self.trials)
@@ -619,10 +617,10 @@ class _Search:
                 gave_up = self._gives_up()
                 if exhausted or gave_up:
                     break
-                self._one_trial()
-                if self._expects_too_little():
+                if expects_too_little(self.study, self.config.until):
                     log.warning("stopped: a further architecture is expected to add less than --until asks for")
                     break
+                self._one_trial()
         except BaseException:
             # the reason for ending is what the user must see, not a second failure on the way out
             with contextlib.suppress(NasError):
@@ -650,12 +648,13 @@ class _Search:
             trial.set_user_attr("attempts", attempts)
         else:
             trial, attempts = self.study.ask(), 1
-        architecture = self.config.space.decode(suggest(trial, self.knobs))
-        if self._point(architecture) in self.known:  # only where a process died while it was drawing
+        choices = suggest(trial, self.knobs)
+        point, architecture = self.knobs.point(choices), self.config.space.decode(choices)
+        if point in self.known:  # only where a process died while it was drawing
             self._fail(trial, None, TrialFailure("killed", "the process died while the architecture was drawn"))
             return
         trial.set_user_attr("architecture", architecture.to_dict())
-        self.known.add(self._point(architecture))
+        self.known.add(point)
         try:
             if attempts > MAX_ATTEMPTS:
                 raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
@@ -683,7 +682,7 @@ class _Search:
             return
         if self.trains:
             # every trial has it: a sampler may want the same constraints of all, and a process may have died in between
-            trial.set_constraint("early_stopping", evaluation.stopped.shortfall if evaluation.stopped else 0.0)
+            trial.set_constraint(EARLY_STOPPING, evaluation.stopped.shortfall if evaluation.stopped else 0.0)
         if evaluation.stopped is not None:
             trial.set_user_attr("failure", str(evaluation.stopped))
             trial.set_user_attr(ESTIMATES, self._estimates(evaluation.scores))
@@ -762,17 +761,6 @@ class _Search:
 
     def _costs(self, scores: Scores) -> tuple[float, ...]:
         return tuple(o.loss(o.read(scores) or 0.0) for o in self.run.objectives if o.field != "accuracy")
-
-    def _expects_too_little(self) -> bool:
-        """Whether the sampler has expected too little of a further architecture, several times in a row."""
-        if self.config.until is None:
-            return False
-        gain = self.sampler.gain
-        self.low = self.low + 1 if gain is not None and gain < self.config.until else 0
-        return self.low >= PATIENCE
-
-    def _point(self, architecture: Architecture) -> tuple[int, ...]:
-        return self.knobs.point(self.config.space.encode(architecture))
 
     def _count(self, state: str) -> int:
         return sum(t.state == state for t in self.trials)

@@ -9,16 +9,17 @@ window of the first cost, so that every budget has its turn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history import Cheap, History
+from ..history import History
 from ..knobs import Knobs, Point, Points
-from ..pareto import hypervolume, non_dominated
+from ..pareto import hypervolume, non_dominated, nondomination_ranks
+from ..problem import Problem
 from .acquisition import Known, Marginal, Predicted, expected_improvement
-from .gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
+from .gp import Encoding, Hyperparameters, Posterior, fit_hyperparameters
 
 Floats = NDArray[np.float64]
 
@@ -32,55 +33,10 @@ REFIT = 1.15
 """Hyperparameters are fitted again when there are so many times the observations."""
 MAX_POINTS = 500
 """Observations that predictions rest on: the front, then the best ranks and the latest."""
-BEYOND = 0.3
-"""How far beyond the worst seen the reference point lies where none is given, as a share of the range seen."""
 WINDOWED = 0.6
 """Share of draws that look at a window of the first cost only."""
 WINDOW = 0.4
 """Its width, as a share of the range between the front's least cost and the reference."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a surrogate must know beside the history.
-
-    Args:
-        objectives: names, in the study's order.
-        minimize: objective by objective.
-        reference: objective -> the reference point's value; what has none gets one from what was seen.
-        cheap: gives the objectives that cost next to nothing.
-        limits: value -> largest value allowed, where it is one that `cheap` gives.
-    """
-
-    objectives: tuple[str, ...]
-    minimize: tuple[bool, ...]
-    reference: Mapping[str, float] = field(default_factory=dict)
-    cheap: Cheap | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def signs(self) -> Floats:
-        """1 for what is minimised, else -1."""
-        signs: Floats = np.array([1.0 if small else -1.0 for small in self.minimize])
-        return signs
-
-    def corner(self, losses: Floats) -> Floats:
-        """The reference point as losses: as given, or well beyond the worst seen, or 0 for a gain.
-
-        Well beyond, because a corner too near hides what the costly end of the front is worth; measured, that is the
-        dearer mistake.
-        """
-        worst = losses.max(0)
-        spread = worst - losses.min(0)
-        found: Floats = worst + BEYOND * np.where(spread > 0, spread, 1.0)
-        for column, (name, small) in enumerate(zip(self.objectives, self.minimize, strict=True)):
-            if name in self.reference:
-                found[column] = self.signs[column] * self.reference[name]
-            elif not small and worst[column] <= 0:
-                found[column] = 0.0
-            if small and name in self.limits:  # nothing beyond it counts
-                found[column] = min(found[column], self.limits[name])
-        return found
 
 
 @dataclass(frozen=True)
@@ -110,16 +66,11 @@ class Surrogate:
 
         Args:
             history: what is known.
-            known: points not to recommend.
+            known: points that are evaluated or on their way; none of them is recommended.
             rng: of this draw.
             seed: of the search.
         """
-        started = (
-            len(history.rows)
-            + len(history.pending)
-            + sum(int((values > 0).sum()) for values in (v for _, v in history.constraints.values()))
-        )
-        if started < INITIAL or not history.complete.any():
+        if len(known) < INITIAL or not history.complete.any():
             return Recommendation(self._start(known, rng, seed))
         losses = history.losses[history.complete]
         corner = self.problem.corner(losses)
@@ -303,11 +254,6 @@ def _kept(history: History) -> NDArray[np.int64]:
     """Indices of the observations that predictions rest on, in order."""
     if len(history.rows) <= MAX_POINTS:
         return np.arange(len(history.rows))
-    from ..pareto import nondomination_ranks
-
     ranks = nondomination_ranks(history.losses)
     latest = -np.arange(len(ranks))
     return np.sort(np.lexsort((latest, ranks))[:MAX_POINTS])
-
-
-__all__ = ["Posterior", "Problem", "Recommendation", "Surrogate", "Warp"]
