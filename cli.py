@@ -276,6 +276,9 @@ def _images(command: Any) -> Any:
 @click.option("--proxy-size", type=int, help="Side of the images it sees.  [default: the input size]")
 @click.option("--calibration", metavar="FOLDER", help="For --proxy ensemble: what `calibrate` made.")
 @click.option(
+    "--profile", metavar="FOLDER", help="What `profile` made on this device: the search then knows latency beforehand."
+)
+@click.option(
     "--early-stopping/--no-early-stopping",
     default=True,
     show_default=True,

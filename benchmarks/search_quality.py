@@ -38,7 +38,7 @@ from nas.search.pareto import hypervolume, non_dominated
 from nas.search.problem import Problem
 from nas.search.samplers import SAMPLERS, OptunaSampler, suggest
 
-MARKS = (25, 50, 100, 200)
+MARKS = (25, 50, 100, 200, 500, 1000, 2000)
 OBJECTIVES = {"latency": "minimize", "accuracy": "maximize"}
 
 

@@ -11,19 +11,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from .architecture import Architecture
 from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
-from .models import Backbone, create_backbone
-from .models.blocks import Stage
+from .models import create_backbone
+from .pieces import count_pieces, pieces_of
 from .runs import Run, locked_folder, reading_manifest, write_file
 from .scoring.latency import (
     LatencyConfig,
@@ -32,7 +30,6 @@ from .scoring.latency import (
     prepare_modules,
     reference_ms,
 )
-from .scoring.latency.features import FEATURES, operation_features
 from .scoring.latency.model import LatencyModel
 from .search.stability import rank_correlation
 from .space import SearchSpace
@@ -101,6 +98,26 @@ class Profile:
         at = self.config.latency
         return f"{at.label}, {at.dtype}, batch {at.batch_size}, {self.config.input_size} pixels"
 
+    def check(self, conditions: Mapping[str, Any], what: str) -> None:
+        """Refuse what was measured under other conditions.
+
+        Args:
+            conditions: `input_size`, `machine` and what is in `SHARED`; threads as a number.
+            what: what was, for the message.
+
+        Raises:
+            UsageError: where one differs.
+        """
+        mine = self.config
+        here = {"input_size": mine.input_size, "machine": machine_name(mine.latency.device)}
+        here |= {name: getattr(mine.latency, name) for name in SHARED}
+        here["threads"] = here["threads"] or torch.get_num_threads()
+        for name, value in here.items():
+            if conditions[name] != value:
+                raise UsageError(
+                    f"{what} with {name.replace('_', ' ')} {conditions[name]}, the profile {self.path} with {value}"
+                )
+
     @classmethod
     def open(cls, path: Path) -> Profile:
         """Read a profile's folder.
@@ -167,7 +184,7 @@ class Profile:
         return LatencyModel.fit(np.array(pieces), np.array(pieces_ms), wholes, np.array(wholes_ms))
 
     def _features(self, architecture: Architecture) -> np.ndarray:
-        return features_of(architecture, self.config.input_size, self.config.latency.batch_size)
+        return count_pieces(architecture, self.config.input_size, self.config.latency.batch_size).features
 
     def predict(self, model: LatencyModel, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
         """Latency in milliseconds of each architecture, and the standard deviation of its error, as a share."""
@@ -295,17 +312,12 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     Raises:
         UsageError: where the run measured under other conditions.
     """
-    config, mine = run.manifest["config"], found.config
     there = {"input_size": run.manifest["data"]["input_size"][1], "machine": run.manifest["conditions"]["device"]}
-    there |= {name: config.get(name) for name in SHARED}
-    here = {"input_size": mine.input_size, "machine": machine_name(mine.latency.device)}
-    here |= {name: getattr(mine.latency, name) for name in SHARED}
-    for name, value in here.items():
-        if there[name] != value:
-            raise UsageError(f"{run.path} was measured with {name} {there[name]}, the profile with {value}")
-    reference = run.manifest.get("latency_references", {}).get(mine.latency.label)
+    there |= {name: run.manifest["config"].get(name) for name in SHARED}
+    found.check(there | {"threads": run.manifest["conditions"]["threads"]}, f"{run.path} was measured")
+    reference = run.manifest.get("latency_references", {}).get(found.config.latency.label)
     if reference is None:
-        raise UsageError(f"{run.path} has no latency on {mine.latency.label}")
+        raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference
     return [
         (t.architecture, t.scores.latency_ms * scale)
@@ -321,44 +333,6 @@ def random_architectures(space: SearchSpace, seed: int) -> Iterator[Architecture
         yield space.sample(rng)
 
 
-def features_of(architecture: Architecture, input_size: int, batch_size: int) -> np.ndarray:
-    """Features of stem, stages and head, one row each, of shape (pieces, features)."""
-    flat = replace(architecture, stages=tuple(replace(stage, depth=1) for stage in architecture.stages))
-    once, each = _features_of_flat(flat, input_size, batch_size)
-    depths = np.array([0, *(stage.depth for stage in architecture.stages), 0])
-    features: np.ndarray = once + depths[:, None] * each
-    return features
-
-
-@lru_cache(maxsize=65536)
-def _features_of_flat(architecture: Architecture, input_size: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a network with one block a stage: what runs once in each piece, and what every further block adds."""
-    backbone = create_backbone(architecture, NUM_CLASSES, device="meta").eval()
-    x = torch.empty(batch_size, 3, input_size, input_size, device="meta")
-    once, each = [], []
-    nothing = dict.fromkeys(FEATURES, 0.0)
-    for piece in _pieces(backbone):
-        block = nothing
-        if isinstance(piece, Stage):
-            single, x = operation_features(piece.downsample, x)
-            block, x = operation_features(piece.blocks, x)
-        else:
-            single, x = operation_features(piece, x)
-        once.append([single[name] for name in FEATURES])
-        each.append([block[name] for name in FEATURES])
-    return np.array(once), np.array(each)
-
-
-def _pieces(backbone: Backbone) -> list[nn.Module]:
-    """Stem, stages and what comes after them, as modules that run one after the other."""
-    return [backbone.stem, *backbone.stages, _Head(backbone)]
-
-
-class _Head(nn.Sequential):
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone.norm, backbone.head_conv, backbone.global_pool, backbone.head)
-
-
 def _image(config: ProfileConfig) -> tuple[int, int, int]:
     return 3, config.input_size, config.input_size
 
@@ -366,7 +340,7 @@ def _image(config: ProfileConfig) -> tuple[int, int, int]:
 def _measure(architecture: Architecture, found: Profile) -> dict[str, Any]:
     config = found.config.latency
     backbone = create_backbone(architecture, NUM_CLASSES).eval()
-    ready = prepare_modules(_pieces(backbone), _image(found.config), config)
+    ready = prepare_modules(pieces_of(backbone), _image(found.config), config)
     # as in any measurement, nothing else is ready beside a network
     (whole,) = measure_latencies([next(ready)], replace(config, **WHOLE), found.reference_ms)
     pieces = measure_latencies(list(ready), replace(config, **PIECE), found.reference_ms)

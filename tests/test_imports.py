@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# errors < architecture, folding, machine < space < models, data, objectives, pareto < scoring < runs < calibration's
-# folder < search < users of runs < cli
+# errors < architecture, folding, machine < space < models, data, objectives, pareto < scoring < runs, pieces <
+# calibration's folder, profile < search < users of runs < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,
@@ -28,6 +28,8 @@ RANKS = {
     "nas.search.stability": 3,
     "nas.scoring": 4,
     "nas.runs": 5,
+    "nas.pieces": 5,
+    "nas.profile": 6,
     "nas.calibration.folder": 6,
     "nas.search": 7,
     "cli": 9,

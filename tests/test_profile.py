@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -14,12 +15,17 @@ import search_spaces
 from nas.architecture import Architecture
 from nas.errors import RunError, UsageError
 from nas.models import create_backbone
-from nas.profile import Profile, ProfileConfig, features_of, hold_out, profile, random_architectures, trials_of
+from nas.pieces import count_pieces
+from nas.profile import Profile, ProfileConfig, hold_out, profile, random_architectures, trials_of
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import LatencyConfig
 from nas.scoring.latency.features import FEATURES, operation_features
 from nas.scoring.latency.model import LatencyModel
 from nas.search import SearchConfig, search
+from nas.search.beforehand import known_beforehand
+from nas.search.knobs import Knobs
+from nas.search.problem import Problem
+from nas.search.samplers import SAMPLERS
 
 MINI = search_spaces.load("mini")
 CONFIG = ProfileConfig(MINI, LatencyConfig(max_seconds=0.02, warmup_seconds=0.01, block_ms=1.0), input_size=32)
@@ -57,7 +63,7 @@ def test_features_are_those_of_the_layers():
 def test_pieces_hold_all_multiply_adds(seed):
     """A second count: stem, stages and head together have the MACs of `count_cost`."""
     architecture = MINI.sample(np.random.default_rng(seed))
-    rows = features_of(architecture, 32, 1)
+    rows = count_pieces(architecture, 32).features
     assert rows.shape == (2 + len(architecture.stages), len(FEATURES))
     columns = [i for i, name in enumerate(FEATURES) if name.endswith("_macs")]
     cost = count_cost(create_backbone(architecture, 1000), (3, 32, 32))
@@ -70,7 +76,9 @@ def test_blocks_are_counted_once_and_multiplied(seed):
     architecture = search_spaces.load("mobile").sample(np.random.default_rng(seed))
     backbone = create_backbone(architecture, 1000, device="meta").eval()
     whole, _ = operation_features(backbone, torch.empty(1, 3, 64, 64))
-    np.testing.assert_array_equal(features_of(architecture, 64, 1).sum(axis=0), [whole[name] for name in FEATURES])
+    np.testing.assert_array_equal(
+        count_pieces(architecture, 64).features.sum(axis=0), [whole[name] for name in FEATURES]
+    )
 
 
 def synthetic(rng, n, pieces=4):
@@ -192,7 +200,7 @@ def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
     (taught,), _ = profiled.predict(profiled.fit(slow), [trials[0][0]])
     assert taught > 10 * profiled.predict(profiled.fit(), [trials[0][0]])[0], "many of them outvote what was profiled"
     other = replace(profiled, config=replace(CONFIG, input_size=64))
-    with pytest.raises(UsageError, match="was measured with input_size 32, the profile with 64"):
+    with pytest.raises(UsageError, match=r"was measured with input size 32, the profile .* with 64"):
         trials_of(run, other)
 
 
@@ -203,3 +211,35 @@ def test_a_damaged_profile_is_refused(tmp_path, content):
         Profile.open(tmp_path)
     with pytest.raises(RunError, match="not a profile"):
         Profile.open(tmp_path / "missing")
+
+
+def test_a_search_knows_latency_from_a_profile(profiled, tmp_path):
+    """What the profile predicts to be over the budget is not even built."""
+    rng, model = np.random.default_rng(0), profiled.fit()
+    some = [MINI.sample(rng) for _ in range(40)]
+    budget = float(np.quantile(profiled.predict(model, some)[0], 0.3))
+    config = SearchConfig(
+        space=MINI,
+        objectives=("latency", "accuracy"),
+        proxy="params",
+        trials=2,
+        latency_seconds=0.02,
+        input_size=CONFIG.input_size,
+        device="cpu",
+        budgets={"latency": 1000 * budget},
+        profile=str(profiled.path),
+        out=tmp_path / "run",
+    )
+    run = search(config)
+    cheap = known_beforehand(MINI, run.objectives, (), (CONFIG.input_size, 10), profiled, 2 * profiled.reference_ms)
+    architecture = run.trials()[0].architecture
+    (ms,), (std,) = cheap([MINI.encode(architecture)])["latency"]
+    (own,), (share,) = profiled.predict(model, [architecture])
+    assert (ms, std) == (2 * own, 2 * own * share), "in the run's own terms"
+    problem = Problem(("latency", "accuracy"), (True, False), {}, cheap, {"latency": 2 * budget})
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    sampler = SAMPLERS["surrogate"](Knobs.of_space(MINI), problem, set(), 0)
+    drawn = [Knobs.of_space(MINI).read(sampler.propose(study, study.ask())) for _ in range(10)]
+    assert (cheap(drawn)["latency"][0] <= 2 * budget).all()
+    with pytest.raises(UsageError, match=r"this search measures with dtype bf16, the profile .* with fp32"):
+        search(replace(config, dtype="bf16", out=tmp_path / "other"))

@@ -9,7 +9,15 @@ from nas.search.knobs import Knobs
 from nas.search.pareto import hypervolume, non_dominated
 from nas.search.surrogate import gp
 from nas.search.surrogate.acquisition import Known, Predicted, expected_improvement
-from nas.search.surrogate.gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
+from nas.search.surrogate.forecast import forecast
+from nas.search.surrogate.gp import (
+    Encoding,
+    Hyperparameters,
+    Posterior,
+    Warp,
+    fit_hyperparameters,
+    kinds_of_warp,
+)
 
 KNOBS = Knobs(
     {
@@ -165,3 +173,28 @@ def test_windows_share_out_the_improvement():
     whole = expected_improvement(marginals, front, np.ones(2))
     parts = [expected_improvement(marginals, front, np.ones(2), w) for w in ((-np.inf, 0.4), (0.4, np.inf))]
     assert sum(parts) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("minimize", [True, False])
+def test_widened_intervals_hold_about_what_they_say(minimize):
+    """Held-out points of functions with interactions and noise."""
+    knobs = Knobs({f"k{i}": ("a", "b", "c", "d") for i in range(4)})
+    points, shares = np.array(list(knobs)), []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        effect, pair = rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
+        power = effect[np.arange(4), points].sum(1) + pair[points[:, 0], points[:, 1]]
+        truth = np.exp(0.3 * (power + rng.normal(0, 0.3, len(points))))
+        order = rng.permutation(len(points))
+        seen, held = order[:80], order[80:]
+        kinds = kinds_of_warp(minimize)
+        found = forecast(Encoding(knobs), points[seen], truth[seen], np.zeros(80), kinds, points[held])
+        shares.append(((found.quantile(0.05) <= truth[held]) & (truth[held] <= found.quantile(0.95))).mean())
+    assert 0.85 <= np.mean(shares) <= 0.95
+
+
+def test_quantiles_of_one_member_are_those_of_a_normal_distribution():
+    warp = Warp("linear", 0.0, 1.0, 2.0, 3.0)
+    found = Predicted([(warp, np.array([0.0, 1.0]), np.array([1.0, 0.5]))], 0.0)
+    np.testing.assert_allclose(found.quantile(0.975), [2 + 3 * 1.959964, 2 + 3 * (1 + 0.5 * 1.959964)], rtol=1e-6)
+    np.testing.assert_allclose(found.scores(found.quantile(0.975)), 1.959964, rtol=1e-6)

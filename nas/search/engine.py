@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import TrialFailure, UsageError, unknown_name
@@ -29,6 +30,7 @@ from .samplers import SAMPLERS, expects_too_little, suggest
 MAX_FAILURES = 50
 """Failures in a row after which an optimisation gives up."""
 
+Floats = NDArray[np.float64]
 Evaluate = Callable[[dict[str, Choice]], Mapping[str, float]]
 
 
@@ -54,6 +56,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What points are expected to score.
+
+    Args:
+        median: of shape (n,).
+        low: lower end of the interval, of shape (n,).
+        high: its upper end, of shape (n,).
+    """
+
+    median: Floats
+    low: Floats
+    high: Floats
+
+
+@dataclass(frozen=True)
 class Result:
     """What came out.
 
@@ -61,12 +78,14 @@ class Result:
         trials: in order.
         objectives: name -> `minimize` or `maximize`.
         reference: objective -> the reference point's value; empty where none was given.
+        knobs: what could be chosen.
         stopped: why it ended before the wanted number of trials; None where it did not.
     """
 
     trials: list[Evaluated]
     objectives: dict[str, str]
     reference: dict[str, float]
+    knobs: Knobs
     stopped: str | None = None
 
     @cached_property
@@ -79,6 +98,37 @@ class Result:
         front = [t for t, on_front in zip(scored, non_dominated(losses), strict=True) if on_front]
         first = next(iter(self.objectives))
         return sorted(front, key=lambda t: t.values[first])
+
+    def predict(self, choices: Sequence[Choices], level: float = 0.9) -> dict[str, Forecast]:
+        """What points would score, evaluated or not, by what all trials say.
+
+        Args:
+            choices: the points.
+            level: the probability with which a score lies within its interval.
+
+        Raises:
+            UsageError: where fewer than 10 trials were scored, or for choices that the knobs do not have.
+        """
+        from .surrogate.forecast import FOLDS, forecast
+        from .surrogate.gp import Encoding, kinds_of_warp
+
+        if not 0 < level < 1:
+            raise UsageError(f"level is {level}: a probability between 0 and 1 is needed")
+        scored = [t for t in self.trials if t.failure is None]
+        if len(scored) < 2 * FOLDS:
+            raise UsageError(f"{len(scored)} trials were scored: a prediction needs {2 * FOLDS} or more")
+        rows = np.array([self.knobs.point(t.choices) for t in scored])
+        at = np.array([self.knobs.point(c) for c in choices], dtype=np.int64).reshape(-1, rows.shape[1])
+        found, encoding = {}, Encoding(self.knobs)
+        for name, direction in self.objectives.items():
+            sign = 1.0 if direction == "minimize" else -1.0
+            losses = sign * np.array([t.values[name] for t in scored])
+            kinds = kinds_of_warp(direction == "minimize")
+            predicted = forecast(encoding, rows, losses, np.zeros(len(rows)), kinds, at)
+            ends = sorted([(1 - level) / 2, (1 + level) / 2], reverse=sign < 0)
+            low, high = (sign * predicted.quantile(share) for share in ends)
+            found[name] = Forecast(sign * predicted.quantile(0.5), low, high)
+        return found
 
 
 def optimize(
@@ -205,7 +255,7 @@ def _run(
     before = len(done)
 
     def result(stopped: str | None = None) -> Result:
-        return Result(list(done), objectives, dict(problem.reference), stopped)
+        return Result(list(done), objectives, dict(problem.reference), knobs, stopped)
 
     while len(done) < trials:
         if expects_too_little(study, until):

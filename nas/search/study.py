@@ -29,6 +29,7 @@ from ..data import MAX_IMAGES, ImageData, load_data, reduced
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
 from ..models.zoo import check_network_name
+from ..profile import SHARED, Profile
 from ..runs import (
     Run,
     Trial,
@@ -44,6 +45,7 @@ from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
+from .beforehand import known_beforehand
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
 from .history import EARLY_STOPPING, ESTIMATES, NOISE
@@ -83,6 +85,8 @@ class SearchConfig:
         proxy_repeats: the proxy's score is the mean over so many seeds.
         proxy_images: training images that the proxy sees, a stratified sample; None for all.
         proxy_size: side of the images that it sees, both to train and to validate; None for the input size.
+        profile: a folder of `mixnas profile`, made under the same conditions: the search then knows the latency on the
+            first target beforehand, as its model predicts it, and learns accuracy alone.
         calibration: a folder of `mixnas calibrate`, whose ensemble the proxy `ensemble` is.
         early_stopping: end a training that cannot reach the front any more; it counts as scored.
         epochs: of the short training.
@@ -123,6 +127,7 @@ class SearchConfig:
     proxy_repeats: int = 1
     proxy_images: int | None = None
     proxy_size: int | None = None
+    profile: str | None = None
     calibration: str | None = None
     early_stopping: bool = True
     epochs: int = Fidelity.epochs
@@ -265,8 +270,9 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         device=device,
         also=tuple((resolve_device(further), runtime) for further, runtime in config.also),
         data=_absolute(config.data),
-        data_root=None if config.data_root is None else str(Path(config.data_root).expanduser().resolve()),
-        calibration=None if config.calibration is None else str(Path(config.calibration).expanduser().resolve()),
+        data_root=_absolute_folder(config.data_root),
+        calibration=_absolute_folder(config.calibration),
+        profile=_absolute_folder(config.profile),
         out=_new_folder(config) if config.out is None else config.out,
     )
     assert config.out is not None
@@ -283,6 +289,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     evaluator.build(largest)  # refuses images that are too small, before anything is written
     if config.proxy_size is not None and config.proxy_size < largest.reduction:
         raise UsageError(f"proxy images of {config.proxy_size} pixels are too small: {largest.reduction} or more")
+    _open_profile(config, evaluator.latency[0], data.input_size[1])
     conditions = score_conditions(config, device, data, evaluator)
     with locked_folder(config.out):
         if is_run(config.out):
@@ -293,8 +300,9 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, device, data, evaluator, conditions)
         evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
+        problem = _problem(run, config, evaluator)
         with storage_errors(run.path):
-            return _Search(run, config, evaluator, on_trial).run_trials()
+            return _Search(run, config, problem, evaluator, on_trial).run_trials()
 
 
 def _absolute(data: str) -> str:
@@ -303,10 +311,14 @@ def _absolute(data: str) -> str:
     return data if embedded else str(Path(data).expanduser().resolve())
 
 
+def _absolute_folder(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
     names = (
-        *("trials", "sampler", "until", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
+        *("trials", "sampler", "until", "profile", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
         *("latency_target", "latency_seconds"),
     )
     asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
@@ -419,6 +431,41 @@ def _latency_configs(config: SearchConfig, device: str) -> tuple[LatencyConfig, 
             max_seconds=config.latency_seconds,
         )
         for where, runtime in targets
+    )
+
+
+def _open_profile(config: SearchConfig, target: LatencyConfig, side: int) -> Profile | None:
+    """The profile that predicts the first target's latency, where one is named.
+
+    Raises:
+        RunError: where the folder has none, or too little was measured.
+        UsageError: where it is of other conditions, or latency is not wanted.
+    """
+    if config.profile is None:
+        return None
+    if "latency" not in (*config.objectives, *config.budgets):
+        raise UsageError("--profile predicts latency, which is no objective and has no budget here")
+    found = Profile.open(Path(config.profile))
+    conditions: dict[str, Any] = {name: getattr(target, name) for name in SHARED}
+    conditions |= {"input_size": side, "machine": machine_name(target.device)}
+    found.check(conditions | {"threads": target.threads or torch.get_num_threads()}, "this search measures")
+    return found
+
+
+def _problem(run: Run, config: SearchConfig, evaluator: Evaluator) -> Problem:
+    """What is searched for, with all that is known beforehand."""
+    objectives, image = run.objectives, (evaluator.data.input_size[1], len(evaluator.data.classes))
+    profile = _open_profile(config, evaluator.latency[0], image[0])
+    cheap = known_beforehand(
+        config.space,
+        objectives,
+        tuple(config.budgets),
+        image,
+        profile,
+        evaluator.references.get(evaluator.latency[0].label),
+    )
+    return Problem(
+        tuple(o.name for o in objectives), tuple(o.minimize for o in objectives), run.reference, cheap, config.budgets
     )
 
 
@@ -572,15 +619,17 @@ class _Search:
     """The loop of one process over one run."""
 
     def __init__(
-        self, run: Run, config: SearchConfig, evaluator: Evaluator, on_trial: Callable[[Progress], None] | None
+        self,
+        run: Run,
+        config: SearchConfig,
+        problem: Problem,
+        evaluator: Evaluator,
+        on_trial: Callable[[Progress], None] | None,
     ) -> None:
         self.run, self.config, self.evaluator = run, config, evaluator
         self.on_trial = on_trial or (lambda _: None)
         self.knobs = Knobs.of_space(config.space)
         self.known: set[Point] = set()
-        problem = Problem(
-            tuple(o.name for o in run.objectives), tuple(o.minimize for o in run.objectives), run.reference
-        )
         sampler = SAMPLERS[config.sampler](self.knobs, problem, self.known, config.seed)
         try:
             self.study = optuna.load_study(

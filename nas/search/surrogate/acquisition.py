@@ -125,6 +125,34 @@ class Predicted(Marginal):
         """The middle of the members' medians, of shape (n,)."""
         return np.median([warp.to_loss(mean) for warp, mean, _ in self.members], axis=0)
 
+    def share_below(self, losses: Floats) -> Floats:
+        """P(y <= loss) for one loss of each candidate, of shape (n,)."""
+        from scipy.special import ndtr
+
+        shares: Floats = np.mean([ndtr((warp.to_normal(losses) - mean) / std) for warp, mean, std in self.members], 0)
+        return shares
+
+    def scores(self, losses: Floats) -> Floats:
+        """How many standard deviations of a normal distribution each loss is away from the middle, of shape (n,)."""
+        from scipy.special import ndtri
+
+        scores: Floats = ndtri(np.clip(self.share_below(losses), 1e-9, 1 - 1e-9))
+        return scores
+
+    def quantile(self, share: float) -> Floats:
+        """The losses that are not exceeded with this probability, of shape (n,)."""
+        from scipy.special import ndtri
+
+        # between the members' own quantiles lies that of all
+        ends = np.stack([warp.to_loss(mean + ndtri(share) * std) for warp, mean, std in self.members])
+        low, high = ends.min(0), ends.max(0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.share_below(middle) > share
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        found: Floats = (low + high) / 2
+        return found
+
 
 def expected_improvement(
     marginals: Sequence[Marginal],

@@ -33,6 +33,8 @@ SHARED_BY = 3
 FIT_POINTS = 200
 """Observations that hyperparameters are fitted to; of more, the latest and a regular part of the others."""
 JITTER = 1e-6
+MEMBERS = 2
+"""Gaussian processes for each objective."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Warp:
         elif self.kind == "soft":
             slope -= np.log(self.unit) + np.log1p(np.maximum((losses - self.centre) / self.unit, 0))
         return slope
+
+
+def kinds_of_warp(minimize: bool) -> tuple[str, ...]:
+    """The warps that an objective may have: costs differ by factors, gains have bad ones that do not matter."""
+    return ("linear", "log") if minimize else ("soft",)
 
 
 @dataclass(frozen=True)
@@ -341,6 +348,11 @@ class Posterior:
             lower,
             cho_solve((lower, True), self.warp.to_normal(self.losses), check_finite=False),
         )
+
+    @property
+    def fitted_noise(self) -> float:
+        """Variance of a score around what is predicted, beyond what `noise` says, in the warped space."""
+        return self._solved[0].noise
 
     def predict(self, rows: Points) -> tuple[Floats, Floats]:
         """Mean and standard deviation at points, in the warped space, each of shape (n,)."""

@@ -19,14 +19,12 @@ from ..knobs import Knobs, Point, Points
 from ..pareto import hypervolume, non_dominated, nondomination_ranks
 from ..problem import Problem
 from .acquisition import Known, Marginal, Predicted, expected_improvement
-from .gp import Encoding, Hyperparameters, Posterior, fit_hyperparameters
+from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters, kinds_of_warp
 
 Floats = NDArray[np.float64]
 
 INITIAL = 10
 """Points of the start, in which every choice of a knob comes equally often."""
-MEMBERS = 2
-"""Gaussian processes for each objective."""
 CANDIDATES = 200
 """Points that are compared for one recommendation."""
 REFIT = 1.15
@@ -115,10 +113,16 @@ class Surrogate:
     def _start(self, known: set[Point], rng: np.random.Generator, seed: int) -> Point:
         planned = self.knobs.settle(self.knobs.spread(np.random.default_rng([seed, INITIAL]), INITIAL))
         drawn = self.knobs.settle(self.knobs.random(rng, INITIAL))
-        for point in (*planned, *drawn):
-            if point not in known:
-                return point
-        return self.knobs.nearest_unknown(drawn[0], known, rng)
+        unknown = [point for point in (*planned, *drawn) if point not in known]
+        if not unknown:
+            return self.knobs.nearest_unknown(drawn[0], known, rng)
+        if not self.problem.limits.keys() & self._cheap_names(unknown[0]):
+            return unknown[0]
+        for wanted in (unknown, self.knobs.settle(self.knobs.random(rng, CANDIDATES))):  # rather one within the limits
+            share = self._within_known_limits(wanted)
+            if kept := [p for p, s in zip(wanted, share, strict=True) if s > 0.5 and p not in known]:
+                return kept[0]
+        return unknown[0]
 
     def _candidates(
         self, history: History, on_front: NDArray[np.bool_], known: set[Point], rng: np.random.Generator
@@ -133,7 +137,7 @@ class Surrogate:
 
     def _posteriors(self, name: str, history: History, column: int) -> list[Posterior]:
         """An objective's Gaussian processes; running trials count as if they came out as expected."""
-        kinds = ("linear", "log") if self.problem.minimize[column] else ("soft",)
+        kinds = kinds_of_warp(self.problem.minimize[column])
         losses, noise = history.losses[:, column], history.noise[:, column]
         kept = _kept(history)
         found = []
@@ -211,12 +215,7 @@ class Surrogate:
         """The probability that every constraint is kept, of shape (n,)."""
         from scipy.special import ndtr
 
-        share = np.ones(len(rows))
-        cheap = self._cheap_names(candidates[0])
-        for name, limit in self.problem.limits.items():
-            if name in cheap:
-                mean, std = self._costs(candidates, name)
-                share = share * Known(mean, std).below(np.array([limit]))[:, 0]
+        share, cheap = self._within_known_limits(candidates), self._cheap_names(candidates[0])
         for name, (points, values) in history.constraints.items():
             if name in cheap and name in self.problem.limits:
                 continue
@@ -225,6 +224,15 @@ class Surrogate:
             posterior = Posterior(self.encoding, hyper, points[recent], values[recent], np.zeros(len(values[recent])))
             mean, std = posterior.predict(rows)
             share = share * ndtr((posterior.warp.to_normal(np.zeros(1)) - mean) / std)
+        return share
+
+    def _within_known_limits(self, points: Sequence[Point]) -> Floats:
+        """The probability that points keep the limits on what is cheap, of shape (n,)."""
+        share, cheap = np.ones(len(points)), self._cheap_names(points[0])
+        for name, limit in self.problem.limits.items():
+            if name in cheap:
+                mean, std = self._costs(points, name)
+                share = share * Known(mean, std).below(np.array([limit]))[:, 0]
         return share
 
     def _cheap_names(self, point: Point) -> set[str]:
