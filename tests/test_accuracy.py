@@ -15,7 +15,7 @@ from nas.architecture import Additive, Architecture, Hadamard, Softmax, Stage
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Estimate, Fidelity, Training, train
-from nas.scoring.accuracy.training import AVERAGING
+from nas.scoring.accuracy.training import AVERAGING, top1
 from nas.scoring.cost import count_cost
 
 TRAINED = [name for name, row in ESTIMATORS.items() if row.trained]
@@ -149,6 +149,25 @@ def test_lost_weights_fail_as_non_finite(name, model, few):
     assert caught.value.reason == "non_finite"
     assert "\n" not in str(caught.value)
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_rare_image_that_overflows_counts_as_wrong(few):
+    """A classifier that knows every answer, and overflows on some images."""
+
+    class Knows(nn.Module):
+        def __init__(self, broken: int) -> None:
+            super().__init__()
+            self.broken, self.seen = broken, 0
+
+        def forward(self, x):
+            logits = nn.functional.one_hot(few.holdout.labels[self.seen : self.seen + len(x)], 10).float()
+            logits[: max(0, self.broken - self.seen)] *= math.inf
+            self.seen += len(x)
+            return logits
+
+    assert top1(Knows(4), few, "cpu", batch_size=3) == pytest.approx(100 * 44 / 48)
+    with pytest.raises(TrialFailure, match="gives 5 of 48 images logits that are not finite"):
+        top1(Knows(5), few, "cpu", batch_size=3)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -40,6 +40,8 @@ STATISTICS_BATCHES = 16
 LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
 SHIFT_SHARE = 0.125
+MAX_BROKEN = 0.1
+"""Share of the held-out images that may have logits that are not finite; they count as wrong."""
 
 
 def train(
@@ -244,16 +246,26 @@ def normaliser(data: ImageData, device: str) -> Callable[[torch.Tensor], torch.T
 
 
 def top1(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> float:
-    """Percent of the held-out images whose highest logit is the right one."""
+    """Percent of the held-out images whose highest logit is the right one.
+
+    After few steps a deep network of products may overflow on a rare image that its batch norms never saw the like of:
+    that is one more image it gets wrong.
+
+    Raises:
+        TrialFailure: `non_finite` where that is more than a tenth of them.
+    """
     held, normalise = _on_device(data.holdout, device), normaliser(data, device)
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     with torch.inference_mode():
         for pixels, labels in zip(held.pixels.split(batch_size), held.labels.split(batch_size), strict=True):
             logits = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
-            finite &= logits.isfinite().all()
-            correct += (logits.argmax(1) == labels).sum()
-    if not bool(finite):
-        raise TrialFailure("non_finite", "the trained network gives logits that are not finite")
+            finite = logits.isfinite().all(1)
+            broken += (~finite).sum()
+            correct += ((logits.argmax(1) == labels) & finite).sum()
+    if int(broken) > MAX_BROKEN * len(held):
+        raise TrialFailure(
+            "non_finite", f"the trained network gives {int(broken)} of {len(held)} images logits that are not finite"
+        )
     return 100 * int(correct) / len(held)
