@@ -324,7 +324,10 @@ def _images(command: Any) -> Any:
     metavar="RUN",
     help="The run folder; an existing run is resumed.  [default: results/SPACE-DATA-TIME]",
 )
-@click.option("--storage", metavar="URL", help="An Optuna database instead of study.db in the run folder.")
+@click.option(
+    "--storage", metavar="URL", help="A database (postgresql://…) that `worker` can join, instead of study.db."
+)
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes here that score side by side.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 @click.pass_context
 def search_command(context: click.Context, /, as_json: bool, **options: Any) -> None:
@@ -355,6 +358,62 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     click.echo(f"next:\n  {_program()} plot {path}\n  {_program()} export {path} --all")
     if front:
         click.echo(f"  {_program()} measure {shlex.quote(f'{run.path}@{front[0].key}')}")
+
+
+@cli.command("worker")
+@click.option("--storage", metavar="URL", required=True, help="Where the study is: postgresql://…, grpc://HOST:PORT, …")
+@click.option("--study", metavar="NAME", required=True, help="The name of its run folder.")
+@click.option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
+@click.option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
+@click.option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
+@click.option(
+    "--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder for weights trained here.  [default: results/STUDY]",
+)
+def worker_command(
+    storage: str,
+    study: str,
+    data: str | None,
+    data_root: str | None,
+    device: str | None,
+    command: str | None,
+    out: Path | None,
+) -> None:
+    """Join a search from another process or machine.
+
+    Space, objectives, proxy and conditions come from the study.
+    """
+    from nas.search import SearchConfig
+    from nas.search.study import join, work
+
+    run = join(storage, study, out)
+    config = SearchConfig.from_run(run)
+    if config.command != command:
+        asks = f"runs the program {config.command!r}" if config.command else "runs no program"
+        raise UsageError(f"this search {asks}: say the same by --command to allow it")
+    local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "storage": storage}
+    config = replace(config, **{name: value for name, value in local.items() if value is not None})
+    display = _ProgressDisplay(config.trials)
+    with display:
+        work(run, config, display.update)
+    click.echo(f"{study} is done; its front is where it was started")
+
+
+@cli.command("serve-storage")
+@click.option("--storage", metavar="URL", required=True, help="The database.")
+@click.option("--host", default="localhost", show_default=True, help="Address to listen on; it has no password.")
+@click.option("--port", type=int, default=13000, show_default=True, help="Port to listen on.")
+def serve_storage(storage: str, host: str, port: int) -> None:
+    """Stand between a database and hundreds of workers, which join by grpc://HOST:PORT."""
+    from nas.runs import serve_storage as serve
+
+    click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True)
+    serve(storage, host, port)
 
 
 _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout": "trial_timeout_minutes"}
@@ -453,6 +512,7 @@ class _ProgressDisplay:
         )
 
         self.run_path: Path | None = None
+        self._places: set[str] = set()
         self._console = Console(stderr=True, markup=False)
         self._bar = Progress(
             TextColumn("scored"),
@@ -486,11 +546,18 @@ class _ProgressDisplay:
 
             self._bar.update(self._task, completed=progress.scored, total=progress.target)
             room = max(3, self._console.height - 10)
-            self._live.update(Group(self._bar, _front_table(progress.run, progress.front, limit=room)))
+            fleet = [str(member) for member in progress.fleet[: max(3, room // 2)]]
+            table = _front_table(progress.run, progress.front, limit=room)
+            self._live.update(Group(self._bar, *fleet, table))
         elif progress.trial is None:
             click.echo(f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored", err=True)
         else:
             click.echo(_line(progress), err=True)
+        places = {member.place for member in progress.fleet}
+        if self._live is None and places != self._places:
+            self._places = places
+            for member in progress.fleet:
+                click.echo(f"  also at work: {member}", err=True)
 
 
 def _line(progress: Progress) -> str:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
-from .errors import RunError, UsageError
+from .errors import RunError, StorageError, UsageError
 from .search.objectives import (
     OBJECTIVES,
     Objective,
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 BASELINES, REMEASURED, ELSEWHERE = "baselines", "remeasured", "elsewhere"
 """Attributes of the study that `nas.search.finish` writes."""
+MANIFEST = "manifest"
+"""The one with the content of `run.json`, for workers that have no more than the storage."""
+GRPC = "grpc://"
 STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
 
 
@@ -126,6 +131,12 @@ class Run:
         """Write `run.json`: the last step of a run's creation, or an update of what a resumed run may change."""
         write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
         return cls.open(path)
+
+    def update(self, manifest: Mapping[str, Any]) -> Run:
+        """Keep another manifest, for the workers of a shared study too."""
+        with self._study() as (storage, study_id):
+            storage.set_study_user_attr(study_id, MANIFEST, dict(manifest))
+        return Run.create(self.path, manifest)
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
@@ -447,11 +458,10 @@ class Run:
 
         write_file(self.weights_file(key), save(dict(weights)))
 
-    def drop_weights(self, keep: set[str]) -> None:
-        """Delete the weights of architectures that are not in `keep`."""
-        for file in self.path.glob("weights/*.safetensors"):
-            if file.stem not in keep:
-                file.unlink(missing_ok=True)
+    def drop_weights(self, keys: set[str]) -> None:
+        """Delete the weights of architectures; others may be of a worker whose trial is not known here yet."""
+        for key in keys:
+            self.weights_file(key).unlink(missing_ok=True)
 
 
 def is_run(path: Path) -> bool:
@@ -542,20 +552,112 @@ def remove_unfinished_study(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
+def join_run(path: Path, url: str, study: str) -> Run:
+    """The run of a study in a shared storage, with a folder for what belongs to this machine alone.
+
+    Args:
+        path: the folder; made where it is not there.
+        url: of the storage.
+        study: its name.
+
+    Raises:
+        RunError: where the storage has no such study, or the folder is another run's.
+    """
+    with storage_errors(path):
+        storage = open_storage(path, url)
+        try:
+            study_id = storage.get_study_id_from_name(study)
+        except KeyError:
+            names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
+            raise RunError(f"the storage has no study {study!r}; it has {names}") from None
+        manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
+    if not isinstance(manifest, dict):
+        raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
+    if is_run(path):
+        run = Run.open(path)
+        if (run.manifest["study"], run.manifest["created"]) != (manifest["study"], manifest["created"]):
+            raise RunError(f"{path} is the folder of another run: give another --out")
+        return run
+    manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
+    del manifest["format"]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return Run.create(path, manifest)
+
+
 def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
     """The SQLite storage in a run folder, or the one at `url`.
+
+    Args:
+        path: the run folder.
+        url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
+            of `mixnas serve-storage`.
 
     Raises:
         RunError: where the database's driver is not installed.
     """
-    if url is not None:
+    if url is None:
+        return optuna.storages.RDBStorage(
+            f"sqlite:///{(path / 'study.db').resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+    return _server(url)
+
+
+@lru_cache(maxsize=8)
+def _server(url: str) -> optuna.storages.BaseStorage:
+    """One for each process: it keeps connections open."""
+    try:
+        if url.startswith(GRPC):
+            host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
+            return _proxy(host, int(port))
+        driver, separator, rest = url.partition("://")
+        if driver in ("postgresql", "postgres"):
+            driver = "postgresql+psycopg"
+        # a connection that the server has dropped meanwhile is made again
+        return optuna.storages.RDBStorage(driver + separator + rest, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        extra = "grpc" if url.startswith(GRPC) else "postgres"
+        raise RunError(
+            f"the storage needs a driver that is not installed ({error}): pip install 'mixnas[{extra}]'"
+        ) from None
+
+
+def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
+    try:
+        proxy.wait_server_ready(timeout=10)
+    except ConnectionError:
+        raise RunError(f"nothing answers at {GRPC}{host}:{port}: start `mixnas serve-storage` there") from None
+    return proxy
+
+
+def serve_storage(url: str, host: str, port: int) -> None:
+    """Pass a database on to workers, until interrupted.
+
+    Raises:
+        RunError: where the port cannot be had, or a driver is not installed.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    try:
+        import grpc  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise RunError(
+            f"a storage is served by gRPC, which is not installed ({error}): pip install 'mixnas[grpc]'"
+        ) from None
+    with storage_errors(Path(".")), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.get_storage(open_storage(Path("."), url))
         try:
-            return optuna.storages.RDBStorage(url)
-        except ImportError as error:
-            raise RunError(f"the storage needs a driver that is not installed ({error}): pip install it") from None
-    return optuna.storages.RDBStorage(
-        f"sqlite:///{(path / 'study.db').resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-    )
+            optuna.storages.run_grpc_proxy_server(
+                storage, host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=64)
+            )
+        except RuntimeError as error:
+            raise RunError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
 
 
 @contextlib.contextmanager
@@ -563,11 +665,20 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what a missing or damaged storage raises into one line."""
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise RunError(
+        raise StorageError(
             f"the storage of {path} cannot be read or written ({cause}): restore it, or start another run"
         ) from None
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an exception says that a study's storage is missing, damaged or out of reach."""
+    grpc = sys.modules.get("grpc")
+    lost = (SQLAlchemyError, optuna.exceptions.StorageInternalError, StorageError)
+    return isinstance(error, lost) or (grpc is not None and isinstance(error, grpc.RpcError))
 
 
 def no_study(path: Path) -> RunError:

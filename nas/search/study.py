@@ -10,10 +10,11 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,13 @@ from ..machine import describe_machine, describe_software, machine_name, resolve
 from ..models.zoo import check_network_name
 from ..profile import SHARED, Profile
 from ..runs import (
+    FORMAT,
+    GRPC,
+    MANIFEST,
     Run,
     Trial,
     is_run,
+    join_run,
     locked_folder,
     no_study,
     open_storage,
@@ -48,6 +53,7 @@ from ..space import SearchSpace
 from .beforehand import known_beforehand
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
+from .fleet import RELEASED, WORKER, Fleet, Member, Worker, local_workers
 from .history import EARLY_STOPPING, ESTIMATES, NOISE
 from .knobs import Knobs, Point
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
@@ -63,6 +69,7 @@ MAX_FAILURES = 10
 """Failures in a row before it gives up."""
 LATENCY_PROTOCOL = 2
 """Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
+WAIT_SECONDS = 1.0
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -111,7 +118,9 @@ class SearchConfig:
         latency_seconds: time for a network whose interval stays wider than that.
         seed: of every draw, of initial weights and of training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
-        storage: URL of an Optuna RDB storage; None keeps `study.db` in the run folder.
+        storage: URL of the study's storage (`nas.runs.open_storage`), which other processes may share; None keeps
+            `study.db` in the run folder.
+        workers: processes on this machine that score side by side.
     """
 
     space: SearchSpace
@@ -152,6 +161,12 @@ class SearchConfig:
     seed: int = 0
     out: Path | None = None
     storage: str | None = None
+    workers: int = 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may work on the study too."""
+        return self.storage is not None or self.workers > 1
 
     def __post_init__(self) -> None:
         for what, name, table in (
@@ -171,6 +186,7 @@ class SearchConfig:
         if (ESTIMATORS[self.proxy].needs != "") != (self.calibration is not None):
             raise UsageError("--calibration FOLDER goes with --proxy ensemble, and that with it")
         for name in (
+            "workers",
             "trials",
             "epochs",
             "proxy_repeats",
@@ -195,11 +211,8 @@ class SearchConfig:
             self.space.encode(architecture)
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to 4294967295")
-        if self.storage is not None and _has_password(self.storage):
-            raise UsageError(
-                "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
-                "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
-            )
+        if self.storage is not None:
+            _check_storage(self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the space (kept apart) and the folder are left out."""
@@ -237,6 +250,7 @@ class Progress:
         target: complete trials wanted.
         front: the current front.
         hypervolume: of the current front.
+        fleet: other workers that are at work.
     """
 
     run: Run
@@ -245,6 +259,7 @@ class Progress:
     target: int
     front: list[Trial]
     hypervolume: float
+    fleet: tuple[Member, ...] = ()
 
 
 def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = None) -> Run:
@@ -301,8 +316,47 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             run = _create(config, device, data, evaluator, conditions)
         evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
         problem = _problem(run, config, evaluator)
-        with storage_errors(run.path):
+        with storage_errors(run.path), local_workers(run, config.workers - 1):
             return _Search(run, config, problem, evaluator, on_trial).run_trials()
+
+
+def join(storage: str, study: str, out: Path | None) -> Run:
+    """The run of a study in a shared storage, with a folder on this machine.
+
+    Raises:
+        UsageError: where the URL is none, or holds a password.
+        RunError: as `nas.runs.join_run`.
+    """
+    _check_storage(storage)
+    return join_run(out or Path("results") / Path(study).name, storage, study)
+
+
+def work(
+    run: Run, config: SearchConfig, on_trial: Callable[[Progress], None] | None = None, parent: int | None = None
+) -> Run:
+    """Join the search of a run until its architectures are scored.
+
+    Args:
+        run: the run, or a folder that `join` made for one.
+        config: of the run; storage, data and device as this process sees them.
+        on_trial: as for `search`.
+        parent: the process that started this one, which ends when that is gone.
+
+    Raises:
+        As `search`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = replace(config, device=resolve_device(config.device))
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+        raise RunError(
+            f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"
+        )
+    evaluator = replace(_evaluator(config, config.device, data), references=run.manifest.get("latency_references", {}))
+    _check_same(run, score_conditions(config, config.device, data, evaluator))
+    with storage_errors(run.path):
+        problem = _problem(run, config, evaluator)
+        return _Search(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()
 
 
 def _absolute(data: str) -> str:
@@ -318,14 +372,23 @@ def _absolute_folder(path: str | None) -> str | None:
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
     names = (
-        *("trials", "sampler", "until", "profile", "early_stopping", "timeout_minutes", "trial_timeout_minutes"),
+        *(
+            "trials",
+            "workers",
+            "sampler",
+            "until",
+            "profile",
+            "early_stopping",
+            "timeout_minutes",
+            "trial_timeout_minutes",
+        ),
         *("latency_target", "latency_seconds"),
     )
     asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
     told = _trust(config, run.path, run.manifest["data"]["fingerprint"])
     if asked == {name: run.manifest["config"].get(name) for name in asked} and told == run.manifest.get("trust"):
         return run
-    return Run.create(run.path, {**run.manifest, "trust": told, "config": {**run.manifest["config"], **asked}})
+    return run.update({**run.manifest, "trust": told, "config": {**run.manifest["config"], **asked}})
 
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -515,35 +578,35 @@ def _create(
     except optuna.exceptions.DuplicatedStudyError:
         raise RunError(f"the storage already has a study named {name!r}: give another --out") from None
     resolved = replace(config, device=device, input_size=data.input_size[1])
-    return Run.create(
-        config.out,
-        {
-            "study": name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": resolved.to_dict(),
-            "space": config.space.to_dict(),
-            "proxy_trained": ESTIMATORS[config.proxy].trained,
-            "reference": reference,
-            "trust": _trust(config, config.out, data.fingerprint),
-            "latency_references": dict(evaluator.references),
-            "conditions": conditions,
-            "data": {
-                "name": data.name,
-                "fingerprint": data.fingerprint,
-                "classes": list(data.classes),
-                "input_size": list(data.input_size),
-                "mean": list(data.mean),
-                "std": list(data.std),
-                "interpolation": data.interpolation,
-                "num_available": data.num_available,
-                "num_train": len(data.train),
-                "num_holdout": len(data.holdout),
-                "corrupt": list(data.corrupt),
-            },
-            "machine": describe_machine(device),
-            "software": describe_software(),
+    manifest = {
+        "study": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": resolved.to_dict(),
+        "space": config.space.to_dict(),
+        "proxy_trained": ESTIMATORS[config.proxy].trained,
+        "reference": reference,
+        "trust": _trust(config, config.out, data.fingerprint),
+        "latency_references": dict(evaluator.references),
+        "conditions": conditions,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "classes": list(data.classes),
+            "input_size": list(data.input_size),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "interpolation": data.interpolation,
+            "num_available": data.num_available,
+            "num_train": len(data.train),
+            "num_holdout": len(data.holdout),
+            "corrupt": list(data.corrupt),
         },
-    )
+        "machine": describe_machine(device),
+        "software": describe_software(),
+    }
+    with storage_errors(config.out):  # workers on other machines have nothing else
+        study.set_user_attr(MANIFEST, {"format": FORMAT, **manifest})
+    return Run.create(config.out, manifest)
 
 
 def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Objective, ...]) -> dict[str, float]:
@@ -603,20 +666,40 @@ def _space(data: Any) -> SearchSpace | None:
         return None
 
 
-def _has_password(url: str) -> bool:
+def _check_storage(url: str) -> None:
+    """Refuse what is no URL of a storage, and one that holds a password."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
+    if url.startswith(GRPC):
+        host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
+        if not host or "@" in host or not port.isdigit():
+            raise UsageError(f"the storage must be {allowed}")
+        return
     try:
-        return make_url(url).password is not None
-    except ArgumentError:
+        password = make_url(url).password
+    except (ArgumentError, ValueError):
+        raise UsageError(f"the storage must be {allowed}") from None
+    if password is not None:
         raise UsageError(
-            "the storage must be a database URL such as sqlite:///study.db or postgresql://host/database"
-        ) from None
+            "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
+            "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
+        )
 
 
 class _Search:
-    """The loop of one process over one run."""
+    """The loop of one process over one run.
+
+    Args:
+        run: the run.
+        config: what is searched and how.
+        problem: what the sampler is told.
+        evaluator: scores architectures.
+        on_trial: called after each trial.
+        lead: whether this process holds the run folder: it takes up its own unfinished trials and measures the front.
+        parent: the process that must live on for this one to begin further trials.
+    """
 
     def __init__(
         self,
@@ -625,8 +708,11 @@ class _Search:
         problem: Problem,
         evaluator: Evaluator,
         on_trial: Callable[[Progress], None] | None,
+        lead: bool = True,
+        parent: int | None = None,
     ) -> None:
         self.run, self.config, self.evaluator = run, config, evaluator
+        self.lead, self.parent = lead, parent
         self.on_trial = on_trial or (lambda _: None)
         self.knobs = Knobs.of_space(config.space)
         self.known: set[Point] = set()
@@ -639,17 +725,39 @@ class _Search:
             )
         except KeyError:
             raise no_study(run.path) from None
-        frozen = self.study.get_trials(deepcopy=False)
-        self.trials = [read_trial(t) for t in frozen if t.state.is_finished()]
-        self.known.update(self.knobs.point(config.space.encode(t.architecture)) for t in self.trials if t.architecture)
-        self.unfinished = [t for t in frozen if t.state == TrialState.RUNNING]
+        worker = Worker.here(config.device, lead)
+        self.fleet = Fleet(self.study, self.knobs, self.known, worker) if config.shared else None
+        self.trials: list[Trial] = []
+        self.front: list[Trial] = []
+        self.near: list[Trial] = []
+        self.finished: list[Finished] = []
+        self.hypervolume = 0.0
+        self._read: set[int] = set()
+        self._refresh()
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self.unfinished = [t for t in running if lead and t.user_attrs.get(WORKER, {"lead": True})["lead"]]
         self.before = len(self.trials)  # what earlier processes did
-        self.front = run.front(self.trials)
-        self.hypervolume = run.hypervolume(self.front)
-        self.near = near_trials(run, [t for t in self.trials if t.state == "complete"])
         self.trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
         self.judges = self.trains and config.early_stopping
-        self.finished = [self._finished(t.scores) for t in self.trials if t.state == "complete" and t.scores.curve]
+
+    def _refresh(self) -> list[Trial]:
+        """Take in what ended since the last time, here or elsewhere."""
+        ended = [
+            t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and t.number not in self._read
+        ]
+        new = [read_trial(t) for t in ended]
+        self._read.update(t.number for t in ended)
+        self.trials += new
+        self.known.update(self.knobs.point(self.config.space.encode(t.architecture)) for t in new if t.architecture)
+        complete = [t for t in new if t.state == "complete"]
+        self.finished += [self._finished(t.scores) for t in complete if t.scores.curve]
+        if complete:
+            self.front = self.run.front([*self.front, *complete])
+            self.hypervolume = self.run.hypervolume(self.front)
+            # measuring again may bring what is near the front onto it, so its weights are kept too
+            before, self.near = self.near, near_trials(self.run, [*self.near, *complete])
+            self.run.drop_weights({t.key for t in (*before, *complete)} - {t.key for t in self.near})
+        return new
 
     def run_trials(self) -> Run:
         """Score until done; the tables are derived however it ends."""
@@ -662,19 +770,31 @@ class _Search:
                 if limit is not None and time.monotonic() - started > limit * 60:
                     log.warning("the time limit of %g minutes is reached", limit)
                     break
-                exhausted = len(self.known) >= self.knobs.size and not self.unfinished
+                if self.parent is not None and os.getppid() != self.parent:
+                    log.warning("the process that started this worker is gone")
+                    break
+                begun, waiting = self._elsewhere()
+                exhausted = len(self.known) >= self.knobs.size and not (self.unfinished or waiting)
                 gave_up = self._gives_up()
-                if exhausted or gave_up:
+                if gave_up or (exhausted and not begun):
                     break
                 if expects_too_little(self.study, self.config.until):
                     log.warning("stopped: a further architecture is expected to add less than --until asks for")
                     break
-                self._one_trial()
+                enough = begun and not waiting and self._scored() + begun >= self.config.trials
+                if exhausted or enough:
+                    self._wait()
+                else:
+                    self._one_trial()
+            while self.lead and self._elsewhere()[0]:  # what has begun belongs to the front, too
+                self._wait()
         except BaseException:
             # the reason for ending is what the user must see, not a second failure on the way out
             with contextlib.suppress(NasError):
                 self.run.write_tables()
             raise
+        if not self.lead:
+            return self.run
         if not self._count("complete"):
             self.run.write_tables()
             self._raise_nothing_scored(gave_up or exhausted)
@@ -690,32 +810,69 @@ class _Search:
             log.warning("stopped: none of the last %d architectures could be scored", MAX_OVER_BUDGET)
         return self.run
 
-    def _one_trial(self) -> None:
+    def _elsewhere(self) -> tuple[int, int]:
+        """How many trials run elsewhere, and how many wait to be repeated."""
+        if self.fleet is None:
+            return 0, 0
+        self.fleet.bury()
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        running = sum(t.state == TrialState.RUNNING for t in trials)
+        return running - len(self.unfinished), len(trials) - running
+
+    def _wait(self) -> None:
+        """See what the others do for a second."""
+        assert self.fleet is not None
+        time.sleep(WAIT_SECONDS)
+        for trial in self._refresh():
+            self._report(trial)
+
+    def _begin(self) -> tuple[optuna.Trial, int, Point]:
+        """A trial with its knobs drawn, and how often it was begun."""
         if self.unfinished:
             left = self.unfinished.pop(0)
             trial, attempts = optuna.Trial(self.study, left._trial_id), left.user_attrs.get("attempts", 1) + 1
+            if self.fleet is not None:
+                trial.set_user_attr(WORKER, asdict(self.fleet.worker))
             trial.set_user_attr("attempts", attempts)
-        else:
-            trial, attempts = self.study.ask(), 1
-        choices = suggest(trial, self.knobs)
-        point, architecture = self.knobs.point(choices), self.config.space.decode(choices)
-        if point in self.known:  # only where a process died while it was drawing
-            self._fail(trial, None, TrialFailure("killed", "the process died while the architecture was drawn"))
+            return trial, attempts, self.knobs.point(suggest(trial, self.knobs))
+        if self.fleet is not None:
+            trial, point = self.fleet.draw()
+            return trial, 1, point
+        trial = self.study.ask()
+        point = self.knobs.point(suggest(trial, self.knobs))
+        return trial, 1, point
+
+    def _one_trial(self) -> None:
+        trial, attempts, point = self._begin()
+        if self.fleet is None and point in self.known:  # only where a process died while it was drawing
+            self._fail(trial, TrialFailure("killed", "the process died while the architecture was drawn"))
             return
+        architecture = self.config.space.decode(self.knobs.read(point))
         trial.set_user_attr("architecture", architecture.to_dict())
         self.known.add(point)
+        try:
+            with self.fleet.beating(trial) if self.fleet else contextlib.nullcontext():
+                self._score(trial, architecture, attempts)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            log.warning("trial %d was given to another worker, since this one did not answer", trial.number)
+            self._refresh()
+
+    def _score(self, trial: optuna.Trial, architecture: Architecture, attempts: int) -> None:
         try:
             if attempts > MAX_ATTEMPTS:
                 raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
             evaluation = self.evaluator.evaluate(architecture, self._judge if self.judges else None)
             values = self._values(evaluation)
         except TrialFailure as failure:
-            self._fail(trial, architecture, failure)
+            self._fail(trial, failure)
             return
-        except BaseException:
-            trial.set_user_attr(
-                "attempts", attempts - 1
-            )  # it was stopped, or found a bug: no fault of the architecture
+        except BaseException as error:
+            # it was stopped, or found a bug: no fault of the architecture
+            if self.fleet is not None and isinstance(error, KeyboardInterrupt | SystemExit):
+                self.fleet.give_up(trial._trial_id, RELEASED)
+                self.fleet.bury()
+            else:
+                trial.set_user_attr("attempts", attempts - 1)
             raise
         trial.set_user_attr("scores", evaluation.scores.to_dict())
         trial.set_user_attr(NOISE, self._noise(evaluation.scores))
@@ -725,34 +882,31 @@ class _Search:
                 trial.set_constraint(name, value / budget - 1)
         if evaluation.excess:
             over = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
-            trial.set_user_attr("failure", over)
-            self.study.tell(trial, state=TrialState.PRUNED)
-            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, over))
+            self._tell(trial, TrialState.PRUNED, failure=over)
             return
         if self.trains:
             # every trial has it: a sampler may want the same constraints of all, and a process may have died in between
             trial.set_constraint(EARLY_STOPPING, evaluation.stopped.shortfall if evaluation.stopped else 0.0)
         if evaluation.stopped is not None:
-            trial.set_user_attr("failure", str(evaluation.stopped))
             trial.set_user_attr(ESTIMATES, self._estimates(evaluation.scores))
-            self.study.tell(trial, state=TrialState.PRUNED)
-            self._ended(Trial(trial.number, "pruned", architecture, evaluation.scores, str(evaluation.stopped)))
+            self._tell(trial, TrialState.PRUNED, failure=str(evaluation.stopped))
             return
         done = Trial(trial.number, "complete", architecture, evaluation.scores)
-        # measuring again may bring what is near the front onto it, so its weights are kept too
-        near = near_trials(self.run, [*self.near, done])
-        if evaluation.weights is not None and done in near:
+        if evaluation.weights is not None and done in near_trials(self.run, [*self.near, done]):
             self.run.save_weights(done.key, evaluation.weights)
-        self.study.tell(trial, values)
-        if done.scores.curve:
-            self.finished.append(self._finished(done.scores))
-        front = self.run.front([*self.front, done])
-        if front != self.front:
-            self.front, self.hypervolume = front, self.run.hypervolume(front)
-        if {t.key for t in near} != {t.key for t in self.near}:
-            self.near = near
-            self.run.drop_weights({t.key for t in near})
-        self._ended(done)
+        self._tell(trial, TrialState.COMPLETE, values)
+
+    def _tell(
+        self, trial: optuna.Trial, state: TrialState, values: list[float] | None = None, failure: str | None = None
+    ) -> None:
+        """End a trial, and take in what else has ended meanwhile."""
+        if failure is not None:
+            trial.set_user_attr("failure", failure)
+        if self.study._storage.get_trial(trial._trial_id).state.is_finished():
+            raise optuna.exceptions.UpdateFinishedTrialError(f"trial {trial.number} has ended")
+        self.study.tell(trial, values, state)
+        for ended in self._refresh():
+            self._report(ended)
 
     def _noise(self, scores: Scores) -> dict[str, float]:
         """Standard errors of the objectives that have one."""
@@ -787,19 +941,14 @@ class _Search:
             raise TrialFailure("non_finite", f"objective values are {values}")
         return [float(v) for v in values if v is not None]
 
-    def _fail(self, trial: optuna.Trial, architecture: Architecture | None, failure: TrialFailure) -> None:
-        text = f"{failure.reason}: {failure}"
-        trial.set_user_attr("failure", text)
-        self.study.tell(trial, state=TrialState.FAIL)
-        self._ended(Trial(trial.number, "failed", architecture, Scores(), text))
-
-    def _ended(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        self._report(trial)
+    def _fail(self, trial: optuna.Trial, failure: TrialFailure) -> None:
+        self._tell(trial, TrialState.FAIL, failure=f"{failure.reason}: {failure}")
 
     def _report(self, trial: Trial | None) -> None:
-        scored = self._scored()
-        self.on_trial(Progress(self.run, trial, scored, self.config.trials, list(self.front), self.hypervolume))
+        fleet = tuple(self.fleet.others()) if self.fleet else ()
+        self.on_trial(
+            Progress(self.run, trial, self._scored(), self.config.trials, list(self.front), self.hypervolume, fleet)
+        )
 
     def _judge(self, scores: Scores, rung: Rung) -> None:
         """Ends a training that cannot reach the front, given those that went to their end."""

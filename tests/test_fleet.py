@@ -1,0 +1,278 @@
+"""Several workers on one study: real processes, real storages, real kills."""
+
+from __future__ import annotations
+
+import collections
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from test_search import analytic_config
+
+from nas.errors import RunError, UsageError
+from nas.runs import Run, open_storage
+from nas.search import SearchConfig, fleet, search
+from nas.search.fleet import Fleet, Worker
+from nas.search.knobs import Knobs
+from nas.search.problem import Problem
+from nas.search.samplers import SAMPLERS
+from nas.search.study import join, work
+
+ROOT = Path(__file__).parents[1]
+QUICK = "import nas.search.fleet as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from cli import main; main()"
+"""The command line with workers that are given up sooner."""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the command line; what it says is in `log(process)`. Nothing of it outlives the test."""
+    begun: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        with (tmp_path / f"{len(begun)}.log").open("w") as output:
+            command = [sys.executable, "-c", QUICK, *arguments]
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            begun.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+        return begun[-1]
+
+    start.log = lambda process: (tmp_path / f"{begun.index(process)}.log").read_text()
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def lead(start, out: Path, url: str, trials: int) -> subprocess.Popen:
+    """A search that has begun."""
+    process = start(
+        *("search", "--space", "mini", "--objective", "macs,accuracy", "--proxy", "params", "--device", "cpu"),
+        *("--sampler", "evolution", "--trials", str(trials), "--storage", url, "--out", str(out)),
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "run.json").is_file():
+        assert process.poll() is None, start.log(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def ended(start, *processes: subprocess.Popen) -> None:
+    """All end by themselves, and well."""
+    for process in processes:
+        assert process.wait(timeout=200) == 0, start.log(process)
+
+
+def check(run: Run, wanted: int) -> collections.Counter[str]:
+    """Every trial is accounted for, and no architecture was scored twice."""
+    trials = run.trials()
+    assert [t.number for t in trials] == list(range(len(trials)))
+    states = collections.Counter(t.state for t in trials)
+    assert states["complete"] >= wanted
+    assert states["running"] == 0
+    scored = collections.Counter(t.key for t in trials if t.scored)
+    assert max(scored.values()) == 1
+    assert all(t.failure for t in trials if not t.scored)
+    return states
+
+
+def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str = "random") -> Fleet:
+    known: set = set()
+    problem = Problem(("a", "b"), (True, True))
+    study = optuna.create_study(
+        storage=open_storage(path, url),
+        study_name="s",
+        directions=["minimize", "minimize"],
+        load_if_exists=True,
+        sampler=SAMPLERS[sampler](knobs, problem, known, 0),
+    )
+    return Fleet(study, knobs, known, Worker("here", 1, "cpu", False, name))
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request):
+    """Six draw 48 of 64 points with a sampler that would choose the same ones."""
+    url = request.getfixturevalue("database") if server else None
+    knobs = Knobs({"x": tuple(range(8)), "y": tuple(range(8))})
+    fleet_of(tmp_path, url, knobs, "first")
+    drawn, errors = [], []
+
+    def draw(name: str) -> None:
+        try:
+            own = fleet_of(tmp_path, url, knobs, name)
+            same = np.random.default_rng
+            own.study.sampler.propose = lambda *_: knobs.nearest_unknown((0, 0), own.known, same(0))
+            for _ in range(8):
+                trial, point = own.draw()
+                trial.set_user_attr("architecture", {})
+                drawn.append(point)
+                own.study.tell(trial, [float(point[0]), float(point[1])])
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=draw, args=(str(i),)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(drawn) == len(set(drawn)) == 48
+
+
+def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.2)
+    knobs = Knobs({"x": tuple(range(8))})
+    dead, living = (fleet_of(tmp_path, None, knobs, name) for name in ("dead", "living"))
+    trial, point = dead.draw()
+    living.bury()
+    assert living.study.get_trials()[0].state == TrialState.RUNNING, "it was only just seen"
+    time.sleep(0.3)
+    living.bury()
+    assert [t.state for t in living.study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
+    again, same = dead.draw()  # as if another one that dies, too
+    assert (again.number, same) == (1, point)
+    living.bury()
+    time.sleep(0.3)
+    living.bury()
+    states = [t.state for t in living.study.get_trials()]
+    assert states == [TrialState.FAIL, TrialState.FAIL], "twice is enough"
+    assert {t.user_attrs["failure"] for t in living.study.get_trials()} == {fleet.DIED}
+    assert living.draw()[1] != point
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        trial.set_user_attr("scores", {})
+
+
+def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.4)
+    monkeypatch.setattr(fleet, "BEAT_SECONDS", 0.1)
+    knobs = Knobs({"x": tuple(range(8))})
+    one, other = (fleet_of(tmp_path, None, knobs, name) for name in ("one", "other"))
+    trial, _ = one.draw()
+    with one.beating(trial):
+        for _ in range(10):
+            other.bury()
+            time.sleep(0.1)
+        assert [m.trial for m in other.others()] == [0]
+    assert other.study.get_trials()[0].state == TrialState.RUNNING
+
+
+def test_what_was_stopped_is_repeated_as_often_as_need_be(tmp_path):
+    knobs = Knobs({"x": tuple(range(8))})
+    one = fleet_of(tmp_path, None, knobs, "one")
+    trial, point = one.draw()
+    for number in range(1, 5):
+        one.give_up(trial._trial_id, fleet.RELEASED)
+        one.bury()
+        one.bury()
+        trial, same = one.draw()
+        assert (trial.number, same) == (number, point)
+
+
+def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
+    knobs = Knobs({"x": tuple(range(8))})
+    one, other = (fleet_of(tmp_path, None, knobs, name) for name in ("one", "other"))
+    trial, point = one.draw()
+    one.give_up(trial._trial_id, fleet.DIED)
+    for _ in range(2):  # two workers saw it at the same time
+        one.study.enqueue_trial(knobs.read(point), {fleet.RETRY: 0, "deaths": 1})
+    first, same = one.draw()
+    first.set_user_attr(fleet.SETTLED, {})
+    assert same == point
+    assert other.draw()[1] != point
+    assert [t.state for t in one.study.get_trials()].count(TrialState.FAIL) == 2
+
+
+def test_four_workers_on_postgresql(tmp_path, database, start):
+    first = lead(start, tmp_path / "run", database, 60)
+    join = ("worker", "--storage", database, "--study", "run", "--out")
+    workers = [start(*join, str(tmp_path / f"w{i}")) for i in range(3)]
+    ended(start, first, *workers)
+    states = check(Run.open(tmp_path / "run"), 60)
+    assert set(states) == {"complete"}
+    assert states["complete"] < 64, "at most what the others had under way"
+    frozen = optuna.load_study(study_name="run", storage=open_storage(tmp_path, database)).get_trials()
+    assert len({t.user_attrs["worker"]["name"] for t in frozen}) == 4, "each had its share"
+    assert "also at work: " in start.log(first)
+
+
+def test_two_of_four_workers_are_killed(tmp_path, database, start):
+    rng = random.Random(3)
+    first = lead(start, tmp_path / "run", database, 60)
+    join = ("worker", "--storage", database, "--study", "run", "--out")
+    workers = [start(*join, str(tmp_path / f"w{i}")) for i in range(3)]
+    storage = open_storage(tmp_path, database)
+    while (
+        len(
+            {
+                t.user_attrs.get("worker", {}).get("name")
+                for t in optuna.load_study(study_name="run", storage=storage).get_trials()
+            }
+            - {None}
+        )
+        < 4
+    ):
+        assert first.poll() is None, start.log(first)
+        time.sleep(0.1)
+    for victim in workers[:2]:
+        time.sleep(rng.uniform(0, 0.5))
+        os.kill(victim.pid, signal.SIGKILL)
+    ended(start, first, workers[2])
+    states = check(Run.open(tmp_path / "run"), 60)
+    assert states["failed"] <= 2, "beyond those in flight nothing is lost"
+
+
+def test_a_killed_lead_goes_on(tmp_path, database, start):
+    out = tmp_path / "run"
+    first = lead(start, out, database, 20)
+    while len(Run.open(out).trials()) < 5:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    ended(start, start("search", "--out", str(out)))
+    assert check(Run.open(out), 20) == {"complete": 20}
+
+
+def test_local_workers_share_a_run(tmp_path):
+    config = analytic_config(tmp_path, trials=12, workers=3)
+    run = search(config)
+    assert set(check(run, 12)) == {"complete"}
+    assert len(list((run.path / "workers").glob("*.log"))) == 2
+
+
+def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
+    run = search(analytic_config(tmp_path, storage=database, trials=2))
+    with pytest.raises(RunError, match="has no study 'other'; it has run"):
+        join(database, "other", tmp_path / "w")
+    with pytest.raises(UsageError, match="the storage must be a database URL"):
+        join("nothing", "run", tmp_path / "w")
+    with pytest.raises(UsageError, match="holds a password"):
+        join("postgresql://a:b@localhost/c", "run", tmp_path / "w")
+    joined = join(database, "run", tmp_path / "w")
+    assert joined.manifest["created"] == run.manifest["created"]
+    config = SearchConfig.from_run(joined)
+    with pytest.raises(RunError, match="cannot resume"):
+        work(joined, SearchConfig(**{**vars(config), "epochs": 9}))
+    with pytest.raises(RunError, match="is not the data of w"):
+        work(joined, SearchConfig(**{**vars(config), "max_images": 500}))
+
+
+def test_a_proxied_storage(tmp_path, start):
+    """`serve-storage` over SQLite, with a search and a worker behind it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    start("serve-storage", "--storage", f"sqlite:///{tmp_path}/s.db", "--port", port)
+    url = f"grpc://localhost:{port}"
+    first = lead(start, tmp_path / "run", url, 16)
+    ended(start, first, start("worker", "--storage", url, "--study", "run", "--out", str(tmp_path / "w")))
+    assert set(check(Run.open(tmp_path / "run"), 16)) == {"complete"}
