@@ -176,22 +176,25 @@ class Fleet:
             elif now - since > GRACE_SECONDS:
                 log.warning("trial %d: its worker is gone (%s); another one repeats it", trial.number, _place(trial))
                 self.give_up(trial._trial_id, DIED)
-                found = self.trials()
         repeated = {t.user_attrs[RETRY] for t in found if RETRY in t.user_attrs}
-        for trial in found:
-            if _to_repeat(trial) and trial.number not in repeated and self.claim_of(trial) is not None:
-                deaths = _deaths(trial)
-                if deaths <= 1:
-                    point = self.claim_of(trial)
-                    assert point is not None
-                    attributes = {RETRY: trial.number, "deaths": deaths}
-                    self.study.enqueue_trial(self.knobs.read(point), attributes)
+        for trial in found:  # whoever ended a trial queues it again; should that one have died in between, so do others
+            if _to_repeat(trial) and trial.number not in repeated:
+                _, since = self._seen.setdefault(-1 - trial.number, (None, now))
+                if now - since > GRACE_SECONDS:
+                    self._repeat(trial)
 
     def give_up(self, trial_id: int, reason: str) -> None:
         """End a trial that somebody is to repeat; nothing happens where it has ended already."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial_id, "failure", reason)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            self._repeat(self._storage.get_trial(trial_id))
+
+    def _repeat(self, trial: FrozenTrial) -> None:
+        """Queue a trial's architecture again, unless it was deadly twice."""
+        point, deaths = self.claim_of(trial), _deaths(trial)
+        if point is not None and deaths <= 1:
+            self.study.enqueue_trial(self.knobs.read(point), {RETRY: trial.number, "deaths": deaths})
 
     def others(self) -> list[Member]:
         """Who else works on what."""

@@ -786,8 +786,15 @@ class _Search:
                     self._wait()
                 else:
                     self._one_trial()
-            while self.lead and self._elsewhere()[0]:  # what has begun belongs to the front, too
-                self._wait()
+            done = self._scored() >= self.config.trials
+            while self.lead and any(elsewhere := self._elsewhere()):  # what has begun belongs to the front, too
+                begun, waiting = elsewhere
+                if waiting and done:
+                    self._one_trial()
+                elif begun:
+                    self._wait()
+                else:
+                    break
         except BaseException:
             # the reason for ending is what the user must see, not a second failure on the way out
             with contextlib.suppress(NasError):
@@ -870,7 +877,6 @@ class _Search:
             # it was stopped, or found a bug: no fault of the architecture
             if self.fleet is not None and isinstance(error, KeyboardInterrupt | SystemExit):
                 self.fleet.give_up(trial._trial_id, RELEASED)
-                self.fleet.bury()
             else:
                 trial.set_user_attr("attempts", attempts - 1)
             raise
