@@ -412,8 +412,7 @@ def serve_storage(storage: str, host: str, port: int) -> None:
     """Stand between a database and hundreds of workers, which join by grpc://HOST:PORT."""
     from nas.runs import serve_storage as serve
 
-    click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True)
-    serve(storage, host, port)
+    serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True))
 
 
 _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout": "trial_timeout_minutes"}

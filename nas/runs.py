@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -635,8 +635,8 @@ def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
     return proxy
 
 
-def serve_storage(url: str, host: str, port: int) -> None:
-    """Pass a database on to workers, until interrupted.
+def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) -> None:
+    """Pass a database on to workers, until interrupted; `on_ready` is called once it is open.
 
     Raises:
         RunError: where the port cannot be had, or a driver is not installed.
@@ -652,6 +652,7 @@ def serve_storage(url: str, host: str, port: int) -> None:
     with storage_errors(Path(".")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.get_storage(open_storage(Path("."), url))
+        on_ready()
         try:
             optuna.storages.run_grpc_proxy_server(
                 storage, host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=64)
@@ -670,7 +671,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise StorageError(
-            f"the storage of {path} cannot be read or written ({cause}): restore it, or start another run"
+            f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
         ) from None
 
 
