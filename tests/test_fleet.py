@@ -267,6 +267,26 @@ def test_local_workers_share_a_run(tmp_path):
     assert len(list((run.path / "workers").glob("*.log"))) == 2
 
 
+def test_one_alone_takes_up_what_several_left(tmp_path):
+    """A worker's trial that was under way, and one that waits to be repeated."""
+    config = analytic_config(tmp_path, trials=4, workers=2)
+    run = search(config)
+    done = len(run.trials())
+    knobs = Knobs.of_space(config.space)
+    known = {knobs.point(config.space.encode(t.architecture)) for t in run.trials()}
+    problem = Problem(("macs", "proxy_params"), (True, False))
+    study = optuna.load_study(
+        study_name="run", storage=run.storage(), sampler=SAMPLERS["random"](knobs, problem, known, 5)
+    )
+    dead = Fleet(study, knobs, known, Worker("here", 1, "cpu", False, "dead"))
+    dead.draw()
+    stopped, _ = dead.draw()
+    dead.give_up(stopped._trial_id, fleet.RELEASED)
+    again = search(analytic_config(tmp_path, trials=done + 3, workers=1))
+    states = check(again, done + 3)
+    assert states == {"complete": done + 3, "failed": 1}
+
+
 def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
     run = search(analytic_config(tmp_path, storage=database, trials=2))
     with pytest.raises(RunError, match="has no study 'other'; it has run"):

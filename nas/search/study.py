@@ -53,7 +53,7 @@ from ..space import SearchSpace
 from .beforehand import known_beforehand
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
-from .fleet import RELEASED, WORKER, Fleet, Member, Worker, local_workers
+from .fleet import RELEASED, RETRY, WORKER, Fleet, Member, Worker, local_workers
 from .history import EARLY_STOPPING, ESTIMATES, NOISE
 from .knobs import Knobs, Point
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
@@ -735,7 +735,9 @@ class _Search:
         self._read: set[int] = set()
         self._refresh()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        self.unfinished = [t for t in running if lead and t.user_attrs.get(WORKER, {"lead": True})["lead"]]
+        # alone, all of them are of processes that died; else only those of an earlier lead surely are
+        mine = [t for t in running if self.fleet is None or t.user_attrs.get(WORKER, {}).get("lead")]
+        self.unfinished = mine if lead else []
         self.before = len(self.trials)  # what earlier processes did
         self.trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
         self.judges = self.trains and config.early_stopping
@@ -851,7 +853,9 @@ class _Search:
 
     def _one_trial(self) -> None:
         trial, attempts, point = self._begin()
-        if self.fleet is None and point in self.known:  # only where a process died while it was drawing
+        if (
+            self.fleet is None and point in self.known and RETRY not in trial.user_attrs
+        ):  # only where a process died while it was drawing
             self._fail(trial, TrialFailure("killed", "the process died while the architecture was drawn"))
             return
         architecture = self.config.space.decode(self.knobs.read(point))
