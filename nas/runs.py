@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 from filelock import FileLock, Timeout
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
@@ -135,7 +136,7 @@ class Run:
     def update(self, manifest: Mapping[str, Any]) -> Run:
         """Keep another manifest, for the workers of a shared study too."""
         with self._study() as (storage, study_id):
-            storage.set_study_user_attr(study_id, MANIFEST, dict(manifest))
+            storage.set_study_user_attr(study_id, MANIFEST, {**manifest, "format": FORMAT})
         return Run.create(self.path, manifest)
 
     @cached_property
@@ -571,14 +572,16 @@ def join_run(path: Path, url: str, study: str) -> Run:
             names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
             raise RunError(f"the storage has no study {study!r}; it has {names}") from None
         manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
         raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
-    if is_run(path):
-        run = Run.open(path)
-        if (run.manifest["study"], run.manifest["created"]) != (manifest["study"], manifest["created"]):
-            raise RunError(f"{path} is the folder of another run: give another --out")
-        return run
+    if manifest.get("format") != FORMAT:
+        raise RunError(f"study {study!r} has format {manifest.get('format')}, this release reads {FORMAT}")
     manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
+    if is_run(path):
+        before = Run.open(path).manifest
+        if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
+            raise RunError(f"{path} is the folder of another run: give another --out")
+        return Run(path, manifest)  # perhaps the search's own folder, whose manifest is not ours to write
     del manifest["format"]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -599,9 +602,8 @@ def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
         RunError: where the database's driver is not installed.
     """
     if url is None:
-        return optuna.storages.RDBStorage(
-            f"sqlite:///{(path / 'study.db').resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
-        )
+        file = (path / "study.db").resolve()
+        return _sqlite(f"sqlite:///{file}", writable=not file.exists() or os.access(file, os.W_OK))
     return _server(url)
 
 
@@ -615,6 +617,8 @@ def _server(url: str) -> optuna.storages.BaseStorage:
         driver, separator, rest = url.partition("://")
         if driver in ("postgresql", "postgres"):
             driver = "postgresql+psycopg"
+        if driver.startswith("sqlite"):
+            return _sqlite(url, writable=True)
         # a connection that the server has dropped meanwhile is made again
         return optuna.storages.RDBStorage(driver + separator + rest, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
@@ -622,6 +626,23 @@ def _server(url: str) -> optuna.storages.BaseStorage:
         raise RunError(
             f"the storage needs a driver that is not installed ({error}): pip install 'mixnas[{extra}]'"
         ) from None
+
+
+def _sqlite(url: str, writable: bool) -> optuna.storages.BaseStorage:
+    """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    if writable:
+        storage.engine.dispose()  # connections from before
+
+        @event.listens_for(storage.engine, "connect")
+        def connected(connection: Any, _: Any) -> None:
+            connection.isolation_level = None  # the driver's own idea of when to begin
+
+        @event.listens_for(storage.engine, "begin")
+        def begun(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return storage
 
 
 def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
@@ -649,6 +670,8 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
         raise RunError(
             f"a storage is served by gRPC, which is not installed ({error}): pip install 'mixnas[grpc]'"
         ) from None
+    if url.startswith(GRPC) or "://" not in url:
+        raise UsageError("serve-storage needs the URL of a database, such as postgresql://host/database")
     with storage_errors(Path(".")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.get_storage(open_storage(Path("."), url))

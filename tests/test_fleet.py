@@ -287,6 +287,36 @@ def test_one_alone_takes_up_what_several_left(tmp_path):
     assert states == {"complete": done + 3, "failed": 1}
 
 
+@pytest.mark.parametrize("server", [False, True])
+def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
+    """SQLite has no row locks: two must not take the same trial from the queue."""
+    url = request.getfixturevalue("database") if server else None
+    knobs = Knobs({"x": tuple(range(60))})
+    first = fleet_of(tmp_path, url, knobs, "first")
+    for x in range(60):
+        first.study.enqueue_trial({"x": x})
+    taken: list[int] = []
+
+    def take(name: str) -> None:
+        own = fleet_of(tmp_path, url, knobs, name)
+        while (trial_id := own.study._pop_waiting_trial_id()) is not None:
+            taken.append(trial_id)
+
+    threads = [threading.Thread(target=take, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == len(set(taken)) == 60
+
+
+def test_several_workers_exhaust_a_space(tmp_path):
+    """All 16 architectures, and no more; nobody falls over the end."""
+    run = search(analytic_config(tmp_path, trials=40, workers=3))
+    assert check(run, 16)["complete"] == 16
+    assert not any("error" in log.read_text().lower() for log in (run.path / "workers").glob("*.log"))
+
+
 def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
     run = search(analytic_config(tmp_path, storage=database, trials=2))
     with pytest.raises(RunError, match="has no study 'other'; it has run"):

@@ -12,6 +12,7 @@ finds that it was too late.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -45,6 +46,9 @@ STOP_SECONDS = 20.0
 """Time for a local worker to end when it is asked to."""
 DIED = "killed: its worker died"
 RELEASED = "interrupted: its worker was stopped"
+NOT_NEEDED = "killed: another worker has it, and nothing else was left"
+HANDED_ON = frozenset({DIED, RELEASED, NOT_NEEDED})
+"""Failures that say nothing of an architecture."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +99,40 @@ class Fleet:
                 return self.knobs.point(choices)
         return None
 
-    def draw(self) -> tuple[optuna.Trial, Point]:
-        """A trial of one's own with a point that no other has: one that is to be repeated, or a new one."""
+    def draw(self, new: bool = True) -> tuple[optuna.Trial, Point] | None:
+        """A trial of one's own with a point that no other has: one that is to be repeated, or a new one.
+
+        Args:
+            new: whether it may be a new one.
+
+        Returns:
+            The trial and its point; None where nothing is left to draw.
+        """
         while True:
             self.trials()
-            trial = self.study.ask()  # what waits comes first
+            waiting = self.study._pop_waiting_trial_id()  # given to one worker alone
+            if waiting is None and (not new or len(self.known) >= self.knobs.size):
+                return None
+            trial = self.study.ask() if waiting is None else optuna.Trial(self.study, waiting)
             trial.set_user_attr(WORKER, asdict(self.worker))
             point = self._settle(trial)
             if point is not None:
                 suggest(trial, self.knobs)
                 return trial, point
-            trial.set_user_attr("failure", "killed: another worker repeats it already")
-            self.study.tell(trial, state=TrialState.FAIL)
+            with contextlib.suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(trial._trial_id, "failure", NOT_NEEDED)
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _settle(self, trial: optuna.Trial) -> Point | None:
-        """The point of a trial; None for a repetition that another worker has already."""
+        """The point of a trial; None where another worker has it, and this one cannot have another."""
         fixed = self._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
         if fixed is not None:
             point = self.knobs.point(fixed)
             return point if self._claim(trial, point) else None
         while not self._claim(trial, point := self.knobs.point(trial.relative_params)):
             self.known.add(point)
+            if len(self.known) >= self.knobs.size:
+                return None
             trial = optuna.Trial(self.study, trial._trial_id)  # draws again
         return point
 
@@ -145,9 +162,9 @@ class Fleet:
         over = threading.Event()
 
         def beat() -> None:
-            count = 0
-            while not over.wait(BEAT_SECONDS):
-                count += 1
+            for count in itertools.count():
+                if over.wait(BEAT_SECONDS if count else 0.0):
+                    return
                 try:
                     self._storage.set_trial_user_attr(trial._trial_id, BEAT, count)
                 except UpdateFinishedTrialError:

@@ -71,8 +71,11 @@ class KnobSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """One choice for each knob; the point they give is not known yet."""
-        return self.knobs.read(self.propose(study, trial)) if search_space else {}
+        """One choice for each knob; the point they give is not known yet. Nothing for a trial that has all of them."""
+        given = set(trial.params) | set(trial.system_attrs.get("fixed_params", {}))
+        if not search_space or given >= set(self.knobs.names):
+            return {}
+        return self.knobs.read(self.propose(study, trial))
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
         """A point that is not known yet."""

@@ -53,7 +53,7 @@ from ..space import SearchSpace
 from .beforehand import known_beforehand
 from .evaluate import Evaluation, Evaluator
 from .finish import finish, near_trials
-from .fleet import RELEASED, RETRY, WORKER, Fleet, Member, Worker, local_workers
+from .fleet import DIED, HANDED_ON, RELEASED, RETRY, WORKER, Fleet, Member, Worker, local_workers
 from .history import EARLY_STOPPING, ESTIMATES, NOISE
 from .knobs import Knobs, Point
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
@@ -309,6 +309,8 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     with locked_folder(config.out):
         if is_run(config.out):
             run = Run.open(config.out)
+            if config.storage != run.manifest["config"]["storage"]:
+                raise RunError(f"{config.out} keeps its study elsewhere: leave --storage out, or give another --out")
             _check_same(run, conditions)
             run = _update(run, config)
         else:
@@ -347,6 +349,9 @@ def work(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = replace(config, device=resolve_device(config.device))
+    if config.profile is not None and not Path(config.profile).is_dir():
+        log.warning("the profile %s is not on this machine: latency is not known beforehand here", config.profile)
+        config = replace(config, profile=None)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(
@@ -678,10 +683,11 @@ def _check_storage(url: str) -> None:
             raise UsageError(f"the storage must be {allowed}")
         return
     try:
-        password = make_url(url).password
+        parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise UsageError(f"the storage must be {allowed}") from None
-    if password is not None:
+    secrets = {"password", "passwd", "pwd", "sslpassword"} & {name.lower() for name in parsed.query}
+    if parsed.password is not None or secrets:
         raise UsageError(
             "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
             "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
@@ -788,15 +794,8 @@ class _Search:
                     self._wait()
                 else:
                     self._one_trial()
-            done = self._scored() >= self.config.trials
-            while self.lead and any(elsewhere := self._elsewhere()):  # what has begun belongs to the front, too
-                begun, waiting = elsewhere
-                if waiting and done:
-                    self._one_trial()
-                elif begun:
-                    self._wait()
-                else:
-                    break
+            if self.lead and self.fleet is not None:
+                self._see_through(self.fleet)
         except BaseException:
             # the reason for ending is what the user must see, not a second failure on the way out
             with contextlib.suppress(NasError):
@@ -819,6 +818,20 @@ class _Search:
             log.warning("stopped: none of the last %d architectures could be scored", MAX_OVER_BUDGET)
         return self.run
 
+    def _see_through(self, fleet: Fleet) -> None:
+        """Wait for what has begun; score what waits to be repeated, unless the search ended before its goal."""
+        done, states = self._scored() >= self.config.trials, (TrialState.RUNNING, TrialState.WAITING)
+        owed = {t.number for t in self.study.get_trials(deepcopy=False, states=states[:1])}
+        while True:
+            fleet.bury()
+            found = self.study.get_trials(deepcopy=False, states=states)
+            if done and any(t.state == TrialState.WAITING for t in found):
+                self._one_trial(new=False)
+            elif any(t.number in owed or done for t in found):
+                self._wait()
+            else:
+                return
+
     def _elsewhere(self) -> tuple[int, int]:
         """How many trials run elsewhere, and how many wait to be repeated."""
         if self.fleet is None:
@@ -835,24 +848,37 @@ class _Search:
         for trial in self._refresh():
             self._report(trial)
 
-    def _begin(self) -> tuple[optuna.Trial, int, Point]:
-        """A trial with its knobs drawn, and how often it was begun."""
+    def _begin(self, new: bool) -> tuple[optuna.Trial, int, Point] | None:
+        """A trial with its knobs drawn, and how often it was begun; None where the others have all there is."""
         if self.unfinished:
             left = self.unfinished.pop(0)
+            if self.fleet is not None and set(left.params) != set(self.knobs.names):
+                self.fleet.give_up(left._trial_id, DIED)  # what it claims is drawn again as a whole
+                return self._begin(new)
             trial, attempts = optuna.Trial(self.study, left._trial_id), left.user_attrs.get("attempts", 1) + 1
             if self.fleet is not None:
                 trial.set_user_attr(WORKER, asdict(self.fleet.worker))
             trial.set_user_attr("attempts", attempts)
             return trial, attempts, self.knobs.point(suggest(trial, self.knobs))
         if self.fleet is not None:
-            trial, point = self.fleet.draw()
-            return trial, 1, point
+            drawn = self.fleet.draw(new)
+            return None if drawn is None else (drawn[0], 1, drawn[1])
         trial = self.study.ask()
         point = self.knobs.point(suggest(trial, self.knobs))
         return trial, 1, point
 
-    def _one_trial(self) -> None:
-        trial, attempts, point = self._begin()
+    def _one_trial(self, new: bool = True) -> None:
+        try:
+            begun = self._begin(new)
+            if begun is not None:
+                self._go_through(*begun)
+            else:
+                self._wait()
+        except optuna.exceptions.UpdateFinishedTrialError:
+            log.warning("a trial was given to another worker, since this one did not answer")
+            self._refresh()
+
+    def _go_through(self, trial: optuna.Trial, attempts: int, point: Point) -> None:
         if (
             self.fleet is None and point in self.known and RETRY not in trial.user_attrs
         ):  # only where a process died while it was drawing
@@ -861,12 +887,8 @@ class _Search:
         architecture = self.config.space.decode(self.knobs.read(point))
         trial.set_user_attr("architecture", architecture.to_dict())
         self.known.add(point)
-        try:
-            with self.fleet.beating(trial) if self.fleet else contextlib.nullcontext():
-                self._score(trial, architecture, attempts)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            log.warning("trial %d was given to another worker, since this one did not answer", trial.number)
-            self._refresh()
+        with self.fleet.beating(trial) if self.fleet else contextlib.nullcontext():
+            self._score(trial, architecture, attempts)
 
     def _score(self, trial: optuna.Trial, architecture: Architecture, attempts: int) -> None:
         try:
@@ -912,9 +934,12 @@ class _Search:
         """End a trial, and take in what else has ended meanwhile."""
         if failure is not None:
             trial.set_user_attr("failure", failure)
-        if self.study._storage.get_trial(trial._trial_id).state.is_finished():
-            raise optuna.exceptions.UpdateFinishedTrialError(f"trial {trial.number} has ended")
-        self.study.tell(trial, values, state)
+        try:
+            self.study.tell(trial, values, state)
+        except ValueError:
+            if self.study._storage.get_trial(trial._trial_id).state.is_finished():
+                raise optuna.exceptions.UpdateFinishedTrialError(f"trial {trial.number} has ended") from None
+            raise
         for ended in self._refresh():
             self._report(ended)
 
@@ -978,7 +1003,8 @@ class _Search:
 
     def _gives_up(self) -> bool:
         """Whether this process has scored nothing for too long; raises where all that happened was failures."""
-        streak = list(itertools.takewhile(lambda t: not t.scored, reversed(self.trials[self.before :])))
+        own = [t for t in self.trials[self.before :] if t.failure not in HANDED_ON]
+        streak = list(itertools.takewhile(lambda t: not t.scored, reversed(own)))
         if len(streak) >= MAX_FAILURES and {t.state for t in streak[:MAX_FAILURES]} == {"failed"}:
             raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {streak[0].failure}")
         return len(streak) >= MAX_OVER_BUDGET
