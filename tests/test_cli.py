@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -308,7 +309,11 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
     command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a shell ignores SIGINT for what it starts in the background, and children inherit that
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+    ) as process:
         for line in process.stderr:
             if line.startswith("[1/50]"):
                 break

@@ -207,6 +207,7 @@ def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
     assert [t.state for t in one.study.get_trials()].count(TrialState.FAIL) == 2
 
 
+@pytest.mark.slow
 def test_four_workers_on_postgresql(tmp_path, database, start):
     first = lead(start, tmp_path / "run", database, 60)
     join = ("worker", "--storage", database, "--study", "run", "--out")

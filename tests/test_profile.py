@@ -179,6 +179,7 @@ def test_held_out_networks_are_others_and_are_predicted(profiled):
     assert hold_out(profiled, 6) == report, "nothing is measured twice"
 
 
+@pytest.mark.slow
 def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
     run = search(
         SearchConfig(

@@ -339,6 +339,7 @@ def test_interrupts_are_not_held_against_an_architecture(tmp_path, monkeypatch):
     assert run.path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_gave_up_can_go_on_once_the_cause_is_gone(tmp_path, monkeypatch):
     estimate = evaluate_module.count_cost
     search(analytic_config(tmp_path, trials=1))
