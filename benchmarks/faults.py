@@ -24,7 +24,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from nas.runs import is_storage_error, open_storage
+from nas.runs import open_storage, storage_errors
 from nas.search import fleet
 from nas.search.knobs import Knobs
 from nas.search.problem import Problem
@@ -106,12 +106,8 @@ def main() -> None:
     done = sum(t.state == TrialState.COMPLETE for t in member(folder, url, "count").trials())
     resumed = begin(done + 20).wait()  # one goes on alone, over all that was left
     own = member(folder, url, "last")
-    try:
+    with storage_errors(folder):
         trials = own.trials()
-    except Exception as error:
-        if not is_storage_error(error):
-            raise
-        sys.exit(f"the storage is corrupt: {error}")
     complete = collections.Counter(own.claim_of(t) for t in trials if t.state == TrialState.COMPLETE)
     repeats = {t.user_attrs[fleet.RETRY]: t for t in trials if fleet.RETRY in t.user_attrs}
     died = [t for t in trials if t.user_attrs.get("failure") == fleet.DIED and fleet.CLAIM in t.user_attrs]

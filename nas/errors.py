@@ -26,10 +26,6 @@ class RunError(NasError):
     """A run folder cannot be used: foreign, damaged, unwritable, or made under other conditions."""
 
 
-class StorageError(RunError):
-    """A study's storage is missing, damaged or out of reach."""
-
-
 class InfeasibleError(NasError):
     """No architecture was found that meets the stated budgets."""
 

@@ -30,7 +30,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
-from .errors import RunError, StorageError, UsageError
+from .errors import RunError, UsageError
 from .search.objectives import (
     OBJECTIVES,
     Objective,
@@ -612,8 +612,7 @@ def _server(url: str) -> optuna.storages.BaseStorage:
     """One for each process: it keeps connections open."""
     try:
         if url.startswith(GRPC):
-            host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
-            return _proxy(host, int(port))
+            return _proxy(*grpc_address(url))
         driver, separator, rest = url.partition("://")
         if driver in ("postgresql", "postgres"):
             driver = "postgresql+psycopg"
@@ -643,6 +642,18 @@ def _sqlite(url: str, writable: bool) -> optuna.storages.BaseStorage:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return storage
+
+
+def grpc_address(url: str) -> tuple[str, int]:
+    """Host and port of a proxy's URL.
+
+    Raises:
+        UsageError: where it has not just these.
+    """
+    host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
+    if not host or "@" in host or not port.isdigit():
+        raise UsageError(f"the URL of a storage behind a proxy is {GRPC}HOST:PORT")  # what it holds may be a secret
+    return host, int(port)
 
 
 def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
@@ -686,23 +697,18 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a missing or damaged storage raises into one line."""
+    """Turn what a missing or damaged storage, or one out of reach, raises into one line."""
     try:
         yield
     except Exception as error:
-        if not is_storage_error(error):
+        grpc = sys.modules.get("grpc")  # loaded where a proxy is used, and only there
+        proxied = (grpc.RpcError,) if grpc is not None else ()
+        if not isinstance(error, (SQLAlchemyError, optuna.exceptions.StorageInternalError, *proxied)):
             raise
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise StorageError(
+        raise RunError(
             f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
         ) from None
-
-
-def is_storage_error(error: BaseException) -> bool:
-    """Whether an exception says that a study's storage is missing, damaged or out of reach."""
-    grpc = sys.modules.get("grpc")
-    lost = (SQLAlchemyError, optuna.exceptions.StorageInternalError, StorageError)
-    return isinstance(error, lost) or (grpc is not None and isinstance(error, grpc.RpcError))
 
 
 def no_study(path: Path) -> RunError:

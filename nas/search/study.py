@@ -37,6 +37,7 @@ from ..runs import (
     MANIFEST,
     Run,
     Trial,
+    grpc_address,
     is_run,
     join_run,
     locked_folder,
@@ -304,7 +305,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     evaluator.build(largest)  # refuses images that are too small, before anything is written
     if config.proxy_size is not None and config.proxy_size < largest.reduction:
         raise UsageError(f"proxy images of {config.proxy_size} pixels are too small: {largest.reduction} or more")
-    _open_profile(config, evaluator.latency[0], data.input_size[1])
+    profile = _open_profile(config, evaluator.latency[0], data.input_size[1])
     conditions = score_conditions(config, device, data, evaluator)
     with locked_folder(config.out):
         if is_run(config.out):
@@ -317,7 +318,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, device, data, evaluator, conditions)
         evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
-        problem = _problem(run, config, evaluator)
+        problem = _problem(run, config, evaluator, profile)
         with storage_errors(run.path), local_workers(run, config.workers - 1):
             return _Search(run, config, problem, evaluator, on_trial).run_trials()
 
@@ -360,7 +361,8 @@ def work(
     evaluator = replace(_evaluator(config, config.device, data), references=run.manifest.get("latency_references", {}))
     _check_same(run, score_conditions(config, config.device, data, evaluator))
     with storage_errors(run.path):
-        problem = _problem(run, config, evaluator)
+        profile = _open_profile(config, evaluator.latency[0], data.input_size[1])
+        problem = _problem(run, config, evaluator, profile)
         return _Search(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()
 
 
@@ -520,10 +522,9 @@ def _open_profile(config: SearchConfig, target: LatencyConfig, side: int) -> Pro
     return found
 
 
-def _problem(run: Run, config: SearchConfig, evaluator: Evaluator) -> Problem:
+def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Profile | None) -> Problem:
     """What is searched for, with all that is known beforehand."""
     objectives, image = run.objectives, (evaluator.data.input_size[1], len(evaluator.data.classes))
-    profile = _open_profile(config, evaluator.latency[0], image[0])
     cheap = known_beforehand(
         config.space,
         objectives,
@@ -678,9 +679,7 @@ def _check_storage(url: str) -> None:
 
     allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
     if url.startswith(GRPC):
-        host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
-        if not host or "@" in host or not port.isdigit():
-            raise UsageError(f"the storage must be {allowed}")
+        grpc_address(url)
         return
     try:
         parsed = make_url(url)
@@ -879,9 +878,8 @@ class _Search:
             self._refresh()
 
     def _go_through(self, trial: optuna.Trial, attempts: int, point: Point) -> None:
-        if (
-            self.fleet is None and point in self.known and RETRY not in trial.user_attrs
-        ):  # only where a process died while it was drawing
+        # only where a process died while it was drawing
+        if self.fleet is None and point in self.known and RETRY not in trial.user_attrs:
             self._fail(trial, TrialFailure("killed", "the process died while the architecture was drawn"))
             return
         architecture = self.config.space.decode(self.knobs.read(point))
