@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from nas import __version__
-from nas.errors import NasError, UsageError
+from nas.errors import NasError, UsageError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nas.replay import Replay
     from nas.runs import Run, Trial
     from nas.search import Progress
     from nas.targets import Target
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.getLogger("nas").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        if any("\0" in argument for argument in arguments or ()):
+            raise UsageError("an argument holds a NUL character, which no name or path may")
         cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
         sys.stdout.flush()
     except NasError as error:
@@ -79,7 +82,7 @@ class _LogToStderr(logging.Handler):
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)
 
 
@@ -328,6 +331,15 @@ def _images(command: Any) -> Any:
     "--storage", metavar="URL", help="A database (postgresql://…) that `worker` can join, instead of study.db."
 )
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes here that score side by side.")
+@click.option(
+    "--engine", default="local", show_default=True, help="local, or ray: --workers trials at a time on a cluster."
+)
+@click.option("--address", default="auto", show_default=True, help="Of the Ray cluster: auto, HOST:PORT or local.")
+@click.option(
+    "--gpus-per-trial", type=float, default=1.0, show_default=True, help="Share of a GPU a training asks for."
+)
+@click.option("--train-device", metavar="DEVICE", help="Where networks are trained.  [default: as --device]")
+@click.option("--only", metavar="PART", default="all", help="measure: let `worker --only train` do the training.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 @click.pass_context
 def search_command(context: click.Context, /, as_json: bool, **options: Any) -> None:
@@ -366,6 +378,8 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
 @click.option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
 @click.option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
 @click.option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
+@click.option("--train-device", metavar="DEVICE", help="Where networks are trained here.  [default: as the search's]")
+@click.option("--only", metavar="PART", default="all", help="train, on any device, or measure.")
 @click.option(
     "--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it."
 )
@@ -381,6 +395,8 @@ def worker_command(
     data: str | None,
     data_root: str | None,
     device: str | None,
+    train_device: str | None,
+    only: str,
     command: str | None,
     out: Path | None,
 ) -> None:
@@ -393,11 +409,16 @@ def worker_command(
 
     run = join(storage, study, out)
     config = SearchConfig.from_run(run)
-    if config.command != command:
+    if config.command != command and only != "train":
         asks = f"runs the program {config.command!r}" if config.command else "runs no program"
         raise UsageError(f"this search {asks}: say the same by --command to allow it")
-    local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "storage": storage}
-    config = replace(config, **{name: value for name, value in local.items() if value is not None})
+    if only == "train":
+        if device is not None:
+            raise UsageError("--device says where to measure, which this worker does not: give --train-device")
+        train_device = train_device or "auto"
+    local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
+    local = {name: value for name, value in local.items() if value is not None}
+    config = replace(config, **local, storage=storage, only=only, workers=1)
     display = _ProgressDisplay(config.trials)
     with display:
         work(run, config, display.update)
@@ -818,6 +839,97 @@ def profile_command(
         )
 
 
+@cli.command("replay")
+@_run_argument
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N architectures.")
+@click.option("--front", "only_front", is_flag=True, help="Only the points of the front.")
+@click.option(
+    "--latency/--no-latency",
+    default=None,
+    help="Compare latencies too.  [default: on the run's machine, with its number of threads]",
+)
+@click.option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as the run's]")
+@click.option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
+@click.option("--device", help="Of this machine, to measure and train on.  [default: as the run's]")
+@click.option("--train-device", metavar="DEVICE", help="Where networks are trained.  [default: as --device]")
+@click.option("--command", metavar="PROGRAM", help="For --runtime command: the run's program, said again to allow it.")
+@click.option("--anew", is_flag=True, help="Forget what earlier replays of the run scored.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def replay_command(
+    run_path: Path,
+    limit: int | None,
+    only_front: bool,
+    latency: bool | None,
+    data: str | None,
+    data_root: str | None,
+    device: str | None,
+    train_device: str | None,
+    command: str | None,
+    anew: bool,
+    as_json: bool,
+) -> None:
+    """Score a run's architectures again, in the recorded order, and say which agree with what is recorded.
+
+    Space, data, conditions and seeds come from run.json. Results are kept in RUN/replay.csv: a replay that was stopped
+    goes on. Exit status 0 where all agree, else 1.
+    """
+    from nas.replay import Replayed, replay
+    from nas.runs import Run
+    from nas.search import SearchConfig
+
+    run = Run.open(run_path)
+    config = SearchConfig.from_run(run)
+    if latency is not False and config.command != command:
+        asks = f"runs the program {config.command!r}" if config.command else "runs no program"
+        raise UsageError(f"this run {asks}: say the same by --command to allow it, or leave it out by --no-latency")
+    train_device = train_device or device
+    local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
+    config = replace(config, **{name: value for name, value in local.items() if value is not None})
+    bars: list[Callable[[float, str], None]] = []
+    try:
+        with contextlib.ExitStack() as stack:
+
+            def show(done: int, total: int, last: Replayed | None) -> None:
+                if not bars:  # not before it is known that the run can be replayed
+                    bars.append(stack.enter_context(_bar("replaying", 1.0)))
+                verdict = "" if last is None else f" {last.trial.key} {'agrees' if last.agrees else 'differs'}"
+                bars[0](done / total, f"{done} of {total}{verdict}")
+
+            found = replay(run, config, front=only_front, limit=limit, latency=latency, anew=anew, on_done=show)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo("interrupted; the same command without --anew goes on", err=True)
+        raise
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print_replay(found)
+    if found.disagreeing:
+        raise NasError(f"{len(found.disagreeing)} of {len(found.rows)} architectures of {run_path} do not agree")
+
+
+def _print_replay(found: Replay) -> None:
+    """What disagrees, and how much agrees."""
+    if found.disagreeing:
+        table = _table("key", "trial>", "what", "recorded>", "95 % interval>", "now>", "95 % interval>")
+        for row in found.disagreeing:
+            if row.failure:
+                table.add_row(row.trial.key, str(row.trial.number), row.failure)
+            for c in (c for c in row.comparisons if not c.agrees):
+                cells = (
+                    *(f"{c.recorded:.6g}", _interval(c.recorded_interval)),
+                    *("" if c.now is None else f"{c.now:.6g}", _interval(c.now_interval)),
+                )
+                table.add_row(row.trial.key, str(row.trial.number), c.name, *cells)
+        _print_table(table)
+    if found.left_out:
+        click.echo(f"{found.left_out} further trials have no score to compare: they failed, or never ended")
+    click.echo(found.summary)
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
 @cli.command("calibrate")
 @_images
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i.")
@@ -890,6 +1002,28 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
     _print_table(table)
     for line in report["verdict"]:
         click.echo(line)
+
+
+@cli.command()
+@click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(run_path: Path | None, as_json: bool) -> None:
+    """Check this machine and what is installed and, with RUN, whether that run folder is sound.
+
+    Nothing is changed. Exit status 0 where there is no problem (warnings are none), else 1.
+    """
+    from nas.doctor import examine
+
+    found = []
+    for name, finding in examine(run_path):
+        found.append({"name": name, **vars(finding)})
+        if not as_json:
+            click.secho(finding.line(name), fg={"problem": "red", "warning": "yellow"}.get(finding.state))
+    if as_json:
+        _print_json(found)
+    problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]
+    if problems:
+        raise NasError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found: {', '.join(problems)}")
 
 
 @contextmanager

@@ -5,11 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 800
+
+
+def one_line(text: str, most: int = MAX_MESSAGE) -> str:
+    """The text in one line, without what a terminal would act on; of a long one the beginning and the end."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= most else f"{line[: most // 2]} … {line[3 - most // 2 :]}"
+
 
 class NasError(ValueError):
-    """Something the user can mend; the message names the bad value, what is allowed and what to do."""
+    """Something the user can mend; the message names the bad value, what is allowed and what to do.
+
+    Whatever a file says may stand in it, so that it is brought to one line here.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UsageError(NasError):
@@ -43,6 +57,9 @@ class TrialFailure(NasError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[TrialFailure], tuple[str, str]]:
+        return TrialFailure, (self.reason, str(self))
 
 
 class NotApplicable(TrialFailure):

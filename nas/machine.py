@@ -10,6 +10,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ from filelock import FileLock, Timeout
 from .errors import NasError, UsageError
 
 log = logging.getLogger(__name__)
+
+WAITING = threading.Event()
+"""Set while this process waits for its turn on a device."""
+_HELD = threading.local()
+"""The devices that a thread holds alone."""
 
 
 def resolve_device(name: str) -> str:
@@ -103,28 +110,124 @@ def describe_software() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Torch has so many CPU threads inside; None for as many as outside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def exclusive(device: str) -> Iterator[None]:
     """Hold a device alone among all processes of this program on this machine: a measurement, or a training.
 
-    Waits for its turn and says so. Not held across a whole search, so that two may take turns.
+    Waits for its turn and says so; who has it already goes on. Not held across a whole search, so that two take turns.
 
     Raises:
         NasError: where the lock file cannot be made.
     """
-    path = Path(tempfile.gettempdir()) / f"mixnas-{_device_id(device)}.lock"
-    lock = FileLock(path, mode=0o666)
+    held: set[str] = _HELD.__dict__.setdefault("devices", set())
+    if device in held:
+        yield
+        return
+    with _turn(device, FileLock(_lock_file(device), mode=0o666)):
+        held.add(device)
+        try:
+            yield
+        finally:
+            held.remove(device)
+
+
+@contextlib.contextmanager
+def shared(device: str) -> Iterator[None]:
+    """Hold a device beside others that share it, such as trainings of one search, while nobody holds it alone.
+
+    Raises:
+        NasError: where the lock file cannot be made.
+    """
+    with _turn(device, _SharedLock(_lock_file(device))):
+        yield
+
+
+@contextlib.contextmanager
+def _turn(device: str, lock: FileLock | _SharedLock) -> Iterator[None]:
+    gate = FileLock(_lock_file(device).with_suffix(".gate"), mode=0o666)  # who waits at it is overtaken by nobody
+
+    def enter(timeout: float) -> None:
+        with gate.acquire(timeout):
+            lock.acquire(timeout)
+
     try:
         try:
-            lock.acquire(timeout=0)
+            enter(timeout=0.2)
         except Timeout:
             log.info("waiting for another process that measures or trains on %s", device)
-            lock.acquire()
+            WAITING.set()
+            try:
+                enter(timeout=-1)
+            finally:
+                WAITING.clear()
     except OSError as error:
-        raise NasError(f"cannot lock {device} with {path}: {error.strerror or error}; free or remove it") from None
+        where = _lock_file(device)
+        raise NasError(f"cannot lock {device} with {where}: {error.strerror or error}; free or remove it") from None
     try:
         yield
     finally:
         lock.release()
+
+
+class _SharedLock:
+    """A lock that many hold at once, against a `FileLock` of the same file; where the system has no such, as that."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+        self._alone = FileLock(path, mode=0o666)
+
+    def acquire(self, timeout: float) -> None:
+        """Wait so many seconds, or without end below 0.
+
+        Raises:
+            Timeout: where another one has it alone for longer.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            self._alone.acquire(timeout)
+            return
+        deadline = None if timeout < 0 else time.monotonic() + timeout
+        if not self._path.exists():
+            with contextlib.suppress(Timeout), self._alone.acquire(0):
+                pass  # made as others can use it, too
+        file = os.open(self._path, os.O_RDWR)
+        try:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    self._file = file
+                    return
+                if deadline is not None and time.monotonic() > deadline:
+                    raise Timeout(str(self._path))
+                time.sleep(0.05)
+        finally:
+            if self._file is None:
+                os.close(file)
+
+    def release(self) -> None:
+        """Nothing happens where it is not held."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self._alone.release()
+
+
+def _lock_file(device: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"mixnas-{_device_id(device)}.lock"
 
 
 def _device_id(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .machine import describe_machine, machine_name, resolve_device
+from .reading import MAX_SIDE
 from .scoring.cost import Cost, count_cost
 from .scoring.latency import (
     DTYPES,
@@ -75,6 +77,11 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     inherited = target.conditions.keys() - conditions.keys()
     if at.get("runtime") != "command" and "command" in inherited:
         at["command"] = None
+    elif at.get("command") is not None and "command" in inherited:
+        # a folder that came from somewhere must not decide what is run here
+        raise UsageError(
+            f"{target.name} was timed by the program {at['command']!r}: say it again by --command to allow it"
+        )
     if traits is not None and not traits.channels_last and "channels_last" in inherited:
         at["channels_last"] = False
     return LatencyConfig(**at | {"device": resolve_device(at["device"])})
@@ -194,7 +201,8 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
 def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
     """The network part by part: what each stage is, its map, MACs for one image and parameters."""
     size = _image(target, input_size)
-    cost = _count(target, target.build(), size)
+    ours = target.architecture is not None
+    cost = _count(target, target.build(device="meta") if ours else target.build(), size)
     stages = {}
     if target.architecture is not None:
         maps = resolutions(target.architecture, size[1], size[2])
@@ -226,11 +234,11 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
 
 
 def _count(target: Target, model: nn.Module, size: tuple[int, int, int]) -> Cost:
+    if target.architecture is not None:  # whatever its size, nothing is computed
+        return count_cost(copy.deepcopy(model).to("meta"), size)
     try:
         return count_cost(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
-        if target.architecture is not None:
-            raise
         reason = str(error).partition("\n")[0][:200]
         raise UsageError(f"{target.name} does not take images of {size[1]}x{size[2]} ({reason})") from None
 
@@ -238,6 +246,8 @@ def _count(target: Target, model: nn.Module, size: tuple[int, int, int]) -> Cost
 def _image(target: Target, input_size: int | None) -> tuple[int, int, int]:
     side = target.input_size if input_size is None else input_size
     least = target.architecture.reduction if target.architecture else 1
+    if side > MAX_SIDE:
+        raise UsageError(f"images of {side} pixels are too large: at most {MAX_SIDE} are taken")
     if side < least:
         raise UsageError(f"images of {side} pixels are too small for {target.name}: {least} or more are needed")
     return 3, side, side

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -48,55 +49,63 @@ def required(part: str, missing: str) -> None:
     pytest.skip(missing)
 
 
+class Cluster:
+    """A private PostgreSQL cluster on loopback, as its user may run it."""
+
+    def __init__(self, bin_folder: str) -> None:
+        self._bin_folder = bin_folder
+        self._owner = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
+        self._folder = tempfile.mkdtemp(prefix="mixnas-postgres-", dir="/tmp")
+        if self._owner:
+            shutil.chown(self._folder, "postgres")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.url = f"postgresql://mixnas@127.0.0.1:{self._port}/"
+        self._call("initdb", "-A", "trust", "-U", "mixnas", "-N", "-E", "UTF8")
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        options = (
+            f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} -c fsync=off"
+        )
+        self._call("pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", options, "start")
+
+    def stop(self) -> None:
+        """All connections are lost."""
+        self._call("pg_ctl", "-w", "-m", "fast", "stop")
+
+    def _call(self, program: str, *arguments: str) -> None:
+        command = [f"{self._bin_folder}/{program}", "-D", f"{self._folder}/data", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self._owner)
+
+    def remove(self) -> None:
+        """Stop it, whatever it does, and take its files away."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._call("pg_ctl", "-m", "immediate", "stop")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of a private PostgreSQL cluster on loopback; its databases are the tests' own."""
+def postgres() -> Iterator[Cluster]:
+    """A cluster whose databases are the tests' own."""
     places = [shutil.which("initdb"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)]
     found = next((place for place in places if place), None)
     if found is None:
         required("postgres", "no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    bin_folder = os.path.dirname(os.path.realpath(str(found)))
-    owner = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
-    folder = tempfile.mkdtemp(prefix="mixnas-postgres-", dir="/tmp")
-    if owner:
-        shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def call(program: str, *arguments: str) -> None:
-        subprocess.run(
-            [f"{bin_folder}/{program}", "-D", f"{folder}/data", *arguments],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            cwd="/",
-            **owner,
-        )
-
-    try:
-        call("initdb", "-A", "trust", "-U", "mixnas", "-N", "-E", "UTF8")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        call("pg_ctl", "-w", "-l", f"{folder}/log", "-o", options, "start")
-        yield f"postgresql://mixnas@127.0.0.1:{port}/"
-    finally:
-        subprocess.run(
-            [f"{bin_folder}/pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-            cwd="/",
-            **owner,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
+    cluster = Cluster(os.path.dirname(os.path.realpath(str(found))))
+    yield cluster
+    cluster.remove()
 
 
 @pytest.fixture
-def database(postgres: str, request: pytest.FixtureRequest) -> str:
+def database(postgres: Cluster, request: pytest.FixtureRequest) -> str:
     """URL of an empty database."""
     import psycopg
 
     name = f"test_{abs(hash(request.node.name))}"
-    with psycopg.connect(f"{postgres}postgres", autocommit=True) as connection:
+    with psycopg.connect(f"{postgres.url}postgres", autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name}")
         connection.execute(f"CREATE DATABASE {name}")
-    return postgres + name
+    return postgres.url + name

@@ -192,6 +192,25 @@ def test_a_point_is_measured_under_its_runs_conditions(capsys, tmp_path):
     assert json.loads(call(capsys, "measure", target, "--json", "--batch-size", "1")[1])[0]["batch_size"] == 1
 
 
+def test_a_folders_program_is_not_run_unasked(capsys, tmp_path, run_path):
+    manifest = Path(run_path) / "run.json"
+    data = json.loads(manifest.read_text())
+    program = f"touch {tmp_path / 'ran'} {{model}} {{input}} {{output}}"
+    data["config"] |= {"runtime": "command", "command": program}
+    manifest.write_text(json.dumps(data))
+    key = json.loads(call(capsys, "front", run_path, "--json")[1])["points"][0]["key"]
+    for target in (f"{run_path}@{key}", run_path):
+        code, _, err = call(capsys, "measure", target)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "say it again by --command" in err
+    for command in (("search", "--out", run_path, "--trials", "5"), ("replay", run_path)):
+        code, _, err = call(capsys, *command)
+        assert code != 0
+    assert not (tmp_path / "ran").exists()
+    call(capsys, "measure", f"{run_path}@{key}", "--command", program)
+    assert (tmp_path / "ran").exists(), "the test would see it"
+
+
 def test_search_json_is_the_front(capsys, tmp_path):
     code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--json")
     _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")

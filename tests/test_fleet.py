@@ -85,7 +85,7 @@ def check(run: Run, wanted: int) -> collections.Counter[str]:
     return states
 
 
-def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str = "random") -> Fleet:
+def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str = "random", only: str = "all") -> Fleet:
     known: set = set()
     problem = Problem(("a", "b"), (True, True))
     study = optuna.create_study(
@@ -95,7 +95,7 @@ def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str 
         load_if_exists=True,
         sampler=SAMPLERS[sampler](knobs, problem, known, 0),
     )
-    return Fleet(study, knobs, known, Worker("here", 1, "cpu", False, name))
+    return Fleet(study, knobs, known, Worker("here", 1, "cpu", False, name, only))
 
 
 @pytest.mark.parametrize("server", [False, True])
@@ -115,6 +115,7 @@ def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request
                 trial, point = own.draw()
                 trial.set_user_attr("architecture", {})
                 drawn.append(point)
+                assert knobs.point(trial.params) == point, "what samplers learn from"
                 own.study.tell(trial, [float(point[0]), float(point[1])])
         except BaseException as error:
             errors.append(error)
@@ -162,7 +163,7 @@ def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
         for _ in range(10):
             other.bury()
             time.sleep(0.1)
-        assert [m.trial for m in other.others()] == [0]
+        assert [m.trial for m in other.others(other.trials())] == [0]
     assert other.study.get_trials()[0].state == TrialState.RUNNING
 
 
@@ -205,6 +206,71 @@ def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
     assert same == point
     assert other.draw()[1] != point
     assert [t.state for t in one.study.get_trials()].count(TrialState.FAIL) == 2
+
+
+def test_what_is_handed_on_keeps_its_number_and_its_measurements(tmp_path, monkeypatch):
+    """Drawn by one that trains, measured by another, and trained by a third after the first has died over it."""
+    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.2)
+    knobs = Knobs({"x": tuple(range(8))})
+    trainer, measurer, other = (
+        fleet_of(tmp_path, None, knobs, name, only=only)
+        for name, only in (("trainer", "train"), ("measurer", "measure"), ("other", "train"))
+    )
+    assert measurer.draw() is None, "it draws nothing"
+    trial, point = trainer.draw()
+    trial.set_user_attr(fleet.SETTLED, {"of": "it"})
+    trainer.hand_on(trial, "measure", {"params": 1})
+    assert trainer.draw() is None, "it is ahead"
+    another, another_point = other.draw()
+    assert (another.number, another_point != point) == (1, True), "not its part"
+    other.study.tell(another, [0.0, 0.0])
+    assert other.claim_of(other.study.get_trials()[0]) == point
+    measured, same = measurer.draw()
+    assert (measured.number, same) == (trial.number, point)
+    measurer.hand_on(measured, "train", {"params": 1, "latency_ms": 2.0})
+    assert measurer.draw() is None
+    again, same = trainer.draw()
+    assert (again.number, same, again.user_attrs["scores"]["latency_ms"]) == (trial.number, point, 2.0)
+    other.bury()
+    time.sleep(0.3)
+    other.bury()
+    repeated, same = other.draw(new=False)
+    assert (repeated.number, same, repeated.user_attrs["scores"]["latency_ms"]) == (trial.number + 2, point, 2.0)
+
+
+@pytest.mark.slow
+def test_one_measures_while_others_train(tmp_path, database, start):
+    """The search measures; of two workers that train, one is killed."""
+    out = tmp_path / "run"
+    first = start(
+        *("search", "--space", "mini", "--epochs", "1", "--images", "300", "--device", "cpu", "--threads", "1"),
+        *("--latency-seconds", "0.3", "--trials", "16", "--sampler", "random", "--only", "measure"),
+        *("--storage", database, "--out", str(out)),
+    )
+    while not (out / "run.json").is_file():
+        assert first.poll() is None, start.log(first)
+        time.sleep(0.1)
+    join = ("worker", "--storage", database, "--study", "run", "--only", "train", "--train-device", "cpu", "--out")
+    workers = [start(*join, str(tmp_path / f"w{i}")) for i in range(2)]
+    while "] trial " not in start.log(first):
+        assert first.poll() is None, start.log(first)
+        time.sleep(0.1)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    ended(start, first, workers[1])
+    states = check(Run.open(out), 16)
+    assert states["failed"] <= 2, "what the dead one did, and what was handed on beyond the last one"
+    frozen = optuna.load_study(study_name="run", storage=open_storage(tmp_path, database)).get_trials()
+    assert {t.user_attrs["worker"]["only"] for t in frozen if t.state == TrialState.COMPLETE} == {"train"}
+    assert "measuring trial" in start.log(workers[1])
+
+
+def test_parts_are_refused_where_there_is_but_one(tmp_path):
+    with pytest.raises(UsageError, match="there is but one part"):
+        analytic_config(tmp_path, storage="sqlite:///s.db", only="measure")
+    with pytest.raises(UsageError, match="needs others"):
+        analytic_config(tmp_path, objectives=("latency", "accuracy"), only="measure")
+    with pytest.raises(UsageError, match="is for workers"):
+        search(analytic_config(tmp_path, objectives=("latency", "accuracy"), storage="sqlite:///s.db", only="train"))
 
 
 @pytest.mark.slow
@@ -302,7 +368,7 @@ def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
 
     def take(name: str) -> None:
         own = fleet_of(tmp_path, url, knobs, name)
-        while (trial_id := own.study._pop_waiting_trial_id()) is not None:
+        while (trial_id := own._take(own.trials())) is not None:
             taken.append(trial_id)
 
     threads = [threading.Thread(target=take, args=(str(i),)) for i in range(4)]
@@ -338,11 +404,54 @@ def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
 
 
 @pytest.mark.slow
-def test_a_proxied_storage(tmp_path, start):
-    """`serve-storage` over SQLite, with a search and a worker behind it."""
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_storage_that_is_gone_for_a_while(tmp_path, postgres, database, start, proxied):
+    """Longer than a trial may be silent: nobody ends, and nobody is thought dead."""
+    url = database
+    if proxied:
+        port = free_port()
+        start("serve-storage", "--storage", database, "--port", port)
+        url = f"grpc://localhost:{port}"
+    out = tmp_path / "run"
+    first = lead(start, out, url, 40)
+    other = start("worker", "--storage", url, "--study", "run", "--out", str(tmp_path / "w"))
+    while "also at work" not in start.log(first):
+        assert first.poll() is None, start.log(first)
+        time.sleep(0.1)
+    postgres.stop()
+    time.sleep(8)
+    assert (first.poll(), other.poll()) == (None, None), start.log(first) + start.log(other)
+    postgres.start()
+    ended(start, first, other)
+    assert set(check(Run.open(out), 40)) == {"complete"}
+    assert "the storage is back after" in start.log(first)
+
+
+@pytest.mark.slow
+def test_a_worker_without_its_storage_can_be_stopped(tmp_path, postgres, database, start):
+    first = lead(start, tmp_path / "run", database, 4000)
+    postgres.stop()
+    try:
+        while "the storage is out of reach" not in start.log(first):
+            assert first.poll() is None, start.log(first)
+            time.sleep(0.1)
+        first.terminate()
+        assert first.wait(timeout=20) == 143, start.log(first)
+    finally:
+        postgres.start()
+    assert "Traceback" not in start.log(first)
+
+
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_proxied_storage(tmp_path, start):
+    """`serve-storage` over SQLite, with a search and a worker behind it."""
+    port = free_port()
     start("serve-storage", "--storage", f"sqlite:///{tmp_path}/s.db", "--port", port)
     url = f"grpc://localhost:{port}"
     first = lead(start, tmp_path / "run", url, 16)

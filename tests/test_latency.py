@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
-from nas.machine import exclusive
+from nas.machine import exclusive, shared
 from nas.models import Backbone
 from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
@@ -697,6 +698,25 @@ def test_a_device_is_held_by_one_process_at_a_time(tmp_path, caplog):
             assert time.perf_counter() - start > 0.3
         assert "waiting for another process" in caplog.text
         assert holder.wait() == 0
+
+
+def test_a_measurement_waits_for_trainings_that_share_and_is_not_overtaken():
+    order: list[str] = []
+
+    def hold(how, name: str, seconds: float) -> None:
+        with how("cpu"):
+            order.append(f"{name} in")
+            time.sleep(seconds)
+            order.append(f"{name} out")
+
+    begun = []
+    for how, name, seconds in ((shared, "a", 1.0), (shared, "b", 1.5), (exclusive, "alone", 0.3), (shared, "c", 0.1)):
+        begun.append(threading.Thread(target=hold, args=(how, name, seconds)))
+        begun[-1].start()
+        time.sleep(0.4)
+    for thread in begun:
+        thread.join()
+    assert order == ["a in", "b in", "a out", "b out", "alone in", "alone out", "c in", "c out"]
 
 
 @pytest.mark.gpu

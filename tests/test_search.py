@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import search_spaces
@@ -482,11 +483,50 @@ def test_repeats_average_over_seeds(tmp_path):
         singles = []
         for seed in range(3):
             evaluator = study_module._evaluator(
-                analytic_config(tmp_path, **options, seed=seed), "cpu", load_data("digits", None, None, 20_000, seed=0)
+                analytic_config(tmp_path, **options, seed=seed), load_data("digits", None, None, 20_000, seed=0)
             )
             singles.append(evaluator.evaluate(trial.architecture).scores.proxy)
         assert trial.scores.proxy == pytest.approx(np.mean(singles))
         assert trial.scores.proxy_std == pytest.approx(np.std(singles, ddof=1) / np.sqrt(3))
+
+
+class Hungry(torch.nn.Module):
+    """Has memory for so many images in training."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.head = room, torch.nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, images):
+        if self.training and len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.head(images.flatten(1))
+
+
+def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, caplog):
+    config = replace(
+        analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=2, train_batch_size=32),
+        device="cpu",
+    )
+    evaluator = study_module._evaluator(config, load_data("digits", None, None, 300, seed=0))
+    with caplog.at_level("WARNING"):
+        scores = evaluator.evaluate_network(lambda: Hungry(16)).scores
+    assert scores.accuracy is not None
+    assert [epoch for epoch, _ in scores.curve] == [1, 2]
+    assert "once more with each step in two halves" in caplog.text
+    with pytest.raises(TrialFailure, match="out of memory") as failure:
+        evaluator.evaluate_network(lambda: Hungry(15))
+    assert failure.value.reason == "out_of_memory"
+
+
+def test_halves_of_a_step_are_the_same_step(tmp_path):
+    """Without batch norms, gradients of two halves add up to those of the whole."""
+    config = analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=1, train_batch_size=33)
+    evaluator = study_module._evaluator(replace(config, device="cpu"), load_data("digits", None, None, 300, seed=0))
+    halves = replace(evaluator, fidelity=replace(evaluator.fidelity, chunks=2))
+    whole, half = (e.evaluate_network(lambda: Hungry(99)).weights for e in (evaluator, halves))
+    for name in whole:
+        torch.testing.assert_close(whole[name], half[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_proxy_that_says_nothing_is_a_failed_trial(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +17,23 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..data import ImageData
-from ..errors import UsageError
-from ..machine import exclusive, seeded
+from ..errors import TrialFailure, UsageError
+from ..machine import exclusive, seeded, shared, threads
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .objectives import OBJECTIVES, Scores, latency_fields, other_entry
-from .stopping import Stopped
+from .stopping import Judge, Stopped
+
+log = logging.getLogger(__name__)
+
+MEASURE, TRAIN, ALL = "measure", "train", "all"
+PARTS = (MEASURE, TRAIN)
+"""The parts of scoring that may be done in different places: latency and memory on the target, the proxy anywhere."""
+MEASURED = frozenset({"latency", "memory"})
+"""Objectives of the first part."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +45,16 @@ class Evaluation:
         excess: budget -> by how much it is exceeded, as a share of the budget; empty where all are met.
         weights: trained weights, where the proxy trained to its end.
         stopped: why the training was stopped early, where it was.
+        left: the part that is still to be done elsewhere; '' where none is.
+        chunks: parts that a training step's images went through the network in, for want of memory.
     """
 
     scores: Scores
     excess: Mapping[str, float]
     weights: dict[str, torch.Tensor] | None = None
     stopped: Stopped | None = None
-
-
-Judge = Callable[[Scores, Rung], None]
-"""Called with what is known of an architecture and a rung of its training; raises `Stopped` to end that."""
+    left: str = ""
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,17 @@ class Evaluator:
         data: what to train and to validate on; gives the image size and the number of classes.
         objectives: names of what is wanted.
         budgets: objective -> largest value allowed.
-        latency: under which conditions to time, for each target; the first one's device trains.
+        latency: under which conditions to time, for each target.
         references: target (`LatencyConfig.label`) -> latency fixed for the reference network, in milliseconds.
         proxy: a row of `ESTIMATORS`, used where `accuracy` is an objective.
         fidelity: how much effort the proxy may take.
         seed: of initial weights and training.
         repeats: the proxy's score is the mean of so many, with seeds that follow each other.
         proxy_data: what the proxy sees; None for `data`.
+        device: where networks are trained.
+        parts: of `PARTS`, what is done here.
+        shares: whether other trainings may be on the device at the same time. A measurement is alone in any case.
+        training_threads: CPU threads of a training; None for torch's own number.
     """
 
     data: ImageData
@@ -74,11 +88,10 @@ class Evaluator:
     seed: int
     repeats: int = 1
     proxy_data: ImageData | None = None
-
-    @property
-    def device(self) -> str:
-        """Where networks are trained, and timed first."""
-        return self.latency[0].device
+    device: str = "cpu"
+    parts: tuple[str, ...] = PARTS
+    shares: bool = False
+    training_threads: int | None = None
 
     def build(self, architecture: Architecture) -> nn.Module:
         """The architecture's module for the data's classes, with initial weights that depend on the seed alone.
@@ -102,28 +115,66 @@ class Evaluator:
         with seeded(self.seed + repeat):
             return create()
 
-    def evaluate(self, architecture: Architecture, judge: Judge | None = None) -> Evaluation:
-        """Score one architecture; raises as `evaluate_network`."""
-        return self.evaluate_network(lambda: self._create(architecture), judge)
+    def evaluate(
+        self, architecture: Architecture, judge: Judge | None = None, measured: Scores | None = None
+    ) -> Evaluation:
+        """Score one architecture; as `evaluate_network`."""
+        return self.evaluate_network(lambda: self._create(architecture), judge, measured)
 
-    def evaluate_network(self, create: Callable[[], nn.Module], judge: Judge | None = None) -> Evaluation:
-        """Score any network.
+    def evaluate_network(
+        self, create: Callable[[], nn.Module], judge: Judge | None = None, measured: Scores | None = None
+    ) -> Evaluation:
+        """Score any network, as far as the parts go that are done here.
 
         Args:
             create: makes it, with fresh weights.
             judge: may stop its training.
+            measured: the scores, where all but the training has been done already.
 
         Raises:
             TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout, a runtime that
                 cannot run it, a proxy that cannot say anything).
         """
         start = time.perf_counter()
-        evaluation = failing_without_memory(lambda: self._evaluate(create, judge))
-        scores = replace(evaluation.scores, scoring_seconds=time.perf_counter() - start)
+        before = (measured and measured.scoring_seconds) or 0.0
+        evaluation = failing_without_memory(lambda: self._evaluate(create, judge, measured))
+        scores = replace(evaluation.scores, scoring_seconds=before + time.perf_counter() - start)
         return replace(evaluation, scores=scores)
 
-    def _evaluate(self, create: Callable[[], nn.Module], judge: Judge | None) -> Evaluation:
+    def _evaluate(self, create: Callable[[], nn.Module], judge: Judge | None, measured: Scores | None) -> Evaluation:
         model = self.seeded(create)
+        if measured is None:
+            done = self._measure(model)
+            if done.excess or done.left:
+                return done
+            measured = done.scores
+        if "accuracy" not in self.objectives:
+            return Evaluation(measured, {})
+        if TRAIN not in self.parts:
+            return Evaluation(measured, {}, left=TRAIN)
+        return self._with_memory(measured, model, create, judge)
+
+    def _with_memory(
+        self, scores: Scores, model: nn.Module, create: Callable[[], nn.Module], judge: Judge | None
+    ) -> Evaluation:
+        """The proxy's score; a training out of memory is tried again, alone and then with half a step at a time."""
+        tries = [(self, self.fidelity)]
+        if ESTIMATORS[self.proxy].trained:
+            alone = replace(self, shares=False)  # others may have had the memory
+            tries += [(alone, self.fidelity)] if self.shares else []
+            tries += [(alone, replace(self.fidelity, chunks=2))] if self.fidelity.batch_size >= 4 else []
+        for evaluator, fidelity in tries[:-1]:
+            try:
+                return failing_without_memory(partial(evaluator._with_proxy, scores, model, create, judge, fidelity))
+            except TrialFailure as failure:
+                if failure.reason != "out_of_memory":
+                    raise
+                log.warning("training ran out of memory (%s): once more with less at a time", failure)
+        evaluator, fidelity = tries[-1]
+        return evaluator._with_proxy(scores, model, create, judge, fidelity)
+
+    def _measure(self, model: nn.Module) -> Evaluation:
+        """What is counted and measured, cheap numbers first, until a budget is exceeded."""
         wanted = {*self.objectives, *self.budgets}
         cost = count_cost(model, self.data.input_size)
         counted = not cost.uncounted  # a foreign network may hold what no rule counts: better no figure than a low one
@@ -131,36 +182,43 @@ class Evaluator:
         scores = Scores(params=cost.params, macs=cost.macs if counted else None, flops=cost.flops if counted else None)
         if excess := self._excess(scores):
             return Evaluation(scores, excess)
-        if "memory" in wanted:
-            scores = replace(scores, memory_mib=self._memory(model))
-            if excess := self._excess(scores):
-                return Evaluation(scores, excess)
-        if "latency" in wanted:
-            scores = replace(scores, **self._latency(model))
-            if excess := self._excess(scores):
-                return Evaluation(scores, excess)
-        if "accuracy" not in wanted:
-            return Evaluation(scores, {})
-        return self._with_proxy(scores, model, create, judge)
+        if MEASURED & wanted and MEASURE not in self.parts:
+            return Evaluation(scores, {}, left=MEASURE)
+        with ExitStack() as turns:  # once for all of it: between two turns others would train
+            for device in sorted({config.device for config in self.latency} if "latency" in wanted else ()):
+                turns.enter_context(exclusive(device))
+            if "memory" in wanted:
+                scores = replace(scores, memory_mib=self._memory(model))
+                if excess := self._excess(scores):
+                    return Evaluation(scores, excess)
+            if "latency" in wanted:
+                scores = replace(scores, **self._latency(model))
+        return Evaluation(scores, self._excess(scores))
 
     def _with_proxy(
-        self, scores: Scores, model: nn.Module, create: Callable[[], nn.Module], judge: Judge | None
+        self,
+        scores: Scores,
+        model: nn.Module,
+        create: Callable[[], nn.Module],
+        judge: Judge | None,
+        fidelity: Fidelity,
     ) -> Evaluation:
-        estimator, data, curve = ESTIMATORS[self.proxy], self.proxy_data or self.data, []
+        estimator, data = ESTIMATORS[self.proxy], self.proxy_data or self.data
+        curve: list[tuple[int, float]] = []
 
         def on_rung(rung: Rung) -> None:
             curve.append((rung.epoch, rung.accuracy))
-            if judge is not None and rung.epoch < self.fidelity.epochs:
+            if judge is not None and rung.epoch < fidelity.epochs:
                 judge(scores, rung)
 
         estimates = []
-        with exclusive(self.device) if estimator.works else nullcontext():
+        with self._training() if estimator.works else nullcontext():
             for repeat in range(self.repeats):
                 network = self.seeded(create, repeat) if repeat else model
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
                 seed = self.seed + repeat
                 try:
-                    estimates.append(estimator.estimate(network, data, self.fidelity, seed, self.device, **watch))
+                    estimates.append(estimator.estimate(network, data, fidelity, seed, self.device, **watch))
                 except Stopped as stopped:
                     # without its traceback, whose frames hold the training with all its tensors
                     return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped.with_traceback(None))
@@ -169,7 +227,13 @@ class Evaluator:
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=tuple(curve))
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
-        return Evaluation(scores, {}, estimates[0].weights)
+        return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The device and the threads of one training."""
+        with (shared if self.shares else exclusive)(self.device), threads(self.training_threads):
+            yield
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]

@@ -15,6 +15,12 @@ from .problem import Problem
 
 Floats = NDArray[np.float64]
 
+DIED = "killed: its worker died"
+RELEASED = "interrupted: its worker was stopped"
+NOT_NEEDED = "killed: another worker has it, and nothing else was left"
+SPARED = "killed: enough were scored before it was trained"
+HANDED_ON = frozenset({DIED, RELEASED, NOT_NEEDED, SPARED})
+"""Failures that say nothing of an architecture."""
 NOISE = "noise"
 """Attribute of a complete trial: objective -> standard error of its value."""
 ESTIMATES = "estimates"
@@ -85,7 +91,9 @@ class Reader:
             if point is None:
                 continue
             if not trial.state.is_finished():
-                pending += [point] if trial.state == TrialState.RUNNING else []
+                pending.append(point)
+                continue
+            if trial.user_attrs.get("failure") in HANDED_ON:
                 continue
             judged.setdefault("failed", []).append((point, 1.0 if trial.state == TrialState.FAIL else -1.0))
             kept = {name: value for name, value in trial.constraints.items() if name != EARLY_STOPPING}

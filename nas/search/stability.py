@@ -58,7 +58,7 @@ def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) ->
     held, held_apart = 0, 0
     tied = []
     for fast, slow in pairwise(order):
-        close = any(_overlap(figures[fast], figures[slow]) for figures in (first, second))
+        close = any(indistinct(figures[fast], figures[slow]) for figures in (first, second))
         kept = second[fast][0] < second[slow][0] or first[fast][0] == first[slow][0]
         held += kept
         held_apart += kept and not close
@@ -67,7 +67,7 @@ def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) ->
     return Stability(max(len(order) - 1, 0), held, tuple(tied), held_apart)
 
 
-def _overlap(a: Figure, b: Figure) -> bool:
+def indistinct(a: Figure, b: Figure) -> bool:
     """Whether two figures differ by less than the uncertainty of their difference."""
     return abs(a[0] - b[0]) <= math.hypot(a[0] * a[1], b[0] * b[1])
 

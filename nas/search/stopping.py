@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..scoring.accuracy import Rung
+from .objectives import Objective, Scores
+
 LEVEL = 0.75
 """A training is stopped where its final accuracy would be below what it needs with this probability. Measured: it saves
 40 to 66 % of the epochs, at below 0.5 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
@@ -35,6 +38,11 @@ class Finished:
     accuracy: float
 
 
+def costs_of(objectives: Sequence[Objective], scores: Scores) -> tuple[float, ...]:
+    """What an architecture costs in the objectives but accuracy, less is better."""
+    return tuple(o.loss(o.read(scores) or 0.0) for o in objectives if o.field != "accuracy")
+
+
 class Stopped(Exception):
     """A training was stopped early.
 
@@ -43,8 +51,11 @@ class Stopped(Exception):
     """
 
     def __init__(self, reason: str, shortfall: float) -> None:
-        super().__init__(reason)
+        super().__init__(reason, shortfall)  # both, so that it can be pickled
         self.shortfall = shortfall
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def needed_accuracy(costs: Sequence[float], finished: Sequence[Finished]) -> float:
@@ -105,3 +116,20 @@ def check_rung(
             f"{needed:.2f} % is known at no higher cost",
             1 - best / needed,
         )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Ends a training that cannot reach the front any more. Plain data, so that it can go where the training is.
+
+    Args:
+        objectives: of the search.
+        finished: trainings that went to their end.
+    """
+
+    objectives: tuple[Objective, ...]
+    finished: tuple[Finished, ...]
+
+    def __call__(self, scores: Scores, rung: Rung) -> None:
+        """Look at a rung of the training of what has these scores; raises as `check_rung`."""
+        check_rung(rung.epoch, rung.accuracy, costs_of(self.objectives, scores), self.finished)

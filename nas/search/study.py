@@ -21,7 +21,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ..architecture import Architecture
 from ..calibration.folder import FILE as CALIBRATION_FILE
@@ -30,6 +30,7 @@ from ..data import MAX_IMAGES, ImageData, load_data, reduced
 from ..errors import InfeasibleError, NasError, RunError, TrialFailure, UsageError, unknown_name
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
 from ..models.zoo import check_network_name
+from ..patience import OUTAGES
 from ..profile import SHARED, Profile
 from ..runs import (
     FORMAT,
@@ -47,20 +48,22 @@ from ..runs import (
     remove_unfinished_study,
     storage_errors,
 )
-from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
+from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import DTYPES, RUNTIME_TRAITS, RUNTIMES, LatencyConfig, reference_ms
 from ..space import SearchSpace
 from .beforehand import known_beforehand
-from .evaluate import Evaluation, Evaluator
+from .cluster import Cluster, Resources
+from .evaluate import ALL, MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
 from .finish import finish, near_trials
-from .fleet import DIED, HANDED_ON, RELEASED, RETRY, WORKER, Fleet, Member, Worker, local_workers
-from .history import EARLY_STOPPING, ESTIMATES, NOISE
+from .fleet import LEFT, RETRY, WORKER, Fleet, Member, Worker, local_workers
+from .history import DIED, EARLY_STOPPING, ESTIMATES, HANDED_ON, NOISE, RELEASED, SPARED
+from .isolated import IsolatedEvaluator
 from .knobs import Knobs, Point
 from .objectives import OBJECTIVES, Objective, Scores, format_value, parse_objectives
 from .problem import Problem
 from .samplers import SAMPLERS, expects_too_little, suggest
-from .stopping import Finished, best_final, check_rung
+from .stopping import Finished, Judge, best_final, costs_of
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ MAX_FAILURES = 10
 LATENCY_PROTOCOL = 2
 """Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
 WAIT_SECONDS = 1.0
+HANG_FACTOR = 2
+"""Scoring has this times what training and measuring may take."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -82,7 +87,8 @@ class SearchConfig:
     Args:
         space: what may be built.
         objectives: two to four of `OBJECTIVES`.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; trains and times.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; times.
+        train_device: trains, by the same names; None for `device`.
         also: further devices and runtimes that latency is measured on, each an objective of its own.
         baselines: networks by name (timm's and presets) that are scored beside the search, as its points are.
         data: a data set as `nas.data` names it.
@@ -101,7 +107,8 @@ class SearchConfig:
         train_batch_size: images a training step.
         trials: architectures to score in all, resumed ones included.
         timeout_minutes: no trial is started after this long.
-        trial_timeout_minutes: a training that takes longer fails.
+        trial_timeout_minutes: a training that takes longer fails. Everything is then scored in a process of its own,
+            which is ended where it hangs (`_hang_seconds`); so one that dies is a failed trial, too.
         sampler: a row of `SAMPLERS`.
         start: architectures of the space to score first: known good ones.
         until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
@@ -121,12 +128,18 @@ class SearchConfig:
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
         storage: URL of the study's storage (`nas.runs.open_storage`), which other processes may share; None keeps
             `study.db` in the run folder.
-        workers: processes on this machine that score side by side.
+        workers: architectures that are scored side by side: by as many processes on this machine, each of which trains
+            with its part of the threads, or on the cluster.
+        engine: `local`, or `ray` for a Ray cluster.
+        address: of the cluster, as `Resources` has it.
+        gpus_per_trial: as `Resources` has it.
+        only: of a trial's two parts, the one that this process does, `measure` or `train`; or `all`.
     """
 
     space: SearchSpace
     objectives: tuple[str, ...] = ("latency", "accuracy")
     device: str = "auto"
+    train_device: str | None = None
     also: tuple[tuple[str, str], ...] = ()
     baselines: tuple[str, ...] = ()
     data: str = "digits"
@@ -163,11 +176,15 @@ class SearchConfig:
     out: Path | None = None
     storage: str | None = None
     workers: int = 1
+    engine: str = "local"
+    address: str = "auto"
+    gpus_per_trial: float = 1.0
+    only: str = ALL
 
     @property
     def shared(self) -> bool:
         """Whether other processes may work on the study too."""
-        return self.storage is not None or self.workers > 1
+        return self.storage is not None or (self.workers > 1 and self.engine == "local")
 
     def __post_init__(self) -> None:
         for what, name, table in (
@@ -175,6 +192,8 @@ class SearchConfig:
             ("sampler", self.sampler, set(SAMPLERS)),
             *(("runtime", runtime, set(RUNTIMES)) for runtime in (self.runtime, *(also for _, also in self.also))),
             ("dtype", self.dtype, set(DTYPES)),
+            ("part", self.only, {*PARTS, ALL}),
+            ("engine", self.engine, {"local", "ray"}),
         ):
             if name not in table:
                 raise unknown_name(what, name, table)
@@ -200,7 +219,7 @@ class SearchConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name in ("timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds"):
+        for name in ("timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds", "gpus_per_trial"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} is {value!r}: it must be a number above 0")
@@ -214,6 +233,17 @@ class SearchConfig:
             raise UsageError(f"seed is {self.seed!r}: it must be a whole number from 0 to 4294967295")
         if self.storage is not None:
             _check_storage(self.storage)
+        wanted = {*self.objectives, *self.budgets}
+        if self.only != ALL and ("accuracy" not in wanted or not MEASURED & wanted):
+            raise UsageError(
+                f"--only {self.only}: there is but one part: accuracy, and latency or memory, must be wanted"
+            )
+        if self.only != ALL and self.engine == "ray":
+            raise UsageError("on a Ray cluster one actor measures anyway: leave --only out")
+        if self.only != ALL and self.storage is None:
+            raise UsageError(
+                f"--only {self.only} needs others who do the rest: say by --storage where they find the study"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the space (kept apart) and the folder are left out."""
@@ -280,10 +310,13 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         NasError: where one trial after the other fails.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if config.only == TRAIN:
+        raise UsageError("--only train is for workers: the search itself measures, so start it on the target")
     device = resolve_device(config.device)
     config = replace(
         config,
         device=device,
+        train_device=resolve_device(config.train_device) if config.train_device else None,
         also=tuple((resolve_device(further), runtime) for further, runtime in config.also),
         data=_absolute(config.data),
         data_root=_absolute_folder(config.data_root),
@@ -296,17 +329,19 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         Run.open(config.out)  # a damaged one is refused before data is read
     if "accuracy" not in config.objectives:
         log.info("accuracy is not an objective: nothing is trained")
+    if config.only == MEASURE:
+        log.info("this process only measures: nothing is drawn until a worker trains (mixnas worker --only train)")
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
     if data.corrupt:
         shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
         log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)
-    evaluator = _evaluator(config, device, data)
+    evaluator = _evaluator(config, data)
     largest = config.space.largest()[0]
     evaluator.build(largest)  # refuses images that are too small, before anything is written
     if config.proxy_size is not None and config.proxy_size < largest.reduction:
         raise UsageError(f"proxy images of {config.proxy_size} pixels are too small: {largest.reduction} or more")
-    profile = _open_profile(config, evaluator.latency[0], data.input_size[1])
-    conditions = score_conditions(config, device, data, evaluator)
+    profile = _open_profile(config, evaluator)
+    conditions = _training_conditions(config, data, evaluator) | _measuring_conditions(config)
     with locked_folder(config.out):
         if is_run(config.out):
             run = Run.open(config.out)
@@ -316,10 +351,11 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             run = _update(run, config)
         else:
             evaluator = replace(evaluator, references=_references(config, evaluator))
-            run = _create(config, device, data, evaluator, conditions)
+            run = _create(config, data, evaluator, conditions)
         evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
         problem = _problem(run, config, evaluator, profile)
-        with storage_errors(run.path), local_workers(run, config.workers - 1):
+        processes = config.workers - 1 if config.engine == "local" else 0
+        with storage_errors(run.path), local_workers(run, processes):
             return _Search(run, config, problem, evaluator, on_trial).run_trials()
 
 
@@ -331,7 +367,10 @@ def join(storage: str, study: str, out: Path | None) -> Run:
         RunError: as `nas.runs.join_run`.
     """
     _check_storage(storage)
-    return join_run(out or Path("results") / Path(study).name, storage, study)
+    name = Path(study).name
+    if out is None and name in ("", ".."):
+        raise UsageError(f"study {study!r} names no folder in results: give --out")
+    return join_run(out or Path("results") / name, storage, study)
 
 
 def work(
@@ -349,21 +388,42 @@ def work(
         As `search`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = replace(config, device=resolve_device(config.device))
+    if config.only == TRAIN:
+        # the target and what was measured of it are elsewhere
+        config = replace(config, train_device=resolve_device(config.train_device or "auto"), profile=None)
+    else:
+        trains = resolve_device(config.train_device) if config.train_device else None
+        config = replace(config, device=resolve_device(config.device), train_device=trains)
     if config.profile is not None and not Path(config.profile).is_dir():
         log.warning("the profile %s is not on this machine: latency is not known beforehand here", config.profile)
         config = replace(config, profile=None)
+    evaluator, conditions = evaluator_of(run, config)
+    _check_same(run, conditions)
+    with storage_errors(run.path):
+        profile = _open_profile(config, evaluator)
+        problem = _problem(run, config, evaluator, profile)
+        return _Search(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()
+
+
+def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, Any]]:
+    """What scores a run's architectures in this process, and under which conditions it does.
+
+    Args:
+        run: the run.
+        config: of the run; data and device as this process sees them. The conditions of one that only trains are those
+            of training.
+
+    Raises:
+        RunError: where the data is not the run's.
+    """
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"
         )
-    evaluator = replace(_evaluator(config, config.device, data), references=run.manifest.get("latency_references", {}))
-    _check_same(run, score_conditions(config, config.device, data, evaluator))
-    with storage_errors(run.path):
-        profile = _open_profile(config, evaluator.latency[0], data.input_size[1])
-        problem = _problem(run, config, evaluator, profile)
-        return _Search(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()
+    evaluator = replace(_evaluator(config, data), references=run.manifest.get("latency_references", {}))
+    conditions = _training_conditions(config, data, evaluator)
+    return evaluator, conditions if config.only == TRAIN else conditions | _measuring_conditions(config)
 
 
 def _absolute(data: str) -> str:
@@ -382,6 +442,11 @@ def _update(run: Run, config: SearchConfig) -> Run:
         *(
             "trials",
             "workers",
+            "engine",
+            "address",
+            "gpus_per_trial",
+            "only",
+            "train_device",
             "sampler",
             "until",
             "profile",
@@ -408,8 +473,8 @@ def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any]
     return find_trust(config.space, fingerprint, config.proxy, config.epochs, config.train_batch_size, places)
 
 
-def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
-    """Everything that changes a score: two runs with equal conditions score an architecture alike."""
+def _training_conditions(config: SearchConfig, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
+    """What changes a score, but for the measuring; the device that trains is not among it."""
     return {
         "space": config.space.to_dict(),
         "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
@@ -424,7 +489,14 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluat
         "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
-        "device": machine_name(device),
+        "seed": config.seed,
+    }
+
+
+def _measuring_conditions(config: SearchConfig) -> dict[str, Any]:
+    """What changes what is measured; with the others, equal conditions give an architecture equal scores."""
+    return {
+        "device": machine_name(config.device),
         "runtime": config.runtime,
         "dtype": config.dtype,
         "batch_size": config.batch_size,
@@ -434,25 +506,28 @@ def score_conditions(config: SearchConfig, device: str, data: ImageData, evaluat
         "also": [[*target, machine_name(target[0])] for target in config.also],
         "command": config.command,
         "latency_protocol": LATENCY_PROTOCOL if "latency" in (*config.objectives, *config.budgets) else None,
-        "seed": config.seed,
     }
 
 
-def _evaluator(config: SearchConfig, device: str, data: ImageData) -> Evaluator:
+def _evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     limit = config.trial_timeout_minutes
     return Evaluator(
         data=data,
         objectives=config.objectives,
         budgets=config.budgets,
-        latency=_latency_configs(config, device),
+        latency=_latency_configs(config),
         references={},
         proxy=config.proxy,
         fidelity=Fidelity(
-            config.epochs, config.train_batch_size, limit * 60 if limit else None, _ensemble(config, data)
+            config.epochs, config.train_batch_size, limit * 60 if limit else None, ensemble=_ensemble(config, data)
         ),
         seed=config.seed,
         repeats=config.proxy_repeats,
         proxy_data=reduced(data, config.proxy_images, config.proxy_size),
+        device=config.train_device or config.device,
+        parts=PARTS if config.only == ALL else (config.only,),
+        shares=config.workers > 1,
+        training_threads=max(1, torch.get_num_threads() // config.workers),
     )
 
 
@@ -483,9 +558,20 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
     return found.ensemble().to_dict()
 
 
-def _latency_configs(config: SearchConfig, device: str) -> tuple[LatencyConfig, ...]:
-    """What latency is measured on, the first one first."""
-    targets = [(device, config.runtime), *((resolve_device(also), runtime) for also, runtime in config.also)]
+def _hang_seconds(config: SearchConfig) -> float | None:
+    """What the scoring of one architecture may take before it counts as hanging; None for any time."""
+    if config.trial_timeout_minutes is None:
+        return None
+    training = 60 * config.trial_timeout_minutes * config.proxy_repeats
+    measuring = (1 + len(config.also)) * (config.latency_seconds + config.command_timeout)
+    return HANG_FACTOR * (training + measuring)
+
+
+def _latency_configs(config: SearchConfig) -> tuple[LatencyConfig, ...]:
+    """What latency is measured on, the first one first; nothing where this process only trains."""
+    if config.only == TRAIN:
+        return ()
+    targets = [(config.device, config.runtime), *config.also]
     return tuple(
         LatencyConfig(
             device=where,
@@ -504,7 +590,7 @@ def _latency_configs(config: SearchConfig, device: str) -> tuple[LatencyConfig, 
     )
 
 
-def _open_profile(config: SearchConfig, target: LatencyConfig, side: int) -> Profile | None:
+def _open_profile(config: SearchConfig, evaluator: Evaluator) -> Profile | None:
     """The profile that predicts the first target's latency, where one is named.
 
     Raises:
@@ -515,7 +601,7 @@ def _open_profile(config: SearchConfig, target: LatencyConfig, side: int) -> Pro
         return None
     if "latency" not in (*config.objectives, *config.budgets):
         raise UsageError("--profile predicts latency, which is no objective and has no budget here")
-    found = Profile.open(Path(config.profile))
+    found, target, side = Profile.open(Path(config.profile)), evaluator.latency[0], evaluator.data.input_size[1]
     conditions: dict[str, Any] = {name: getattr(target, name) for name in SHARED}
     conditions |= {"input_size": side, "machine": machine_name(target.device)}
     found.check(conditions | {"threads": target.threads or torch.get_num_threads()}, "this search measures")
@@ -531,7 +617,7 @@ def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Prof
         tuple(config.budgets),
         image,
         profile,
-        evaluator.references.get(evaluator.latency[0].label),
+        evaluator.references.get(evaluator.latency[0].label) if evaluator.latency else None,
     )
     return Problem(
         tuple(o.name for o in objectives), tuple(o.minimize for o in objectives), run.reference, cheap, config.budgets
@@ -554,9 +640,7 @@ def _new_folder(config: SearchConfig) -> Path:
     return path
 
 
-def _create(
-    config: SearchConfig, device: str, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]
-) -> Run:
+def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]) -> Run:
     """Fix the reference point, create the study, and only then write the manifest that makes the folder a run."""
     assert config.out is not None
     objectives = parse_objectives(
@@ -583,7 +667,7 @@ def _create(
                 study.enqueue_trial(config.space.encode(architecture), skip_if_exists=True)
     except optuna.exceptions.DuplicatedStudyError:
         raise RunError(f"the storage already has a study named {name!r}: give another --out") from None
-    resolved = replace(config, device=device, input_size=data.input_size[1])
+    resolved = replace(config, input_size=data.input_size[1])
     manifest = {
         "study": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -607,7 +691,7 @@ def _create(
             "num_holdout": len(data.holdout),
             "corrupt": list(data.corrupt),
         },
-        "machine": describe_machine(device),
+        "machine": describe_machine(config.device),
         "software": describe_software(),
     }
     with storage_errors(config.out):  # workers on other machines have nothing else
@@ -647,19 +731,27 @@ def _base(objective: Objective) -> str:
     return objective.name.partition("@")[0]
 
 
-def _check_same(run: Run, conditions: dict[str, Any]) -> None:
+def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Conditions that were others when a run was created: name -> then, now."""
     before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.get("conditions", {})}
+    changed = {}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
             continue  # perhaps written by a release that knew fewer fields
         if before.get(name) != value:
-            then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in (before.get(name), value))
-            detail = (
-                f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
-            )
-            raise RunError(
-                f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out"
-            )
+            changed[name] = (before.get(name), value)
+    return changed
+
+
+def _check_same(run: Run, conditions: dict[str, Any]) -> None:
+    for name, values in changed_conditions(run, conditions).items():
+        then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
+        detail = (
+            f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
+        )
+        raise RunError(
+            f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out"
+        )
     if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 
@@ -691,6 +783,25 @@ def _check_storage(url: str) -> None:
             "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
             "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
         )
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A trial that the cluster has.
+
+    Args:
+        trial: its handle.
+        attempts: how often it was begun.
+        architecture: what is scored.
+        began: `time.monotonic()` when it was given.
+        alive: beats for it until this is closed.
+    """
+
+    trial: optuna.Trial
+    attempts: int
+    architecture: Architecture
+    began: float
+    alive: contextlib.ExitStack
 
 
 class _Search:
@@ -730,7 +841,8 @@ class _Search:
             )
         except KeyError:
             raise no_study(run.path) from None
-        worker = Worker.here(config.device, lead)
+        device = evaluator.device if config.only == TRAIN else config.device
+        worker = Worker.here(device, lead, config.only)
         self.fleet = Fleet(self.study, self.knobs, self.known, worker) if config.shared else None
         self.trials: list[Trial] = []
         self.front: list[Trial] = []
@@ -738,24 +850,35 @@ class _Search:
         self.finished: list[Finished] = []
         self.hypervolume = 0.0
         self._read: set[int] = set()
+        self._found: list[FrozenTrial] = []
         self._refresh()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         # alone, all of them are of processes that died; else only those of an earlier lead surely are
-        mine = [t for t in running if self.fleet is None or t.user_attrs.get(WORKER, {}).get("lead")]
+        mine = [t for t in running if self.fleet is None or (t.user_attrs.get(WORKER) or {}).get("lead")]
         self.unfinished = mine if lead else []
         self.before = len(self.trials)  # what earlier processes did
         self.trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
         self.judges = self.trains and config.early_stopping
+        if self.fleet is not None:
+            self.fleet.kept.update(t.number for t in self.unfinished)
+        seconds = _hang_seconds(config)
+        self.cluster = self.isolated = None
+        self.under_way: dict[int, UnderWay] = {}
+        if config.engine == "ray" and lead:
+            resources = Resources(config.address, config.workers, config.gpus_per_trial)
+            self.cluster = Cluster(evaluator, resources, seconds)
+        elif seconds is not None:
+            self.isolated = IsolatedEvaluator(evaluator, seconds)
 
     def _refresh(self) -> list[Trial]:
         """Take in what ended since the last time, here or elsewhere."""
-        ended = [
-            t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished() and t.number not in self._read
-        ]
+        self._found = self.study.get_trials(deepcopy=False)
+        ended = [t for t in self._found if t.state.is_finished() and t.number not in self._read]
         new = [read_trial(t) for t in ended]
         self._read.update(t.number for t in ended)
         self.trials += new
-        self.known.update(self.knobs.point(self.config.space.encode(t.architecture)) for t in new if t.architecture)
+        scored = (t.architecture for t in new if t.architecture is not None and t.failure != SPARED)
+        self.known.update(self.knobs.point(self.config.space.encode(architecture)) for architecture in scored)
         complete = [t for t in new if t.state == "complete"]
         self.finished += [self._finished(t.scores) for t in complete if t.scores.curve]
         if complete:
@@ -768,6 +891,7 @@ class _Search:
 
     def run_trials(self) -> Run:
         """Score until done; the tables are derived however it ends."""
+        OUTAGES.take_time()
         started = time.monotonic()
         limit = self.config.timeout_minutes
         gave_up = exhausted = False
@@ -781,6 +905,7 @@ class _Search:
                     log.warning("the process that started this worker is gone")
                     break
                 begun, waiting = self._elsewhere()
+                begun += len(self.under_way)
                 exhausted = len(self.known) >= self.knobs.size and not (self.unfinished or waiting)
                 gave_up = self._gives_up()
                 if gave_up or (exhausted and not begun):
@@ -789,24 +914,39 @@ class _Search:
                     log.warning("stopped: a further architecture is expected to add less than --until asks for")
                     break
                 enough = begun and not waiting and self._scored() + begun >= self.config.trials
-                if exhausted or enough:
+                if self.cluster is not None:
+                    self._feed(self.cluster, new=not exhausted)
+                    self._collect(self.cluster)
+                elif exhausted or enough:
                     self._wait()
                 else:
                     self._one_trial()
+            while self.cluster is not None and self.under_way:
+                self._collect(self.cluster)
             if self.lead and self.fleet is not None:
                 self._see_through(self.fleet)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                OUTAGES.hurry()
             # the reason for ending is what the user must see, not a second failure on the way out
+            for left in self.under_way.values():
+                with left.alive:
+                    self._release(left.trial, left.attempts, error)
             with contextlib.suppress(NasError):
                 self.run.write_tables()
             raise
+        finally:
+            for elsewhere in (self.isolated, self.cluster):
+                if elsewhere is not None:
+                    elsewhere.close()
         if not self.lead:
             return self.run
         if not self._count("complete"):
             self.run.write_tables()
             self._raise_nothing_scored(gave_up or exhausted)
         try:
-            finish(self.study, self.run, self.evaluator, self.config.baselines)
+            # nobody else is there for the baselines: they are trained here, too
+            finish(self.study, self.run, replace(self.evaluator, parts=PARTS), self.config.baselines)
         finally:
             self.run.write_tables()
         if exhausted:
@@ -818,27 +958,36 @@ class _Search:
         return self.run
 
     def _see_through(self, fleet: Fleet) -> None:
-        """Wait for what has begun; score what waits to be repeated, unless the search ended before its goal."""
+        """Wait for what is under way, so that nothing of it is lost.
+
+        Where there is enough, what waits to be repeated is scored, and what was handed on is spared: another search may
+        draw it again. Where the search ended before its goal, both wait for the next start.
+        """
         done, states = self._scored() >= self.config.trials, (TrialState.RUNNING, TrialState.WAITING)
         owed = {t.number for t in self.study.get_trials(deepcopy=False, states=states[:1])}
         while True:
             fleet.bury()
             found = self.study.get_trials(deepcopy=False, states=states)
-            if done and any(t.state == TrialState.WAITING for t in found):
+            queue = [t for t in found if t.state == TrialState.WAITING]
+            if done and queue:
+                for trial in queue:
+                    if LEFT in trial.user_attrs or self.config.only != ALL:
+                        fleet.drop(trial._trial_id, SPARED)
                 self._one_trial(new=False)
-            elif any(t.number in owed or done for t in found):
+            elif any(t.state == TrialState.RUNNING and (t.number in owed or done) for t in found):
                 self._wait()
             else:
                 return
 
     def _elsewhere(self) -> tuple[int, int]:
-        """How many trials run elsewhere, and how many wait to be repeated."""
+        """How many trials are with others, and how many wait for this process."""
         if self.fleet is None:
-            return 0, 0
-        self.fleet.bury()
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        running = sum(t.state == TrialState.RUNNING for t in trials)
-        return running - len(self.unfinished), len(trials) - running
+            if len(self.known) < self.knobs.size:
+                return 0, 0  # the queue comes first anyway
+            return 0, len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        trials = [t for t in self.fleet.bury() if not t.state.is_finished()]
+        waiting = sum(t.state == TrialState.WAITING and self.fleet.worker.does(t) for t in trials)
+        return len(trials) - waiting - len(self.unfinished), waiting
 
     def _wait(self) -> None:
         """See what the others do for a second."""
@@ -878,31 +1027,95 @@ class _Search:
             self._refresh()
 
     def _go_through(self, trial: optuna.Trial, attempts: int, point: Point) -> None:
+        task = self._task(trial, attempts, point)
+        if task is not None:
+            with self._alive(trial):
+                evaluator = self.isolated or self.evaluator
+                self._score(trial, attempts, task[0], lambda: evaluator.evaluate(*task))
+
+    def _task(
+        self, trial: optuna.Trial, attempts: int, point: Point
+    ) -> tuple[Architecture, Judge | None, Scores | None] | None:
+        """What is to be scored, what may stop its training, what was measured of it; None where the trial failed."""
         # only where a process died while it was drawing
         if self.fleet is None and point in self.known and RETRY not in trial.user_attrs:
             self._fail(trial, TrialFailure("killed", "the process died while the architecture was drawn"))
-            return
+            return None
         architecture = self.config.space.decode(self.knobs.read(point))
         trial.set_user_attr("architecture", architecture.to_dict())
         self.known.add(point)
-        with self.fleet.beating(trial) if self.fleet else contextlib.nullcontext():
-            self._score(trial, architecture, attempts)
+        if attempts > MAX_ATTEMPTS:
+            self._fail(trial, TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it"))
+            return None
+        judge = Judge(self.run.objectives, tuple(self.finished)) if self.judges else None
+        handed_on = trial.user_attrs.get(LEFT) == TRAIN
+        return architecture, judge, Scores.from_dict(trial.user_attrs["scores"]) if handed_on else None
 
-    def _score(self, trial: optuna.Trial, architecture: Architecture, attempts: int) -> None:
+    def _alive(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+        return self.fleet.beating(trial) if self.fleet else contextlib.nullcontext()
+
+    def _feed(self, cluster: Cluster, new: bool) -> None:
+        """Give the cluster as much as it is to do at a time."""
+        while len(self.under_way) < self.config.workers and self._scored() + len(self.under_way) < self.config.trials:
+            _, waiting = self._elsewhere()
+            if self.fleet is None and len(self.known) >= self.knobs.size and not (self.unfinished or waiting):
+                return
+            try:
+                begun = self._begin(new)
+                if begun is None:
+                    return
+                trial, attempts, _ = begun
+                task = self._task(*begun)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                self._refresh()
+                continue
+            if task is not None:
+                alive = contextlib.ExitStack()
+                alive.enter_context(self._alive(trial))
+                self.under_way[trial.number] = UnderWay(trial, attempts, task[0], time.monotonic(), alive)
+                cluster.submit(trial.number, *task)
+
+    def _collect(self, cluster: Cluster) -> None:
+        """Wait for one trial of the cluster, and tell the study."""
+        if not self.under_way:
+            if self.fleet is not None:
+                self._wait()
+            return
+
+        def result() -> Evaluation:
+            if isinstance(outcome, TrialFailure):
+                raise outcome
+            return outcome
+
+        number, outcome = cluster.next()
+        done = self.under_way.pop(number)
+        with done.alive, contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._score(done.trial, done.attempts, done.architecture, result)
+
+    def _release(self, trial: optuna.Trial, attempts: int, error: BaseException) -> None:
+        """Leave a trial that was stopped, or found a bug: no fault of its architecture."""
+        with contextlib.suppress(NasError, optuna.exceptions.UpdateFinishedTrialError), storage_errors(self.run.path):
+            if self.fleet is not None and isinstance(error, KeyboardInterrupt | SystemExit):
+                OUTAGES.hurry()
+                self.fleet.give_up(trial._trial_id, RELEASED)
+            else:
+                trial.set_user_attr("attempts", attempts - 1)
+
+    def _score(
+        self, trial: optuna.Trial, attempts: int, architecture: Architecture, evaluate: Callable[[], Evaluation]
+    ) -> None:
         try:
-            if attempts > MAX_ATTEMPTS:
-                raise TrialFailure("killed", f"the process died {MAX_ATTEMPTS} times while scoring it")
-            evaluation = self.evaluator.evaluate(architecture, self._judge if self.judges else None)
+            evaluation = evaluate()
+            if evaluation.left:
+                assert self.fleet is not None
+                self.fleet.hand_on(trial, evaluation.left, evaluation.scores.to_dict())
+                return
             values = self._values(evaluation)
         except TrialFailure as failure:
             self._fail(trial, failure)
             return
         except BaseException as error:
-            # it was stopped, or found a bug: no fault of the architecture
-            if self.fleet is not None and isinstance(error, KeyboardInterrupt | SystemExit):
-                self.fleet.give_up(trial._trial_id, RELEASED)
-            else:
-                trial.set_user_attr("attempts", attempts - 1)
+            self._release(trial, attempts, error)
             raise
         trial.set_user_attr("scores", evaluation.scores.to_dict())
         trial.set_user_attr(NOISE, self._noise(evaluation.scores))
@@ -914,6 +1127,8 @@ class _Search:
             over = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
             self._tell(trial, TrialState.PRUNED, failure=over)
             return
+        if evaluation.chunks > 1:
+            trial.set_user_attr("train_chunks", evaluation.chunks)
         if self.trains:
             # every trial has it: a sampler may want the same constraints of all, and a process may have died in between
             trial.set_constraint(EARLY_STOPPING, evaluation.stopped.shortfall if evaluation.stopped else 0.0)
@@ -978,20 +1193,17 @@ class _Search:
         self._tell(trial, TrialState.FAIL, failure=f"{failure.reason}: {failure}")
 
     def _report(self, trial: Trial | None) -> None:
-        fleet = tuple(self.fleet.others()) if self.fleet else ()
+        fleet = tuple(self.fleet.others(self._found)) if self.fleet else ()
+        fleet += tuple(
+            Member("the cluster", self.evaluator.device, number, time.monotonic() - task.began, 0.0)
+            for number, task in self.under_way.items()
+        )
         self.on_trial(
             Progress(self.run, trial, self._scored(), self.config.trials, list(self.front), self.hypervolume, fleet)
         )
 
-    def _judge(self, scores: Scores, rung: Rung) -> None:
-        """Ends a training that cannot reach the front, given those that went to their end."""
-        check_rung(rung.epoch, rung.accuracy, self._costs(scores), self.finished)
-
     def _finished(self, scores: Scores) -> Finished:
-        return Finished(self._costs(scores), dict(scores.curve), scores.accuracy or 0.0)
-
-    def _costs(self, scores: Scores) -> tuple[float, ...]:
-        return tuple(o.loss(o.read(scores) or 0.0) for o in self.run.objectives if o.field != "accuracy")
+        return Finished(costs_of(self.run.objectives, scores), dict(scores.curve), scores.accuracy or 0.0)
 
     def _count(self, state: str) -> int:
         return sum(t.state == state for t in self.trials)

@@ -17,12 +17,15 @@ class Fidelity:
         epochs: passes over the training part.
         batch_size: images a training step, and images that a zero-cost score looks at.
         max_seconds: after this long an estimate fails with the reason `timeout`; None for no limit.
+        chunks: a training step's images go through the network in so many parts, one after the other: more need less
+            memory, and batch norms see smaller batches.
         ensemble: for the estimator of that name, what `Ensemble.to_dict` gives.
     """
 
     epochs: int = 4
     batch_size: int = 64
     max_seconds: float | None = None
+    chunks: int = 1
     ensemble: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property

@@ -73,7 +73,7 @@ def train(
     """
     start = time.perf_counter()
     deadline = None if fidelity.max_seconds is None else start + fidelity.max_seconds
-    running = training or Training(model, data, fidelity.batch_size, seed, device)
+    running = training or Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks)
     if running.epoch > fidelity.epochs:
         raise ValueError(f"a training of {running.epoch} epochs cannot go on to {fidelity.epochs}")
     network = running.averaged() if running.epoch == fidelity.epochs else running.network
@@ -104,18 +104,28 @@ def train(
 class Training:
     """A copy of a network in training: runs epoch by epoch, and can be saved and go on as if it had never stopped.
 
+    Args:
+        model: any classifier of `data.classes`.
+        data: what to train on.
+        batch_size: images a step.
+        seed: of all that is random.
+        device: where.
+        chunks: parts that a step's images go through the network in.
+
     Attributes:
         network: with the weights of the last step.
         epoch: epochs that are done.
         curve: accuracies on the way.
     """
 
-    def __init__(self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:
+    def __init__(
+        self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str, chunks: int = 1
+    ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         train_part = _on_device(data.train, device)
         self.pixels, self.labels = train_part.pixels, train_part.labels
         self.normalise = normaliser(data, device)
-        self.batch_size = min(batch_size, len(self.labels))
+        self.batch_size, self.chunks = min(batch_size, len(self.labels)), chunks
         self.network = copy.deepcopy(model).to(self.device).to(memory_format=torch.channels_last)
         self.average = [p.detach().clone() for p in self.network.parameters()]
         # scaled with the square root of the batch, as suits Adam; 64 is what the rate was chosen at
@@ -154,15 +164,17 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
             images = self.normalise(_augment(self.pixels[index], self.data.mirrored, generator))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = F.cross_entropy(self.network(images), self.labels[index], label_smoothing=LABEL_SMOOTHING)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                    loss = F.cross_entropy(self.network(part), labels, label_smoothing=LABEL_SMOOTHING)
+                loss = loss * (len(labels) / len(index))
+                loss.backward()
+                loss_sum += loss.detach()
             nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
             self.optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, parameters, 1 - (1 - 1 / self.step) ** AVERAGING)
-            loss_sum += loss.detach()
         if not math.isfinite(loss_sum.item()):  # once an epoch: asking every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...machine import exclusive
+from ...machine import exclusive, threads
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig
 from .reference import fix_reference_ms, fixed_reference_ms, prepared_reference
@@ -285,7 +285,7 @@ def _conditions(config: LatencyConfig) -> Iterator[None]:
     device = torch.device(config.device)
     _keep_freed_memory()
     with (
-        _threads(config.threads),
+        threads(config.threads),
         _no_garbage_collection(),
         torch.inference_mode(),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
@@ -309,16 +309,6 @@ def _keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):  # older versions take 32 MiB at most
         mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

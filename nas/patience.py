@@ -1,0 +1,122 @@
+"""A storage that may be out of reach for a while: a server restarts, a network is down for a minute."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
+from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 300.0
+"""How long a storage may be out of reach before whoever needs it gives up."""
+RETRY_SECONDS = 2.0
+
+
+class Outages:
+    """When the storages of this process were out of reach."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._total = 0.0
+        self._hurry = threading.Event()
+
+    def clock(self) -> float:
+        """Seconds of a clock that stands still during outages: silence then says nothing about anybody."""
+        with self._lock:
+            now = time.monotonic()
+            return (now if self._since is None else self._since) - self._total
+
+    def hurry(self) -> None:
+        """Wait for no storage any more: this process is about to end."""
+        self._hurry.set()
+
+    def take_time(self) -> None:
+        """Wait for storages again, after an earlier search of this process was interrupted."""
+        self._hurry.clear()
+
+    def began(self, error: Exception) -> None:
+        """A call failed for want of the storage."""
+        with self._lock:
+            if self._since is None:
+                self._since = time.monotonic()
+                cause = str(error.__cause__ or error).strip().partition("\n")[0]
+                log.warning(
+                    "the storage is out of reach (%s): trying again for %.0f minutes", cause, PATIENCE_SECONDS / 60
+                )
+
+    def ended(self) -> None:
+        """A call went through."""
+        if self._since is None:  # nearly always, and then without the lock
+            return
+        with self._lock:
+            if self._since is not None:
+                log.warning("the storage is back after %.0f s", time.monotonic() - self._since)
+                self._total += time.monotonic() - self._since
+                self._since = None
+
+    def wait(self) -> bool:
+        """A pause before the next try; False where none is to follow."""
+        try:
+            return not self._hurry.wait(RETRY_SECONDS)
+        except BaseException:
+            self.hurry()
+            raise
+
+
+OUTAGES = Outages()
+
+
+def patient(storage: BaseStorage) -> BaseStorage:
+    """The same storage, whose calls wait for a server that is out of reach.
+
+    A call whose answer was lost may be carried out twice. That does no harm: a trial begun twice is one that nobody
+    beats for, and to end one a second time is refused as to end another worker's.
+    """
+    for name in BaseStorage.__abstractmethods__:
+        setattr(storage, name, _retried(getattr(storage, name)))
+    return storage
+
+
+def _retried(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def retried(*args: Any, **kwargs: Any) -> Any:
+        deadline = None
+        while True:
+            try:
+                result = call(*args, **kwargs)
+            except Exception as error:
+                deadline = deadline or time.monotonic() + PATIENCE_SECONDS
+                if not is_outage(error) or time.monotonic() > deadline:
+                    raise
+                OUTAGES.began(error)
+                if not OUTAGES.wait():
+                    raise
+            else:
+                OUTAGES.ended()
+                return result
+
+    return retried
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error says that a server did not answer, and nothing about what it was asked."""
+    if isinstance(error, StorageInternalError):
+        return is_outage(error.__cause__)
+    if isinstance(error, SQLAlchemyError):
+        ours = isinstance(getattr(error, "orig", None), sqlite3.Error)  # a file: what it says will not pass
+        return isinstance(error, OperationalError | InterfaceError | PendingRollbackError) and not ours
+    if (grpc := sys.modules.get("grpc")) is None or not isinstance(error, grpc.RpcError):
+        return False
+    # a proxy whose database is gone answers with UNKNOWN
+    return bool(error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN))

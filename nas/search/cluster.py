@@ -1,0 +1,233 @@
+"""Scoring on a Ray cluster: the search draws here, the cluster trains, and one actor measures.
+
+The actor sits on the machine where the search was started, since what it measures is compared with what the search has
+measured there; a GPU that is a target is the actor's alone. Ray repeats once what a lost process or node was at; the
+study stays the truth.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..architecture import Architecture
+from ..errors import RunError, TrialFailure, UsageError
+from .evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
+from .isolated import IsolatedEvaluator
+from .objectives import Scores
+from .stopping import Judge
+
+log = logging.getLogger(__name__)
+
+Outcome = Evaluation | TrialFailure
+"""What a task gives: a failure is no error of the task, which Ray would wrap."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where a search's trials run.
+
+    Args:
+        address: of the cluster: `auto` for the one that this machine belongs to, `HOST:PORT`, or `local` for a new one
+            on this machine.
+        workers: trials at a time.
+        gpus_per_trial: that a training asks for; a fraction lets several share one.
+    """
+
+    address: str
+    workers: int
+    gpus_per_trial: float
+
+
+class Cluster:
+    """Takes architectures, gives evaluations.
+
+    Args:
+        evaluator: what scores; its data is sent to the cluster once.
+        resources: where.
+        seconds: for scoring one architecture, after which its process is ended; None for no limit.
+
+    Raises:
+        RunError: where Ray is not installed or the cluster cannot be reached or has not what is asked for.
+    """
+
+    def __init__(self, evaluator: Evaluator, resources: Resources, seconds: float | None) -> None:
+        self._ray = ray = _connected(resources.address)
+        wanted = {*evaluator.objectives, *evaluator.budgets}
+        measured, trained = bool(MEASURED & wanted), "accuracy" in wanted
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, trains_on = 0.0, evaluator.device
+        if evaluator.device.startswith("cuda"):
+            gpus, trains_on = resources.gpus_per_trial, "cuda:0"  # a process sees the GPU it was given alone
+        on_gpu = measured and any(config.device.startswith("cuda") for config in evaluator.latency)
+        _check_gpus(nodes, gpus, on_gpu, evaluator)
+        cores = [int(node.get("CPU", 0)) for node in nodes]
+        cpus = float(max(1, min(sum(cores) // resources.workers, max(cores)))) if not gpus else 1.0
+        parts = (TRAIN,) if measured else PARTS
+        self._evaluator = ray.put(replace(evaluator, device=trains_on, shares=True, training_threads=None, parts=parts))
+        self._train = None
+        if trained or not measured:
+            # two processes may die over a task: its own, and that of one more try
+            self._train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_train)
+        self._target = None
+        if measured:
+            strategies = importlib.import_module("ray.util.scheduling_strategies")
+            here = strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            actor = ray.remote(
+                num_cpus=0, num_gpus=float(on_gpu), max_restarts=-1, max_task_retries=1, scheduling_strategy=here
+            )(Target)
+            # what is "torch's own" is not the same in one of Ray's processes
+            timed = tuple(replace(c, threads=c.threads or torch.get_num_threads()) for c in evaluator.latency)
+            self._measurer = ray.put(replace(evaluator, parts=(MEASURE,), latency=timed))
+            self._target = actor.remote([self._measurer], seconds)
+        self._seconds = seconds
+        self._under_way: dict[Any, int] = {}
+
+    def submit(self, number: int, architecture: Architecture, judge: Judge | None, measured: Scores | None) -> None:
+        """Begin to score an architecture.
+
+        Args:
+            number: of its trial.
+            architecture: what is scored.
+            judge: may stop its training.
+            measured: what was measured of it already.
+        """
+        known: Any = None if measured is None else Evaluation(measured, {}, left=TRAIN)
+        if self._target is not None and known is None:
+            known = self._target.measure.remote(architecture)
+        # in a list, so that Ray gives the task no copy of its own: its process fetches one for all
+        answer = (
+            known
+            if self._train is None
+            else self._train.remote([self._evaluator], architecture, judge, known, self._seconds)
+        )
+        self._under_way[answer] = number
+
+    def next(self) -> tuple[int, Outcome]:
+        """The next trial that is done, and what came of it; waits for it."""
+        ray = self._ray
+        while True:
+            ready, _ = ray.wait(list(self._under_way), num_returns=1, timeout=1.0)  # so that Ctrl-C is seen
+            if ready:
+                break
+        number = self._under_way.pop(ready[0])
+        try:
+            return number, ray.get(ready[0])
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.RayActorError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.ObjectLostError,
+            ray.exceptions.OutOfMemoryError,
+        ) as error:
+            cause = str(error).strip().partition("\n")[0]
+            return number, TrialFailure("killed", f"its process or node was lost twice ({cause})")
+
+    def close(self) -> None:
+        """End what is under way, and leave the cluster."""
+        for answer in self._under_way:
+            self._ray.cancel(answer, force=self._train is not None)
+        self._under_way.clear()
+        self._ray.shutdown()
+
+
+class Target:
+    """The actor that measures, one architecture after the other.
+
+    In a process of its own: Ray would count its death against all that wait behind the one that it died of.
+
+    Args:
+        evaluator: what measures, as a reference in a list.
+        seconds: for one architecture; None for no limit.
+    """
+
+    def __init__(self, evaluator: list[Any], seconds: float | None) -> None:
+        import ray
+
+        self._evaluator = IsolatedEvaluator(ray.get(evaluator[0]), seconds)
+
+    def measure(self, architecture: Architecture) -> Outcome:
+        """All scores but those of the training."""
+        try:
+            return self._evaluator.evaluate(architecture)
+        except TrialFailure as failure:
+            return failure
+
+
+_FETCHED: dict[str, Evaluator | IsolatedEvaluator] = {}
+"""What scores in the search that this process works for."""
+
+
+def _train(
+    evaluator: list[Any], architecture: Architecture, judge: Judge | None, known: Outcome | None, seconds: float | None
+) -> Outcome:
+    """What is left of scoring an architecture: a task of the cluster."""
+    import ray
+
+    if known is not None and (isinstance(known, TrialFailure) or not known.left):
+        return known
+    name = evaluator[0].hex()
+    if name not in _FETCHED:
+        _FETCHED.clear()
+        fetched = ray.get(evaluator[0])
+        _FETCHED[name] = fetched if seconds is None else IsolatedEvaluator(fetched, seconds)
+    try:
+        return _FETCHED[name].evaluate(architecture, judge, None if known is None else known.scores)
+    except TrialFailure as failure:
+        return failure
+
+
+def _check_gpus(nodes: list[dict[str, float]], gpus: float, on_gpu: bool, evaluator: Evaluator) -> None:
+    """Refuse what would wait for ever."""
+    there = [node.get("GPU", 0.0) for node in nodes]
+    if gpus > max(there):
+        raise RunError(f"a training asks for {gpus:g} GPUs, no node of the cluster has more than {max(there):g}")
+    if on_gpu and sum(there) < 1 + gpus:
+        raise RunError("the GPU that is measured on is for that alone, and the cluster has no other one to train on")
+    other = sorted({config.device for config in evaluator.latency} - {"cpu", "cuda:0"})
+    if other:
+        raise UsageError(f"on a Ray cluster the GPU that is measured on is cuda:0, not {other[0]}")
+
+
+def _connected(address: str) -> Any:
+    """Ray's module, connected to a cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError as error:
+        raise RunError(f"--engine ray needs Ray, which is not installed ({error}): pip install 'mixnas[ray]'") from None
+    if address.startswith("ray://"):
+        raise UsageError(
+            "a search measures, so it must be on a node of its cluster: start it there, with --address auto"
+        )
+    ours, start = signal.getsignal(signal.SIGTERM), time.monotonic()
+    alone = {"include_dashboard": False} if address == "local" else {}
+    try:
+        if address not in ("auto", "local"):
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"no Ray cluster at {address} ({cause}): `ray start --head` starts one, as --address local does"
+        ) from None
+    signal.signal(signal.SIGTERM, ours)  # Ray has put its own in the place of it
+    resources, alive = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    log.info(
+        "on a Ray cluster of %d nodes with %g CPUs and %g GPUs, joined after %.0f s",
+        alive,
+        resources.get("CPU", 0),
+        resources.get("GPU", 0),
+        time.monotonic() - start,
+    )
+    return ray
