@@ -20,11 +20,14 @@ from typing import Any, ClassVar
 from .errors import UsageError, unknown_name
 
 VERSION = 1
+MAX_STAGES = 5
 MAX_DEPTH = 256  # bounds that no sane network meets, so that a hostile file cannot ask for a terabyte
 MAX_WIDTH = 16_384
+MAX_PARAMS = 10**9
 MAX_MLP_RATIO = 64.0
 MAX_COMPRESSION = int(MAX_WIDTH * MAX_MLP_RATIO)
 MAX_JSON_CHARS = 100_000
+MAX_NESTING = 32
 
 # words a field may take, from least to most work
 LOCAL_UNITS = ("none", "dw", "conv")
@@ -396,8 +399,8 @@ class Architecture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if not 2 <= len(self.stages) <= 5 or not all(isinstance(s, Stage) for s in self.stages):
-            raise UsageError(f"an architecture has 2 to 5 stages, this one has {len(self.stages)}")
+        if not 2 <= len(self.stages) <= MAX_STAGES or not all(isinstance(s, Stage) for s in self.stages):
+            raise UsageError(f"an architecture has 2 to {MAX_STAGES} stages, this one has {len(self.stages)}")
         _check_choice(self, "norm", NORMS)
 
     @property
@@ -444,8 +447,8 @@ class Architecture:
             raise UsageError(
                 f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}"
             )
-        if not isinstance(fields_["stages"], list | tuple) or len(fields_["stages"]) > 5:
-            raise UsageError("an architecture's stages must be a list of 2 to 5 stages")
+        if not isinstance(fields_["stages"], list | tuple) or len(fields_["stages"]) > MAX_STAGES:
+            raise UsageError(f"an architecture's stages must be a list of 2 to {MAX_STAGES} stages")
         return cls(
             stages=tuple(stage_from_dict(s) for s in fields_["stages"]),
             norm=fields_.get("norm", "bn"),
@@ -500,14 +503,26 @@ def stage_from_dict(data: Any) -> Stage:
     return Stage(**values | {"mixer": mixer_from_dict(values["mixer"])})
 
 
-def parse_json(text: str, what: str) -> Any:
-    """The data in `text`, or a `UsageError`; nothing longer than `MAX_JSON_CHARS` is parsed."""
-    if len(text) > MAX_JSON_CHARS:
-        raise UsageError(f"{what} in {len(text):,} characters is too long: at most {MAX_JSON_CHARS:,}")
+def parse_json(text: str, what: str, most: int = MAX_JSON_CHARS) -> Any:
+    """The data in `text`, or a `UsageError`; nothing longer than `most` is parsed, nor taken where nested deeply."""
+    if len(text) > most:
+        raise UsageError(f"{what} in {len(text):,} characters is too long: at most {most:,}")
     try:
-        return json.loads(text)
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not the JSON of {what}: {error}") from None
+    if is_too_deep(data):
+        raise UsageError(f"{what} is nested too deeply: at most {MAX_NESTING} levels")
+    return data
+
+
+def is_too_deep(data: Any) -> bool:
+    """Whether data is nested so deeply that what walks it, or only prints it, may run out of stack."""
+    level = [data]
+    for _ in range(MAX_NESTING):
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in inner for child in children]
+    return bool(level)
 
 
 def check_mapping(data: Any, what: str, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -21,15 +21,17 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from .architecture import parse_json, resolutions
+from .architecture import resolutions
 from .errors import NasError, RunError, UsageError
 from .models import create_backbone
+from .reading import SIDE, read_json
 from .runs import Run, Trial, write_file
 from .search.objectives import OBJECTIVES, format_value
 
 PACKAGE = "mixnas_model"
 SOURCES = ("architecture.py", "errors.py", "models")
 TOLERANCE = 1e-5
+MAX_CLASSES = 100_000
 
 
 def export(run: Run, key: str, out: Path | None = None) -> Path:
@@ -107,14 +109,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: where it is missing or damaged.
     """
+    shape = {"num_classes": range(MAX_CLASSES + 1), "pretrained_cfg": {"input_size": [range(3, 4), SIDE, SIDE]}}
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"), "a timm configuration")
-        if not isinstance(config["num_classes"], int) or not isinstance(config["pretrained_cfg"]["input_size"][1], int):
-            raise TypeError("num_classes and input_size must be whole numbers")
-    except (OSError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
-        raise UsageError(f"{folder} is not an export: its config.json is missing or damaged ({error})") from None
-    result: dict[str, Any] = config
-    return result
+        config: dict[str, Any] = read_json(folder / "config.json", "a timm configuration", shape, UsageError)
+    except UsageError as error:
+        raise UsageError(f"{folder} is not an export: {error}") from None
+    return config
 
 
 def _fill(folder: Path, run: Run, trial: Trial, model: nn.Module) -> None:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .architecture import Architecture
+from .architecture import Architecture, check_mapping
 from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
 from .models import create_backbone
 from .pieces import count_pieces, pieces_of
+from .reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_text
 from .runs import Run, locked_folder, reading_manifest, write_file
 from .scoring.latency import (
     LatencyConfig,
@@ -42,6 +43,29 @@ WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0
 """How a network is timed: less exactly than elsewhere, since the model averages over many."""
 PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
 """How its pieces are."""
+
+_FAILED = {"architecture": dict, "failure": str}
+RECORDS: dict[str, Any] = {
+    "networks": (
+        {"architecture": dict, "seconds": FIGURE, "ms": POSITIVE, "pieces_ms": [POSITIVE]},
+        {**_FAILED, "seconds": FIGURE},
+    ),
+    "held_out": ({"architecture": dict, "ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}, _FAILED),
+}
+"""File -> what a line of it holds, see `nas.reading`."""
+MANIFEST = {
+    "space": dict,
+    "input_size": SIDE,
+    "seed": COUNT,
+    "reference_ms": POSITIVE,
+    "latency": {
+        **dict.fromkeys(("device", "runtime", "dtype"), LINE),
+        **dict.fromkeys(("batch_size", "threads"), COUNT),
+        **dict.fromkeys(("channels_last", "folded"), bool),
+        **dict.fromkeys(("command_timeout?", "target?", "max_seconds?"), POSITIVE),
+        "command": (str, None),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -125,27 +149,25 @@ class Profile:
         Raises:
             RunError: where it is none, or damaged.
         """
-        with reading_manifest(path / "profile.json", FORMAT, "profile") as data:
-            config = ProfileConfig(
-                SearchSpace.from_dict(data["space"]),
-                LatencyConfig(**data["latency"]),
-                int(data["input_size"]),
-                int(data["seed"]),
-            )
-            return cls(path, config, float(data["reference_ms"]))
+        with reading_manifest(path / "profile.json", FORMAT, "profile", MANIFEST) as data:
+            names = tuple(f.name for f in fields(LatencyConfig))
+            latency = LatencyConfig(**check_mapping(data["latency"], "a latency's conditions", names))
+            config = ProfileConfig(SearchSpace.from_dict(data["space"]), latency, data["input_size"], data["seed"])
+            return cls(path, config, data["reference_ms"])
 
     def records(self, name: str = "networks") -> list[dict[str, Any]]:
         """What was measured, in order; a last line that a killed process left unfinished is not there."""
-        try:
-            lines = (self.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        file = self.path / f"{name}.jsonl"
+        if not file.exists():
             return []
         records = []
-        for line in lines:
+        for number, line in enumerate(read_text(file, MAX_TABLE_BYTES, RunError).splitlines(), start=1):
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            check(record, RECORDS[name], f"line {number} of {file}", RunError)
+            records.append(record)
         return records
 
     def add(self, record: Mapping[str, Any], name: str = "networks") -> None:
@@ -172,6 +194,8 @@ class Profile:
                 continue
             architecture = Architecture.from_dict(record["architecture"])
             features = self._features(architecture)
+            if len(features) != len(record["pieces_ms"]):
+                raise RunError(f"{self.path} is damaged: a network has not as many pieces as were timed")
             pieces += list(features)
             pieces_ms += record["pieces_ms"]
             wholes.append(features)

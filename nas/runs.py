@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sqlite3
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +28,14 @@ import numpy as np
 import optuna
 from filelock import FileLock, Timeout
 from sqlalchemy import event
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
-from .errors import RunError, UsageError
+from .errors import NasError, RunError, UsageError, one_line
+from .manifest import RUN, STUDY, TRIAL
+from .patience import patient
+from .reading import COUNT, check, is_file, read_json
 from .search.objectives import (
     OBJECTIVES,
     Objective,
@@ -115,17 +120,10 @@ class Run:
             raise RunError(
                 f"{folder} is not a run folder: it has no run.json" if folder.is_dir() else f"no run folder at {folder}"
             )
-        try:
-            data = json.loads(manifest.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise RunError(f"{manifest} has format {data['format']}, this release reads {FORMAT}")
+        with reading_manifest(manifest, FORMAT, "run", RUN) as data:
             run = cls(folder, data)
             _ = run.objectives, run.reference
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"{manifest} is damaged ({type(error).__name__}: {error})") from None
-        return run
+            return run
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
@@ -155,7 +153,10 @@ class Run:
     @cached_property
     def reference(self) -> dict[str, float]:
         """The hypervolume's reference point, fixed at creation: objective -> value."""
-        return {o.name: float(self.manifest["reference"][o.name]) for o in self.objectives}
+        given = self.manifest["reference"]
+        if missing := [o.name for o in self.objectives if o.name not in given]:
+            raise RunError(f"its reference lacks {', '.join(missing)}")
+        return {o.name: float(given[o.name]) for o in self.objectives}
 
     @property
     def timing(self) -> str:
@@ -193,24 +194,29 @@ class Run:
         Raises:
             RunError: where the storage is missing or damaged.
         """
-        with self._study() as (storage, study_id):
+        with self._study() as (storage, study_id), damage_reported(self.path):
             frozen = storage.get_all_trials(study_id, deepcopy=False)
         trials = [read_trial(t) for t in frozen]
+        for trial in trials:
+            if trial.state == "complete" and any(o.read(trial.scores) is None for o in self.objectives):
+                raise RunError(f"trial {trial.number} of {self.path} is damaged: it is complete without its scores")
         again = self.attributes.get(REMEASURED, {}) if remeasured else {}
         return [self._second(t, again) for t in trials] if again else trials
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What is kept of the study as a whole."""
-        with self._study() as (storage, study_id):
-            return dict(storage.get_study_user_attrs(study_id))
+        with self._study() as (storage, study_id), damage_reported(self.path):
+            attributes = dict(storage.get_study_user_attrs(study_id))
+        check(attributes, STUDY, f"the study of {self.path}", RunError)
+        return attributes
 
     @contextlib.contextmanager
     def _study(self) -> Iterator[tuple[optuna.storages.BaseStorage, int]]:
-        if self.manifest["config"]["storage"] is None and not (self.path / "study.db").is_file():
-            raise RunError(f"{self.path} has no study.db: its trials are lost; start another run")
         with storage_errors(self.path):
-            storage = self.storage()
+            with damage_reported(self.path):
+                _check_database(self.path, self.manifest["config"]["storage"])
+                storage = self.storage()
             try:
                 study_id = storage.get_study_id_from_name(self.manifest["study"])
             except KeyError:
@@ -471,35 +477,32 @@ def is_run(path: Path) -> bool:
     Raises:
         RunError: where the folder cannot be looked into.
     """
-    try:
-        return (path / "run.json").is_file()
-    except OSError as error:
-        raise RunError(f"cannot read the run folder {path}: {error.strerror}") from None
+    return is_file(path / "run.json", RunError)
 
 
 @contextlib.contextmanager
-def reading_manifest(file: Path, release_format: int, what: str) -> Iterator[dict[str, Any]]:
-    """The content of a folder's manifest; what goes wrong in reading it, in the body too, becomes one line.
+def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The content of a folder's manifest; what a body refuses in it is reported with the file's name.
 
     Args:
         file: the manifest.
         release_format: the `format` that it must have.
         what: the folder is with it.
+        shape: what else it holds, see `nas.reading`.
 
     Raises:
         RunError: where it is missing, of another format or damaged.
     """
+    if not is_file(file, RunError):
+        raise RunError(f"{file.parent} is not a {what}: it has no {file.name}")
+    data = read_json(file, f"a {what}'s manifest", {"format": COUNT}, RunError)
+    if data["format"] != release_format:
+        raise RunError(f"{file} has format {data['format']}, this release reads {release_format}")
+    check(data, shape, str(file), RunError)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["format"] != release_format:
-            raise RunError(f"{file} has format {data['format']}, this release reads {release_format}")
         yield data
-    except OSError as error:
-        raise RunError(f"{file.parent} is not a {what}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+    except NasError as error:
+        raise RunError(f"{file} is damaged ({error})") from None
 
 
 @contextlib.contextmanager
@@ -572,10 +575,11 @@ def join_run(path: Path, url: str, study: str) -> Run:
             names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
             raise RunError(f"the storage has no study {study!r}; it has {names}") from None
         manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+    if not isinstance(manifest, dict):
         raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
     if manifest.get("format") != FORMAT:
         raise RunError(f"study {study!r} has format {manifest.get('format')}, this release reads {FORMAT}")
+    check(manifest, RUN, f"study {study!r}", RunError)
     manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
     if is_run(path):
         before = Run.open(path).manifest
@@ -590,13 +594,14 @@ def join_run(path: Path, url: str, study: str) -> Run:
     return Run.create(path, manifest)
 
 
-def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
+def open_storage(path: Path, url: str | None, wait: bool = True) -> optuna.storages.BaseStorage:
     """The SQLite storage in a run folder, or the one at `url`.
 
     Args:
         path: the run folder.
         url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
             of `mixnas serve-storage`.
+        wait: for a server that is out of reach for a while; not for one that cannot be reached at the beginning.
 
     Raises:
         RunError: where the database's driver is not installed.
@@ -604,12 +609,16 @@ def open_storage(path: Path, url: str | None) -> optuna.storages.BaseStorage:
     if url is None:
         file = (path / "study.db").resolve()
         return _sqlite(f"sqlite:///{file}", writable=not file.exists() or os.access(file, os.W_OK))
-    return _server(url)
+    return _waiting_server(url) if wait else _server(url)
 
 
 @lru_cache(maxsize=8)
-def _server(url: str) -> optuna.storages.BaseStorage:
+def _waiting_server(url: str) -> optuna.storages.BaseStorage:
     """One for each process: it keeps connections open."""
+    return patient(optuna.storages.get_storage(_server(url)))
+
+
+def _server(url: str) -> optuna.storages.BaseStorage:
     try:
         if url.startswith(GRPC):
             return _proxy(*grpc_address(url))
@@ -625,6 +634,31 @@ def _server(url: str) -> optuna.storages.BaseStorage:
         raise RunError(
             f"the storage needs a driver that is not installed ({error}): pip install 'mixnas[{extra}]'"
         ) from None
+
+
+def _check_database(path: Path, url: str | None) -> None:
+    """Refuse an SQLite file that is not there, or computes what is read from it: a run's holds tables alone.
+
+    Raises:
+        RunError: where it is so.
+    """
+    if url is None:
+        file = path / "study.db"
+    elif url.startswith("sqlite"):
+        file = Path(make_url(url).database or "")
+    else:
+        return
+    if not is_file(file, RunError):
+        raise RunError(f"{path} has no {file.name or 'study.db'}: its trials are lost; start another run")
+    computing = "type IN ('view', 'trigger') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED ALWAYS%'"
+    address = f"{file.resolve().as_uri()}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as database:
+            found = database.execute(f"SELECT name FROM sqlite_master WHERE {computing}").fetchone()
+    except sqlite3.Error as error:
+        raise RunError(f"{file} cannot be read ({error}): bring it back, or start another run") from None
+    if found:
+        raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
 
 
 def _sqlite(url: str, writable: bool) -> optuna.storages.BaseStorage:
@@ -685,7 +719,7 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
         raise UsageError("serve-storage needs the URL of a database, such as postgresql://host/database")
     with storage_errors(Path(".")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.get_storage(open_storage(Path("."), url))
+        storage = optuna.storages.get_storage(open_storage(Path("."), url, wait=False))
         on_ready()
         try:
             optuna.storages.run_grpc_proxy_server(
@@ -693,6 +727,17 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
             )
         except RuntimeError as error:
             raise RunError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
+
+
+@contextlib.contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turn what Optuna raises where a storage's rows are not what it wrote into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, NasError):
+            raise
+        raise RunError(f"the storage of {path} is damaged ({type(error).__name__}: {error})") from None
 
 
 @contextlib.contextmanager
@@ -719,14 +764,21 @@ def no_study(path: Path) -> RunError:
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     """Optuna's record of a trial as ours."""
     states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
-    attributes = frozen.user_attrs
+    attributes, where = frozen.user_attrs, f"trial {frozen.number}"
+    check(attributes, TRIAL, where, RunError)
     described = attributes.get("architecture")
+    try:
+        architecture = Architecture.from_dict(described) if described else None
+    except UsageError as error:
+        raise RunError(f"{where} is damaged ({error})") from None
+    if architecture is None and frozen.state == optuna.trial.TrialState.COMPLETE:
+        raise RunError(f"{where} is damaged: it is complete without an architecture")
     return Trial(
         number=frozen.number,
         state=states[frozen.state.name],
-        architecture=Architecture.from_dict(described) if described else None,
+        architecture=architecture,
         scores=Scores.from_dict(attributes.get("scores", {})),
-        failure=str(attributes.get("failure", "")),
+        failure=one_line(attributes.get("failure", "")),
     )
 
 

@@ -22,6 +22,7 @@ from .architecture import (
     FRAME,
     HADAMARD_KINDS,
     KV_REDUCERS,
+    MAX_STAGES,
     MIXER_TYPES,
     STAGE_WORDS,
     Additive,
@@ -49,8 +50,10 @@ if TYPE_CHECKING:
 Choice = int | float | str
 """What a knob takes: a number, a word, or a mixer's label."""
 
-MAX_SPELLINGS = 200_000
-"""Combinations of a stage's mixers, options, widths and compressions that are gone through once."""
+MAX_SPELLINGS = 20_000
+"""Combinations of a stage's choices that are gone through once."""
+MAX_SETTLED = 200_000
+"""Stages whose first choices are remembered."""
 
 _PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", *STAGE_WORDS)
 _CORE_FIELDS = ("mixer", "width", "compression")
@@ -113,14 +116,11 @@ class StageChoices:
         kinds = {*self.options.get("kind", ()), *(m.kind for m in mixers if isinstance(m, Hadamard))}
         if "gnconv" in kinds and any(width % 2 for width in _as_tuple(self.width)):
             raise UsageError("a stage with gnconv has an odd width: its products halve the channels")
-        own = [{f.name for f in fields(mixer)} for mixer in mixers]
-        spellings = sum(math.prod(len(c) for name, c in self.options.items() if name in names) for names in own)
+        spellings = sum(math.prod(map(len, own.values())) for mixer in mixers for own in self._own_options(mixer))
         spellings *= len(_as_tuple(self.width)) * len(_as_tuple(self.compression))
+        spellings += sum(math.prod(len(getattr(self, name)) for name in names) for names in _FREE_GROUPS)
         if spellings > MAX_SPELLINGS:
-            raise UsageError(
-                f"a stage combines mixers, options, widths and compressions in {spellings:,} ways: at most "
-                f"{MAX_SPELLINGS:,}"
-            )
+            raise UsageError(f"a stage combines its choices in {spellings:,} ways: at most {MAX_SPELLINGS:,}")
         if len(set(mixers)) != len(mixers):
             raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
@@ -154,8 +154,9 @@ class StageChoices:
         cores: dict[tuple[Mixer, int, int], dict[str, Choice]] = {}
         for label, mixer in self.mixers.items():
             for options in self._own_options(mixer):
-                for width, compression in itertools.product(self.choices["width"], self.choices["compression"]):
-                    chosen = self._first | {"mixer": label, "width": width, "compression": compression} | options
+                varied = options | {name: self.choices[name] for name in ("width", "compression")}
+                for values in itertools.product(*varied.values()):
+                    chosen = self._first | {"mixer": label} | dict(zip(varied, values, strict=True))
                     stage = self.build(chosen)
                     cores.setdefault(
                         (stage.mixer, stage.width, stage.compression),
@@ -163,16 +164,15 @@ class StageChoices:
                     )
         return cores
 
-    def _own_options(self, mixer: Mixer) -> Iterator[dict[str, Choice]]:
-        """Every combination of the options that a mixer reads; for a Hadamard mixer, kind by kind."""
+    def _own_options(self, mixer: Mixer) -> Iterator[dict[str, tuple[Choice, ...]]]:
+        """The options that a mixer reads, with their choices; for a Hadamard mixer, kind by kind."""
         kinds: tuple[Choice, ...] = self.options.get("kind", (mixer.kind,)) if isinstance(mixer, Hadamard) else ("",)
         for kind in kinds:
             reads = HADAMARD_KINDS[str(kind)] if kind else [f.name for f in fields(mixer)]
             own: dict[str, tuple[Choice, ...]] = {n: c for n, c in self.options.items() if n in reads}
             if kind and "kind" in self.options:
                 own["kind"] = (kind,)
-            for values in itertools.product(*own.values()):
-                yield dict(zip(own, values, strict=True))
+            yield own
 
     @cached_property
     def free(self) -> list[dict[tuple[Choice, ...], dict[str, Choice]]]:
@@ -205,7 +205,7 @@ class StageChoices:
     def settled(self, values: tuple[Choice, ...]) -> dict[str, Choice]:
         """The first choices that build the same stage as these, one for each of `choices`, in its order."""
         if values not in self._settled:
-            if len(self._settled) >= MAX_SPELLINGS:
+            if len(self._settled) >= MAX_SETTLED:
                 self._settled.clear()
             found = self.find(self.build(dict(zip(self.choices, values, strict=True))))
             assert found is not None, "a stage's own choices are not found again"
@@ -389,8 +389,8 @@ class SearchSpace:
         """
         names = tuple(f.name for f in fields(cls))
         values = check_mapping(data, "a search space", names, ("name", "description", "stages"))
-        if not isinstance(values["stages"], list):
-            raise UsageError("a search space's stages must be a list")
+        if not isinstance(values["stages"], list) or len(values["stages"]) > MAX_STAGES:
+            raise UsageError(f"a search space's stages must be a list of 2 to {MAX_STAGES} stages")
         stages = []
         for entry in values["stages"]:
             own = check_mapping(

@@ -11,11 +11,12 @@ import timm
 import torch
 from torch import nn
 
-from .architecture import Architecture
+from .architecture import MAX_JSON_CHARS, Architecture
 from .errors import UsageError, unknown_name
 from .machine import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
+from .reading import is_file, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
 
@@ -28,7 +29,7 @@ class Target:
 
     Args:
         name: what to print.
-        build: makes the module, with untrained weights.
+        build: makes the module, with untrained weights; one of ours on the `device` that it is called with.
         input_size: side of the images it is meant for.
         architecture: its architecture; None for a timm model of another family.
         note: what a user should know of it; empty where there is nothing to say.
@@ -40,7 +41,7 @@ class Target:
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     input_size: int
     architecture: Architecture | None = None
     note: str = ""
@@ -70,12 +71,11 @@ def resolve(text: str) -> Target:
     if text in PRESETS:
         return replace(_ours(text, PRESETS[text], 1000, 224), note=NOTES[text])
     path = Path(text)
-    if path.suffix == ".json" and path.is_file():
-        architecture = Architecture.from_json(_read(path))
+    if path.suffix == ".json" and is_file(path, UsageError):
+        architecture = _read(path)
         return _ours(architecture.key, architecture, 1000, 224)
-    if (path / "architecture.json").is_file():
-        architecture = Architecture.from_json(_read(path / "architecture.json"))
-        return _exported(path, architecture)
+    if is_file(path / "architecture.json", UsageError):
+        return _exported(path, _read(path / "architecture.json"))
     run_path, at, key = text.rpartition("@")
     if at:
         return _of_run(Run.open(run_path), key)
@@ -101,7 +101,7 @@ def resolve_all(text: str) -> list[Target]:
 
 
 def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
-    return Target(name, lambda: create_backbone(architecture, num_classes), input_size, architecture)
+    return Target(name, lambda **at: create_backbone(architecture, num_classes, **at), input_size, architecture)
 
 
 def _of_run(run: Run, key: str) -> Target:
@@ -146,8 +146,5 @@ def _exported(folder: Path, architecture: Architecture) -> Target:
     return _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
+def _read(path: Path) -> Architecture:
+    return Architecture.from_json(read_text(path, 4 * MAX_JSON_CHARS, UsageError))

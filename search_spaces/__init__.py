@@ -6,11 +6,12 @@ To add a space, add a file; `names()` finds it.
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from pathlib import Path
 
+from nas.architecture import MAX_JSON_CHARS, parse_json
 from nas.errors import UsageError, unknown_name
+from nas.reading import is_file, read_text
 from nas.space import SearchSpace
 
 
@@ -22,10 +23,14 @@ def names() -> list[str]:
 def is_space_file(path: str) -> bool:
     """Whether a `.json` file describes a space and not an architecture: only spaces have names."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else None
-    except (OSError, ValueError, RecursionError):
+        data = parse_json(_read(path), "a search space") if path.endswith(".json") else None
+    except UsageError:
         return False
     return isinstance(data, dict) and "name" in data
+
+
+def _read(path: str) -> str:
+    return read_text(Path(path), 4 * MAX_JSON_CHARS, UsageError)
 
 
 def load(name_or_path: str) -> SearchSpace:
@@ -35,14 +40,9 @@ def load(name_or_path: str) -> SearchSpace:
         UsageError: where there is no such space, or the file does not describe one.
     """
     if name_or_path.endswith(".json"):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise UsageError(f"no space file at {path}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is no readable space file: {error}") from None
-        return SearchSpace.from_json(text)
+        if not is_file(Path(name_or_path), UsageError):
+            raise UsageError(f"no space file at {name_or_path}")
+        return SearchSpace.from_json(_read(name_or_path))
     if name_or_path not in names():
         raise unknown_name("space (or file ending in .json)", name_or_path, names())
     space: SearchSpace = importlib.import_module(f"{__name__}.{name_or_path}").SPACE

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import NasError, RunError
+from ..reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
 from ..runs import reading_manifest, write_file
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
@@ -32,6 +33,22 @@ COLUMNS = {
     "truths": ("key", "architecture", "seed", "epochs", "score", "std", "curve", "seconds", "failure"),
     "scores": ("key", "estimator", "seed", "score", "seconds", "failure"),
 }
+MANIFEST = {
+    "space": dict,
+    "reference_ms": POSITIVE,
+    "seed": COUNT,
+    "batch_size": COUNT,
+    "training_recipe": COUNT,
+    "data": {"name": str, "fingerprint": LINE},
+}
+_ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
+REPORT = {
+    "epochs": COUNT,
+    "ceiling": {"kendall": _ESTIMATE},
+    "rows": [{"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE}],
+    "ensemble": dict,
+}
+"""What else reads of a report, see `nas.reading`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,9 @@ class Calibration:
         Raises:
             RunError: where it is none, or damaged.
         """
-        with reading_manifest(path / FILE, FORMAT, "calibration") as manifest:
+        with reading_manifest(path / FILE, FORMAT, "calibration", MANIFEST) as manifest:
             found = cls(path, manifest)
-            _ = found.space, float(manifest["reference_ms"]), int(manifest["seed"]), manifest["data"]["fingerprint"]
+            _ = found.space
             return found
 
     @property
@@ -65,13 +82,17 @@ class Calibration:
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """A table's rows as text; none where there is no such table yet."""
-        try:
-            text = (self.path / f"{name}.csv").read_text(encoding="utf-8")
-        except FileNotFoundError:
+        file = self.path / f"{name}.csv"
+        if not file.exists():
             return []
-        except OSError as error:
-            raise RunError(f"{self.path / name}.csv cannot be read: {error.strerror or error}") from None
-        return list(csv.DictReader(io.StringIO(text)))
+        reader = csv.DictReader(io.StringIO(read_text(file, MAX_TABLE_BYTES, RunError)), strict=True)
+        try:
+            rows = list(reader)
+            for row in rows:
+                _check_row(row, COLUMNS[name])
+        except (csv.Error, ValueError) as error:
+            raise RunError(f"{file} is damaged: line {reader.line_num}: {error}") from None
+        return rows
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace a table."""
@@ -89,20 +110,31 @@ class Calibration:
 
     def report(self) -> dict[str, Any]:
         """What `calibrate` found last; raises RunError where it has not come so far."""
-        try:
-            report: dict[str, Any] = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
-            return report
-        except FileNotFoundError:
-            raise RunError(f"{self.path} has no report yet: go on with mixnas calibrate --out {self.path}") from None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / 'report.json'} cannot be read ({error})") from None
+        file = self.path / "report.json"
+        if not file.exists():
+            raise RunError(f"{self.path} has no report yet: go on with mixnas calibrate --out {self.path}")
+        report: dict[str, Any] = read_json(file, "a report", REPORT, RunError)
+        return report
 
     def ensemble(self) -> Ensemble:
         """The ensemble that is fitted on all of its truths."""
         try:
             return Ensemble.from_dict(self.report()["ensemble"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise RunError(f"{self.path} has no ensemble: go on with mixnas calibrate --out {self.path}") from None
+
+
+def _check_row(row: Mapping[str, str | None], columns: Sequence[str]) -> None:
+    """Raise ValueError where a table's row cannot be what `Calibration.write` wrote."""
+    if None in row or any(row.get(name) is None for name in columns):
+        raise ValueError(f"the columns are {', '.join(columns)}")
+    known = {name: text for name, text in row.items() if text and not row["failure"]}
+    for name in ("seed", "epochs"):
+        int(known.get(name, 0))
+    for name in ("latency_ms", "latency_low_ms", "latency_high_ms", "score", "std", "seconds"):
+        if not math.isfinite(float(known.get(name, 0))) and name != "score":
+            raise ValueError(f"{name} is {known[name]}: it must be a number")
+    parse_curve(known.get("curve", ""))
 
 
 def format_curve(curve: Sequence[Rung]) -> str:

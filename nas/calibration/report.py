@@ -54,6 +54,8 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
         known = ", ".join(f"{len(part)} of {e}" for e, part in sorted(rungs[first].items())) or "none"
         raise RunError(f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: go on, or set --epochs so")
     latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
+    if unknown := sorted(final.keys() - latency.keys()):
+        raise RunError(f"{found.path} is damaged: its pool.csv has no latency of {unknown[0]}")
     keys = sorted(final, key=lambda key: latency[key])  # by latency: bands are thirds of this order
     truths = np.array([final[key].accuracy for key in keys])
     truth_seconds = float(np.mean([final[key].seconds for key in keys]))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import timm
@@ -18,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..architecture import Architecture
+from ..architecture import MAX_PARAMS, Architecture
 from ..errors import UsageError
 from .blocks import STEMS, Stage, build_norm
 
@@ -268,6 +270,19 @@ def create_backbone(architecture: Architecture, num_classes: int = 1000, **kwarg
     return model
 
 
+@lru_cache(maxsize=4096)
+def count_params(architecture: Architecture, num_classes: int) -> int:
+    """Parameters of its network, found on torch's meta device from one block of each stage."""
+    thin = replace(architecture, stages=tuple(replace(stage, depth=1) for stage in architecture.stages))
+    backbone = Backbone(thin, num_classes, device="meta")
+    more = zip(architecture.stages, backbone.stages, strict=True)
+    return _numel(backbone) + sum((spec.depth - 1) * _numel(stage.blocks) for spec, stage in more)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, **kwargs: Any) -> Backbone:
     """What timm's entry points do: the network under the name `variant`, weights loaded where asked."""
     feature_cfg: dict[str, Any] = {"out_indices": tuple(range(len(architecture.stages))), "feature_cls": "getter"}
@@ -278,6 +293,11 @@ def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, *
     if architecture.head.distillation:  # known before weights are loaded, so that both give way to other classes
         both = {"classifier": ("head", "head_dist")}
         kwargs["pretrained_cfg_overlay"] = both | (kwargs.get("pretrained_cfg_overlay") or {})
+    if (params := count_params(architecture, kwargs.get("num_classes") or 0)) > MAX_PARAMS:
+        raise UsageError(
+            f"architecture {architecture.key} has {params:.2g} parameters: at most {MAX_PARAMS:.2g} are built; its "
+            "depths, widths or kernel sizes must be smaller"
+        )
     model: Backbone = build_model_with_cfg(
         Backbone, variant, pretrained, architecture=architecture, feature_cfg=feature_cfg, **kwargs
     )

@@ -52,13 +52,17 @@ class Cost:
 
 
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count `model` on one image of `input_size` (channels, height, width) in eval mode; the model stays as it is."""
+    """Count `model` on one image of `input_size` (channels, height, width) in eval mode; the model stays as it is.
+
+    Of a model on torch's meta device only the shapes are followed.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="distutils Version classes", category=DeprecationWarning)
         import thop
         from thop.profile import register_hooks, zero_ops
 
-    probe = copy.deepcopy(model).to("cpu", torch.float32)
+    device = "meta" if any(p.is_meta for p in model.parameters()) else "cpu"
+    probe = copy.deepcopy(model).to(device, torch.float32)
     rules: dict[type[nn.Module], Any] = {kind: zero_ops for kind in register_hooks if kind not in LAYERS}
     rules |= {type(m): _count_extra for m in probe.modules() if hasattr(m, "extra_macs")}
     names = {m: name for name, m in probe.named_modules()}
@@ -68,7 +72,7 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         module.register_forward_hook(lambda *_: outside.running.pop() and None)
     with outside:
         macs, _, layers = thop.profile(
-            probe, (torch.zeros(1, *input_size),), custom_ops=rules, verbose=False, ret_layer_info=True
+            probe, (torch.zeros(1, *input_size, device=device),), custom_ops=rules, verbose=False, ret_layer_info=True
         )
 
     parts: dict[str, tuple[int, int]] = {}

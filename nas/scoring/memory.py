@@ -18,7 +18,10 @@ from ..errors import TrialFailure
 MIB = 2**20
 T = TypeVar("T")
 
-_SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+_SHORTAGES = (
+    *("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"),
+    "Storage size calculation overflowed",
+)
 """What torch's allocators and libraries say, in the several types of error they raise."""
 
 

@@ -14,6 +14,10 @@ from ...errors import UsageError, unknown_name
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MAX_BATCH_SIZE = 65_536
+MAX_THREADS = 1024
+
+
 @dataclass(frozen=True)
 class RuntimeTraits:
     """What a runtime can do, known without loading it.
@@ -97,9 +101,12 @@ class LatencyConfig:
         for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("dtype", self.dtype, DTYPES)):
             if name not in table:
                 raise unknown_name(what, name, table)
-        for what, number in (("batch size", self.batch_size), ("number of threads", self.threads)):
-            if number is not None and number < 1:
-                raise UsageError(f"the {what} is {number}: it must be at least 1")
+        for what, number, most in (
+            ("batch size", self.batch_size, MAX_BATCH_SIZE),
+            ("number of threads", self.threads, MAX_THREADS),
+        ):
+            if number is not None and not 1 <= number <= most:
+                raise UsageError(f"the {what} is {number}: it must be from 1 to {most:,}")
         for what, share in (("target", self.target), ("max_seconds", self.max_seconds)):
             if not (math.isfinite(share) and share > 0):
                 raise UsageError(f"the latency {what} is {share}: it must be a number above 0")

@@ -1,0 +1,107 @@
+"""What a run's manifest and its study's attributes look like, as far as they are read; see `nas.reading` for shapes.
+
+A field that only some releases wrote may be missing. Fields of a later release are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from .reading import COUNT, FIGURE, LINE, POSITIVE, SIDE
+from .search.objectives import Scores
+
+_ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
+TRUST = {"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE, "ceiling": _ESTIMATE, "epochs": COUNT}
+"""What a calibration says of a proxy."""
+
+CONFIG = {
+    "objectives": [LINE],
+    "budgets": {str: FIGURE},
+    "proxy": LINE,
+    "storage": (str, None),
+    "device": LINE,
+    "train_device?": (LINE, None),
+    "workers?": range(1, 2**16),
+    "engine?": LINE,
+    "address?": LINE,
+    "gpus_per_trial?": POSITIVE,
+    "only?": LINE,
+    "runtime": LINE,
+    "dtype": LINE,
+    "batch_size": range(1, 2**31),
+    "threads": (range(1, 2**16), None),
+    "channels_last": bool,
+    "folded?": bool,
+    "command?": (str, None),
+    "command_timeout?": POSITIVE,
+    "also?": [[LINE, LINE]],
+    "baselines?": [LINE],
+    "start?": [dict],
+    "data": str,
+    "data_root": (str, None),
+    "input_size": (SIDE, None),
+    "epochs": COUNT,
+    "seed": COUNT,
+    "profile?": (str, None),
+    "calibration?": (str, None),
+    "early_stopping?": bool,
+    "until?": (FIGURE, None),
+    "timeout_minutes?": (POSITIVE, None),
+    "trial_timeout_minutes?": (POSITIVE, None),
+    "latency_target?": POSITIVE,
+    "latency_seconds?": POSITIVE,
+}
+RUN = {
+    "study": str,
+    "created": LINE,
+    "config": CONFIG,
+    "space": {"name": LINE},
+    "proxy_trained": bool,
+    "reference": {str: FIGURE},
+    "trust?": ({**TRUST, "calibration": str}, None),
+    "latency_references?": {str: POSITIVE},
+    "conditions": {"device": LINE, "threads": range(1, 2**16)},
+    "data": {
+        "name": str,
+        "fingerprint": LINE,
+        "classes": [str],
+        "input_size": [range(3, 4), SIDE, SIDE],
+        "interpolation": LINE,
+        "mean": [FIGURE, FIGURE, FIGURE],
+        "std": [FIGURE, FIGURE, FIGURE],
+        "num_train": COUNT,
+        "num_holdout": COUNT,
+    },
+    "machine": {
+        "cpu": LINE,
+        "cores": COUNT,
+        "threads": range(1, 2**16),
+        "platform": LINE,
+        "device": LINE,
+        "gpu?": LINE,
+    },
+    "software": {str: (LINE, None)},
+}
+
+_INTERVAL = {"ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}
+_LATENCY = {
+    **_INTERVAL,
+    **dict.fromkeys(("spread", "raw_ms", "q1_ms", "q3_ms", "drift", "waited", "prepare_seconds"), FIGURE),
+    **{"passes": COUNT, "rounds": COUNT, "steady": bool},
+}
+_BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool | None": (bool, None)}
+SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {
+    "latency_ms?": (POSITIVE, None),
+    "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
+    "curve?": [[COUNT, FIGURE]],
+}
+_FAILURE = {"failure": str}
+STUDY = {
+    "manifest?": dict,
+    "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
+    "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
+    "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
+}
+"""Attributes of the study as a whole."""
+TRIAL = {"architecture?": (dict, None), "scores?": SCORES, "failure?": str}
+"""Attributes of a trial."""
