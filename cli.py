@@ -430,7 +430,7 @@ def worker_command(
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on; it has no password.")
 @click.option("--port", type=int, default=13000, show_default=True, help="Port to listen on.")
 def serve_storage(storage: str, host: str, port: int) -> None:
-    """Stand between a database and hundreds of workers, which join by grpc://HOST:PORT."""
+    """Stand between a database and workers, which join by grpc://HOST:PORT."""
     from nas.runs import serve_storage as serve
 
     serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True))

@@ -237,6 +237,7 @@ def test_measure_json_has_conditions_and_figures(capsys):
     assert row["uncounted"] == []
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_measured_and_compared(capsys, run_path):
     quick = ["--latency-seconds", "0.05", "--latency-target", "50"]
     code, out, err = call(capsys, "measure", run_path, *quick)

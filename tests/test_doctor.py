@@ -314,6 +314,7 @@ os.kill(os.getpid(), 9)
     assert findings(copied)["storage"].state == "ok"
 
 
+@pytest.mark.slow
 def test_a_study_that_is_written_all_the_time_is_not_waited_for(copied):
     with contextlib.closing(sqlite3.connect(copied / "study.db", isolation_level=None)) as writer:
         writer.execute("BEGIN EXCLUSIVE")
@@ -415,6 +416,7 @@ def test_a_broken_package_is_a_finding(tmp_path, check, module, state, words):
     assert (finding.state, words in finding.text, bool(finding.advice)) == (state, True, True), finding
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_written_is_a_problem(tmp_path):
     finding = look("locks", tmp_path, XDG_CACHE_HOME="/proc/none")
     assert finding.state == "problem"

@@ -656,6 +656,7 @@ def test_modules_are_ready_as_one_network_and_each_alone(tiny, runtime):
     torch.testing.assert_close(whole.output(), each[-1].output(), rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
+@pytest.mark.slow
 def test_one_export_of_modules_has_the_operations_of_an_export_of_each(tiny):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -214,6 +214,7 @@ def test_a_damaged_profile_is_refused(tmp_path, content):
         Profile.open(tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_a_search_knows_latency_from_a_profile(profiled, tmp_path):
     """What the profile predicts to be over the budget is not even built."""
     rng, model = np.random.default_rng(0), profiled.fit()

@@ -127,6 +127,7 @@ def test_what_is_over_budget_is_counted_again_and_no_more(tmp_path):
         assert {c.name for c in row.comparisons} == expected
 
 
+@pytest.mark.slow
 def test_latencies_agree_where_they_cannot_be_told_apart(tmp_path):
     run = search(analytic_config(tmp_path, trials=2, **TIMED))
     assert again(run, latency=False).count("latency")["of"] == 0
@@ -161,6 +162,7 @@ def test_an_edited_record_disagrees_with_its_name(capsys, tmp_path):
     assert [c["name"] for c in row["comparisons"] if not c["agrees"]] == ["params"]
 
 
+@pytest.mark.slow
 def test_another_machine_leaves_latency_out_unless_told_otherwise(tmp_path, caplog):
     run = search(analytic_config(tmp_path, trials=1, **TIMED))
     run = edit_manifest(run, lambda m: m["conditions"].update(device="Abacus, 7 beads"))
@@ -278,9 +280,8 @@ def test_a_program_must_be_allowed(capsys, tmp_path):
     assert call(capsys, "replay", str(run.path), "--no-latency")[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     run = search(analytic_config(tmp_path, trials=6, **TRAINED | {"max_images": 1000}))
     command = [sys.executable, "-m", "cli", "replay", str(run.path)]
@@ -304,10 +305,10 @@ def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     assert saved(run)[: len(before)] == before
 
 
-@pytest.mark.parametrize(("name", "trials"), [(name, 14 if name == "gp" else 22) for name in SAMPLERS])
-def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name, trials):
-    """So many trials that each has left its random start, and some of them over budget; a draw of GP is slow."""
-    config = analytic_config(tmp_path, space=MINI, trials=trials, sampler=name, budgets={"params": 1.2e5})
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name):
+    """So many trials that each has left its random start, and some of them over budget."""
+    config = analytic_config(tmp_path, space=MINI, trials=14, sampler=name, budgets={"params": 1.2e5})
     check_redrawn(search(config))
 
 

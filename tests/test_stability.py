@@ -257,6 +257,7 @@ def test_a_runs_reference_is_used_only_under_its_conditions(run):
     assert replace(target, machine="another").reference_ms(LatencyConfig()) is None
 
 
+@pytest.mark.slow
 def test_a_runtime_that_cannot_run_some_networks_does_not_stop_a_search(tmp_path, monkeypatch):
     calls = itertools.count()
 
@@ -275,6 +276,7 @@ def test_a_runtime_that_cannot_run_some_networks_does_not_stop_a_search(tmp_path
     assert sum(t.state == "complete" for t in run.trials()) == 4
 
 
+@pytest.mark.slow
 def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNTIMES, "compile", RUNTIMES["eager"])
     run = search(quick(tmp_path, also=(("cpu", "compile"),), trials=3))

@@ -359,11 +359,12 @@ def quick_search(out, **changes):
     return search(SearchConfig(space=MINI, objectives=("macs", "accuracy"), out=out, **options | changes))
 
 
+@pytest.mark.slow
 def test_a_hopeless_training_is_stopped_and_counts_as_scored(tmp_path, monkeypatch):
     whole = quick_search(tmp_path / "whole", early_stopping=False)
     assert not any(t.stopped for t in whole.trials())
     monkeypatch.setattr("nas.search.stopping.FEWEST", 3)
-    monkeypatch.setattr("nas.search.study.check_rung", lambda *args: check_rung(*args, level=0.3))
+    monkeypatch.setattr("nas.search.stopping.check_rung", lambda *args: check_rung(*args, level=0.3))
     run = quick_search(tmp_path / "run", sampler="random")
     trials = run.trials()
     stopped = [t for t in trials if t.stopped]
@@ -395,6 +396,7 @@ def watch(event: str, arguments: tuple) -> None:
         opened.append(str(arguments[0]))
 
 
+@pytest.mark.slow
 def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, monkeypatch):
     """The interpreter itself says which files are opened."""
     global watching
