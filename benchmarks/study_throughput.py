@@ -47,10 +47,10 @@ from nas.runs import Run, open_storage, serve_storage
 from nas.search import SearchConfig, fleet
 from nas.search.evaluate import Evaluation
 from nas.search.knobs import Knobs
+from nas.search.loop import Loop
 from nas.search.objectives import Scores
 from nas.search.problem import Problem
 from nas.search.samplers import SAMPLERS, distributions
-from nas.search.study import _Search
 
 STORAGES, SPACES, WORKERS = ("sqlite", "postgresql", "grpc"), ("mini", "mobile"), (1, 4, 16)
 CALLS = (
@@ -182,7 +182,7 @@ def work(folder: str, begin: Any, results: Any) -> None:
     """One worker: the search's loop over a run, from the moment on when all are ready."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run, scorer = Run.open(folder), Free()
-    search = _Search(run, SearchConfig.from_run(run), problem_of(run), scorer, None, lead=False)  # type: ignore[arg-type]
+    search = Loop(run, SearchConfig.from_run(run), problem_of(run), scorer, None, lead=False)  # type: ignore[arg-type]
     ledger = Ledger(search.study._storage)
     scorer.scored = lambda: ledger.order.append("score")
     begin.wait()

@@ -25,10 +25,10 @@ from .errors import NasError, RunError, TrialFailure, UsageError
 from .machine import describe_software, machine_name, resolve_device
 from .runs import Run, Trial, write_file
 from .search import SearchConfig
+from .search.conditions import changed_conditions, evaluator_of
 from .search.evaluate import Evaluator
 from .search.objectives import Scores
 from .search.stability import Figure, as_figure, indistinct
-from .search.study import changed_conditions, evaluator_of
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from nas.runs import Run, locked_folder
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
 from nas.search import study as study_module
+from nas.search.conditions import evaluator_of
 from nas.search.knobs import Knobs
 from nas.search.samplers import SAMPLERS, suggest
 from nas.search.stability import as_figure, indistinct
@@ -322,7 +323,7 @@ def test_latencies_that_no_second_run_has_are_no_obstacle_to_that(tmp_path, name
 def check_redrawn(run: Run) -> None:
     """What a sampler draws follows from the configuration's seed and the records alone."""
     config = SearchConfig.from_run(run)
-    evaluator, _ = study_module.evaluator_of(run, config)
+    evaluator, _ = evaluator_of(run, config)
     recorded = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
     knobs, known = Knobs.of_space(config.space), set()
     problem = study_module._problem(run, config, evaluator, None)

@@ -28,7 +28,7 @@ from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
 from nas.search import evaluate as evaluate_module
-from nas.search import study as study_module
+from nas.search.conditions import make_evaluator
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")
@@ -484,7 +484,7 @@ def test_repeats_average_over_seeds(tmp_path):
     for trial in together.trials():
         singles = []
         for seed in range(3):
-            evaluator = study_module._evaluator(
+            evaluator = make_evaluator(
                 analytic_config(tmp_path, **options, seed=seed), load_data("digits", None, None, 20_000, seed=0)
             )
             singles.append(evaluator.evaluate(trial.architecture).scores.proxy)
@@ -510,7 +510,7 @@ def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, 
         analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=2, train_batch_size=32),
         device="cpu",
     )
-    evaluator = study_module._evaluator(config, load_data("digits", None, None, 300, seed=0))
+    evaluator = make_evaluator(config, load_data("digits", None, None, 300, seed=0))
     with caplog.at_level("WARNING"):
         scores = evaluator.evaluate_network(lambda: Hungry(16)).scores
     assert scores.accuracy is not None
@@ -524,7 +524,7 @@ def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, 
 def test_halves_of_a_step_are_the_same_step(tmp_path):
     """Without batch norms, gradients of two halves add up to those of the whole."""
     config = analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=1, train_batch_size=33)
-    evaluator = study_module._evaluator(replace(config, device="cpu"), load_data("digits", None, None, 300, seed=0))
+    evaluator = make_evaluator(replace(config, device="cpu"), load_data("digits", None, None, 300, seed=0))
     halves = replace(evaluator, fidelity=replace(evaluator.fidelity, chunks=2))
     whole, half = (e.evaluate_network(lambda: Hungry(99)).weights for e in (evaluator, halves))
     for name in whole:

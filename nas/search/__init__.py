@@ -8,17 +8,25 @@ for torch, nor what only optimises.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import SearchConfig
     from .engine import Result, optimize
-    from .study import Progress, SearchConfig, search
+    from .loop import Progress
+    from .study import search
 
 __all__ = ["Progress", "Result", "SearchConfig", "optimize", "search"]
 
-_PLACES = {"Result": "engine", "optimize": "engine"}
+_PLACES = {
+    "Progress": "loop",
+    "Result": "engine",
+    "SearchConfig": "config",
+    "optimize": "engine",
+    "search": "study",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(f".{_PLACES.get(name, 'study')}", __name__), name)
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,8 @@ import sys
 
 from ..errors import NasError
 from ..runs import Run
-from .study import SearchConfig, work
+from .config import SearchConfig
+from .study import work
 
 
 def main(path: str, parent: int) -> int:

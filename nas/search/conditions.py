@@ -1,0 +1,207 @@
+"""Under which conditions a run's architectures are scored, and what scores them so.
+
+Two runs with equal conditions give an architecture equal scores, up to timing noise; a run is gone on with under its
+own conditions only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.folder import Calibration
+from ..data import ImageData, load_data, reduced
+from ..errors import RunError, UsageError
+from ..machine import describe_software, machine_name
+from ..runs import (
+    Run,
+    is_run,
+)
+from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.accuracy.training import RECIPE
+from ..scoring.latency import RUNTIME_TRAITS, LatencyConfig
+from ..space import SearchSpace
+from .config import SearchConfig
+from .evaluate import ALL, PARTS, TRAIN, Evaluator
+
+log = logging.getLogger(__name__)
+
+LATENCY_PROTOCOL = 2
+"""Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
+
+
+def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, Any]]:
+    """What scores a run's architectures in this process, and under which conditions it does.
+
+    Args:
+        run: the run.
+        config: of the run; data and device as this process sees them. The conditions of one that only trains are those
+            of training.
+
+    Raises:
+        RunError: where the data is not the run's.
+    """
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+        raise RunError(
+            f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"
+        )
+    evaluator = replace(make_evaluator(config, data), references=run.manifest.get("latency_references", {}))
+    conditions = training_conditions(config, data, evaluator)
+    return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
+
+
+def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
+    """What changes a score, but for the measuring; the device that trains is not among it."""
+    return {
+        "space": config.space.to_dict(),
+        "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
+        "input_size": data.input_size[1],
+        "objectives": list(config.objectives),
+        "budgets": dict(config.budgets),
+        "proxy": config.proxy,
+        "proxy_repeats": config.proxy_repeats,
+        "proxy_images": config.proxy_images,
+        "proxy_size": config.proxy_size,
+        "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
+        "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
+        "epochs": config.epochs,
+        "train_batch_size": config.train_batch_size,
+        "seed": config.seed,
+    }
+
+
+def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
+    """What changes what is measured; with the others, equal conditions give an architecture equal scores."""
+    return {
+        "device": machine_name(config.device),
+        "runtime": config.runtime,
+        "dtype": config.dtype,
+        "batch_size": config.batch_size,
+        "threads": config.threads or torch.get_num_threads(),
+        "channels_last": config.channels_last,
+        "folded": config.folded,
+        "also": [[*target, machine_name(target[0])] for target in config.also],
+        "command": config.command,
+        "latency_protocol": LATENCY_PROTOCOL if "latency" in (*config.objectives, *config.budgets) else None,
+    }
+
+
+def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
+    """What scores in this process; the references of its targets are still to be given.
+
+    Raises:
+        RunError, UsageError: where the calibration that it needs does not suit.
+    """
+    limit = config.trial_timeout_minutes
+    return Evaluator(
+        data=data,
+        objectives=config.objectives,
+        budgets=config.budgets,
+        latency=_latency_configs(config),
+        references={},
+        proxy=config.proxy,
+        fidelity=Fidelity(
+            config.epochs, config.train_batch_size, limit * 60 if limit else None, ensemble=_ensemble(config, data)
+        ),
+        seed=config.seed,
+        repeats=config.proxy_repeats,
+        proxy_data=reduced(data, config.proxy_images, config.proxy_size),
+        device=config.train_device or config.device,
+        parts=PARTS if config.only == ALL else (config.only,),
+        shares=config.workers > 1,
+        training_threads=max(1, torch.get_num_threads() // config.workers),
+    )
+
+
+def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
+    """The fitted ensemble that the proxy is, where it is one: a resumed run's own, else the calibration's.
+
+    Raises:
+        RunError: where the calibration is of another space or other data, or has none.
+        UsageError: where the proxy is to see less than was calibrated on.
+    """
+    if config.calibration is None:
+        return None
+    if config.out is not None and is_run(config.out):
+        manifest = Run.open(config.out).manifest
+        stored = manifest.get("conditions", {}).get("ensemble")
+        if stored is not None and manifest["config"].get("calibration") == config.calibration:
+            return dict(stored)  # the folder may have grown or gone since
+    found = Calibration.open(Path(config.calibration))
+    if config.proxy_images is not None or config.proxy_size is not None:
+        raise UsageError("an ensemble sees what it was calibrated on: leave --proxy-images and --proxy-size out")
+    for name, mine, its in (
+        ("space", config.space, found.space),
+        ("data or image size", data.fingerprint, found.manifest["data"]["fingerprint"]),
+        ("training batch size", config.train_batch_size, found.manifest["batch_size"]),
+    ):
+        if mine != its:
+            raise RunError(f"{found.path} is a calibration of another {name}: calibrate on this one first")
+    return found.ensemble().to_dict()
+
+
+def _latency_configs(config: SearchConfig) -> tuple[LatencyConfig, ...]:
+    """What latency is measured on, the first one first; nothing where this process only trains."""
+    if config.only == TRAIN:
+        return ()
+    targets = [(config.device, config.runtime), *config.also]
+    return tuple(
+        LatencyConfig(
+            device=where,
+            runtime=runtime,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            channels_last=config.channels_last and RUNTIME_TRAITS[runtime].channels_last,
+            folded=config.folded,
+            command=config.command if runtime == "command" else None,
+            command_timeout=config.command_timeout,
+            target=config.latency_target,
+            max_seconds=config.latency_seconds,
+        )
+        for where, runtime in targets
+    )
+
+
+def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Conditions that were others when a run was created: name -> then, now."""
+    before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.get("conditions", {})}
+    changed = {}
+    for name, value in conditions.items():
+        if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
+            continue  # perhaps written by a release that knew fewer fields
+        if before.get(name) != value:
+            changed[name] = (before.get(name), value)
+    return changed
+
+
+def check_same(run: Run, conditions: dict[str, Any]) -> None:
+    """Refuse to go on with a run under other conditions.
+
+    Raises:
+        RunError: where one differs.
+    """
+    for name, values in changed_conditions(run, conditions).items():
+        then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
+        detail = (
+            f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
+        )
+        raise RunError(
+            f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out"
+        )
+    if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
+        log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
+
+
+def _space(data: Any) -> SearchSpace | None:
+    """A space from a manifest; None where it is none."""
+    try:
+        return SearchSpace.from_dict(data)
+    except UsageError:
+        return None
