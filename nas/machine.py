@@ -227,10 +227,10 @@ class _SharedLock:
 
 
 def _lock_file(device: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"mixnas-{_device_id(device)}.lock"
+    return Path(tempfile.gettempdir()) / f"mixnas-{device_id(device)}.lock"
 
 
-def _device_id(device: str) -> str:
+def device_id(device: str) -> str:
     """One name for one piece of hardware, whatever each process sees of it."""
     if not device.startswith("cuda"):
         return device

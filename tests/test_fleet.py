@@ -356,6 +356,35 @@ def test_one_alone_takes_up_what_several_left(tmp_path):
     assert states == {"complete": done + 3, "failed": 1}
 
 
+def test_what_a_lead_left_is_scored_where_there_is_enough_already(tmp_path):
+    """It died over one too many; the next one has nothing to draw."""
+    config = analytic_config(tmp_path, trials=4, workers=2)
+    run = search(config)
+    done = len(run.trials())
+    knobs = Knobs.of_space(config.space)
+    known = {knobs.point(config.space.encode(t.architecture)) for t in run.trials()}
+    problem = Problem(("macs", "proxy_params"), (True, False))
+    study = optuna.load_study(
+        study_name="run", storage=run.storage(), sampler=SAMPLERS["random"](knobs, problem, known, 5)
+    )
+    Fleet(study, knobs, known, Worker("here", 1, "cpu", True, "dead")).draw()
+    assert check(search(config), 4) == {"complete": done + 1, "failed": 1}
+
+
+def test_what_was_spared_may_be_drawn_again(tmp_path):
+    """A repetition, too: then what it was to repeat holds its point no longer."""
+    knobs = Knobs({"x": (0, 1)})
+    one = fleet_of(tmp_path, None, knobs, "one")
+    trial, point = one.draw()
+    one.give_up(trial._trial_id, fleet.DIED)
+    again, same = one.draw()
+    assert same == point
+    one.drop(again._trial_id, fleet.SPARED)
+    other = fleet_of(tmp_path, None, knobs, "other")
+    assert {other.draw()[1], other.draw()[1]} == {(0,), (1,)}
+    assert other.draw() is None
+
+
 @pytest.mark.parametrize("server", [False, True])
 def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
     """SQLite has no row locks: two must not take the same trial from the queue."""

@@ -18,7 +18,7 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import TrialFailure, UsageError
-from ..machine import exclusive, seeded, shared, threads
+from ..machine import device_id, exclusive, seeded, shared, threads
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
@@ -30,6 +30,8 @@ from .stopping import Judge, Stopped
 log = logging.getLogger(__name__)
 
 MEASURE, TRAIN, ALL = "measure", "train", "all"
+MAX_TRIES = 3
+"""How often a training is tried that runs out of memory, each time with less at a time."""
 PARTS = (MEASURE, TRAIN)
 """The parts of scoring that may be done in different places: latency and memory on the target, the proxy anywhere."""
 MEASURED = frozenset({"latency", "memory"})
@@ -185,7 +187,8 @@ class Evaluator:
         if MEASURED & wanted and MEASURE not in self.parts:
             return Evaluation(scores, {}, left=MEASURE)
         with ExitStack() as turns:  # once for all of it: between two turns others would train
-            for device in sorted({config.device for config in self.latency} if "latency" in wanted else ()):
+            # in an order that all processes share: two that wait for each other would do so for ever
+            for device in sorted({c.device for c in self.latency} if "latency" in wanted else (), key=device_id):
                 turns.enter_context(exclusive(device))
             if "memory" in wanted:
                 scores = replace(scores, memory_mib=self._memory(model))

@@ -102,8 +102,18 @@ class Fleet:
     def trials(self) -> list[FrozenTrial]:
         """All trials; what they claim is known from now on."""
         found = self.study.get_trials(deepcopy=False)
-        self.known.update(point for t in found if (point := self.claim_of(t)) is not None)
+        spared = self.spared(found)
+        self.known.update(point for t in found if t.number not in spared and (point := self.claim_of(t)) is not None)
         return found
+
+    @staticmethod
+    def spared(trials: Sequence[FrozenTrial]) -> set[int]:
+        """Numbers of trials that were given up unscored, and of those they were to repeat: their points are free."""
+        numbers = set()
+        for trial in reversed(trials):
+            if trial.number in numbers or trial.user_attrs.get("failure") == SPARED:
+                numbers |= {trial.number, trial.user_attrs.get(RETRY, trial.number)}
+        return numbers
 
     def claim_of(self, trial: FrozenTrial) -> Point | None:
         """The point that a trial is or will be of; None where there is none, or it was given up unscored."""
@@ -201,10 +211,12 @@ class Fleet:
         """Whether the trial has the point now; False where another one has it."""
         trial.set_user_attr(CLAIM, list(point))
         while True:
+            found = self.trials()
+            spared = self.spared(found)
             rivals = [
                 t
-                for t in self.trials()
-                if t.number != trial.number
+                for t in found
+                if t.number not in {trial.number, *spared}
                 and self.claim_of(t) == point
                 and (t.state != TrialState.WAITING or SETTLED in t.user_attrs)
                 and not _to_repeat(t)
@@ -290,7 +302,8 @@ class Fleet:
             silent = now - since if before == beat else 0.0
             started = trial.datetime_start
             age = max(0.0, (datetime.now() - started).total_seconds()) if started else 0.0
-            part = trial.user_attrs.get(LEFT, "") if worker["only"] == ALL else worker["only"]
+            only = worker.get("only", ALL)
+            part = trial.user_attrs.get(LEFT, "") if only == ALL else only
             members.append(Member(_place(trial), worker["device"], trial.number, age, silent, part))
         return members
 

@@ -64,7 +64,8 @@ class IsolatedEvaluator:
             connection.send_bytes(pickle.dumps((architecture, judge, measured)))
             kind, content = self._answer(connection)
         except (EOFError, OSError):
-            assert self._process is not None
+            if self._process is None:
+                raise TrialFailure("killed", "no process can be started to score it in") from None
             self._process.join(5)
             code = self._process.exitcode
             self.close()
@@ -91,12 +92,18 @@ class IsolatedEvaluator:
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
+        connection, theirs = context.Pipe()
+        process = context.Process(
             target=_serve, args=(theirs, self._pickled, os.getpid(), torch.get_num_threads()), daemon=True
         )
-        self._process.start()
-        theirs.close()
+        try:
+            process.start()
+        except OSError:
+            connection.close()
+            raise
+        finally:
+            theirs.close()
+        self._process, self._connection = process, connection
         if self._connection.recv_bytes() != b"ready":
             raise EOFError
         return self._connection

@@ -31,7 +31,7 @@ from ..runs import (
 from ..scoring.accuracy import ESTIMATORS
 from .cluster import Cluster, Resources
 from .config import SearchConfig
-from .evaluate import ALL, PARTS, TRAIN, Evaluation, Evaluator
+from .evaluate import ALL, MAX_TRIES, PARTS, TRAIN, Evaluation, Evaluator
 from .finish import finish, near_trials
 from .fleet import LEFT, RETRY, WORKER, Fleet, Member, Worker
 from .history import DIED, EARLY_STOPPING, ESTIMATES, HANDED_ON, NOISE, RELEASED, SPARED
@@ -101,7 +101,7 @@ def hang_seconds(config: SearchConfig) -> float | None:
     """What the scoring of one architecture may take before it counts as hanging; None for any time."""
     if config.trial_timeout_minutes is None:
         return None
-    training = 60 * config.trial_timeout_minutes * config.proxy_repeats
+    training = 60 * config.trial_timeout_minutes * config.proxy_repeats * MAX_TRIES
     measuring = (1 + len(config.also)) * (config.latency_seconds + config.command_timeout)
     return HANG_FACTOR * (training + measuring)
 
@@ -169,7 +169,7 @@ class Loop:
         if config.engine == "ray" and lead:
             resources = Resources(config.address, config.workers, config.gpus_per_trial)
             self.cluster = Cluster(evaluator, resources, seconds)
-        elif seconds is not None:
+        if seconds is not None:
             self.isolated = IsolatedEvaluator(evaluator, seconds)
 
     def _refresh(self) -> list[Trial]:
@@ -179,7 +179,8 @@ class Loop:
         new = [read_trial(t) for t in ended]
         self._read.update(t.number for t in ended)
         self.trials += new
-        scored = (t.architecture for t in new if t.architecture is not None and t.failure != SPARED)
+        spared = Fleet.spared(self._found)
+        scored = (t.architecture for t in new if t.architecture is not None and t.number not in spared)
         self.known.update(self.knobs.point(self.config.space.encode(architecture)) for architecture in scored)
         complete = [t for t in new if t.state == "complete"]
         self.finished += [self._finished(t.scores) for t in complete if t.scores.curve]
@@ -265,6 +266,10 @@ class Loop:
         Where there is enough, what waits to be repeated is scored, and what was handed on is spared: another search may
         draw it again. Where the search ended before its goal, both wait for the next start.
         """
+        for left in self.unfinished:  # of an earlier lead, and not begun again
+            fleet.give_up(left._trial_id, RELEASED)
+        self.unfinished.clear()
+        fleet.kept.clear()
         done, states = self._scored() >= self.config.trials, (TrialState.RUNNING, TrialState.WAITING)
         owed = {t.number for t in self.study.get_trials(deepcopy=False, states=states[:1])}
         while True:
@@ -308,6 +313,7 @@ class Loop:
             trial, attempts = optuna.Trial(self.study, left._trial_id), left.user_attrs.get("attempts", 1) + 1
             if self.fleet is not None:
                 trial.set_user_attr(WORKER, asdict(self.fleet.worker))
+                self.fleet.kept.discard(left.number)
             trial.set_user_attr("attempts", attempts)
             return trial, attempts, self.knobs.point(suggest(trial, self.knobs))
         if self.fleet is not None:

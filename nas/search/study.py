@@ -144,7 +144,8 @@ def work(
         # the target and what was measured of it are elsewhere
         config = replace(config, train_device=resolve_device(config.train_device or "auto"), profile=None)
     else:
-        trains = resolve_device(config.train_device) if config.train_device else None
+        measures_only = config.only == MEASURE  # where it might train does not matter then, nor need it be here
+        trains = resolve_device(config.train_device) if config.train_device and not measures_only else None
         config = replace(config, device=resolve_device(config.device), train_device=trains)
     if config.profile is not None and not Path(config.profile).is_dir():
         log.warning("the profile %s is not on this machine: latency is not known beforehand here", config.profile)
