@@ -38,8 +38,11 @@ class Nodes:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         # what is pickled in the search must be found by the cluster's processes, too
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        self._process = subprocess.Popen([sys.executable, "-c", HOLD], env=os.environ | {"PYTHONPATH": path}, **pipes)
+        # the names of Ray's sockets must be short
+        environment = os.environ | {"PYTHONPATH": path, "RAY_TMPDIR": "/tmp"}
+        self._process = subprocess.Popen([sys.executable, "-c", HOLD], env=environment, **pipes)
         self.address = self._process.stdout.readline().strip()
+        assert self.address, "no cluster came up"
 
     def lose_one(self) -> None:
         """As if its power went off."""

@@ -442,7 +442,7 @@ def test_a_storage_that_is_gone_for_a_while(tmp_path, postgres, database, start,
         start("serve-storage", "--storage", database, "--port", port)
         url = f"grpc://localhost:{port}"
     out = tmp_path / "run"
-    first = lead(start, out, url, 40)
+    first = lead(start, out, url, 300)
     other = start("worker", "--storage", url, "--study", "run", "--out", str(tmp_path / "w"))
     while "also at work" not in start.log(first):
         assert first.poll() is None, start.log(first)
@@ -452,7 +452,7 @@ def test_a_storage_that_is_gone_for_a_while(tmp_path, postgres, database, start,
     assert (first.poll(), other.poll()) == (None, None), start.log(first) + start.log(other)
     postgres.start()
     ended(start, first, other)
-    assert set(check(Run.open(out), 40)) == {"complete"}
+    assert set(check(Run.open(out), 300)) == {"complete"}
     assert "the storage is back after" in start.log(first)
 
 

@@ -147,7 +147,7 @@ def test_a_proxy_that_dies_and_comes_back(tmp_path, start):  # noqa: F811
     port = free_port()
     serve = ("serve-storage", "--storage", f"sqlite:///{tmp_path}/s.db", "--port", port)
     proxy, url = start(*serve), f"grpc://localhost:{port}"
-    first = lead(start, tmp_path / "run", url, 30)
+    first = lead(start, tmp_path / "run", url, 300)
     other = start("worker", "--storage", url, "--study", "run", "--out", str(tmp_path / "w"))
     while "also at work" not in start.log(first):
         assert first.poll() is None, start.log(first)
@@ -157,7 +157,7 @@ def test_a_proxy_that_dies_and_comes_back(tmp_path, start):  # noqa: F811
     time.sleep(6)
     start(*serve)
     ended(start, first, other)
-    assert set(check(Run.open(tmp_path / "run"), 30)) == {"complete"}
+    assert set(check(Run.open(tmp_path / "run"), 300)) == {"complete"}
 
 
 def test_sigterm_in_every_phase_is_143_and_goes_on(tmp_path, start):  # noqa: F811
