@@ -7,7 +7,6 @@ with the same seed on the same machine has the same accuracy; a latency agrees w
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from .errors import NasError, RunError, TrialFailure, UsageError
 from .machine import describe_software, machine_name, resolve_device
-from .runs import Run, Trial, write_file
+from .runs import Run, Trial, held_folder, write_file
 from .search import SearchConfig
 from .search.conditions import changed_conditions, evaluator_of
 from .search.evaluate import Evaluator
@@ -220,7 +218,7 @@ def replay(
     on_cpu = {config.device, str(run.manifest["config"]["device"])} == {"cpu"}
     comparer = _Comparer(run, latency, memory=here or on_cpu, exact_memory=on_cpu)
     tell = on_done or (lambda *_: None)
-    with _held(run.path):
+    with held_folder(run.path):
         if anew:
             (run.path / FILE).unlink(missing_ok=True)
         known = _read(run.path / FILE, machine)
@@ -453,23 +451,3 @@ def _write(file: Path, known: _Known, recorded: Sequence[Trial], comparer: _Comp
             told = {"trial": place[0], "key": place[1], "machine": machine, "failure": failure}
             writer.writerow(told | words | {"scores": json.dumps(scores.to_dict())})
     write_file(file, buffer.getvalue())
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold a run folder: neither a search nor another replay works in it meanwhile.
-
-    Raises:
-        RunError: where one does, or the folder cannot be written.
-    """
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process works in {path}: wait for it") from None
-    except OSError as error:
-        raise RunError(f"cannot write the run folder {path}: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -523,20 +523,43 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
         foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
         if foreign:
             raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another --out")
-        lock = FileLock(path / ".lock")
+    except OSError as error:
+        raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
+    held = False
+    try:
+        with held_folder(path, what, " or give another --out"):
+            held = True
+            yield
+    finally:
+        if held and not (path / manifest).is_file():  # what another process holds is not ours to clear
+            with contextlib.suppress(OSError):
+                (path / ".lock").unlink(missing_ok=True)
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def held_folder(path: Path, what: str = "run", instead: str = "") -> Iterator[None]:
+    """Hold a folder that is there: one process at a time.
+
+    Args:
+        path: the folder.
+        what: it is of.
+        instead: of waiting, what may be done.
+
+    Raises:
+        RunError: where another process has it, or it cannot be written.
+    """
+    lock = FileLock(path / ".lock")
+    try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"another process works in {path}: wait for it, or give another --out") from None
+        raise RunError(f"another process works in {path}: wait for it{instead and ','}{instead}") from None
     except OSError as error:
         raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
     try:
         yield
     finally:
         lock.release()
-        if not (path / manifest).is_file():
-            with contextlib.suppress(OSError):
-                (path / ".lock").unlink(missing_ok=True)
-                path.rmdir()
 
 
 def remove_unfinished_study(path: Path) -> None:

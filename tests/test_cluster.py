@@ -173,6 +173,8 @@ def test_what_cannot_be_had_is_one_line(nodes, tmp_path):
     for options, words in (
         (("--address", "ray://localhost:1"), "must be on a node of its cluster"),
         (("--address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
+        (("--address", "nowhere"), "is auto, local or HOST:PORT, not 'nowhere'"),
+        (("--address", "127.0.0.1:99999"), "is auto, local or HOST:PORT"),
         (("--only", "measure", "--storage", "sqlite:///s.db"), "leave --only out"),
     ):
         log = tmp_path / "log"

@@ -209,11 +209,13 @@ def _connected(address: str) -> Any:
         raise UsageError(
             "a search measures, so it must be on a node of its cluster: start it there, with --address auto"
         )
+    host, _, port = address.rpartition(":")
+    if address not in ("auto", "local") and not (host and port.isdecimal() and int(port) < 2**16):
+        raise UsageError(f"the address of a Ray cluster is auto, local or HOST:PORT, not {address!r}")
     ours, start = signal.getsignal(signal.SIGTERM), time.monotonic()
     alone = {"include_dashboard": False} if address == "local" else {}
     try:
-        if address not in ("auto", "local"):
-            host, _, port = address.rpartition(":")
+        if host:
             socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would try for minutes
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (OSError, ValueError, RuntimeError) as error:

@@ -102,9 +102,15 @@ class Fleet:
     def trials(self) -> list[FrozenTrial]:
         """All trials; what they claim is known from now on."""
         found = self.study.get_trials(deepcopy=False)
-        spared = self.spared(found)
-        self.known.update(point for t in found if t.number not in spared and (point := self.claim_of(t)) is not None)
+        self.known.update(point for _, point in self._claims(found))
         return found
+
+    def _claims(self, trials: Sequence[FrozenTrial]) -> Iterator[tuple[FrozenTrial, Point]]:
+        """Trials that hold a point, with it."""
+        spared = self.spared(trials)
+        for trial in trials:
+            if trial.number not in spared and (point := self.claim_of(trial)) is not None:
+                yield trial, point
 
     @staticmethod
     def spared(trials: Sequence[FrozenTrial]) -> set[int]:
@@ -116,9 +122,7 @@ class Fleet:
         return numbers
 
     def claim_of(self, trial: FrozenTrial) -> Point | None:
-        """The point that a trial is or will be of; None where there is none, or it was given up unscored."""
-        if trial.user_attrs.get("failure") == SPARED:
-            return None
+        """The point that a trial is or will be of; None where there is none yet."""
         if CLAIM in trial.user_attrs:
             return tuple(trial.user_attrs[CLAIM])
         fixed = trial.system_attrs.get("fixed_params", {})
@@ -211,13 +215,11 @@ class Fleet:
         """Whether the trial has the point now; False where another one has it."""
         trial.set_user_attr(CLAIM, list(point))
         while True:
-            found = self.trials()
-            spared = self.spared(found)
             rivals = [
                 t
-                for t in found
-                if t.number not in {trial.number, *spared}
-                and self.claim_of(t) == point
+                for t, claimed in self._claims(self.trials())
+                if t.number != trial.number
+                and claimed == point
                 and (t.state != TrialState.WAITING or SETTLED in t.user_attrs)
                 and not _to_repeat(t)
             ]

@@ -21,13 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..architecture import Architecture
 from ..errors import InfeasibleError, NasError, TrialFailure
 from ..patience import OUTAGES
-from ..runs import (
-    Run,
-    Trial,
-    no_study,
-    read_trial,
-    storage_errors,
-)
+from ..runs import Run, Trial, no_study, read_trial, storage_errors
 from ..scoring.accuracy import ESTIMATORS
 from .cluster import Cluster, Resources
 from .config import SearchConfig
@@ -209,7 +203,7 @@ class Loop:
                     break
                 begun, waiting = self._elsewhere()
                 begun += len(self.under_way)
-                exhausted = len(self.known) >= self.knobs.size and not (self.unfinished or waiting)
+                exhausted = self._exhausted(waiting)
                 gave_up = self._gives_up()
                 if gave_up or (exhausted and not begun):
                     break
@@ -285,6 +279,10 @@ class Loop:
                 self._wait()
             else:
                 return
+
+    def _exhausted(self, waiting: int) -> bool:
+        """Whether this process can begin nothing any more, with so many trials in its queue."""
+        return len(self.known) >= self.knobs.size and not (self.unfinished or waiting)
 
     def _elsewhere(self) -> tuple[int, int]:
         """How many trials are with others, and how many wait for this process."""
@@ -365,9 +363,8 @@ class Loop:
     def _feed(self, cluster: Cluster, new: bool) -> None:
         """Give the cluster as much as it is to do at a time."""
         while len(self.under_way) < self.config.workers and self._scored() + len(self.under_way) < self.config.trials:
-            _, waiting = self._elsewhere()
-            if self.fleet is None and len(self.known) >= self.knobs.size and not (self.unfinished or waiting):
-                return
+            if self.fleet is None and self._exhausted(self._elsewhere()[1]):
+                return  # a fleet's draw knows it by itself
             try:
                 begun = self._begin(new)
                 if begun is None:
