@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -21,20 +23,26 @@ def check_network_name(name: str) -> str:
     return plain
 
 
-def create_network(name: str, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+def create_network(name: str, num_classes: int, input_size: tuple[int, int, int], **kwargs: Any) -> nn.Module:
     """A network with untrained weights that takes images of `input_size` (channels, height, width).
 
     A network made for one size of images is asked for this one.
 
+    Args:
+        name: timm's, or a preset's.
+        num_classes: of its classifier.
+        input_size: of the images.
+        kwargs: further ones of its constructor.
+
     Raises:
         UsageError: where it cannot take such images.
     """
-    model = timm.create_model(name, num_classes=num_classes, in_chans=input_size[0])
+    model = timm.create_model(name, num_classes=num_classes, in_chans=input_size[0], **kwargs)
     problem = _refusal(model, input_size)
     if problem:
         try:
             model = timm.create_model(
-                name, num_classes=num_classes, in_chans=input_size[0], img_size=tuple(input_size[1:])
+                name, num_classes=num_classes, in_chans=input_size[0], img_size=tuple(input_size[1:]), **kwargs
             )
         except (TypeError, ValueError, AssertionError):
             pass
