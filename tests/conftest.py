@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
 # other work on the same cores a small network becomes twenty times slower
@@ -40,6 +41,12 @@ def tiny(request: pytest.FixtureRequest) -> Architecture:
 def pytest_unconfigure() -> None:
     """Take the tests' own place away."""
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+def common_place(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of the tests share: what takes long is made in it once, under a lock."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def required(part: str, missing: str) -> None:

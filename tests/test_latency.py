@@ -425,6 +425,10 @@ CASES = [
 ]
 
 
+EAGER_FIRST = [pytest.param(name, marks=() if name == "eager" else pytest.mark.slow) for name in HERE]
+"""Runtimes, for what every mixer goes through: the others take seconds each."""
+
+
 @pytest.mark.parametrize(("runtime", "dtype"), CASES)
 def test_every_runtime_gives_ordered_figures(runtime, dtype):
     need(runtime)
@@ -440,7 +444,7 @@ def test_every_runtime_gives_ordered_figures(runtime, dtype):
     assert result.threads == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", EAGER_FIRST)
 def test_every_mixer_can_be_timed(tiny, runtime):
     need(runtime)
     config = LatencyConfig(runtime=runtime, **QUICK | {"folded": True})
@@ -457,9 +461,7 @@ def test_known_networks_keep_their_output(runtime, name):
     assert prepared.deviation <= TOLERANCE["fp32"]
 
 
-@pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in HERE]
-)
+@pytest.mark.parametrize("runtime", EAGER_FIRST)
 def test_everything_stays_as_it_was(tiny, runtime):
     need(runtime)
     model = Backbone(tiny, num_classes=10).train()
@@ -639,9 +641,7 @@ def test_parts_that_do_not_stand_alone_are_left_out():
     assert list(prepare_parts(Net(), (3, 4, 4), paths, LatencyConfig(**QUICK))) == ["once"]
 
 
-@pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in HERE]
-)
+@pytest.mark.parametrize("runtime", EAGER_FIRST)
 def test_modules_are_ready_as_one_network_and_each_alone(tiny, runtime):
     need(runtime)
     model = Backbone(tiny, num_classes=10).eval()

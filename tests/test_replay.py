@@ -306,7 +306,10 @@ def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     assert saved(run)[: len(before)] == before
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+MOST_SLOW = [pytest.param(n, marks=() if n in ("random", "tpe", "surrogate") else pytest.mark.slow) for n in SAMPLERS]
+
+
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name):
     """So many trials that each has left its random start, and some of them over budget."""
     config = analytic_config(tmp_path, space=MINI, trials=14, sampler=name, budgets={"params": 1.2e5})
@@ -314,7 +317,7 @@ def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architecture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_latencies_that_no_second_run_has_are_no_obstacle_to_that(tmp_path, name):
     timed = TIMED | {"objectives": ("latency", "macs", "accuracy")}
     check_redrawn(search(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed)))

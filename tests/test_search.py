@@ -113,7 +113,12 @@ def test_the_main_job_scores_all_it_should(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "objectives", [("latency", "params"), ("latency", "macs", "memory"), ("flops", "params", "memory", "accuracy")]
+    "objectives",
+    [
+        pytest.param(("latency", "params"), marks=pytest.mark.slow),
+        ("latency", "macs", "memory"),
+        ("flops", "params", "memory", "accuracy"),
+    ],
 )
 def test_any_two_to_four_objectives(tmp_path, objectives):
     run = search(analytic_config(tmp_path, objectives=objectives, trials=3))

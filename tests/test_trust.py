@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
+from conftest import common_place
+from filelock import FileLock
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
 
@@ -164,14 +167,14 @@ def config(**changes) -> CalibrationConfig:
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Calibration:
-    with pytest.MonkeyPatch.context() as patch:
+    """A copy of one that the first process to need it makes."""
+    common, steps = common_place(tmp_path_factory), []
+    with FileLock(common / "calibration.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("nas.calibration.work.POOL", 1)
-        steps: list[tuple[int, int]] = []
-        found = calibrate(
-            config(), tmp_path_factory.mktemp("results") / "calibration", lambda *step: steps.append(step[:2])
-        )
-    assert steps == [(i, 40) for i in range(1, 41)]
-    return found
+        first = not (common / "calibration").is_dir()
+        made = calibrate(config(), common / "calibration", lambda *step: steps.append(step[:2]))
+    assert steps == ([(i, 40) for i in range(1, 41)] if first else [])
+    return Calibration.open(shutil.copytree(made.path, tmp_path_factory.mktemp("results") / "calibration"))
 
 
 def test_a_calibration_has_truths_scores_and_a_report(calibrated):
@@ -199,8 +202,6 @@ def test_a_calibration_has_truths_scores_and_a_report(calibrated):
 
 @pytest.mark.slow
 def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeypatch):
-    import shutil
-
     path = tmp_path / "copy"
     shutil.copytree(calibrated.path, path)
     monkeypatch.setattr("nas.calibration.work.POOL", 1)
@@ -218,8 +219,6 @@ def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeyp
 
 def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
     """Where the table lacks a training whose checkpoint is there, the result is that of one that was not killed."""
-    import shutil
-
     path = tmp_path / "copy"
     shutil.copytree(calibrated.path, path)
     monkeypatch.setattr("nas.calibration.work.POOL", 1)

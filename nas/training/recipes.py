@@ -1,0 +1,244 @@
+"""How a network is trained to its end: named recipes, each a change of the one before or of the defaults.
+
+To change a recipe for one training: `train --set epochs=50 --set mixup=0`. To add one: a row in RECIPES.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..errors import UsageError, unknown_name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how a network is trained, but the network, the images and the seed.
+
+    Args:
+        name: of the preset it comes from.
+        epochs: passes over the training images.
+        batch_size: images a step, over all processes.
+        optimizer: of timm, by name.
+        learning_rate: at its highest, for `batch_size` as it is.
+        weight_decay: not on biases and norms.
+        schedule: how the rate falls: cosine, or constant.
+        warmup_epochs: over which the rate rises linearly.
+        min_learning_rate: at the end.
+        clip_norm: largest norm of the gradient; 0 for no bound.
+        ema_decay: of the average of the weights, which is what is tested; 0 for none. It warms up.
+        drop_path: stochastic depth of the last block, where the network has it.
+        label_smoothing: of the targets.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        mix_share: of the batches that are mixed at all.
+        augment: timm's policy, such as rand-m9-mstd0.5-inc1 or augmix-m3; empty for none.
+        crop: how training images are cut: rrc (random resized crops) or shift (padded, then cut at random).
+        crop_scale: least share of an image that a random resized crop takes.
+        flip: probability of mirroring; images that must not be mirrored (digits) never are.
+        color_jitter: of brightness, contrast and saturation, where there is no policy.
+        erase: probability of random erasing.
+        scales: sides of the images a step, as shares of the input size, drawn anew each step.
+        amp: bf16 autocast: auto (on CUDA), on or off.
+        channels_last: memory format.
+        sync_batch_norm: statistics over all processes.
+        holdout: share of the training split that is held out to watch the training.
+        distill_weight: of the teacher's word against the label's, where there is a teacher.
+        distill_temperature: of both softmaxes.
+    """
+
+    name: str = "standard"
+    epochs: int = 300
+    batch_size: int = 1024
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup_epochs: float = 5.0
+    min_learning_rate: float = 1e-6
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9998
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_share: float = 1.0
+    augment: str = "rand-m9-mstd0.5-inc1"
+    crop: str = "rrc"
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    erase: float = 0.25
+    scales: tuple[float, ...] = (1.0,)
+    amp: str = "auto"
+    channels_last: bool = True
+    sync_batch_norm: bool = False
+    holdout: float = 0.1
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no training can run with."""
+        for field, least, most in (
+            ("epochs", 1, 100_000),
+            ("batch_size", 1, 2**20),
+            ("learning_rate", 1e-12, 1e3),
+            ("weight_decay", 0, 10),
+            ("warmup_epochs", 0, 100_000),
+            ("min_learning_rate", 0, 1e3),
+            ("clip_norm", 0, 1e6),
+            ("ema_decay", 0, 0.999999),
+            ("drop_path", 0, 0.95),
+            ("label_smoothing", 0, 0.9),
+            ("mixup", 0, 100),
+            ("cutmix", 0, 100),
+            ("mix_share", 0, 1),
+            ("crop_scale", 0.01, 1),
+            ("flip", 0, 1),
+            ("color_jitter", 0, 1),
+            ("erase", 0, 1),
+            ("holdout", 0, 0.5),
+            ("distill_weight", 0, 1),
+            ("distill_temperature", 0.1, 100),
+        ):
+            value = getattr(self, field)
+            if not least <= value <= most:  # NaN too
+                raise UsageError(f"{field}={value}: it must be from {least:g} to {most:g}")
+        for field, allowed in (
+            ("schedule", ("cosine", "constant")),
+            ("crop", ("rrc", "shift")),
+            ("amp", ("auto", "on", "off")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise UsageError(f"{field}={getattr(self, field)}: it must be {' or '.join(allowed)}")
+        if not self.scales or not all(0.25 <= scale <= 2 for scale in self.scales):
+            raise UsageError(f"scales={','.join(map(str, self.scales))}: shares of the input size from 0.25 to 2")
+        if self.warmup_epochs >= self.epochs:
+            raise UsageError(
+                f"warmup_epochs={self.warmup_epochs:g} must be fewer than the {self.epochs} epochs: set them too"
+            )
+        if self.mixes and self.batch_size % 2:
+            raise UsageError(f"batch_size={self.batch_size}: mixup and CutMix mix pairs, it must be even")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return bool((self.mixup or self.cutmix) and self.mix_share)
+
+    def changed(self, settings: Iterable[str]) -> Recipe:
+        """The recipe with `key=value` settings.
+
+        Raises:
+            UsageError: where a key is unknown or a value not allowed.
+        """
+        kinds = typing.get_type_hints(Recipe)
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            key = key.strip().replace("-", "_")
+            if not equals or key not in kinds or key == "name":
+                close = difflib.get_close_matches(key, kinds, 3)
+                raise UsageError(
+                    f"--set {setting}: give KEY=VALUE with one of the recipe's keys"
+                    + (f", such as {', '.join(close)}" if close else f": {', '.join(f for f in kinds if f != 'name')}")
+                )
+            changes[key] = _value(key, value.strip(), kinds[key])
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"scales": list(self.scales)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """From plain data; fields of a later release are refused.
+
+        Raises:
+            UsageError: where a field is unknown or not allowed.
+        """
+        kinds = typing.get_type_hints(Recipe)
+        if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
+            raise UsageError(f"this release knows no {', '.join(unknown)} in a recipe")
+        return cls(**{key: _checked(key, value, kinds[key]) for key, value in data.items()})
+
+
+def _value(key: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        if isinstance(kind, types.GenericAlias):
+            return tuple(float(part) for part in text.split(","))
+        return text
+    except (ValueError, KeyError):
+        words = {bool: "on or off", int: "a whole number", float: "a number"}
+        raise UsageError(f"{key}={text}: it must be {words.get(kind, 'numbers with commas between')}") from None
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """A value of plain data in the field's type."""
+    if isinstance(kind, types.GenericAlias):
+        if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+            return tuple(value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise UsageError(f"{key}={value!r} in a recipe: it must be a {getattr(kind, '__name__', 'list of numbers')}")
+
+
+STANDARD = Recipe()
+SMALL = replace(
+    STANDARD,
+    name="small",
+    epochs=100,
+    batch_size=128,
+    learning_rate=2e-3,
+    ema_decay=0.999,
+    drop_path=0.05,
+    mixup=0.2,
+    augment="rand-m5-mstd0.5-inc1",
+    crop="shift",
+    erase=0.1,
+)
+
+RECIPES = {
+    # 224 px and a hundred thousand images or more
+    "standard": STANDARD,
+    # small images, or thousands of them: milder, smaller steps
+    "small": SMALL,
+    # as small, but short: what a laptop does in minutes
+    "quick": replace(
+        SMALL, name="quick", epochs=20, warmup_epochs=2.0, drop_path=0.0, mixup=0.0, cutmix=0.0, augment="", erase=0.0
+    ),
+    # on from weights that are good already
+    "finetune": replace(
+        STANDARD,
+        name="finetune",
+        epochs=30,
+        batch_size=256,
+        learning_rate=2e-4,
+        warmup_epochs=1.0,
+        weight_decay=1e-3,
+        mixup=0.0,
+        cutmix=0.0,
+        crop_scale=0.35,
+        augment="rand-m6-mstd0.5-inc1",
+    ),
+}
+
+
+def find_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """A recipe by its name, with `key=value` settings.
+
+    Raises:
+        UsageError: where there is no such recipe or setting.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return RECIPES[name].changed(settings)
