@@ -4,7 +4,8 @@ Names a user may give: `digits` (scikit-learn's 1,797 bundled 8x8 digits), a fol
 sub-folder where there is one), a `.tar` of class folders, `torch/NAME` (torchvision) and `hfds/NAME` (Hugging Face
 datasets). The last two must be on disk already, under `data_root`: nothing is ever downloaded.
 
-Only the training split is read. A stratified share of it is held out to measure proxy accuracy; the rest trains.
+A search reads the training split only. A stratified share of it is held out to measure proxy accuracy; the rest trains.
+The other split is for the final test of a full training (`open_test_split`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .errors import DataError, UsageError
 
 HOLDOUT_SHARE = 0.25
 DIGITS_TEST_SHARE = 0.2
+TEST_FOLDERS = ("test", "val", "validation")
+"""Names of the split beside `train` that a final test reads; the first one there is."""
 MAX_IMAGES = 20_000
 MAX_INPUT_SIZE = 1024
 NOT_MIRRORED = ("digits", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
@@ -86,8 +89,17 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A training split that is not decoded yet: class indices, and how to get the i-th image and its name."""
+class Source:
+    """A split that is not decoded yet.
+
+    Args:
+        targets: class indices, int64 of shape (n,).
+        classes: names in the order of the indices.
+        read: the i-th image, encoded or decoded.
+        name: of the i-th image.
+        interpolation: how it is to be resized, in timm's words.
+        close: forgets what is open; `read` opens it again.
+    """
 
     targets: np.ndarray
     classes: tuple[str, ...]
@@ -121,12 +133,12 @@ def load_data(
         raise UsageError(f"--images {max_images}: at least 2 are needed")
     if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
-    source = _open(name, data_root)
+    source = open_split(name, data_root)
     rng = np.random.default_rng(seed)
     chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng, at_least=1)
     if len(chosen) == 0:
         raise DataError(f"{name}: no images found")
-    size = input_size or _native_size(source, chosen)
+    size = input_size or native_size(source, chosen)
     held, rest = stratified_split(source.targets[chosen], HOLDOUT_SHARE, rng)
     # decoded in the order of the parts, so that both are views of one block of memory
     ordered = np.concatenate((chosen[rest], chosen[held]))
@@ -145,7 +157,7 @@ def load_data(
         raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: 4 or more of a class are needed")
     digest = hashlib.sha256(pixels.numpy().data)
     digest.update(labels.numpy().data)
-    mean, std = _channel_statistics(train.pixels)
+    mean, std = channel_statistics(train.pixels)
     return ImageData(
         name=name,
         train=train,
@@ -215,27 +227,66 @@ def stratified_split(
     return np.flatnonzero(inside), np.flatnonzero(~inside)
 
 
-def _open(name: str, data_root: str | Path | None) -> _Source:
+def open_split(name: str, data_root: str | Path | None = None, test: bool = False) -> Source:
+    """The training split of a data set, or its test split, undecoded.
+
+    Args:
+        name: see the module's text.
+        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        test: the split that nothing is trained on or chosen by: `test`, else `val` or `validation` beside `train`.
+
+    Raises:
+        DataError: where the set is missing or unreadable, or has no such split.
+        UsageError: where the name is not allowed.
+    """
     if name == "digits":
-        return _digits()
+        return _digits(test)
     prefix = name.partition("/")[0].lower()
     if prefix in ("torch", "hfds"):
         if data_root is None:
             raise UsageError(f"--data {name} needs --data-root, the folder in which the set lies")
         if not Path(data_root).is_dir():
             raise DataError(f"--data-root {data_root} is not a folder")
-        return _torchvision(name, data_root) if prefix == "torch" else _hugging_face(name, data_root)
-    return _files(name)
+        return (_torchvision if prefix == "torch" else _hugging_face)(name, data_root, test)
+    return _files(name, test)
 
 
-def _digits() -> _Source:
+def has_test_split(name: str) -> bool:
+    """Whether a data set comes with a test split; installed sets are taken to have one."""
+    prefix = name.partition("/")[0].lower()
+    return name == "digits" or prefix in ("torch", "hfds") or _test_folder(Path(name).expanduser()) is not None
+
+
+def _test_folder(path: Path) -> Path | None:
+    """Beside a `train` folder, or the folder of the class folders where that is itself called so."""
+    parent = path if (path / "train").is_dir() else path.parent if path.name == "train" else None
+    return next((parent / n for n in TEST_FOLDERS if (parent / n).is_dir()), None) if parent else None
+
+
+def match_classes(source: Source, classes: Sequence[str], name: str) -> np.ndarray:
+    """The class indices of a split in terms of another split's classes.
+
+    Raises:
+        DataError: where it has images of a class that the other one lacks.
+    """
+    index = {c: i for i, c in enumerate(classes)}
+    if missing := sorted({source.classes[t] for t in np.unique(source.targets)} - set(index)):
+        raise DataError(
+            f"{name} has images of {len(missing)} classes that the training split lacks, such as {missing[0]}"
+        )
+    order: np.ndarray = np.array([index.get(c, -1) for c in source.classes], dtype=np.int64)[source.targets]
+    return order
+
+
+def _digits(test: bool = False) -> Source:
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
     # no official split: a part is set aside for good, so that a final test on unseen digits stays possible
-    _, kept = stratified_split(bundle.target, DIGITS_TEST_SHARE, np.random.default_rng(0))
+    aside, rest = stratified_split(bundle.target, DIGITS_TEST_SHARE, np.random.default_rng(0))
+    kept = aside if test else rest
     pixels = np.round(bundle.images[kept] * (255 / 16)).astype(np.uint8)
-    return _Source(
+    return Source(
         targets=bundle.target[kept].astype(np.int64),
         classes=tuple(str(c) for c in bundle.target_names),
         read=lambda i: Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BILINEAR),
@@ -244,7 +295,7 @@ def _digits() -> _Source:
     )
 
 
-def _files(name: str) -> _Source:
+def _files(name: str, test: bool = False) -> Source:
     from timm.data.readers import create_reader
 
     path = Path(name).expanduser()
@@ -253,7 +304,12 @@ def _files(name: str) -> _Source:
             raise DataError(f"--data {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)")
         if path.is_file() and path.suffix != ".tar":
             raise DataError(f"--data {name}: not a .tar of class folders")
-        if (path / "train").is_dir():
+        if test:
+            found = _test_folder(path)
+            if found is None:
+                raise DataError(f"--data {name} has no test split beside it: give one by --test-data")
+            path = found
+        elif (path / "train").is_dir():
             path = path / "train"
         # no cached index: timm would unpickle one from beside the archive
         options: dict[str, Any] = {"cache_tarinfo": False} if path.is_file() else {}
@@ -271,17 +327,18 @@ def _files(name: str) -> _Source:
     def close() -> None:
         if in_tar and reader.tar_state.tf is not None:
             reader.tar_state.tf.close()
+            reader.tar_state.tf = None
 
     classes = tuple(sorted(by_name, key=by_name.get))
     labels = np.asarray(targets, dtype=np.int64)
-    return _Source(labels, classes, lambda i: _read_file(reader, i), reader.filename, close=close)
+    return Source(labels, classes, lambda i: _read_file(reader, i), reader.filename, close=close)
 
 
-def _torchvision(name: str, data_root: str | Path) -> _Source:
+def _torchvision(name: str, data_root: str | Path, test: bool = False) -> Source:
     from timm.data import create_dataset
 
     try:
-        dataset = create_dataset(name, root=str(data_root), split="train", download=False)
+        dataset = create_dataset(name, root=str(data_root), split="val" if test else "train", download=False)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"--data {name}: not found under {data_root} ({_one_line(error)})") from None
     targets = getattr(dataset, "targets", None)
@@ -289,24 +346,29 @@ def _torchvision(name: str, data_root: str | Path) -> _Source:
         targets = [dataset[i][1] for i in range(len(dataset))]
     labels = np.asarray(targets, dtype=np.int64)
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(int(labels.max()) + 1)]
-    return _Source(labels, tuple(map(str, classes)), lambda i: dataset[i][0], lambda i: f"{name}[{i}]")
+    return Source(labels, tuple(map(str, classes)), lambda i: dataset[i][0], lambda i: f"{name}[{i}]")
 
 
-def _hugging_face(name: str, data_root: str | Path) -> _Source:
+def _hugging_face(name: str, data_root: str | Path, test: bool = False) -> Source:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(f"--data {name}: reading it needs the package datasets (pip install datasets)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # sets on disk only
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from timm.data.readers import create_reader
 
-    try:
-        reader = create_reader(name, root=str(data_root), split="train")
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"--data {name}: not found under {data_root} ({_one_line(error)})") from None
+    for split in ("test", "validation") if test else ("train",):
+        try:
+            reader = create_reader(name, root=str(data_root), split=split)
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:
+            why = _one_line(error)
+        else:
+            break
+    else:
+        raise DataError(f"--data {name}: not found under {data_root} ({why})")
     labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
     by_index = {index: label for label, index in reader.class_to_idx.items()}
     classes = tuple(str(by_index.get(c, c)) for c in range(int(labels.max()) + 1))
-    return _Source(labels, classes, lambda i: _read_file(reader, i), lambda i: f"{name}[{i}]")
+    return Source(labels, classes, lambda i: _read_file(reader, i), lambda i: f"{name}[{i}]")
 
 
 def _read_file(reader: Any, i: int) -> bytes:
@@ -320,7 +382,8 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _as_image(raw: bytes | Image.Image) -> Image.Image:
+def as_image(raw: bytes | Image.Image) -> Image.Image:
+    """An image in RGB, of whatever mode it was."""
     image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
     if image.mode == "P" and "transparency" in image.info:  # the way Pillow asks for
         image = image.convert("RGBA")
@@ -329,7 +392,7 @@ def _as_image(raw: bytes | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-_DECODE_ERRORS = (
+DECODE_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     SyntaxError,
@@ -339,20 +402,21 @@ _DECODE_ERRORS = (
     tarfile.TarError,
     Image.DecompressionBombError,
 )
+"""What reading and decoding a broken image raises."""
 
 
-def _native_size(source: _Source, chosen: np.ndarray) -> int:
+def native_size(source: Source, chosen: np.ndarray) -> int:
     """The median shorter side of up to 64 images, as a multiple of 32 between 32 and 224."""
     sides = []
     for i in chosen[:: max(1, len(chosen) // 64)]:
         try:
-            sides.append(min(_as_image(source.read(int(i))).size))
-        except _DECODE_ERRORS:
+            sides.append(min(as_image(source.read(int(i))).size))
+        except DECODE_ERRORS:
             continue
     return int(np.clip(round(float(np.median(sides)) / 32) * 32, 32, 224)) if sides else 224
 
 
-def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+def _decode(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
     """The chosen images' central squares at `size`, and (index, name) of those that cannot be read."""
     resample = Image.Resampling[source.interpolation.upper()]
 
@@ -360,8 +424,8 @@ def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tenso
         if raw is None:
             return None
         try:
-            image = _as_image(raw)
-        except _DECODE_ERRORS:
+            image = as_image(raw)
+        except DECODE_ERRORS:
             return None
         square = min(image.size)
         left, top = ((side - square) / 2 for side in image.size)
@@ -371,7 +435,7 @@ def _decode(source: _Source, chosen: np.ndarray, size: int) -> tuple[torch.Tenso
     def read(i: int) -> bytes | Image.Image | None:
         try:
             return source.read(i)
-        except _DECODE_ERRORS:
+        except DECODE_ERRORS:
             return None
 
     try:
@@ -396,7 +460,7 @@ def _chunks(items: list[int], length: int) -> Iterator[list[int]]:
         yield items[start : start + length]
 
 
-def _channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation by channel on a scale of 0 to 1; a constant channel gets a deviation of 1."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []

@@ -19,8 +19,9 @@ from .models.presets import NOTES, PRESETS
 from .reading import is_file, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
+from .training.folder import WEIGHTS, Trained, is_training
 
-KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
+KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported or a trained folder"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Target:
         machine: where that was, with the threads torch had.
         run: the name of the run it is a point of; empty for others.
         recorded: its latency as that run has it, in milliseconds, with the ends of its interval.
+        folder: the run folder, exported or trained folder it lies in.
+        weights: a safetensors file of trained weights, where there is one.
+        data: what those were trained on: `input_size`, `mean`, `std`, and `name` and `classes` where they are known.
     """
 
     name: str
@@ -50,6 +54,9 @@ class Target:
     machine: str = ""
     run: str = ""
     recorded: tuple[float, float, float] | None = None
+    folder: Path | None = None
+    weights: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def reference_ms(self, config: LatencyConfig) -> float | None:
         """What its run fixed for the reference network, where `config` is how the run measured; None elsewhere."""
@@ -74,6 +81,8 @@ def resolve(text: str) -> Target:
     if path.suffix == ".json" and is_file(path, UsageError):
         architecture = _read(path)
         return _ours(architecture.key, architecture, 1000, 224)
+    if is_training(path):
+        return _trained(path)
     if is_file(path / "architecture.json", UsageError):
         return _exported(path, _read(path / "architecture.json"))
     run_path, at, key = text.rpartition("@")
@@ -120,6 +129,9 @@ def _of_trial(run: Run, trial: Trial) -> Target:
         machine=f"{run.manifest['conditions']['device']}, {run.manifest['machine']['threads']} threads",
         run=run.name,
         recorded=_recorded(trial),
+        folder=run.path,
+        weights=weights if (weights := run.weights_file(trial.key)).is_file() else None,
+        data=data,
     )
 
 
@@ -143,7 +155,19 @@ def _exported(folder: Path, architecture: Architecture) -> Target:
     from .export import read_config
 
     config = read_config(folder)
-    return _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
+    cfg = config["pretrained_cfg"]
+    target = _ours(folder.name, architecture, config["num_classes"], cfg["input_size"][1])
+    weights = folder / "model.safetensors"
+    return replace(target, folder=folder, weights=weights if weights.is_file() else None, data=cfg)
+
+
+def _trained(folder: Path) -> Target:
+    trained = Trained.open(folder)
+    data = trained.manifest["data"]
+    name = f"{trained.manifest['target']}, trained"
+    target = Target(name, trained.build, data["input_size"][1], trained.architecture)
+    weights = folder / WEIGHTS if trained.result is not None else None
+    return replace(target, folder=folder, weights=weights, data=data)
 
 
 def _read(path: Path) -> Architecture:

@@ -60,6 +60,13 @@ _SHAPE = {
         "num_train": COUNT,
         "num_holdout": COUNT,
     },
+    "asked": {
+        "target": str,
+        **dict.fromkeys(("data", "test_data", "data_root", "teacher", "teacher_weights"), (str, None)),
+        "input_size": (SIDE, None),
+        "seed": range(2**32),
+        "init": str,
+    },
     "machine": {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE},
     "software": {str: (LINE, None)},
 }
@@ -207,4 +214,5 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         weights = load_file(file)
         model.load_state_dict(adapt(weights) if adapt else weights)
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise RunError(f"{file} does not hold the weights of this network ({str(error).splitlines()[0]})") from None
+        why = " ".join(str(error).split())[:200]
+        raise RunError(f"{file} does not hold the weights of this network ({why})") from None

@@ -26,7 +26,7 @@ class Recipe:
         optimizer: of timm, by name.
         learning_rate: at its highest, for `batch_size` as it is.
         weight_decay: not on biases and norms.
-        schedule: how the rate falls: cosine, or constant.
+        schedule: how the rate falls: cosine, or wsd (only over the last fifth).
         warmup_epochs: over which the rate rises linearly.
         min_learning_rate: at the end.
         clip_norm: largest norm of the gradient; 0 for no bound.
@@ -109,7 +109,7 @@ class Recipe:
             if not least <= value <= most:  # NaN too
                 raise UsageError(f"{field}={value}: it must be from {least:g} to {most:g}")
         for field, allowed in (
-            ("schedule", ("cosine", "constant")),
+            ("schedule", ("cosine", "wsd")),
             ("crop", ("rrc", "shift")),
             ("amp", ("auto", "on", "off")),
         ):

@@ -1,0 +1,375 @@
+"""Images for a full training: read, decoded and augmented anew each epoch, in worker processes.
+
+What happens to an image follows from the seed, the epoch and its number alone, so that a training goes on exactly where
+it was killed, with any number of worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy, str_to_pil_interp
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from ..data import (
+    DECODE_ERRORS,
+    NOT_MIRRORED,
+    Source,
+    as_image,
+    channel_statistics,
+    has_test_split,
+    match_classes,
+    native_size,
+    open_split,
+    stratified_split,
+)
+from ..errors import DataError, UsageError
+from .recipes import Recipe
+
+STATISTICS_IMAGES = 1024
+"""Images from which mean and deviation are taken, where nothing else says them."""
+PREFETCH = 4
+"""Steps that a worker process prepares ahead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of a split's images.
+
+    Args:
+        source: the split.
+        indices: of the images, in the split.
+        labels: of all images of the split.
+    """
+
+    source: Source
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """What a network is trained, watched and tested on.
+
+    Args:
+        name: of the training split, as the user gave it.
+        test_name: of the test split; None where there is none.
+        classes: names in the order of the labels.
+        input_size: (channels, height, width).
+        interpolation: in timm's words.
+        mean: by channel, on a scale of 0 to 1.
+        std: likewise.
+        mirrored: whether images may be mirrored.
+        train: the images trained on.
+        holdout: those that the training is watched on; disjoint from `train`, may be empty.
+        test: those of the final test; None where there is none.
+        fingerprint: short hash of names, labels and parts: it tells data sets apart.
+    """
+
+    name: str
+    test_name: str | None
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mirrored: bool
+    train: Part
+    holdout: Part
+    test: Part | None
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        return {
+            "name": self.name,
+            "test": self.test_name,
+            "fingerprint": self.fingerprint,
+            "classes": list(self.classes),
+            "input_size": list(self.input_size),
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "mirrored": self.mirrored,
+            "num_train": len(self.train),
+            "num_holdout": len(self.holdout),
+        }
+
+
+def open_data(
+    name: str,
+    test_name: str | None,
+    data_root: str | None,
+    input_size: int | None,
+    holdout: float,
+    seed: int,
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> TrainingData:
+    """Open a training split and the test split that goes with it; no more than a sample is decoded.
+
+    Args:
+        name: of the training split, see `nas.data`.
+        test_name: of another set whose images are the test split; None takes the one beside `name`, if any.
+        data_root: where installed sets lie.
+        input_size: side of the images; None takes the data's own.
+        holdout: share of each class that is held out.
+        seed: of what is held out.
+        normalisation: mean and deviation of the channels; None takes them from a sample.
+
+    Raises:
+        DataError: where a set is missing or cannot be used.
+        UsageError: where a name or number is not allowed.
+    """
+    source = open_split(name, data_root)
+    labels = source.targets
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"{name}: images of one class, classification needs at least 2")
+    side = input_size or native_size(source, np.arange(len(labels)))
+    held, rest = stratified_split(labels, holdout, np.random.default_rng(seed))
+    if len(rest) < 2:
+        raise DataError(f"{name}: {len(labels)} images are too few to train on")
+    test, test_source = None, None
+    if test_name is not None or has_test_split(name):
+        test_source = open_split(name, data_root, test=True) if test_name is None else _given(test_name, data_root)
+        of_test = match_classes(test_source, source.classes, test_name or f"the test split of {name}")
+        test = Part(test_source, np.arange(len(of_test)), of_test)
+    if normalisation is None:
+        normalisation = _statistics(source, rest, side)
+    source.close()  # worker processes open it for themselves
+    if test_source is not None:
+        test_source.close()
+    return TrainingData(
+        name=name,
+        test_name=None if test is None else test_name or f"the test split of {name}",
+        classes=source.classes,
+        input_size=(3, side, side),
+        interpolation=source.interpolation,
+        mean=normalisation[0],
+        std=normalisation[1],
+        mirrored=name.lower() not in NOT_MIRRORED,
+        train=Part(source, rest, labels),
+        holdout=Part(source, held, labels),
+        test=test,
+        fingerprint=_fingerprint(source, rest, test),
+    )
+
+
+def _given(name: str, data_root: str | None) -> Source:
+    """A set that is the test split as a whole."""
+    if name == "digits":
+        raise UsageError("--test-data digits: these images are for training; leave it out for their own test split")
+    return open_split(name, data_root)
+
+
+def _fingerprint(source: Source, rest: np.ndarray, test: Part | None) -> str:
+    digest = hashlib.sha256("\0".join(source.classes).encode())
+    digest.update(source.targets.tobytes())
+    digest.update(rest.tobytes())
+    digest.update("\0".join(source.name(i) for i in range(0, len(rest), max(1, len(rest) // 4096))).encode())
+    if test is not None:
+        digest.update(test.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _statistics(source: Source, indices: np.ndarray, side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    chosen = indices[:: max(1, len(indices) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
+    fit = evaluation_transform(side, source.interpolation)
+    images = [fit(image) for i in chosen if (image := _read(source, int(i))) is not None]
+    if not images:
+        raise DataError(f"none of {len(chosen)} images could be read, the first is {source.name(int(chosen[0]))}")
+    return channel_statistics(torch.from_numpy(np.stack(images)))
+
+
+def _read(source: Source, index: int) -> Image.Image | None:
+    """An image in RGB; None where it cannot be read."""
+    try:
+        return as_image(source.read(index))
+    except DECODE_ERRORS:
+        return None
+
+
+Transform = Callable[[Image.Image], np.ndarray]
+
+
+def evaluation_transform(side: int, interpolation: str) -> Transform:
+    """The central square, scaled to `side`, as uint8 of shape (3, side, side); what an export's card says of it."""
+    resize = transforms.Resize(side, interpolation=transforms.InterpolationMode(interpolation))
+    chain: Transform = transforms.Compose([resize, transforms.CenterCrop(side), ToNumpy()])
+    return chain
+
+
+def training_transform(recipe: Recipe, data: TrainingData) -> Transform:
+    """A random cut of an image, changed as the recipe says, as uint8 of shape (3, side, side).
+
+    Raises:
+        UsageError: where timm knows no such policy.
+    """
+    side, mode = data.input_size[1], data.interpolation
+    steps: list[Any] = []
+    if recipe.crop == "rrc":
+        steps.append(RandomResizedCropAndInterpolation(side, (recipe.crop_scale, 1.0), interpolation=mode))
+    else:
+        resize = transforms.Resize(side, interpolation=transforms.InterpolationMode(mode))
+        moved = transforms.RandomCrop(side, padding=max(1, side // 8), padding_mode="edge")
+        steps += [resize, transforms.CenterCrop(side), moved]
+    if data.mirrored and recipe.flip:
+        steps.append(transforms.RandomHorizontalFlip(recipe.flip))
+    if recipe.augment:
+        steps.append(_policy(recipe.augment, side, data.mean, mode))
+    elif recipe.color_jitter:
+        steps.append(transforms.ColorJitter(*[recipe.color_jitter] * 3))
+    chain: Transform = transforms.Compose([*steps, ToNumpy()])
+    return chain
+
+
+def _policy(name: str, side: int, mean: Sequence[float], interpolation: str) -> Any:
+    hints: dict[str, Any] = {
+        "translate_const": int(side * 0.45),
+        "img_mean": tuple(min(255, round(255 * x)) for x in mean),
+        "interpolation": str_to_pil_interp(interpolation),
+    }
+    try:
+        if name.startswith("rand"):
+            return rand_augment_transform(name, hints)
+        if name.startswith("augmix"):
+            return augment_and_mix_transform(name, hints | {"translate_pct": 0.3})
+        return auto_augment_transform(name, hints)
+    except (AssertionError, KeyError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else "unknown"
+        raise UsageError(f"augment={name}: no policy of timm ({why}), such as rand-m9-mstd0.5-inc1") from None
+
+
+class _Augmented(Dataset[tuple[np.ndarray, int]]):
+    """Images of a part by (epoch, index)."""
+
+    def __init__(self, part: Part, transform: Transform, seed: int) -> None:
+        self.part, self.transform, self.seed = part, transform, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[np.ndarray, int]:
+        epoch, index = place
+        # one that cannot be read gives way to the next
+        for i in range(index, index + len(self.part)):
+            number = int(self.part.indices[i % len(self.part)])
+            image = _read(self.part.source, number)
+            if image is not None:
+                seed_all(self.seed, epoch, number)
+                return self.transform(image), int(self.part.labels[number])
+        raise DataError("none of the training images can be read any more")
+
+
+class _Plain(Dataset[tuple[np.ndarray, int]]):
+    """Images of a part in order; one that cannot be read is black and has the label -1."""
+
+    def __init__(self, part: Part, transform: Transform, side: int) -> None:
+        self.part, self.transform, self.side = part, transform, side
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        number = int(self.part.indices[index])
+        image = _read(self.part.source, number)
+        if image is None:
+            return np.zeros((3, self.side, self.side), np.uint8), -1
+        return self.transform(image), int(self.part.labels[number])
+
+
+def seed_all(*numbers: int) -> None:
+    """Let all that is random on the CPU follow from some numbers: timm and torchvision draw from all three."""
+    words = np.random.SeedSequence(numbers).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]) % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(int(words[2]))
+
+
+def _collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(np.stack([image for image, _ in items])), torch.tensor([label for _, label in items])
+
+
+def training_batches(
+    data: TrainingData, recipe: Recipe, seed: int, first_step: int, rank: int, ranks: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches from a step of the training to its end: uint8 images and labels, of this process.
+
+    Args:
+        data: what is trained on.
+        recipe: how.
+        seed: of the order and the augmentation.
+        first_step: the first one wanted.
+        rank: of this process.
+        ranks: of all; each has its share of each batch.
+        workers: processes that read and augment; 0 for none.
+    """
+    steps, size = steps_per_epoch(data, recipe), batch_size(data, recipe)
+
+    def places() -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(first_step // steps, recipe.epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(len(data.train))
+            for step in range(first_step - epoch * steps if epoch == first_step // steps else 0, steps):
+                yield [(epoch, int(i)) for i in order[step * size : (step + 1) * size][rank::ranks]]
+
+    images = _Augmented(data.train, training_transform(recipe, data), seed)
+    return iter(_loader(images, workers, batch_sampler=places()))
+
+
+def evaluation_batches(
+    part: Part, data: TrainingData, size: int, rank: int, ranks: int, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A part's images in order, once: this process's share of them."""
+    transform = evaluation_transform(data.input_size[1], data.interpolation)
+    places = np.arange(len(part))[rank::ranks]
+    batches = [chunk.tolist() for chunk in np.split(places, range(size, len(places), size))] if len(places) else []
+    return iter(_loader(_Plain(part, transform, data.input_size[1]), workers, batch_sampler=batches))
+
+
+def _loader(images: Dataset[Any], workers: int, batch_sampler: Any) -> DataLoader[Any]:
+    more: dict[str, Any] = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCH} if workers else {}
+    return DataLoader(
+        images,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_begin_worker,
+        **more,
+    )
+
+
+def _begin_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def batch_size(data: TrainingData, recipe: Recipe) -> int:
+    """Images a step, over all processes: fewer than the recipe's where there are not as many; even where they mix."""
+    size = min(recipe.batch_size, len(data.train))
+    return size - size % 2 if recipe.mixes else size
+
+
+def steps_per_epoch(data: TrainingData, recipe: Recipe) -> int:
+    """Full batches of the training images."""
+    return max(1, len(data.train) // batch_size(data, recipe))
+
+
+def default_workers(ranks: int) -> int:
+    """Processes that read and augment: as many as there are cores for each process that trains; none without `fork`."""
+    if sys.platform != "linux":
+        return 0
+    return max(1, math.ceil((os.cpu_count() or 1) / ranks))

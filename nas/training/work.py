@@ -1,0 +1,425 @@
+"""Begin a full training or go on with one: of a network, or of all networks of a front."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import distributed, nn
+
+from ..errors import DataError, NasError, RunError, UsageError
+from ..machine import describe_machine, describe_software, machine_name, resolve_device, seeded
+from ..models import create_backbone
+from ..models.backbone import Backbone
+from ..models.zoo import create_network
+from ..reading import SIDE, is_file
+from ..runs import Run, Trial, locked_folder, write_file
+from ..scoring.accuracy import trust
+from ..targets import Target, resolve
+from .folder import MANIFEST, Trained, is_training, load_weights
+from .images import TrainingData, default_workers, open_data
+from .loop import Loop, Processes, Step, Teacher, scaled_side
+from .recipes import RECIPES, Recipe
+
+log = logging.getLogger(__name__)
+
+FEWEST_COMPARED = 3
+"""Networks from which on the order of a proxy is compared with that of full trainings."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, how and where.
+
+    Args:
+        target: see `nas.targets`; a training's folder that has not ended is gone on with.
+        recipe: how.
+        data: the training split, see `nas.data`; None takes that of the target's run, or digits.
+        test_data: another set whose images are the final test; None takes the split beside `data`, if any.
+        data_root: where installed sets lie.
+        input_size: side of the images; None takes the run's, else the data's own.
+        seed: of all that is random.
+        device: auto, cpu, cuda or cuda:i; of several processes each has its own GPU.
+        workers: processes that read and augment images beside each that trains; None for as many as there are cores.
+        init: what to start from: auto (trained weights where the target has some), scratch, or a safetensors file.
+        teacher: a trained folder, an exported folder or `timm:NAME`, to learn from.
+        teacher_weights: a safetensors file with those of `timm:NAME`.
+        tensorboard: write logs for TensorBoard too.
+        out: the folder; None makes `trained/KEY` in the run folder, for others one in `results`.
+    """
+
+    target: str
+    recipe: Recipe = field(default_factory=lambda: RECIPES["standard"])
+    data: str | None = None
+    test_data: str | None = None
+    data_root: str | None = None
+    input_size: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    workers: int | None = None
+    init: str = "auto"
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    tensorboard: bool = False
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is not allowed."""
+        if self.workers is not None and not 0 <= self.workers <= 256:
+            raise UsageError(f"--workers {self.workers}: it must be from 0 to 256")
+        if self.input_size is not None and self.input_size not in SIDE:
+            raise UsageError(f"--input-size {self.input_size}: it must be from 1 to {SIDE[-1]}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: it must be from 0 to {2**32 - 1}")
+        if (self.teacher or "").startswith("timm:") != (self.teacher_weights is not None):
+            raise UsageError("--teacher timm:NAME and --teacher-weights FILE go together: nothing is downloaded")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs TensorBoard: pip install 'mixnas[tensorboard]'")
+
+
+def train(config: TrainConfig, on_step: Callable[[Step], None] | None = None) -> Trained:
+    """Train a network to its end; a training that was interrupted goes on where it was saved last.
+
+    Of several processes (`torchrun`) each calls this with the same arguments.
+
+    Args:
+        config: what, how and where.
+        on_step: told after each step.
+
+    Returns:
+        The finished training, whose `result` has top-1 on the held-out part and the test split.
+
+    Raises:
+        UsageError: where something asked for is not allowed.
+        DataError: where the images cannot be used.
+        RunError: where the folder is another training's, or weights do not fit.
+        NasError: where the training fails: the loss is not finite, or memory runs out.
+    """
+    begun = Path(config.target)
+    if is_training(begun) and Trained.open(begun).result is None:
+        config = _as_begun(Trained.open(begun), config)
+    target = resolve(config.target)
+    with together(config.device) as (processes, device):
+        return _train(config, target, processes, device, on_step)
+
+
+def _as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
+    """The arguments of a training that is gone on with by its folder."""
+    manifest = trained.manifest
+    asked = manifest["asked"]
+    return replace(
+        config,
+        **{name: asked[name] for name in _ASKED},
+        recipe=Recipe.from_dict(manifest["recipe"]),
+        out=trained.path,
+    )
+
+
+_ASKED = ("target", "data", "test_data", "data_root", "input_size", "seed", "init", "teacher", "teacher_weights")
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[tuple[Processes, str]]:
+    """This process among those that train together, and its device."""
+    processes = Processes.of_environment()
+    if processes.count == 1:
+        yield processes, resolve_device(device)
+        return
+    if resolve_device(device) == "cpu":
+        place, backend = "cpu", "gloo"
+    else:
+        place, backend = resolve_device(f"cuda:{processes.local_rank}"), "nccl"
+    if distributed.is_initialized():
+        yield processes, place
+        return
+    if place != "cpu":
+        torch.cuda.set_device(place)
+    distributed.init_process_group(backend)
+    try:
+        yield processes, place
+    finally:
+        distributed.destroy_process_group()
+
+
+def _train(
+    config: TrainConfig,
+    target: Target,
+    processes: Processes,
+    device: str,
+    on_step: Callable[[Step], None] | None,
+) -> Trained:
+    config = _with_defaults(config, target)
+    assert config.data is not None
+    recipe, weights = config.recipe, _initial(config, target)
+    known = target.data if weights is not None and weights == target.weights else {}
+    if weights is not None and target.architecture is None and not known:
+        known = timm.get_pretrained_cfg(target.name.removeprefix("timm:"), allow_unregistered=True).to_dict()
+    normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
+    data = open_data(
+        config.data, config.test_data, config.data_root, config.input_size, recipe.holdout, config.seed, normalisation
+    )
+    if "classes" in target.data and weights == target.weights and tuple(target.data["classes"]) != data.classes:
+        log.info("other classes than its weights were trained on: the classifier begins anew")
+    out = config.out or _place(config, target)
+    manifest = _manifest(config, target, data, weights, device)
+    with contextlib.ExitStack() as held:
+        if processes.first:
+            held.enter_context(locked_folder(out, MANIFEST, "training"))
+            if is_training(out):
+                _check_same(Trained.open(out), manifest)
+            else:
+                Trained.create(out, manifest)
+        if processes.count > 1:
+            distributed.barrier()
+        trained = Trained.open(out)
+        if trained.result is not None:
+            log.info("%s is trained to its end already", out)
+            return trained
+        with seeded(config.seed):
+            model = _build(target, data, recipe.drop_path)
+            if weights is not None:
+                _fill(model, weights)
+        _check_sides(model, data, recipe)
+        teacher = _teacher(config, data, device) if config.teacher else None
+        workers = default_workers(processes.count) if config.workers is None else config.workers
+        if teacher is not None and isinstance(model, Backbone):
+            model.set_distilled_training()
+        loop = Loop(trained, model, data, recipe, config.seed, device, processes, workers, teacher, config.tensorboard)
+        if loop.step and processes.first:
+            log.info("%s goes on at step %d of %d", out, loop.step, recipe.epochs * loop.steps)
+        loop.run(on_step if processes.first else None)
+        if processes.count > 1:
+            distributed.barrier()
+    return trained
+
+
+def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
+    """What is not said is as in the target's run, or as its weights know it."""
+    if target.run and target.folder is not None:
+        of_run = Run.open(target.folder).manifest["config"]
+        if config.data is None:
+            config = replace(config, data=of_run["data"], data_root=config.data_root or of_run["data_root"])
+    size = target.data["input_size"][1] if "input_size" in target.data else None
+    return replace(config, data=config.data or "digits", input_size=config.input_size or size)
+
+
+def _initial(config: TrainConfig, target: Target) -> Path | None:
+    """The weights to start from; None for none."""
+    if config.init == "scratch":
+        return None
+    if config.init == "auto":
+        return target.weights
+    file = Path(config.init)
+    if not is_file(file, UsageError):
+        raise UsageError(f"--init {config.init}: it must be auto, scratch or a .safetensors file")
+    return file
+
+
+def _place(config: TrainConfig, target: Target) -> Path:
+    if target.run and target.folder is not None and target.architecture is not None:
+        return target.folder / "trained" / target.architecture.key
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(target.name).name.replace("timm:", ""))
+    return Path("results") / f"train-{plain}-{Path(config.data or '').stem}"
+
+
+def _build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
+    classes = len(data.classes)
+    if target.architecture is not None:
+        if data.input_size[1] < target.architecture.reduction:
+            raise UsageError(
+                f"images of {data.input_size[1]} pixels are too small for {target.name}: give an --input-size of "
+                f"{target.architecture.reduction} or more"
+            )
+        return create_backbone(target.architecture, classes, drop_path_rate=drop_path)
+    name = target.name.removeprefix("timm:")
+    try:
+        return create_network(name, classes, data.input_size, drop_path_rate=drop_path)
+    except (TypeError, ValueError):
+        log.info("%s knows no drop path: it is trained without", name)
+        return create_network(name, classes, data.input_size)
+
+
+def _fill(model: nn.Module, weights: Path) -> None:
+    """Load weights; a classifier of other classes stays as it is."""
+    own = model.state_dict()
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+
+    def fitting(found: dict[str, Any]) -> dict[str, Any]:
+        other = {n for n, t in found.items() if n in own and n.startswith(classifier) and t.shape != own[n].shape}
+        return {n: own[n] if n in other else t for n, t in found.items()} if classifier else found
+
+    load_weights(model, weights, fitting)
+
+
+def _check_sides(model: nn.Module, data: TrainingData, recipe: Recipe) -> None:
+    """Refuse sides that the network does not take, before a long training finds out."""
+    if len(recipe.scales) < 2:
+        return
+    for scale in recipe.scales:
+        side = scaled_side(data.input_size[1], scale)
+        try:
+            with torch.inference_mode():
+                nn.Module.__call__(model.eval(), torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            why = str(error).partition("\n")[0][:200]
+            raise UsageError(f"scales: the network does not take images of {side} pixels ({why})") from None
+
+
+def _teacher(config: TrainConfig, data: TrainingData, device: str) -> Teacher:
+    name = config.teacher or ""
+    folder = Path(name)
+    if is_training(folder):
+        trained = Trained.open(folder)
+        model, known = trained.load_model(), trained.manifest["data"]
+    elif is_file(folder / "config.json", UsageError):
+        try:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"--teacher {name}: it cannot be loaded ({str(error).partition(chr(10))[0]})") from None
+        known = model.pretrained_cfg
+    elif name.startswith("timm:"):
+        assert config.teacher_weights is not None
+        model = create_network(name.removeprefix("timm:"), len(data.classes), data.input_size)
+        load_weights(model, Path(config.teacher_weights))
+        known = model.pretrained_cfg
+    else:
+        raise UsageError(f"--teacher {name}: give a trained folder, an exported folder or timm:NAME")
+    if model.num_classes != len(data.classes):
+        raise UsageError(f"--teacher {name} knows {model.num_classes} classes, the images have {len(data.classes)}")
+    model = model.eval().requires_grad_(False).to(device)
+    return Teacher(model, tuple(known["mean"]), tuple(known["std"]))
+
+
+def _manifest(
+    config: TrainConfig, target: Target, data: TrainingData, weights: Path | None, device: str
+) -> dict[str, Any]:
+    ours = target.architecture is not None
+    return {
+        "target": target.name,
+        "architecture": target.architecture.to_dict() if target.architecture is not None else None,
+        "model": None if ours else target.name.removeprefix("timm:"),
+        "init": "scratch" if weights is None else str(weights),
+        "teacher": config.teacher,
+        "seed": config.seed,
+        "recipe": config.recipe.to_dict(),
+        "data": data.to_dict(),
+        "asked": {name: getattr(config, name) for name in _ASKED},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device) | {"name": machine_name(device)},
+        "software": describe_software(),
+    }
+
+
+def _check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
+    """Refuse to go on with another training than the folder's."""
+    there = trained.manifest
+    for name in ("architecture", "model", "init", "teacher", "seed"):
+        if there.get(name) != manifest[name]:
+            raise RunError(f"{trained.path} is a training with another {name}: give another --out")
+    for name, value in manifest["recipe"].items():
+        if there["recipe"].get(name) != value:
+            raise RunError(
+                f"{trained.path} was begun with {name}={there['recipe'].get(name)}, not {value}: give another --out"
+            )
+    for name in ("fingerprint", "input_size"):
+        if there["data"][name] != manifest["data"][name]:
+            raise RunError(f"{trained.path} was begun on other images ({name}): give another --out")
+
+
+def final_accuracy(trained: Trained) -> dict[str, Any] | None:
+    """The accuracy that a finished training is judged by: on the test split, else on the held-out part."""
+    result = trained.result
+    return None if result is None else result["test"] or result["holdout"]
+
+
+@dataclass(frozen=True)
+class FrontTraining:
+    """A front, trained to its end.
+
+    Args:
+        rows: a line for each point: key, the proxy's score, final accuracy with its interval, or the failure.
+        kendall: of the proxy's order against the final one, with its ends of a 95 % interval; None for fewer than
+            three networks.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    kendall: tuple[float, float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        names = ("value", "low", "high")
+        return {
+            "rows": list(self.rows),
+            "kendall": None if self.kendall is None else dict(zip(names, self.kendall, strict=True)),
+        }
+
+
+def train_front(
+    config: TrainConfig,
+    on_step: Callable[[Step], None] | None = None,
+    on_point: Callable[[int, int, str], None] | None = None,
+) -> FrontTraining:
+    """Train every network of a run's front by one recipe, and compare the proxy's order with the final one.
+
+    What is trained already is not trained again. A network whose training fails does not stop the others.
+
+    Args:
+        config: whose `target` is a run folder, and which says no `out`.
+        on_step: told after each step.
+        on_point: told before each network: its place, their number and its key.
+
+    Raises:
+        UsageError: where the target is no run with a front.
+        NasError: as `train`, where not even the first step is possible for any network.
+    """
+    run = Run.open(config.target)
+    front = run.front()
+    if not front:
+        raise UsageError(f"{config.target} has no front yet: no architecture is scored")
+    if config.out is not None:
+        raise UsageError(f"--out: a front is trained in its run folder, {run.path / 'trained'}")
+    rows: list[dict[str, Any]] = []
+    with together(config.device) as (processes, _):
+        for i, trial in enumerate(front):
+            if on_point is not None and processes.first:
+                on_point(i, len(front), trial.key)
+            row = {"key": trial.key, "proxy": _proxy(trial)}
+            try:
+                found = final_accuracy(train(replace(config, target=f"{config.target}@{trial.key}"), on_step))
+            except (UsageError, DataError):
+                raise
+            except NasError as error:
+                log.warning("%s: %s", trial.key, error)
+                rows.append(row | {"failure": str(error)})
+            else:
+                rows.append(row | (found or {}))
+        told = FrontTraining(tuple(rows), _order(rows))
+        if processes.first:
+            write_file(run.path / "trained" / "front.json", json.dumps(told.to_dict(), indent=2) + "\n")
+    return told
+
+
+def _proxy(trial: Trial) -> float | None:
+    scores = trial.scores
+    return scores.accuracy if scores.accuracy is not None else scores.proxy
+
+
+def _order(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+    both = [row for row in rows if row["proxy"] is not None and "accuracy" in row]
+    if len(both) < FEWEST_COMPARED:
+        return None
+    proxy, final = [row["proxy"] for row in both], [row["accuracy"] for row in both]
+    figure = trust.bootstrap(partial(trust.kendall, proxy, final), len(both))
+    return (figure.value, figure.low, figure.high) if math.isfinite(figure.value) else None

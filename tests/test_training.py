@@ -1,0 +1,483 @@
+"""Full training: recipes, exact resuming, several processes, what is started from and what is reached."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_architecture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest, kendalltau
+
+from nas.data import open_split
+from nas.errors import DataError, NasError, RunError, UsageError
+from nas.models.zoo import create_network
+from nas.runs import Run
+from nas.search import SearchConfig, search
+from nas.search.objectives import parse_budgets
+from nas.targets import resolve
+from nas.training import loop, work
+from nas.training.folder import Trained, load_weights
+from nas.training.images import batch_size, open_data, steps_per_epoch, training_batches
+from nas.training.loop import scaled_side, share_of
+from nas.training.recipes import RECIPES, Recipe, find_recipe
+from nas.training.work import TrainConfig, final_accuracy, train, train_front
+
+TINY = replace(RECIPES["quick"], epochs=2, warmup_epochs=1.0, batch_size=64)
+"""A recipe of seconds."""
+FULL = replace(
+    TINY, mixup=0.2, cutmix=1.0, augment="rand-m5-mstd0.5-inc1", erase=0.25, drop_path=0.1, scales=(0.75, 1.0)
+)
+"""With all that is random."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of class folders: 48 images of 2 colours to train on, 12 to test, one of them broken."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        for label, name in enumerate(("red", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (40, 36, 3), dtype=np.uint8)
+                pixels[..., 2 * label] += 100
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (root / "train" / "red" / "0.png").write_bytes(b"no image")
+    (root / "val" / "red" / "0.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """A small network."""
+    path = tmp_path_factory.mktemp("architecture") / "small.json"
+    path.write_text(tiny_architecture("additive").to_json())
+    return path
+
+
+def config(target: Path | str, data: Path | str, out: Path, **changes) -> TrainConfig:
+    values = {"recipe": TINY, "device": "cpu", "workers": 0, "input_size": 32} | changes
+    return TrainConfig(str(target), data=str(data), out=out, **values)
+
+
+def rows(trained: Trained) -> list[dict[str, str]]:
+    """The log, without what depends on the clock."""
+    with (trained.path / "log.csv").open(newline="") as log:
+        return [{n: v for n, v in row.items() if "second" not in n} for row in csv.DictReader(log)]
+
+
+def reached(trained: Trained) -> dict:
+    """What was reached, without what depends on the clock."""
+    assert trained.result is not None
+    return {n: v for n, v in trained.result.items() if "second" not in n}
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    assert rows(one) == rows(other)
+    assert reached(one) == reached(other)
+    a, b = (load_file(t.path / "model.safetensors") for t in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_survives_its_own_words(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert RECIPES[recipe.name] is recipe
+
+
+def test_settings_change_a_recipe():
+    changed = find_recipe("small", ["epochs=7", "scales=0.5,1", "channels-last=off", "augment="])
+    assert changed == replace(RECIPES["small"], epochs=7, scales=(0.5, 1.0), channels_last=False, augment="")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["epoch=3"], "such as epochs"),
+        (["epochs"], "KEY=VALUE"),
+        (["epochs=x"], "a whole number"),
+        (["epochs=0"], "from 1 to"),
+        (["learning_rate=nan"], "from 1e-12"),
+        (["warmup_epochs=100"], "fewer than the 100 epochs"),
+        (["batch_size=33"], "must be even"),
+        (["amp=maybe"], "auto or on or off"),
+        (["scales=9"], "from 0.25 to 2"),
+        (["name=mine"], "KEY=VALUE"),
+    ],
+)
+def test_settings_that_are_not_allowed(settings, words):
+    with pytest.raises(UsageError, match=words):
+        find_recipe("small", settings)
+
+
+def test_an_unknown_recipe_and_an_unknown_field():
+    with pytest.raises(UsageError, match="standard"):
+        find_recipe("slow")
+    with pytest.raises(UsageError, match="knows no later"):
+        Recipe.from_dict({"later": 1})
+    with pytest.raises(UsageError, match="epochs="):
+        Recipe.from_dict({"epochs": 2.5})
+
+
+# images
+
+
+def test_splits_of_a_folder(images):
+    for name in (images, images / "train"):
+        data = open_data(str(name), None, None, None, 0.25, 0)
+        assert data.test is not None
+        assert (len(data.train), len(data.holdout), len(data.test)) == (36, 12, 12)
+        assert not set(data.train.indices) & set(data.holdout.indices)
+        assert data.input_size == (3, 32, 32)
+    alone = open_data(str(images / "val"), None, None, 32, 0.0, 0)
+    assert (len(alone.train), len(alone.holdout), alone.test) == (12, 0, None)
+    given = open_data(str(images / "train"), str(images / "val"), None, 32, 0.0, 0)
+    assert given.test is not None
+    assert given.test_name == str(images / "val")
+
+
+def test_the_test_digits_are_the_others():
+    ours, theirs = open_split("digits"), open_split("digits", test=True)
+    assert len(ours.targets) + len(theirs.targets) == 1797
+    assert not {ours.name(i) for i in range(len(ours.targets))} & {theirs.name(i) for i in range(len(theirs.targets))}
+
+
+def test_test_images_of_other_classes_are_refused(images, tmp_path):
+    (tmp_path / "green").mkdir()
+    (tmp_path / "red").mkdir()
+    for name in ("green", "red"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match="1 classes that the training split lacks, such as green"):
+        open_data(str(images), str(tmp_path), None, 32, 0.0, 0)
+
+
+def test_labels_of_the_test_split_follow_the_names(images, tmp_path):
+    """A test split without the first class has other class indices of its own."""
+    (tmp_path / "red").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "red" / "0.png")
+    data = open_data(str(images), str(tmp_path), None, 32, 0.0, 0)
+    assert data.classes == ("blue", "red")
+    assert data.test is not None
+    assert data.test.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_depend_on_seed_and_step_alone(images, workers):
+    data, recipe = open_data(str(images), None, None, 32, 0.0, 0), replace(FULL, batch_size=8, epochs=2)
+    whole = list(training_batches(data, recipe, 3, 0, 0, 1, 0))
+    assert len(whole) == 2 * steps_per_epoch(data, recipe) == 12
+    later = list(training_batches(data, recipe, 3, 5, 0, 1, workers))
+    for (a, b), (c, d) in zip(whole[5:], later, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+    shares = [next(training_batches(data, recipe, 3, 11, rank, 2, 0))[0] for rank in range(2)]
+    assert sorted(image.sum().item() for share in shares for image in share) == sorted(
+        image.sum().item() for image in whole[11][0]
+    )
+    assert not torch.equal(whole[0][0], next(training_batches(data, recipe, 4, 0, 0, 1, 0))[0])
+
+
+def test_a_batch_is_even_where_images_are_mixed(images):
+    data = open_data(str(images), None, None, 32, 0.05, 0)
+    assert len(data.train) == 46
+    assert batch_size(data, replace(FULL, batch_size=512)) == 46
+    assert batch_size(replace(data, train=data.holdout), FULL) == 2
+
+
+# the training
+
+
+def test_a_training_from_begin_to_end(images, file, tmp_path):
+    told = []
+    trained = train(config(file, images, tmp_path / "t", recipe=FULL), told.append)
+    assert [(s.epoch, s.step) for s in told][-1] == (2, 0)
+    assert [row["epoch"] for row in rows(trained)] == ["1", "2"]
+    result = trained.result
+    assert result is not None
+    assert result["test"]["num_images"] == 12
+    assert result["test"]["low"] < result["test"]["accuracy"] + 1e-9
+    assert final_accuracy(trained) == result["test"]
+    model = trained.load_model()
+    assert not model.training
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+    again = train(config(file, images, tmp_path / "t", recipe=FULL))
+    assert again.result == result, "it is tested once"
+
+
+def test_what_is_tested_is_what_was_saved(images, file, tmp_path):
+    """A second implementation of the final test."""
+    trained = train(config(file, images, tmp_path / "t"))
+    data, model, correct = trained.manifest["data"], trained.load_model(), 0
+    files = sorted((images / "val").rglob("*.png"))
+    for path in files:
+        if path.read_bytes() == b"no image":
+            continue
+        image = Image.open(path).convert("RGB").resize((32, 36), Image.Resampling.BICUBIC).crop((0, 2, 32, 34))
+        x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+        x = (x - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
+        correct += data["classes"][int(model(x).argmax())] == path.parent.name
+    result = trained.result
+    assert result is not None
+    assert result["test"]["accuracy"] == pytest.approx(100 * correct / len(files))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_training_that_is_killed_again_and_again_ends_the_same(images, file, tmp_path, monkeypatch):
+    """Within an epoch, at its end and in a later one, with all that is random."""
+    recipe = replace(FULL, batch_size=8)
+    whole = train(config(file, images, tmp_path / "whole", recipe=recipe))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    for end in ((0, 2), (1, 0), (1, 3)):
+
+        def stop(step, end=end):
+            if (step.epoch, step.step) == end:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(config(file, images, tmp_path / "cut", recipe=recipe), stop)
+    assert_same(train(TrainConfig(str(tmp_path / "cut"), device="cpu", workers=2)), whole)
+
+
+def test_another_seed_is_another_training(images, file, tmp_path):
+    one, other = (train(config(file, images, tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    assert rows(one) != rows(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 5}, "another seed"),
+        ({"recipe": replace(TINY, epochs=3)}, "begun with epochs=2, not 3"),
+        ({"input_size": 64}, "other images"),
+    ],
+)
+def test_another_training_is_not_gone_on_with(images, file, tmp_path, change, words):
+    train(config(file, images, tmp_path / "t"))
+    with pytest.raises(RunError, match=words):
+        train(config(file, images, tmp_path / "t", **change))
+
+
+def test_a_damaged_checkpoint_is_one_line(images, file, tmp_path):
+    trained = train(config(file, images, tmp_path / "t"))
+    (trained.path / "result.json").unlink()
+    (trained.path / "checkpoint.pt").write_bytes(b"no zip")
+    with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
+        train(config(file, images, tmp_path / "t"))
+
+
+def test_a_loss_that_is_not_finite_ends_it(images, file, tmp_path):
+    wild = replace(TINY, learning_rate=1e3, clip_norm=0.0, optimizer="sgd", warmup_epochs=0.0, batch_size=4, epochs=9)
+    with pytest.raises(NasError, match="set a smaller learning_rate"):
+        train(config(file, images, tmp_path / "t", recipe=wild))
+
+
+def test_what_can_be_started_from(images, file, tmp_path, caplog):
+    """Trained weights go on, those of other classes without their classifier."""
+    first = train(config(file, images, tmp_path / "first"))
+    still = replace(TINY, learning_rate=1e-12, min_learning_rate=0.0, weight_decay=0.0, ema_decay=0.0)
+    second = train(config(first.path, images, tmp_path / "second", recipe=still))
+    weights = [load_file(t.path / "model.safetensors") for t in (first, second)]
+    assert second.manifest["init"] == str(first.path / "model.safetensors")
+    torch.testing.assert_close(weights[1]["head.weight"], weights[0]["head.weight"], rtol=1e-4, atol=1e-5)
+    caplog.set_level("INFO")
+    other = train(config(first.path, "digits", tmp_path / "other", recipe=replace(still, epochs=1, warmup_epochs=0.0)))
+    assert "the classifier begins anew" in caplog.text
+    third = load_file(other.path / "model.safetensors")
+    assert third["head.weight"].shape[0] == 10
+    name = next(n for n in third if n.startswith("stages") and n.endswith("weight"))
+    torch.testing.assert_close(third[name], weights[1][name], rtol=1e-3, atol=1e-5)
+    scratch = train(config(first.path, images, tmp_path / "scratch", recipe=still, init="scratch"))
+    assert scratch.manifest["init"] == "scratch"
+    with pytest.raises(UsageError, match="must be auto, scratch"):
+        train(config(file, images, tmp_path / "x", init="nowhere"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(RunError, match="does not hold the weights"):
+        train(config(file, images, tmp_path / "y", init=str(tmp_path / "foreign.safetensors")))
+
+
+def test_a_timm_model_and_its_own_sizes(images, tmp_path):
+    trained = train(config("timm:test_vit", images, tmp_path / "t"))
+    assert trained.architecture is None
+    assert resolve(str(trained.path)).build()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    with pytest.raises(UsageError, match="does not take images of 16 pixels"):
+        train(config("timm:test_convnext", images, tmp_path / "u", recipe=replace(TINY, scales=(0.5, 1.0))))
+
+
+def test_learning_from_a_teacher(images, file, tmp_path):
+    """A student that only listens, starting from its teacher, stays where it is."""
+    teacher = train(config(file, images, tmp_path / "teacher"))
+    deaf = replace(TINY, distill_weight=1.0, learning_rate=1e-3, weight_decay=0.0)
+    told = train(config(file, images, tmp_path / "student", recipe=deaf, teacher=str(teacher.path)))
+    alone = train(config(file, images, tmp_path / "alone", recipe=deaf))
+    loss = [float(rows(t)[-1]["train_loss"]) for t in (told, alone)]
+    assert loss[0] < loss[1], "a divergence has no smoothed label in it"
+    weights = tmp_path / "vit.safetensors"
+    save_file(create_network("test_vit", 2, (3, 32, 32)).state_dict(), weights)
+    named = {"teacher": "timm:test_vit", "teacher_weights": str(weights)}
+    assert train(config(file, images, tmp_path / "named", recipe=deaf, **named)).result
+    with pytest.raises(UsageError, match="knows 2 classes, the images have 10"):
+        train(config(file, "digits", tmp_path / "z", teacher=str(teacher.path)))
+    with pytest.raises(UsageError, match="go together"):
+        config(file, images, tmp_path / "z", teacher="timm:test_vit")
+    with pytest.raises(UsageError, match="give a trained folder"):
+        train(config(file, images, tmp_path / "w", teacher=str(tmp_path)))
+
+
+def test_a_network_with_two_classifiers(images, tmp_path):
+    from nas.architecture import Head
+
+    architecture = replace(tiny_architecture("additive"), head=Head(distillation=True))
+    path = tmp_path / "two.json"
+    path.write_text(architecture.to_json())
+    teacher = train(config(path, images, tmp_path / "teacher"))
+    student = train(config(path, images, tmp_path / "student", teacher=str(teacher.path)))
+    assert "head_dist.weight" in load_file(student.path / "model.safetensors")
+
+
+def test_tensorboard_has_every_epoch(images, file, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trained = train(config(file, images, tmp_path / "t", tensorboard=True))
+    events = accumulator.EventAccumulator(str(trained.path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train_loss")] == [1, 2]
+
+
+def test_sides_are_multiples():
+    assert [scaled_side(32, s) for s in (0.5, 0.75, 1.0, 1.5)] == [16, 32, 32, 48]
+    assert [scaled_side(224, s) for s in (0.75, 1.0, 1.15)] == [160, 224, 256]
+
+
+def test_shares_have_wilsons_interval():
+    z, n, p = 1.959963984540054, 40, 0.75
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    share = share_of(30, 40)
+    ends = [100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    assert [share["low"], share["high"]] == pytest.approx(ends)
+    assert share["accuracy"] == 75
+    assert binomtest(30, 40).statistic == 0.75
+
+
+# fronts
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A search on digits, with a front of some points."""
+    import search_spaces
+
+    return search(
+        SearchConfig(
+            space=search_spaces.load("mini"),
+            objectives=("params", "accuracy"),
+            device="cpu",
+            epochs=1,
+            max_images=200,
+            trials=6,
+            sampler="random",
+            budgets=parse_budgets(()),
+            out=tmp_path_factory.mktemp("results") / "run",
+        )
+    )
+
+
+def test_a_front_is_trained_and_compared(run):
+    points = []
+    asked = TrainConfig(str(run.path), replace(TINY, epochs=1, warmup_epochs=0.0), device="cpu", workers=0)
+    told = train_front(asked, on_point=lambda *point: points.append(point))
+    front = run.front()
+    assert points == [(i, len(front), t.key) for i, t in enumerate(front)]
+    assert [row["key"] for row in told.rows] == [t.key for t in front]
+    for row, trial in zip(told.rows, front, strict=True):
+        trained = Trained.open(run.path / "trained" / trial.key)
+        assert trained.manifest["init"] == str(run.weights_file(trial.key))
+        assert row["accuracy"] == final_accuracy(trained)["accuracy"]
+        assert row["proxy"] == trial.scores.accuracy
+    if len(front) >= work.FEWEST_COMPARED:
+        truth = kendalltau([r["proxy"] for r in told.rows], [r["accuracy"] for r in told.rows]).statistic
+        assert told.kendall is None or told.kendall[0] == pytest.approx(truth)
+    assert json.loads((run.path / "trained" / "front.json").read_text())["rows"] == list(told.rows)
+
+
+@pytest.mark.parametrize(("target", "words"), [("nowhere", "no run folder"), ("cas_vit_xs", "no run folder")])
+def test_a_front_needs_a_run(target, words):
+    with pytest.raises(RunError, match=words):
+        train_front(TrainConfig(target))
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(RunError, match="no weights at"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path / "x.safetensors")
+
+
+# processes
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "cli", "train", *words]
+
+
+def quick(file: Path, images: Path, out: Path) -> list[str]:
+    return [
+        *(str(file), "--recipe", "quick", "--data", str(images), "--input-size", "32", "--device", "cpu"),
+        *("--set", "batch_size=8", "--epochs", "40", "--workers", "1", "--out", str(out)),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_twice_ends_the_same(images, file, tmp_path, number, code):
+    whole = subprocess.run(command(*quick(file, images, tmp_path / "whole")), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    for epoch in (9, 23):
+        with subprocess.Popen(
+            command(*quick(file, images, tmp_path / "cut")), stderr=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stderr:
+                if line.startswith(f"epoch {epoch}/40"):
+                    break
+            process.send_signal(number)
+            rest = process.stderr.read()
+            assert process.wait(timeout=60) == code, rest
+            assert "Traceback" not in rest
+    last = subprocess.run(command(str(tmp_path / "cut")), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert_same(Trained.open(tmp_path / "cut"), Trained.open(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(images, file, tmp_path):
+    """They take the steps that one takes: the same log, as far as batch norms over half a batch allow."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = [*quick(file, images, tmp_path / "two"), "--set", "sync_batch_norm=off", "--set", "epochs=3"]
+    both = subprocess.run(
+        [*launch, "cli", "train", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("top-1") == 2, "one of them tells it: of the held-out part and of the test"
+    two = Trained.open(tmp_path / "two")
+    one = train(config(file, images, tmp_path / "one", recipe=Recipe.from_dict(dict(two.manifest["recipe"]))))
+    assert [row["step"] for row in rows(two)] == [row["step"] for row in rows(one)]
+    losses = [[float(row["train_loss"]) for row in rows(t)] for t in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    result = two.result
+    assert result is not None
+    assert result["test"]["num_images"] == 12
