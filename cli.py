@@ -800,18 +800,22 @@ def train_command(
     try:
         with TrainingDisplay() as display:
             if front:
-                _print_trained_front(train_front(config, display.update, display.begin), target, as_json)
+                of_front = train_front(config, display.update, display.begin)
             else:
-                _print_trained(train(config, display.update), as_json)
+                trained = train(config, display.update)
     except (KeyboardInterrupt, SystemExit):
         click.echo("interrupted; the same command goes on", err=True)
         raise
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first of several processes tells it
+    if front:
+        _print_trained_front(of_front, target, as_json)
+    else:
+        _print_trained(trained, as_json)
 
 
 def _print_trained(trained: Trained, as_json: bool) -> None:
-    result = trained.result
-    if result is None:  # another process tells it
-        return
+    result = trained.result or {}
     if as_json:
         _print_json({"folder": str(trained.path), **result})
         return

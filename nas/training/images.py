@@ -6,6 +6,7 @@ it was killed, with any number of worker processes.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -43,6 +44,8 @@ STATISTICS_IMAGES = 1024
 """Images from which mean and deviation are taken, where nothing else says them."""
 PREFETCH = 4
 """Steps that a worker process prepares ahead."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux' `prctl`: the signal that a process gets when the one that made it dies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,6 +356,8 @@ def _loader(images: Dataset[Any], workers: int, batch_sampler: Any) -> DataLoade
 
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # a killed training leaves nobody behind: what it has open, its folder's lock among it, is open here too
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
