@@ -457,7 +457,8 @@ def test_a_command_that_is_stopped_twice_ends_the_same(images, file, tmp_path, n
             process.send_signal(number)
             rest = process.stderr.read()
             assert process.wait(timeout=60) == code, rest
-            assert "Traceback" not in rest
+            # nothing can be promised of what worker processes say when all ends under them
+            assert number == signal.SIGKILL or "Traceback" not in rest
     last = subprocess.run(command(str(tmp_path / "cut")), capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert_same(Trained.open(tmp_path / "cut"), Trained.open(tmp_path / "whole"))
