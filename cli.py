@@ -14,7 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,9 +29,11 @@ from nas.errors import NasError, UsageError, one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nas.explain import Estimate, Explanation
     from nas.replay import Replay
     from nas.runs import Run, Trial
     from nas.search import Progress
+    from nas.search.objectives import Objective
     from nas.targets import Target
 
 SPACE, OBJECTIVES = "mini", "latency,accuracy"
@@ -928,6 +930,98 @@ def _print_replay(found: Replay) -> None:
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+@cli.command("explain")
+@click.argument("target", metavar="RUN@KEY")
+@click.option(
+    "--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
+    """Say what each change of one knob would do to an architecture of a run, and where its time goes.
+
+    What was not measured is predicted from the run's trials, with 95 % intervals; what promises most comes first.
+    """
+    from nas.explain import explain
+    from nas.runs import Run
+
+    run_path, at, key = target.rpartition("@")
+    if not at:
+        raise UsageError(f"{target} is no point of a run: give RUN@KEY")
+    found = explain(Run.open(run_path), key)
+    if as_json:
+        _print_json(found.to_dict(neighbours))
+    else:
+        _print_explanation(found, neighbours or 20)
+
+
+def _print_explanation(found: Explanation, limit: int) -> None:
+    """The neighbours, what is known of them below what is predicted, then the parts."""
+    from nas.search.objectives import format_value
+
+    wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 120
+    names = {o.name for o in found.run.objectives}
+    objectives = [o for o in found.objectives if wide or o.name in names]
+    of = f"{found.run.path}@{found.trial.key}"
+    units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
+    table = _table("change", *units, "on the front>", title=f"What one change would do to {of}")
+    now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
+    table.add_row("as it is", *now)
+    if found.observed:
+        table.add_row("  by the model", *(_change(found, o, found.itself) for o in objectives))
+    table.add_section()
+    for neighbour in found.neighbours[:limit]:
+        chance = "" if neighbour.tried or neighbour.on_front is None else f"{neighbour.on_front:.0%}"
+        table.add_row(neighbour.change, *(_change(found, o, neighbour.predicted) for o in objectives), chance)
+        if neighbour.tried:
+            cells = (_change(found, o, neighbour.measured) for o in objectives)
+            table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
+    shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
+    table.caption = f"{shown} of {all_of_them} one-knob changes" if shown < all_of_them else None
+    _print_table(table)
+    click.echo(found.summary)
+    _print_parts(found)
+
+
+def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate]) -> str:
+    """By how much a score is another than the architecture's, with its interval."""
+    from nas.search.objectives import format_value
+
+    score, origin = scores.get(objective.name), found.origin(objective.name)
+    if score is None or origin is None:
+        return ""
+
+    def signed(value: float) -> str:
+        size = format_value(objective, abs(value - origin)).removesuffix(objective.unit).rstrip()
+        return ("-" if value < origin else "+") + size
+
+    return signed(score.value) + (f" ({signed(score.low)} to {signed(score.high)})" if score.low < score.high else "")
+
+
+def _print_parts(found: Explanation) -> None:
+    """What each part of the network has to do, and how long it takes where the run has that."""
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+
+    targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
+    timed = [column for target in targets for column in (f"latency, {target}>", "95 % interval>", "share>")]
+    table = _table("part", *timed, "MACs>", "share>", "parameters>", "share>")
+    whole_ms = {target: sum(part.latency[target].value for part in found.parts) for target in targets}
+    whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
+    for part in found.parts:
+        cells = []
+        for target, ms in part.latency.items():
+            if target in whole_ms:
+                share = f"{ms.value / whole_ms[target]:.0%}"
+                cells += [f"{ms.value:.3f} ms", f"{ms.low:.3f} to {ms.high:.3f}", share]
+        for name, total in whole.items():
+            cells += [format_value(ALL[name], getattr(part, name)), f"{getattr(part, name) / total:.0%}"]
+        table.add_row(part.name, *cells)
+    _print_table(table)
+    if not targets:
+        of = shlex.quote(f"{found.run.path}@{found.trial.key}")
+        click.echo(f"its parts were not timed: {_program()} measure {of} --per-stage does")
 
 
 @cli.command("calibrate")
