@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from nas.explain import Estimate, Explanation
     from nas.replay import Replay
     from nas.runs import Run, Trial
-    from nas.search import Progress
     from nas.search.objectives import Objective
     from nas.targets import Target
 
@@ -125,11 +124,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Table:
+def _front_table(run: Run, front: list[Trial]) -> Table:
     """The front, best first objective first, with spreads."""
     from nas.report.plots import describe_stages
     from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
+    from nas.search.objectives import format_score
 
     with_stages = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 100
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
@@ -139,43 +138,26 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
         *(["stages"] if with_stages else []),
         title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {run.hypervolume(front):.5g}",
     )
-    for trial in front[:limit]:
-        cells = []
-        for objective in shown:
-            value = objective.read(trial.scores)
-            text = "" if value is None else format_value(objective, value)
-            text += _plus_minus(objective.interval(trial.scores))
-            if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
-                text += f" ±{trial.scores.accuracy_std:.2f}"
-            cells.append(text)
+    for trial in front:
+        cells = [format_score(objective, trial.scores) for objective in shown]
         assert trial.architecture is not None
         if with_stages:
             cells.append(", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
         table.add_row(trial.key, *cells)
-    if limit is not None and len(front) > limit:
-        table.add_row("…")
     if any(objective.is_latency for objective in shown):
         table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
     return table
 
 
-def _plus_minus(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" ±{(interval[1] - interval[0]) / 2:.2f}"
-
-
 def _print_front(run: Run, front: list[Trial]) -> None:
     """The front, the baselines with what beats them, and whether the order of latency held."""
-    from nas.search.objectives import format_value
+    from nas.search.objectives import format_score
 
     _print_table(_front_table(run, front))
     if baselines := run.baselines():
         table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
         for name, scores in baselines.items():
-            cells = []
-            for objective in run.objectives:
-                value = objective.read(scores)
-                text = "" if value is None else format_value(objective, value)
-                cells.append(text + _plus_minus(objective.interval(scores)))
+            cells = [format_score(objective, scores) for objective in run.objectives]
             table.add_row(name, *cells, ", ".join(run.beaten(front, scores)) or "none of the front")
         _print_table(table)
     for line in run.verdicts():
@@ -352,9 +334,10 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     typed = _typed(context, options)
     config = _search_config(options, typed)
 
+    from nas.report.live import Display
     from nas.search import search
 
-    display = _ProgressDisplay(config.trials)
+    display = Display()
     try:
         with display:
             run = search(config, display.update)
@@ -406,6 +389,7 @@ def worker_command(
 
     Space, objectives, proxy and conditions come from the study.
     """
+    from nas.report.live import Display
     from nas.search import SearchConfig
     from nas.search.study import join, work
 
@@ -421,8 +405,7 @@ def worker_command(
     local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
     local = {name: value for name, value in local.items() if value is not None}
     config = replace(config, **local, storage=storage, only=only, workers=1)
-    display = _ProgressDisplay(config.trials)
-    with display:
+    with Display() as display:
         work(run, config, display.update)
     click.echo(f"{study} is done; its front is where it was started")
 
@@ -516,87 +499,6 @@ def _warm_start(space: Any, names: str) -> tuple[Any, ...]:
             raise UsageError(f"--warm-start {name}: not in space {space.name}, whose points alone can be scored first")
         found += fitting
     return tuple(dict.fromkeys(found))
-
-
-class _ProgressDisplay:
-    """Progress on standard error: a live bar with the current front on a terminal, plain lines elsewhere."""
-
-    def __init__(self, target: int) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.run_path: Path | None = None
-        self._places: set[str] = set()
-        self._console = Console(stderr=True, markup=False)
-        self._bar = Progress(
-            TextColumn("scored"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task("search", total=target)
-        self._live = (
-            Live(self._bar, console=self._console, refresh_per_second=4, transient=True)
-            if self._console.is_terminal
-            else None
-        )
-
-    def __enter__(self) -> _ProgressDisplay:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Show where the search stands."""
-        self.run_path = progress.run.path
-        if self._live is not None:
-            from rich.console import Group
-
-            self._bar.update(self._task, completed=progress.scored, total=progress.target)
-            room = max(3, self._console.height - 10)
-            fleet = [str(member) for member in progress.fleet[: max(3, room // 2)]]
-            table = _front_table(progress.run, progress.front, limit=room)
-            self._live.update(Group(self._bar, *fleet, table))
-        elif progress.trial is None:
-            click.echo(f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored", err=True)
-        else:
-            click.echo(_line(progress), err=True)
-        places = {member.place for member in progress.fleet}
-        if self._live is None and places != self._places:
-            self._places = places
-            for member in progress.fleet:
-                click.echo(f"  also at work: {member}", err=True)
-
-
-def _line(progress: Progress) -> str:
-    """One finished trial in one line."""
-    from nas.search.objectives import format_value
-
-    trial = progress.trial
-    assert trial is not None
-    if trial.state == "complete":
-        values = ((o, o.read(trial.scores)) for o in progress.run.objectives)
-        what = ", ".join(f"{o.name} {format_value(o, v)}" for o, v in values if v is not None)
-    else:
-        what = f"{trial.state}: {trial.failure}"
-    return (
-        f"[{progress.scored}/{progress.target}] trial {trial.number} {trial.key or '-'}: {what} "
-        f"(front {len(progress.front)}, hypervolume {progress.hypervolume:.5g})"
-    )
 
 
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
