@@ -29,7 +29,7 @@ from nas.search.objectives import Scores
 from nas.search.samplers import distributions
 
 EXAMPLE = Path(__file__).parents[1] / "results" / "example" / "run.json"
-BANDS = ((0.0, 0.02), (0.02, 0.1), (0.1, 0.3), (0.3, 1.01))
+BANDS = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.01))
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class Marks:
     foot: str
 
 
-UNICODE, ASCII = Marks("●", "·", "│", "└", "─"), Marks("o", ".", "|", "+", "-")
+UNICODE, ASCII = Marks("●", "○", "│", "└", "─"), Marks("o", ".", "|", "+", "-")
 
 
 class Display:
@@ -158,13 +158,16 @@ class View:
 
     def _head(self, progress: Progress) -> Table:
         now = time.monotonic()
-        left = self._clock.left(progress.target - progress.scored, now)
+        to_go = progress.target - progress.scored
+        left = self._clock.left(to_go, now) if to_go > 0 else None
         grid = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None):
             grid.add_column(ratio=ratio, no_wrap=True)
         done = f"scored {progress.scored} of {progress.target}"
-        passed = _minutes(self._clock.passed(now)) + ("" if left is None else f", about {_minutes(left)} left")
-        grid.add_row(done, ProgressBar(progress.target, min(progress.scored, progress.target)), passed)
+        when = "" if left is None else f", about {_minutes(left)} left"
+        when = when if to_go > 0 else ", finishing"
+        bar = ProgressBar(progress.target, min(progress.scored, progress.target))
+        grid.add_row(done, bar, _minutes(self._clock.passed(now)) + when)
         return grid
 
 
