@@ -221,7 +221,8 @@ def explain(run: Run, key: str) -> Explanation:
         UsageError: where the run has tried no such architecture, or several.
         RunError: where its storage cannot be read.
     """
-    trial, trials = run.find(key), run.trials()
+    trials = run.trials()
+    trial = run.find(key, trials)
     assert trial.architecture is not None
     space = SearchSpace.from_dict(run.manifest["space"])
     knobs = Knobs.of_space(space)

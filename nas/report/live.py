@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,26 +37,8 @@ REFRESHES = 2.0
 """Of the clock, a second. Whatever is drawn takes time from what is measured."""
 
 
-@dataclass(frozen=True)
-class Marks:
-    """The characters of a plot.
-
-    Args:
-        front: a point of the front.
-        other: any other one.
-        side: of the vertical axis.
-        corner: where the axes meet.
-        foot: of the horizontal axis.
-    """
-
-    front: str
-    other: str
-    side: str
-    corner: str
-    foot: str
-
-
-UNICODE, ASCII = Marks("●", "○", "│", "└", "─"), Marks("o", ".", "|", "+", "-")
+UNICODE, ASCII = "●○│└─", "o.|+-"
+"""Of a plot: a point of the front, any other one, the vertical axis, the corner, the horizontal axis."""
 
 
 class Display:
@@ -151,7 +132,8 @@ class View:
         of = (id(progress), options.max_width, console.height)
         if self._drawn is None or self._drawn[0] != of:
             body = _body(progress, console, options, console.height - 2)
-            self._drawn = of, console.render_lines(body, options.update(height=None), pad=False)
+            lines = console.render_lines(body, options.update(height=None), pad=False)
+            self._drawn = of, [[_ascii(s) for s in segments] for segments in lines] if options.ascii_only else lines
         for segments in self._drawn[1]:
             yield from segments
             yield Segment.line()
@@ -159,16 +141,21 @@ class View:
     def _head(self, progress: Progress) -> Table:
         now = time.monotonic()
         to_go = progress.target - progress.scored
-        left = self._clock.left(to_go, now) if to_go > 0 else None
+        left = self._clock.left(to_go, now)
         grid = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None):
             grid.add_column(ratio=ratio, no_wrap=True)
         done = f"scored {progress.scored} of {progress.target}"
-        when = "" if left is None else f", about {_minutes(left)} left"
-        when = when if to_go > 0 else ", finishing"
+        when = ", finishing" if to_go <= 0 else "" if left is None else f", about {_minutes(left)} left"
         bar = ProgressBar(progress.target, min(progress.scored, progress.target))
         grid.add_row(done, bar, _minutes(self._clock.passed(now)) + when)
         return grid
+
+
+def _ascii(segment: Segment) -> Segment:
+    """The same for a terminal that has no other characters."""
+    plain = segment.text.translate({ord("±"): "~", ord("…"): "."})
+    return segment._replace(text=plain.encode("ascii", "replace").decode())
 
 
 class Clock:
@@ -246,31 +233,32 @@ def axes(objectives: Sequence[Objective]) -> tuple[Objective, Objective]:
     return across, next((o for o in others if not o.minimize), others[0])
 
 
-def scatter(progress: Progress, width: int, height: int, marks: Marks) -> Text:
+def scatter(progress: Progress, width: int, height: int, marks: str) -> Text:
     """All that is scored, with the front marked, over two objectives; nothing where there is no room for it."""
     complete = [trial for trial in progress.trials if trial.state == "complete"]
     across, up = axes(progress.run.objectives)
     if not complete or width < LEAST_PLOT[0] or height < LEAST_PLOT[1]:
         return Text(end="")
     width, height = min(width, MOST_PLOT[0]), min(height, MOST_PLOT[1])
-    named = f"{marks.front} front  {marks.other} scored"
+    best, other, side, corner, foot = tuple(marks)
+    named = f"{best} front  {other} scored"
     ends = [_ends([_value(o, t) for t in complete]) for o in (across, up)]
     low_high = [[_tick(o, end) for end in own] for o, own in zip((across, up), ends, strict=True)]
     gutter = max(cell_len(tick) for tick in low_high[1])
     columns, rows = width - gutter - 1, height - 4
     cells = [[" "] * columns for _ in range(rows)]
-    for trials, mark in ((complete, marks.other), (progress.front, marks.front)):
+    for trials, mark in ((complete, other), (progress.front, best)):
         for trial in trials:
             x, y = (_share(_value(o, trial), own) for o, own in zip((across, up), ends, strict=True))
             cells[rows - 1 - round(y * (rows - 1))][round(x * (columns - 1))] = mark
     found = Text(_between(_titled(up), named, width) + "\n", no_wrap=True, overflow="crop", style="default")
     for number, row in enumerate(cells):
         tick = {0: low_high[1][1], rows - 1: low_high[1][0]}.get(number, "")
-        found.append(f"{tick:>{gutter}}{marks.side}")
+        found.append(f"{tick:>{gutter}}{side}")
         for mark in row:
-            found.append(mark, style="bold green" if mark == marks.front else "default")
+            found.append(mark, style="bold green" if mark == best else "default")
         found.append("\n")
-    found.append(" " * gutter + marks.corner + marks.foot * columns + "\n")
+    found.append(" " * gutter + corner + foot * columns + "\n")
     low, high = low_high[0]
     found.append(" " * (gutter + 1) + _between(low, high, columns, _titled(across)))
     return found
