@@ -17,6 +17,7 @@ import optuna
 from numpy.typing import NDArray
 
 from .architecture import Architecture
+from .errors import RunError
 from .pieces import Pieces, count_pieces
 from .runs import Run, Trial, damage_reported, storage_errors
 from .search.beforehand import COUNTS, known_beforehand
@@ -294,6 +295,9 @@ def _history(run: Run, knobs: Knobs, problem: Problem, trials: Sequence[Trial]) 
     for row, number in enumerate(history.numbers):
         if history.complete[row] and number in by_number:  # it may have ended a moment ago
             losses[row] = run.losses([by_number[number]])[0]
+    figures = [losses, history.noise, *(values for _, values in history.constraints.values())]
+    if not all(np.isfinite(values).all() for values in figures):
+        raise RunError(f"the storage of {run.path} is damaged: a trial has a figure that is not finite")
     return replace(history, losses=losses)
 
 
