@@ -870,7 +870,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     table = _table("change", *units, "on the front>", title=f"What one change would do to {of}")
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
-    if found.observed:
+    if any(estimate.low < estimate.high for estimate in found.itself.values()):
         table.add_row("  by the model", *(_change(found, o, found.itself) for o in objectives))
     table.add_section()
     for neighbour in found.neighbours[:limit]:
@@ -913,10 +913,9 @@ def _print_parts(found: Explanation) -> None:
     whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
     for part in found.parts:
         cells = []
-        for target, ms in part.latency.items():
-            if target in whole_ms:
-                share = f"{ms.value / whole_ms[target]:.0%}"
-                cells += [f"{ms.value:.3f} ms", f"{ms.low:.3f} to {ms.high:.3f}", share]
+        for target, ms in ((target, part.latency[target]) for target in targets):
+            share = f"{ms.value / whole_ms[target]:.0%}"
+            cells += [f"{ms.value:.3f} ms", f"{ms.low:.3f} to {ms.high:.3f}", share]
         for name, total in whole.items():
             cells += [format_value(ALL[name], getattr(part, name)), f"{getattr(part, name) / total:.0%}"]
         table.add_row(part.name, *cells)

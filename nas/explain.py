@@ -195,10 +195,9 @@ class Explanation:
             "parts": [asdict(part) for part in self.parts],
         }
 
-    def _estimate(self, name: str, estimate: Estimate) -> dict[str, float]:
+    def _estimate(self, name: str, estimate: Estimate) -> dict[str, float | None]:
         origin = self.origin(name)
-        assert origin is not None, "what is estimated of a neighbour is known of the architecture"
-        return asdict(estimate) | {"change": estimate.value - origin}
+        return asdict(estimate) | {"change": None if origin is None else estimate.value - origin}
 
 
 def knob_in_words(knob: str) -> str:

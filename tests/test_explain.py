@@ -168,6 +168,19 @@ def test_too_few_trials_leave_what_is_exact(tmp_path):
     assert f"{LEAST} are needed" in found.summary
 
 
+def test_what_is_not_known_is_left_open(tmp_path):
+    """Neither a score nor a model: what its neighbours scored cannot be counted from it."""
+    base = POINTS[0]
+    stopped = replace(scores_of(base), accuracy=None, accuracy_std=None)
+    changed = {base.key: {"state": "PRUNED", "scores": stopped, "failure": "stopped early"}}
+    run = make_run(tmp_path / "run", [base, SPACE.neighbours(base)[0]], changed=changed)
+    found = explain(run, base.key)
+    (told,) = (n for n in found.to_dict()["neighbours"] if n["tried"])
+    assert told["measured"]["accuracy"]["change"] is None
+    assert told["measured"]["latency"]["change"] is not None
+    assert found.origin("accuracy") is None
+
+
 def test_trials_that_ended_otherwise(tmp_path):
     drawn = some(16)
     base = drawn[0]
