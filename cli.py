@@ -862,22 +862,23 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     """The neighbours, what is known of them below what is predicted, then the parts."""
     from nas.search.objectives import format_value
 
-    wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 120
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
     names = {o.name for o in found.run.objectives}
-    objectives = [o for o in found.objectives if wide or o.name in names]
+    objectives = [o for o in found.objectives if columns >= 120 or o.name in names]
     of = f"{found.run.path}@{found.trial.key}"
     units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
     table = _table("change", *units, "on the front>", title=f"What one change would do to {of}")
+    change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
     if any(estimate.low < estimate.high for estimate in found.itself.values()):
-        table.add_row("  by the model", *(_change(found, o, found.itself) for o in objectives))
+        table.add_row("  by the model", *(change(o, found.itself) for o in objectives))
     table.add_section()
     for neighbour in found.neighbours[:limit]:
         chance = "" if neighbour.tried or neighbour.on_front is None else f"{neighbour.on_front:.0%}"
-        table.add_row(neighbour.change, *(_change(found, o, neighbour.predicted) for o in objectives), chance)
+        table.add_row(neighbour.change, *(change(o, neighbour.predicted) for o in objectives), chance)
         if neighbour.tried:
-            cells = (_change(found, o, neighbour.measured) for o in objectives)
+            cells = (change(o, neighbour.measured) for o in objectives)
             table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
     shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
     table.caption = f"{shown} of {all_of_them} one-knob changes" if shown < all_of_them else None
@@ -886,19 +887,21 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     _print_parts(found)
 
 
-def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate]) -> str:
-    """By how much a score is another than the architecture's, with its interval."""
+def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate], brief: bool) -> str:
+    """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
     from nas.search.objectives import format_value
 
     score, origin = scores.get(objective.name), found.origin(objective.name)
     if score is None or origin is None:
         return ""
 
-    def signed(value: float) -> str:
-        size = format_value(objective, abs(value - origin)).removesuffix(objective.unit).rstrip()
-        return ("-" if value < origin else "+") + size
+    def size(value: float) -> str:
+        return format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
 
-    return signed(score.value) + (f" ({signed(score.low)} to {signed(score.high)})" if score.low < score.high else "")
+    value, low, high = (("-" if v < origin else "+") + size(v - origin) for v in (score.value, score.low, score.high))
+    if low == high:
+        return value
+    return f"{value} ±{size((score.high - score.low) / 2)}" if brief else f"{value} ({low} to {high})"
 
 
 def _print_parts(found: Explanation) -> None:
