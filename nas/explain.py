@@ -160,7 +160,8 @@ class Explanation:
         if not self.observed:
             return f"too few trials to predict {' and '.join(predicted)}: {LEAST} are needed; counts are exact"
         inside, of = self.hits()
-        told = f"predicted from {self.observed} trials, with {100 * LEVEL:.0f} % intervals for what a measurement would say"
+        level = f"{100 * LEVEL:.0f} %"
+        told = f"predicted from {self.observed} trials, with {level} intervals for what a measurement would say"
         return told + (f"; {inside} of {of} figures measured of neighbours lie within theirs" if of else "")
 
     def to_dict(self, limit: int | None = None) -> dict[str, Any]:
