@@ -14,7 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,9 +29,10 @@ from nas.errors import NasError, UsageError, one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nas.explain import Estimate, Explanation
     from nas.replay import Replay
     from nas.runs import Run, Trial
-    from nas.search import Progress
+    from nas.search.objectives import Objective
     from nas.targets import Target
     from nas.training.folder import Trained
     from nas.training.work import FrontTraining
@@ -125,11 +126,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Table:
+def _front_table(run: Run, front: list[Trial]) -> Table:
     """The front, best first objective first, with spreads."""
     from nas.report.plots import describe_stages
     from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
+    from nas.search.objectives import format_score
 
     with_stages = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 100
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
@@ -139,43 +140,26 @@ def _front_table(run: Run, front: list[Trial], limit: int | None = None) -> Tabl
         *(["stages"] if with_stages else []),
         title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {run.hypervolume(front):.5g}",
     )
-    for trial in front[:limit]:
-        cells = []
-        for objective in shown:
-            value = objective.read(trial.scores)
-            text = "" if value is None else format_value(objective, value)
-            text += _plus_minus(objective.interval(trial.scores))
-            if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
-                text += f" ±{trial.scores.accuracy_std:.2f}"
-            cells.append(text)
+    for trial in front:
+        cells = [format_score(objective, trial.scores) for objective in shown]
         assert trial.architecture is not None
         if with_stages:
             cells.append(", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
         table.add_row(trial.key, *cells)
-    if limit is not None and len(front) > limit:
-        table.add_row("…")
     if any(objective.is_latency for objective in shown):
         table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
     return table
 
 
-def _plus_minus(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" ±{(interval[1] - interval[0]) / 2:.2f}"
-
-
 def _print_front(run: Run, front: list[Trial]) -> None:
     """The front, the baselines with what beats them, and whether the order of latency held."""
-    from nas.search.objectives import format_value
+    from nas.search.objectives import format_score
 
     _print_table(_front_table(run, front))
     if baselines := run.baselines():
         table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
         for name, scores in baselines.items():
-            cells = []
-            for objective in run.objectives:
-                value = objective.read(scores)
-                text = "" if value is None else format_value(objective, value)
-                cells.append(text + _plus_minus(objective.interval(scores)))
+            cells = [format_score(objective, scores) for objective in run.objectives]
             table.add_row(name, *cells, ", ".join(run.beaten(front, scores)) or "none of the front")
         _print_table(table)
     for line in run.verdicts():
@@ -352,9 +336,10 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     typed = _typed(context, options)
     config = _search_config(options, typed)
 
+    from nas.report.live import Display
     from nas.search import search
 
-    display = _ProgressDisplay(config.trials)
+    display = Display()
     try:
         with display:
             run = search(config, display.update)
@@ -406,6 +391,7 @@ def worker_command(
 
     Space, objectives, proxy and conditions come from the study.
     """
+    from nas.report.live import Display
     from nas.search import SearchConfig
     from nas.search.study import join, work
 
@@ -421,8 +407,7 @@ def worker_command(
     local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
     local = {name: value for name, value in local.items() if value is not None}
     config = replace(config, **local, storage=storage, only=only, workers=1)
-    display = _ProgressDisplay(config.trials)
-    with display:
+    with Display() as display:
         work(run, config, display.update)
     click.echo(f"{study} is done; its front is where it was started")
 
@@ -516,87 +501,6 @@ def _warm_start(space: Any, names: str) -> tuple[Any, ...]:
             raise UsageError(f"--warm-start {name}: not in space {space.name}, whose points alone can be scored first")
         found += fitting
     return tuple(dict.fromkeys(found))
-
-
-class _ProgressDisplay:
-    """Progress on standard error: a live bar with the current front on a terminal, plain lines elsewhere."""
-
-    def __init__(self, target: int) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.run_path: Path | None = None
-        self._places: set[str] = set()
-        self._console = Console(stderr=True, markup=False)
-        self._bar = Progress(
-            TextColumn("scored"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task("search", total=target)
-        self._live = (
-            Live(self._bar, console=self._console, refresh_per_second=4, transient=True)
-            if self._console.is_terminal
-            else None
-        )
-
-    def __enter__(self) -> _ProgressDisplay:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Show where the search stands."""
-        self.run_path = progress.run.path
-        if self._live is not None:
-            from rich.console import Group
-
-            self._bar.update(self._task, completed=progress.scored, total=progress.target)
-            room = max(3, self._console.height - 10)
-            fleet = [str(member) for member in progress.fleet[: max(3, room // 2)]]
-            table = _front_table(progress.run, progress.front, limit=room)
-            self._live.update(Group(self._bar, *fleet, table))
-        elif progress.trial is None:
-            click.echo(f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored", err=True)
-        else:
-            click.echo(_line(progress), err=True)
-        places = {member.place for member in progress.fleet}
-        if self._live is None and places != self._places:
-            self._places = places
-            for member in progress.fleet:
-                click.echo(f"  also at work: {member}", err=True)
-
-
-def _line(progress: Progress) -> str:
-    """One finished trial in one line."""
-    from nas.search.objectives import format_value
-
-    trial = progress.trial
-    assert trial is not None
-    if trial.state == "complete":
-        values = ((o, o.read(trial.scores)) for o in progress.run.objectives)
-        what = ", ".join(f"{o.name} {format_value(o, v)}" for o, v in values if v is not None)
-    else:
-        what = f"{trial.state}: {trial.failure}"
-    return (
-        f"[{progress.scored}/{progress.target}] trial {trial.number} {trial.key or '-'}: {what} "
-        f"(front {len(progress.front)}, hypervolume {progress.hypervolume:.5g})"
-    )
 
 
 _run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
@@ -1012,6 +916,100 @@ def _print_replay(found: Replay) -> None:
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+@cli.command("explain")
+@click.argument("target", metavar="RUN@KEY")
+@click.option(
+    "--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
+    """Say what each change of one knob would do to an architecture of a run, and where its time goes.
+
+    What was not measured is predicted from the run's trials, with 95 % intervals; what promises most comes first.
+    """
+    from nas.explain import explain
+    from nas.runs import Run
+
+    run_path, at, key = target.rpartition("@")
+    if not at:
+        raise UsageError(f"{target} is no point of a run: give RUN@KEY")
+    found = explain(Run.open(run_path), key)
+    if as_json:
+        _print_json(found.to_dict(neighbours))
+    else:
+        _print_explanation(found, neighbours or 20)
+
+
+def _print_explanation(found: Explanation, limit: int) -> None:
+    """The neighbours, what is known of them below what is predicted, then the parts."""
+    from nas.search.objectives import format_value
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
+    names = {o.name for o in found.run.objectives}
+    objectives = [o for o in found.objectives if columns >= 120 or o.name in names]
+    of = f"{found.run.path}@{found.trial.key}"
+    units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
+    table = _table("change", *units, "on the front>", title=f"What one change would do to {of}")
+    change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
+    now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
+    table.add_row("as it is", *now)
+    if any(estimate.low < estimate.high for estimate in found.itself.values()):
+        table.add_row("  by the model", *(change(o, found.itself) for o in objectives))
+    table.add_section()
+    for neighbour in found.neighbours[:limit]:
+        chance = "" if neighbour.tried or neighbour.on_front is None else f"{neighbour.on_front:.0%}"
+        table.add_row(neighbour.change, *(change(o, neighbour.predicted) for o in objectives), chance)
+        if neighbour.tried:
+            cells = (change(o, neighbour.measured) for o in objectives)
+            table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
+    shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
+    table.caption = f"{shown} of {all_of_them} one-knob changes" if shown < all_of_them else None
+    _print_table(table)
+    click.echo(found.summary)
+    _print_parts(found)
+
+
+def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate], brief: bool) -> str:
+    """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
+    from nas.search.objectives import format_value
+
+    score, origin = scores.get(objective.name), found.origin(objective.name)
+    if score is None or origin is None:
+        return ""
+
+    def size(value: float) -> str:
+        return format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
+
+    value, low, high = (("-" if v < origin else "+") + size(v - origin) for v in (score.value, score.low, score.high))
+    if low == high:
+        return value
+    return f"{value} ±{size((score.high - score.low) / 2)}" if brief else f"{value} ({low} to {high})"
+
+
+def _print_parts(found: Explanation) -> None:
+    """What each part of the network has to do, and how long it takes where the run has that."""
+    from nas.search.objectives import OBJECTIVES as ALL
+    from nas.search.objectives import format_value
+
+    targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
+    timed = [column for target in targets for column in (f"latency, {target}>", "95 % interval>", "share>")]
+    table = _table("part", *timed, "MACs>", "share>", "parameters>", "share>")
+    whole_ms = {target: sum(part.latency[target].value for part in found.parts) for target in targets}
+    whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
+    for part in found.parts:
+        cells = []
+        for target, ms in ((target, part.latency[target]) for target in targets):
+            share = f"{ms.value / whole_ms[target]:.0%}"
+            cells += [f"{ms.value:.3f} ms", f"{ms.low:.3f} to {ms.high:.3f}", share]
+        for name, total in whole.items():
+            cells += [format_value(ALL[name], getattr(part, name)), f"{getattr(part, name) / total:.0%}"]
+        table.add_row(part.name, *cells)
+    _print_table(table)
+    if not targets:
+        of = shlex.quote(f"{found.run.path}@{found.trial.key}")
+        click.echo(f"its parts were not timed: {_program()} measure {of} --per-stage does")
 
 
 @cli.command("calibrate")

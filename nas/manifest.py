@@ -103,5 +103,11 @@ STUDY = {
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
 }
 """Attributes of the study as a whole."""
-TRIAL = {"architecture?": (dict, None), "scores?": SCORES, "failure?": str}
+TRIAL = {
+    "architecture?": (dict, None),
+    "scores?": SCORES,
+    "failure?": str,
+    "noise?": {str: FIGURE},
+    "estimates?": {str: [FIGURE, FIGURE]},
+}
 """Attributes of a trial."""

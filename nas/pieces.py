@@ -59,7 +59,12 @@ class Pieces:
     @property
     def macs(self) -> int:
         """Multiply-adds of all, for the batch they were counted with."""
-        return round(float(self.features[:, _MACS].sum()))
+        return sum(self.macs_each)
+
+    @property
+    def macs_each(self) -> list[int]:
+        """Multiply-adds of each piece."""
+        return [round(float(macs)) for macs in self.features[:, _MACS].sum(1)]
 
 
 def count_pieces(architecture: Architecture, input_size: int, batch_size: int = 1, num_classes: int = 1000) -> Pieces:

@@ -302,6 +302,7 @@ FRONT = [point["key"] for point in json.loads((EXAMPLE / "front.json").read_text
 READINGS = [
     *(("front", "{run}", *options) for options in ([], ["--csv"], ["--json"], ["--json"])),
     ("describe", f"{{run}}@{FRONT[0]}"),
+    ("explain", f"{{run}}@{FRONT[2]}"),
     ("measure", f"{{run}}@{FRONT[1]}", "--device", "cpu"),
 ]
 BEGINNINGS = [
@@ -353,7 +354,7 @@ ATTRIBUTES = [
     (table, row, key, json.loads(text))
     for table in ("trial_user_attributes", "study_user_attributes")
     for row, key, text in query(f"SELECT rowid, key, value_json FROM {table}")
-    if key in ("architecture", "scores", "failure", "baselines", "remeasured", "elsewhere")
+    if key in ("architecture", "scores", "failure", "noise", "estimates", "baselines", "remeasured", "elsewhere")
 ]
 CELLS = [
     (table, column[1], count)

@@ -39,6 +39,7 @@ class History:
         feasible: whether they keep every constraint, of shape (n,).
         constraints: name -> points and values, above 0 where it is broken; `failed` has 1 and -1.
         pending: points that are being evaluated, of shape (p, knobs).
+        numbers: of the observed trials, n of them.
     """
 
     rows: Points
@@ -48,6 +49,7 @@ class History:
     feasible: NDArray[np.bool_]
     constraints: Mapping[str, tuple[Points, Floats]]
     pending: Points
+    numbers: tuple[int, ...]
 
 
 EARLY_STOPPING = "early_stopping"
@@ -70,16 +72,17 @@ class Reader:
             self._points[trial.number] = self._knobs.point(trial.params)
         return self._points[trial.number]
 
-    def read(self, study: optuna.Study, problem: Problem, but: int) -> History:
+    def read(self, study: optuna.Study, problem: Problem, but: int = -1) -> History:
         """The history before a draw.
 
         Args:
             study: to read.
             problem: what it is of.
-            but: number of the trial that is drawn.
+            but: number of the trial that is drawn, if one is.
         """
         names, signs = problem.objectives, problem.signs
         rows: list[Point] = []
+        numbers: list[int] = []
         losses: list[Floats] = []
         noise: list[Floats] = []
         complete: list[bool] = []
@@ -109,6 +112,7 @@ class Reader:
             else:
                 continue
             rows.append(point)
+            numbers.append(trial.number)
             losses.append(signs * values)
             noise.append(error)
             complete.append(trial.state == TrialState.COMPLETE)
@@ -126,6 +130,7 @@ class Reader:
                 if any(value > 0 for _, value in pairs)
             },
             pending=_points(pending, count),
+            numbers=tuple(numbers),
         )
 
 

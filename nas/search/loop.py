@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import optuna
@@ -61,6 +61,7 @@ class Progress:
         front: the current front.
         hypervolume: of the current front.
         fleet: other workers that are at work.
+        trials: all that ended, in the order in which this process saw them.
     """
 
     run: Run
@@ -70,6 +71,7 @@ class Progress:
     front: list[Trial]
     hypervolume: float
     fleet: tuple[Member, ...] = ()
+    trials: Sequence[Trial] = ()
 
 
 @dataclass(frozen=True)
@@ -504,7 +506,16 @@ class Loop:
             for number, task in self.under_way.items()
         )
         self.on_trial(
-            Progress(self.run, trial, self._scored(), self.config.trials, list(self.front), self.hypervolume, fleet)
+            Progress(
+                self.run,
+                trial,
+                self._scored(),
+                self.config.trials,
+                list(self.front),
+                self.hypervolume,
+                fleet,
+                tuple(self.trials),
+            )
         )
 
     def _finished(self, scores: Scores) -> Finished:

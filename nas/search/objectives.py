@@ -245,6 +245,19 @@ def format_figure(figure: Mapping[str, float] | None) -> str:
     return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
+def format_score(objective: Objective, scores: Scores) -> str:
+    """A score for people, with `±` and what is known of its error; '' where it was not measured."""
+    value, interval = objective.read(scores), objective.interval(scores)
+    if value is None:
+        return ""
+    text = format_value(objective, value)
+    if interval is not None:
+        text += f" ±{(interval[1] - interval[0]) / 2:.2f}"
+    if objective.field == "accuracy" and scores.accuracy_std is not None:
+        text += f" ±{scores.accuracy_std:.2f}"
+    return text
+
+
 def format_value(objective: Objective, value: float) -> str:
     """A value for people: three or four digits and its unit."""
     if objective.unit:

@@ -163,7 +163,7 @@ class SurrogateSampler(KnobSampler):
         """On one thread: its matrices are too small for more to pay, and other workers need the cores."""
         history = self._reader.read(study, self.problem, trial.number)
         rng = np.random.default_rng([self.seed, trial.number])
-        with _threads().limit(limits=1):
+        with numeric_threads().limit(limits=1):
             found = self._surrogate.recommend(history, self.known, rng, self.seed)
         self.gain = found.gain
         return found.point
@@ -172,7 +172,7 @@ class SurrogateSampler(KnobSampler):
 _THREADS: list[Any] = []
 
 
-def _threads() -> Any:
+def numeric_threads() -> Any:
     """The controller of the numeric libraries' threads, found once: looking for them takes some milliseconds."""
     if not _THREADS:
         import scipy.linalg  # noqa: F401  its library must be loaded to be found

@@ -46,6 +46,14 @@ class Marginal(ABC):
         rest: Floats = trapezia[:, OPEN_STEPS:].reshape(len(values), len(levels) - 2, STEPS).sum(2)
         return np.concatenate([trapezia[:, :OPEN_STEPS].sum(1, keepdims=True), rest], axis=1)
 
+    @abstractmethod
+    def quantile(self, share: float) -> Floats:
+        """The losses that are not exceeded with this probability, of shape (n,)."""
+
+    @abstractmethod
+    def draws(self, rng: np.random.Generator, count: int) -> Floats:
+        """Losses drawn at random, of shape (n, count)."""
+
     @property
     @abstractmethod
     def floor(self) -> float:
@@ -83,6 +91,17 @@ class Known(Marginal):
         upto = np.where((self.std > 0)[:, None], gap * ndtr(score) + std * density, np.maximum(gap, 0.0))
         return np.diff(upto, axis=1)
 
+    def quantile(self, share: float) -> Floats:
+        """The losses that are not exceeded with this probability, of shape (n,)."""
+        from scipy.special import ndtri
+
+        losses: Floats = self.mean + self.std * ndtri(share)
+        return losses
+
+    def draws(self, rng: np.random.Generator, count: int) -> Floats:
+        """Losses drawn at random, of shape (n, count)."""
+        return self.mean[:, None] + self.std[:, None] * rng.normal(size=(len(self.mean), count))
+
     @property
     def floor(self) -> float:
         """Four standard deviations below the least."""
@@ -115,6 +134,12 @@ class Predicted(Marginal):
         )
         shares: Floats = np.asarray(total / len(self.members))
         return shares
+
+    def draws(self, rng: np.random.Generator, count: int) -> Floats:
+        """Losses drawn at random, of shape (n, count)."""
+        which, normal = rng.integers(len(self.members), size=count), rng.normal(size=(len(self.members[0][1]), count))
+        each = [warp.to_loss(mean[:, None] + std[:, None] * normal) for warp, mean, std in self.members]
+        return np.choose(which, each)
 
     @property
     def floor(self) -> float:
@@ -152,6 +177,11 @@ class Predicted(Marginal):
             low, high = np.where(above, low, middle), np.where(above, middle, high)
         found: Floats = (low + high) / 2
         return found
+
+
+def hardly_below(losses: Floats) -> float:
+    """A loss that hardly anything stays below, where these were seen."""
+    return float(losses.min() - 2 * losses[losses <= np.median(losses)].std())
 
 
 def expected_improvement(

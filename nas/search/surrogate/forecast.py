@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..knobs import Points
-from .acquisition import Predicted
+from .acquisition import Predicted, hardly_below
 from .gp import MEMBERS, Encoding, Posterior, fit_hyperparameters
 
 Floats = NDArray[np.float64]
@@ -34,28 +34,43 @@ def forecast(
         kinds: warps to choose from.
         at: points of shape (m, knobs).
     """
+    width = widening(encoding, rows, losses, noise, kinds)
+    return fitted(encoding, rows, losses, noise, kinds, at, width=width)
+
+
+def widening(encoding: Encoding, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str]) -> float:
+    """How much wider than the model has them its intervals must be, at least 1; arguments as for `forecast`."""
     folds = np.random.default_rng(len(rows)).permutation(len(rows)) % FOLDS
     scores = np.zeros(len(rows))
     for fold in range(FOLDS):
         seen, held = folds != fold, folds == fold
-        predicted = fitted(encoding, rows[seen], losses[seen], noise[seen], kinds, rows[held])
+        predicted = fitted(encoding, rows[seen], losses[seen], noise[seen], kinds, rows[held], noise[held])
         scores[held] = predicted.scores(losses[held])
-    width = max(1.0, float(np.sqrt((scores**2).mean())))
-    predicted = fitted(encoding, rows, losses, noise, kinds, at)
-    return Predicted([(warp, mean, width * std) for warp, mean, std in predicted.members], predicted.floor)
+    return max(1.0, float(np.sqrt((scores**2).mean())))
 
 
 def fitted(
-    encoding: Encoding, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str], at: Points
+    encoding: Encoding,
+    rows: Points,
+    losses: Floats,
+    noise: Floats,
+    kinds: Sequence[str],
+    at: Points,
+    error: Floats | float = 0.0,
+    width: float = 1.0,
 ) -> Predicted:
-    """The same as the model has it, without widening."""
+    """The same with intervals `width` times as wide as the model has them: 1 is too narrow.
+
+    `error` is the standard error that a loss at the points would be measured with; the rest is as for `forecast`.
+    """
     posteriors = [
         Posterior(encoding, fit_hyperparameters(encoding, rows, losses, noise, kinds, member), rows, losses, noise)
         for member in range(MEMBERS)
     ]
-    members = [(p.warp, *p.predict(at)) for p in posteriors]
-    # a score has the noise that scores have
-    noisy = [
-        (warp, mean, np.sqrt(std**2 + p.fitted_noise)) for p, (warp, mean, std) in zip(posteriors, members, strict=True)
-    ]
-    return Predicted(noisy, float(losses.min()))
+    members = []
+    for p in posteriors:
+        mean, std = p.predict(at)
+        measured = error * np.exp(p.warp.log_slope(p.warp.to_loss(mean)))
+        # a score has the noise that scores have
+        members.append((p.warp, mean, width * np.sqrt(std**2 + p.fitted_noise + measured**2)))
+    return Predicted(members, hardly_below(losses))

@@ -18,7 +18,7 @@ from ..history import History
 from ..knobs import Knobs, Point, Points
 from ..pareto import hypervolume, non_dominated, nondomination_ranks
 from ..problem import Problem
-from .acquisition import Known, Marginal, Predicted, expected_improvement
+from .acquisition import Known, Marginal, Predicted, expected_improvement, hardly_below
 from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters, kinds_of_warp
 
 Floats = NDArray[np.float64]
@@ -87,7 +87,7 @@ class Surrogate:
         }
         front = self._front(history, on_front, posteriors, corner)
         marginals = self._marginals(candidates, rows, posteriors, history)
-        feasible = self._feasible(candidates, rows, history)
+        feasible = self.feasible(candidates, rows, history)
         order = self._order()
         marginals, front, corner = [marginals[i] for i in order], front[:, order], corner[order]
         draw = int(rng.integers(2**31))
@@ -206,12 +206,10 @@ class Surrogate:
                 mean, std = self._costs(candidates, name)
                 found.append(Known(self.problem.signs[column] * mean, std))
                 continue
-            losses = history.losses[:, column]
-            floor = float(losses.min() - 2 * losses[losses <= np.median(losses)].std())
-            found.append(Predicted.at(posteriors[column], rows, floor))
+            found.append(Predicted.at(posteriors[column], rows, hardly_below(history.losses[:, column])))
         return found
 
-    def _feasible(self, candidates: Sequence[Point], rows: Points, history: History) -> Floats:
+    def feasible(self, candidates: Sequence[Point], rows: Points, history: History) -> Floats:
         """The probability that every constraint is kept, of shape (n,)."""
         from scipy.special import ndtr
 

@@ -1,0 +1,301 @@
+"""A running search on standard error: the front as it grows on a terminal, a line for each trial elsewhere.
+
+The view is drawn from what the search tells after each trial; between trials only its clock moves.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.live import Live
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from ..runs import Run, Trial
+from ..search.objectives import Objective, format_score, format_value
+
+if TYPE_CHECKING:
+    from ..search import Progress
+
+NARROWEST, LOWEST = 60, 12
+"""Columns and lines that the view needs; less gets plain lines."""
+WIDE = 100
+"""Columns from which on table and plot stand side by side."""
+LEAST_PLOT, MOST_PLOT = (24, 8), (100, 26)
+"""Columns and lines below which there is no plot, and those it never exceeds."""
+REFRESHES = 2.0
+"""Of the clock, a second. Whatever is drawn takes time from what is measured."""
+
+
+UNICODE, ASCII = "●○│└─", "o.|+-"
+"""Of a plot: a point of the front, any other one, the vertical axis, the corner, the horizontal axis."""
+
+
+class Display:
+    """Shows a search while it is entered; `update` is what a search calls.
+
+    Attributes:
+        run_path: of the run, once it is known.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.run_path: Path | None = None
+        self._places: set[str] = set()
+        self._view = View()
+        console = console or Console(stderr=True, markup=False, highlight=False)
+        roomy = console.width >= NARROWEST and console.height >= LOWEST
+        self._live = (
+            Live(self._view, console=console, refresh_per_second=REFRESHES, transient=True)
+            if console.is_terminal and not console.is_dumb_terminal and roomy
+            else None
+        )
+
+    def __enter__(self) -> Display:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show where the search stands."""
+        self.run_path = progress.run.path
+        if self._live is not None:
+            self._view.update(progress)
+            self._live.refresh()
+            return
+        _say(line(progress))
+        places = {member.place for member in progress.fleet}
+        if places != self._places:
+            self._places = places
+            for member in progress.fleet:
+                _say(f"  also at work: {member}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def line(progress: Progress) -> str:
+    """Where a search stands in one line."""
+    if progress.trial is None:
+        return f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored"
+    return (
+        f"[{progress.scored}/{progress.target}] {_ended(progress.run, progress.trial)} "
+        f"(front {len(progress.front)}, hypervolume {progress.hypervolume:.5g})"
+    )
+
+
+def _ended(run: Run, trial: Trial) -> str:
+    """A trial that ended."""
+    if trial.state == "complete":
+        values = ((o, o.read(trial.scores)) for o in run.objectives)
+        what = ", ".join(f"{o.name} {format_value(o, v)}" for o, v in values if v is not None)
+    else:
+        what = f"{trial.state}: {trial.failure}"
+    return f"trial {trial.number} {trial.key or '-'}: {what}"
+
+
+class View:
+    """What the terminal shows; the body is drawn once for each trial and size of the terminal."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._progress: Progress | None = None
+        self._drawn: tuple[object, list[list[Segment]]] | None = None
+
+    def update(self, progress: Progress) -> None:
+        """Take in what a search tells."""
+        self._clock.tick(progress.scored, time.monotonic())
+        self._progress = progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
+        """The clock, and below it what has been found."""
+        progress = self._progress
+        if progress is None:
+            yield Text("getting ready")
+            return
+        yield self._head(progress)
+        of = (id(progress), options.max_width, console.height)
+        if self._drawn is None or self._drawn[0] != of:
+            body = _body(progress, console, options, console.height - 2)
+            lines = console.render_lines(body, options.update(height=None), pad=False)
+            self._drawn = of, [[_ascii(s) for s in segments] for segments in lines] if options.ascii_only else lines
+        for segments in self._drawn[1]:
+            yield from segments
+            yield Segment.line()
+
+    def _head(self, progress: Progress) -> Table:
+        now = time.monotonic()
+        to_go = progress.target - progress.scored
+        left = self._clock.left(to_go, now)
+        grid = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None):
+            grid.add_column(ratio=ratio, no_wrap=True)
+        done = f"scored {progress.scored} of {progress.target}"
+        when = ", finishing" if to_go <= 0 else "" if left is None else f", about {_minutes(left)} left"
+        bar = ProgressBar(progress.target, min(progress.scored, progress.target))
+        grid.add_row(done, bar, _minutes(self._clock.passed(now)) + when)
+        return grid
+
+
+def _ascii(segment: Segment) -> Segment:
+    """The same for a terminal that has no other characters."""
+    plain = segment.text.translate({ord("±"): "~", ord("…"): "."})
+    return segment._replace(text=plain.encode("ascii", "replace").decode())
+
+
+class Clock:
+    """Says how long the rest will take, by what was scored since this process began."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._last: tuple[int, float] | None = None
+
+    def tick(self, scored: int, now: float) -> None:
+        """So many are scored now, at a time in seconds."""
+        self._first = self._first or (scored, now)
+        if self._last is None or scored > self._last[0]:
+            self._last = scored, now
+
+    def passed(self, now: float) -> float:
+        """Seconds since the first tick."""
+        return now - self._first[1] if self._first else 0.0
+
+    def left(self, count: int, now: float) -> float | None:
+        """Seconds that so many more will take; None while nothing says so."""
+        if self._first is None or self._last is None or self._last[0] == self._first[0]:
+            return None
+        each = (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
+        return max(0.0, each * count - (now - self._last[1]))
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _body(progress: Progress, console: Console, options: ConsoleOptions, height: int) -> RenderableType:
+    """The last trial, who else is at work, the front as a table and as a plot, in so many lines."""
+    width, marks = options.max_width, ASCII if options.ascii_only else UNICODE
+    lines = [] if progress.trial is None else [f"last: {_ended(progress.run, progress.trial)}"]
+    fleet = [f"also at work: {member}" for member in progress.fleet]
+    most = max(3, height // 4)
+    lines += fleet if len(fleet) <= most else [*fleet[: most - 1], f"and {len(fleet) - most + 1} more at work"]
+    top = [Text(text, no_wrap=True, overflow="ellipsis") for text in lines]
+    room = height - len(top)
+    if not progress.front:
+        return Group(*top)
+    if width >= WIDE:
+        table = front_table(progress, room)
+        beside = width - Measurement.get(console, options, table).maximum - 3
+        plot = scatter(progress, beside, room, marks)
+        grid = Table.grid(padding=(0, 3, 0, 0))
+        grid.add_row(table, plot)
+        return Group(*top, grid)
+    rows = min(len(progress.front) + 2, room // 2)
+    return Group(*top, front_table(progress, rows), scatter(progress, width, room - rows, marks))
+
+
+def front_table(progress: Progress, height: int) -> Group:
+    """The front in so many lines at most; of a longer one, points from end to end."""
+    front, objectives = progress.front, progress.run.objectives
+    most = max(1, height - 2)
+    shown = front if len(front) <= most else [front[i * (len(front) - 1) // max(1, most - 1)] for i in range(most)]
+    some = "" if len(shown) == len(front) else f", {len(shown)} of them here"
+    title = Text(f"front of {len(front)}{some}; hypervolume {progress.hypervolume:.5g}", "bold", no_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="default")
+    table.add_column("key", no_wrap=True)
+    for objective in objectives:
+        table.add_column(objective.label, justify="right", no_wrap=True)
+    for trial in shown:
+        table.add_row(trial.key, *(format_score(o, trial.scores) for o in objectives))
+    return Group(title, table)
+
+
+def axes(objectives: Sequence[Objective]) -> tuple[Objective, Objective]:
+    """Of the objectives, what lies and what stands: a cost, and a gain where there is one."""
+    across = next((o for o in objectives if o.minimize), objectives[0])
+    others = [o for o in objectives if o != across]
+    return across, next((o for o in others if not o.minimize), others[0])
+
+
+def scatter(progress: Progress, width: int, height: int, marks: str) -> Text:
+    """All that is scored, with the front marked, over two objectives; nothing where there is no room for it."""
+    complete = [trial for trial in progress.trials if trial.state == "complete"]
+    across, up = axes(progress.run.objectives)
+    if not complete or width < LEAST_PLOT[0] or height < LEAST_PLOT[1]:
+        return Text(end="")
+    width, height = min(width, MOST_PLOT[0]), min(height, MOST_PLOT[1])
+    best, other, side, corner, foot = tuple(marks)
+    named = f"{best} front  {other} scored"
+    ends = [_ends([_value(o, t) for t in complete]) for o in (across, up)]
+    low_high = [[_tick(o, end) for end in own] for o, own in zip((across, up), ends, strict=True)]
+    gutter = max(cell_len(tick) for tick in low_high[1])
+    columns, rows = width - gutter - 1, height - 4
+    cells = [[" "] * columns for _ in range(rows)]
+    for trials, mark in ((complete, other), (progress.front, best)):
+        for trial in trials:
+            x, y = (_share(_value(o, trial), own) for o, own in zip((across, up), ends, strict=True))
+            cells[rows - 1 - round(y * (rows - 1))][round(x * (columns - 1))] = mark
+    found = Text(_between(_titled(up), named, width) + "\n", no_wrap=True, overflow="crop", style="default")
+    for number, row in enumerate(cells):
+        tick = {0: low_high[1][1], rows - 1: low_high[1][0]}.get(number, "")
+        found.append(f"{tick:>{gutter}}{side}")
+        for mark in row:
+            found.append(mark, style="bold green" if mark == best else "default")
+        found.append("\n")
+    found.append(" " * gutter + corner + foot * columns + "\n")
+    low, high = low_high[0]
+    found.append(" " * (gutter + 1) + _between(low, high, columns, _titled(across)))
+    return found
+
+
+def _value(objective: Objective, trial: Trial) -> float:
+    value = objective.read(trial.scores)
+    assert value is not None, "a complete trial lacks an objective's value"
+    return value
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis; some, where all values are the same."""
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10)
+
+
+def _share(value: float, ends: tuple[float, float]) -> float:
+    share = (value - ends[0]) / (ends[1] - ends[0])
+    return min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0
+
+
+def _tick(objective: Objective, value: float) -> str:
+    sign = "-" if value < 0 else ""
+    return sign + format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
+
+
+def _titled(objective: Objective) -> str:
+    return objective.label + (f" ({objective.unit})" if objective.unit else "")
+
+
+def _between(left: str, right: str, width: int, middle: str = "") -> str:
+    """Texts at the ends and in the middle of a line; what finds no place is left out from the middle on."""
+    free = width - cell_len(left) - cell_len(right)
+    if free < 1:
+        return left[:width]
+    if cell_len(middle) + 2 > free:
+        middle = ""
+    before = (free - cell_len(middle)) // 2
+    return left + " " * before + middle + " " * (free - before - cell_len(middle)) + right

@@ -1,0 +1,199 @@
+"""What a terminal shows of a search: it fits, marks are where scores are, and elsewhere there are plain lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nas.report.live import ASCII, UNICODE, Clock, Display, View, axes, line, scatter
+from nas.runs import Run
+from nas.search.fleet import Member
+from nas.search.loop import Progress
+from nas.search.objectives import OBJECTIVES
+
+EXAMPLE = Path(__file__).parents[1] / "results" / "example"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("live") / "example"
+    shutil.copytree(EXAMPLE, folder)
+    return Run.open(folder)
+
+
+@pytest.fixture(scope="module")
+def trials(run):
+    return run.trials()
+
+
+def progress(run, trials, ended=None, times=1, workers=0) -> Progress:
+    """Of these trials; `times` makes a front that is too long to be shown."""
+    front = run.front(trials)
+    scored = sum(t.scored for t in trials)
+    fleet = tuple(Member(f"host-{i}:4711", "cuda:0", i, 3.0, 0.0) for i in range(workers))
+    return Progress(run, ended, scored, 32, front * times, run.hypervolume(front), fleet, trials)
+
+
+def shown(view: View, width: int, height: int, encoding: str = "utf-8") -> list[str]:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(width=width, height=height, file=file, force_terminal=True, color_system=None, markup=False)
+    console.print(view)
+    file.flush()
+    return file.buffer.getvalue().decode(encoding).splitlines()
+
+
+@pytest.mark.parametrize(("times", "workers"), [(1, 0), (20, 3), (4, 50)])
+@pytest.mark.parametrize("size", [(60, 12), (61, 13), (80, 24), (99, 20), (100, 20), (120, 40), (300, 90)])
+def test_it_fits_the_terminal(run, trials, size, times, workers):
+    view = View()
+    view.update(progress(run, trials, trials[9], times, workers))
+    lines = shown(view, *size)
+    assert len(lines) < size[1]
+    assert max(map(len, lines)) <= size[0]
+    assert lines[0].startswith("scored 32 of 32")
+    assert trials[9].key in lines[1]
+    assert any("also at work" in text for text in lines) == (workers > 0)
+    first, last = run.front(trials)[0], run.front(trials)[-1]
+    assert all(any(text.startswith(t.key) for text in lines) for t in (first, last)) or size[1] < 20
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 32])
+def test_from_the_first_trial_on(run, trials, count):
+    view = View()
+    assert shown(view, 80, 24) == ["getting ready"]
+    view.update(progress(run, trials[:count], trials[count - 1] if count else None))
+    text = "\n".join(shown(view, 80, 24))
+    assert f"scored {count} of 32" in text
+    assert ("front of" in text) == ("Latency (ms)" in text) == (count > 0)
+
+
+@pytest.mark.parametrize("marks", [UNICODE, ASCII])
+def test_marks_are_where_the_scores_are(run, trials, marks):
+    width, height = 70, 20
+    lines = str(scatter(progress(run, trials), width, height, marks)).splitlines()
+    best, other, side = marks[:3]
+    assert lines[0].startswith("Top-1 accuracy (%)")
+    assert "Latency (ms)" in lines[-1]
+    complete = [t for t in trials if t.state == "complete"]
+    ends = [f"{f(t.scores.latency_ms for t in complete):.2f}" for f in (min, max)]
+    assert lines[-1].split()[0] == ends[0]
+    assert lines[-1].split()[-1] == ends[1]
+    rows = [text.partition(side)[2] for text in lines[1:-2]]
+    assert len(rows) == height - 4
+    front = sorted(run.front(trials), key=lambda t: t.scores.latency_ms)
+    # a better latency is further left and a better accuracy higher, and the best of both are at the edges
+    at = sorted((column, row) for row, text in enumerate(rows) for column, mark in enumerate(text) if mark == best)
+    assert 2 <= len(at) <= len(front)
+    assert [row for _, row in at] == sorted((row for _, row in at), reverse=True)
+    assert at[0][0] == 0  # nothing is faster than the fastest of the front
+    assert at[-1][1] == 0  # nor more accurate than the best of it
+    assert 0 < sum(text.count(other) for text in rows) <= len(complete) - len(at)
+
+
+def test_ascii_terminals_get_ascii(run, trials):
+    view = View()
+    view.update(progress(run, trials, trials[9]))
+    text = "\n".join(shown(view, 80, 24, "ascii"))
+    assert "o front  . scored" in text
+    assert "1.22 ms ~0.12" in text
+    assert "Latency (ms)" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("latency", "accuracy"), ("latency", "accuracy")),
+        (("accuracy", "latency"), ("latency", "accuracy")),
+        (("macs", "params"), ("macs", "params")),
+        (("params", "latency", "memory", "accuracy"), ("params", "accuracy")),
+    ],
+)
+def test_a_cost_lies_and_a_gain_stands(names, expected):
+    assert tuple(o.name for o in axes([OBJECTIVES[name] for name in names])) == expected
+
+
+def test_the_clock_goes_by_what_was_scored_here():
+    clock = Clock()
+    assert clock.left(5, 0.0) is None
+    clock.tick(10, 100.0)  # of an earlier process
+    assert clock.left(22, 130.0) is None
+    clock.tick(12, 140.0)
+    clock.tick(12, 150.0)  # one that failed
+    assert clock.left(20, 140.0) == 400.0
+    assert clock.left(20, 155.0) == 385.0
+    assert clock.left(1, 999.0) == 0.0
+    assert clock.passed(160.0) == 60.0
+
+
+@pytest.mark.parametrize("terminal", [{}, {"force_terminal": True, "width": 50}, {"force_terminal": True, "height": 8}])
+def test_elsewhere_there_are_plain_lines(run, trials, capsys, terminal):
+    file = io.StringIO()
+    told = progress(run, trials, trials[3], workers=1)
+    with Display(Console(file=file, **{"width": 80, "height": 24, **terminal})) as display:
+        display.update(told)
+        display.update(told)
+    err = capsys.readouterr().err.splitlines()
+    assert file.getvalue() == ""
+    assert err == [line(told), "  also at work: host-0:4711 on cuda:0: trial 0 for 3 s", line(told)]
+    assert err[0].startswith(f"[32/32] trial 3 {trials[3].key}: latency ")
+
+
+def test_a_dumb_terminal_gets_plain_lines(run, trials, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with Display(Console(file=io.StringIO(), force_terminal=True, width=80, height=24)) as display:
+        display.update(progress(run, trials))
+    assert "32 of 32 scored" in capsys.readouterr().err
+
+
+def test_the_live_view_leaves_nothing_behind(run, trials):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=24, markup=False)
+    with Display(console) as display:
+        display.update(progress(run, trials, trials[9]))
+    assert display.run_path == run.path
+    said = file.getvalue()
+    assert "Latency (ms)" in said
+    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1  # the cursor is hidden and comes back
+    cleared = said.rpartition("\x1b[?25h")[2]
+    assert cleared.count("\x1b[2K") >= 20
+    assert not re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\r", "", cleared)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ["--objective", "macs,accuracy", "--epochs", "1", "--trials", "50", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", "search", "--device", "cpu", *arguments],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        os.close(theirs)
+        said, sent = b"", False
+        while select.select([ours], [], [], 120)[0]:
+            try:
+                said += os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            if b"front of" in said and not sent:
+                process.send_signal(signal.SIGINT)
+                sent = True
+        assert process.wait(timeout=60) == 130
+    os.close(ours)
+    text = said.decode()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert "Traceback" not in text
+    assert f"search --out {tmp_path / 'run'}" in text.rpartition("\x1b[?25h")[2].replace("\r\n", "")
