@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 from urllib.parse import unquote, urlsplit
 
@@ -35,7 +36,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "results/README.md"]
 )
 TABLES = (HADAMARD_KINDS, KINDS, ESTIMATORS, RUNTIME_TRAITS, RUNTIMES, OBJECTIVES, SAMPLERS)
-SLOW = {"README.md", "docs/extending/objective.md", "docs/extending/space.md"}
+SLOW = {"README.md", "docs/api.md", "docs/faq.md", "docs/extending/objective.md", "docs/extending/space.md"}
 """Pages whose programs take longer than a few seconds."""
 
 
@@ -70,14 +71,15 @@ WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for bloc
 def test_python_runs(page, tmp_path, monkeypatch):
     """Every block of a page in turn, as somebody would who reads it from its beginning."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": name(page)}
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     with ExitStack() as stack:
         for table in TABLES:  # what a page puts into a table is taken out again
             stack.enter_context(mock.patch.dict(table))
         for block in blocks(page):
             if block.language == "python":
                 code = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's own line
-                exec(compile(code, str(page), "exec"), namespace)
+                exec(compile(code, str(page), "exec"), vars(module))
 
 
 AWAITED = ("train", "report", "explain", "export --format")
@@ -109,7 +111,7 @@ def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
         (block.line + i, line)
         for block in blocks(page)
         if block.language in ("", "sh", "console")
-        for i, line in enumerate(block.text.splitlines())
+        for i, line in enumerate(block.text.replace("\\\n", " ").splitlines())
     ]
     for token in MarkdownIt().enable("table").parse(page.read_text()):
         inline = (child.content for child in token.children or () if child.type == "code_inline")
