@@ -22,7 +22,7 @@ templates_path = ["_templates"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
+suppress_warnings = ["myst.header"]  # reports begin their tables with smaller headings
 default_role = "code"  # docstrings write `names` as Markdown does
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
