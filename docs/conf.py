@@ -41,3 +41,12 @@ html_css_files = ["page.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def setup(app):
+    """A dataclass's `<factory>` is no Python: with it a signature could not be set in lines."""
+
+    def without_factories(app, what, name, obj, options, signature, returned):
+        return signature and (signature.replace("<factory>", "{}"), returned)
+
+    app.connect("autodoc-process-signature", without_factories)
