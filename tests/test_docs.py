@@ -233,3 +233,13 @@ def test_pages_build(tmp_path):
             assert there.exists(), f"{path.name}: {target}"
             if parts.fragment and there in built:
                 assert unquote(parts.fragment) in built[there].ids | {""}, f"{path.name}: {target}"
+
+
+def test_tests_that_pages_name_are_there():
+    """`test_name`, or the beginning of several names as `test_na…`."""
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    defined = re.findall(r"^def (test_\w+)", source, flags=re.MULTILINE)
+    named = {found for page in PAGES for found in re.findall(r"`(test_\w+…?)`", page.read_text())}
+    assert len(named) > 50
+    for each in named:
+        assert any(d.startswith(each[:-1]) if each.endswith("…") else d == each for d in defined), each
