@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLES = sorted([*(folder := Path(__file__).parent.parent / "examples").glob("*.py"), *folder.glob("*.ipynb")])
 
 
-SLOW = ("board", "own_space")
+SLOW = ("board", "detection", "own_space", "search_to_timm")
+
+
+def program(example: Path, folder: Path) -> Path:
+    """The example, or the cells of a notebook one after the other."""
+    if example.suffix == ".py":
+        return example
+    cells = json.loads(example.read_text())["cells"]
+    file = folder / f"{example.stem}.py"
+    file.write_text("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    return file
 
 
 @pytest.mark.parametrize(
@@ -19,6 +31,20 @@ SLOW = ("board", "own_space")
     [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else (), id=path.stem) for path in EXAMPLES],
 )
 def test_example_runs(example, tmp_path):
-    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(program(example, tmp_path))],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_notebooks_are_kept_without_output():
+    for example in EXAMPLES:
+        if example.suffix == ".ipynb":
+            cells = json.loads(example.read_text())["cells"]
+            assert [cell["id"] for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []

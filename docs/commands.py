@@ -1,0 +1,81 @@
+"""Writes `docs/commands.md` from the command line itself: `python docs/commands.py`. A test compares the two."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+PAGE = Path(__file__).with_suffix(".md")
+sys.path.insert(0, str(PAGE.parent.parent))
+
+from cli import cli  # noqa: E402
+
+HEAD = """\
+<!-- made by `python docs/commands.py`: change the texts in cli.py, then call it -->
+
+# Commands
+
+`mixnas COMMAND` and, in the project's folder, `python cli.py COMMAND` are the same. Results go to standard output,
+progress to standard error.
+
+TARGET is a preset (`cas_vit_xs`, …), `timm:NAME`, an architecture file (`.json`), `RUN@KEY` (a key may be cut short) or
+an exported folder. RUN is a run folder; [its format](../results/README.md).
+
+| exit status | means |
+|---|---|
+| 0 | done |
+| 1 | failed; one line says what, and what to do |
+| 2 | wrong usage |
+| 3 | nothing meets the budgets |
+| 130, 143 | interrupted, terminated; the same command goes on |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    commands = cli.commands.values()
+    return "\n".join([HEAD, *("\n".join(_command(command)) for command in commands)])
+
+
+def _command(command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=command.name)
+    arguments = " ".join(p.make_metavar(context) for p in command.params if isinstance(p, click.Argument))
+    yield f"## {command.name}\n"
+    yield f"    mixnas {command.name} [OPTIONS] {arguments}".rstrip() + "\n"
+    yield _text(command.help or "") + "\n"
+    yield "| option | what it says | default |\n|---|---|---|"
+    for option in (p for p in command.params if isinstance(p, click.Option)):
+        names, text = option.get_help_record(context) or ("", "")
+        said, default = _DEFAULT.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
+        yield f"| {_names(names)} | {_text(said)} | {_text(default or '')} |"
+    yield ""
+
+
+_DEFAULT = re.compile(r"(.*?)(?:\s*\[(?:default: )?([^]]*)])?", re.DOTALL)
+_PAGE = re.compile(r"docs/([\w-]+\.md)")
+_CODE = re.compile(r"--[a-z][\w-]*|\w+://…?[\w:]*|[\w/]+\.(?:json|db|html|png|svg)\b|'program \{.*?'")
+
+
+def _names(names: str) -> str:
+    """Options as code, each in one piece; `--a / --b` stay two."""
+    return " / ".join(f"`{part.strip()}`" for part in _plain(names).split(" / "))
+
+
+def _text(text: str) -> str:
+    """A help text as Markdown: pages as links; options, files and addresses as code, where they are not already."""
+    parts = re.split(r"(`[^`]*`)", _plain(text).replace("<", "\\<"))
+    for i in range(0, len(parts), 2):
+        parts[i] = _PAGE.sub(r"[\1](\1)", _CODE.sub(r"`\g<0>`", parts[i]))
+    return "".join(parts)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
