@@ -353,7 +353,7 @@ ATTRIBUTES = [
     (table, row, key, json.loads(text))
     for table in ("trial_user_attributes", "study_user_attributes")
     for row, key, text in query(f"SELECT rowid, key, value_json FROM {table}")
-    if key in ("architecture", "scores", "failure", "baselines", "remeasured", "elsewhere")
+    if key in ("architecture", "scores", "failure", "baselines", "remeasured", "elsewhere", "stages")
 ]
 CELLS = [
     (table, column[1], count)
