@@ -185,6 +185,12 @@ class Run:
         """The study's storage."""
         return open_storage(self.path, self.manifest["config"]["storage"])
 
+    @contextlib.contextmanager
+    def study(self) -> Iterator[optuna.Study]:
+        """Optuna's own view of the run; what its storage raises meanwhile becomes one line."""
+        with self._study() as (storage, _), damage_reported(self.path):
+            yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
+
     def trials(self, remeasured: bool = True) -> list[Trial]:
         """Every trial of the study, in order.
 
