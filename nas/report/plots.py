@@ -385,7 +385,7 @@ def interactive(scored: Scored) -> Any:
                     figure.add_trace(points, row=1, col=column)
                     shown.add(label)
             if known := _baselines(run, objectives[0], objective):
-                stars = _stars(run, known).update(
+                stars = _stars(known, _window(objectives[0], scored)).update(
                     name="baseline", legendgroup="baseline", showlegend="baseline" not in shown
                 )
                 figure.add_trace(stars, row=1, col=column)
@@ -442,8 +442,8 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
         marker={
             "color": MIXER_COLOURS[mixer],
             "symbol": MIXER_SYMBOLS[mixer] + filling,
-            "size": 11 if on_front else 7,
-            "opacity": 1 if on_front else 0.5,
+            "size": 11 if on_front else 8,
+            "opacity": 1 if on_front else 0.65,
             "line": {"width": 1.2 if on_front or filling else 0, "color": INK if on_front else MIXER_COLOURS[mixer]},
         },
         text=[_hover(run, t) for t in trials],
@@ -452,8 +452,10 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
     )
 
 
-def _stars(run: Run, known: list[tuple[str, float, float]]) -> Any:
+def _stars(known: list[tuple[str, float, float]], window: tuple[float, float]) -> Any:
     import plotly.graph_objects as go
+
+    middle = sum(window) / 2  # a name stays inside the picture
 
     return go.Scatter(
         x=[x for _, x, _ in known],
@@ -461,7 +463,7 @@ def _stars(run: Run, known: list[tuple[str, float, float]]) -> Any:
         mode="markers+text",
         marker={"symbol": "star", "size": 13, "color": PAPER, "line": {"width": 1.2, "color": INK}},
         text=[escape(name) for name, _, _ in known],
-        textposition="bottom right",
+        textposition=["bottom left" if x > middle else "bottom right" for _, x, _ in known],
         textfont={"size": 10},
         hovertemplate="<b>%{text}</b>, scored as the points are<br>%{x:.3f}, %{y:.3f}<extra></extra>",
     )

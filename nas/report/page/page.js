@@ -107,7 +107,7 @@
       if (narrow) {
         for (const which of [layout[x], layout[y]]) which.title.text = which.title.text.replace(" (", "<br>(");
         layout[x].domain = [0, 1];
-        layout[y].domain = [1 - (panel + 0.8) / panels, 1 - panel / panels];
+        layout[y].domain = [1 - (panel + (panels > 1 ? 0.8 : 1)) / panels, 1 - panel / panels];
       }
     }
     plot.style.height = narrow && panels > 1 ? `${20 * panels}rem` : "";
