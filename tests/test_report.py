@@ -157,12 +157,12 @@ def test_breaks_and_overlaps_are_no_work(run, tmp_path):
 def test_the_knob_that_decides_is_the_most_important(run, tmp_path):
     other = emptied(example(tmp_path / "run"))
     assert facts.knob_importance(other) is None
-    template, rng = study_of(run).trials[0], np.random.default_rng(0)
-    for _ in range(20):
-        params = {name: rng.choice(d.choices).item() for name, d in template.distributions.items()}
+    trials, rng = study_of(run).trials, np.random.default_rng(0)
+    for _ in range(30):
+        params = {name: trials[rng.integers(len(trials))].params[name] for name in trials[0].params}
         depth, mixer = params["stage2.depth"], params["stage3.mixer"]
         values = [float(depth), float(len(mixer))]
-        distributions = template.distributions
+        distributions = trials[0].distributions
         study_of(other).add_trial(optuna.trial.create_trial(params=params, distributions=distributions, values=values))
     found = facts.knob_importance(other)
     for i, knob in enumerate(("stage2.depth", "stage3.mixer")):
