@@ -542,6 +542,34 @@ def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         click.echo("\n".join(files))
 
 
+@cli.command("report")
+@click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: RUN/report.html]")
+@click.option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
+def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Write all that is known of one or several runs as one page that needs no network: report.html."""
+    from nas.report.html import report
+    from nas.runs import Run
+
+    file = str(report([Run.open(path) for path in run_paths], out))
+    if as_json:
+        _print_json({"file": file})
+    else:
+        click.echo(file)
+
+
+@cli.command("dashboard")
+@_run_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
+@click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on.")
+def dashboard_command(run_path: Path, host: str, port: int) -> None:
+    """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
+    from nas.report.dashboard import serve
+    from nas.runs import Run
+
+    serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; Ctrl-C ends it", err=True))
+
+
 @cli.command()
 @_run_argument
 @click.option(

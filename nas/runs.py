@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-BASELINES, REMEASURED, ELSEWHERE = "baselines", "remeasured", "elsewhere"
+BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Attributes of the study that `nas.search.finish` writes."""
 MANIFEST = "manifest"
 """The one with the content of `run.json`, for workers that have no more than the storage."""
@@ -185,6 +185,12 @@ class Run:
         """The study's storage."""
         return open_storage(self.path, self.manifest["config"]["storage"])
 
+    @contextlib.contextmanager
+    def study(self) -> Iterator[optuna.Study]:
+        """Optuna's own view of the run; what its storage raises meanwhile becomes one line."""
+        with self._study() as (storage, _), damage_reported(self.path):
+            yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
+
     def trials(self, remeasured: bool = True) -> list[Trial]:
         """Every trial of the study, in order.
 
@@ -255,6 +261,14 @@ class Run:
             for name, entry in attributes.get(BASELINES, {}).items()
             if "scores" in entry
         }
+
+    def stage_latencies(self) -> dict[str, list[dict[str, Any]]]:
+        """Latency of each part of the front's networks on the first target: key -> `part`, `ms`, `low_ms`, `high_ms`.
+
+        Parts are `stem`, `stages.N` and `head`, in the order in which they run. What could not be measured is left out.
+        """
+        measured = self.attributes.get(STAGES, {}).get(self.targets[0], {}) if self.targets else {}
+        return {key: list(parts) for key, parts in measured.items() if parts}
 
     def beaten(self, front: list[Trial], scores: Scores) -> list[str]:
         """Keys of the front's points that dominate a network with these scores."""

@@ -331,7 +331,10 @@ def test_manifest_of_a_run(example: Path, text: bytes, arguments: tuple[str, ...
 
 
 @fuzz(2, share=0.05)
-@given(mutated(MANIFEST), st.sampled_from([("plot", "{run}"), ("export", "{run}", "--arch", FRONT[0], "--out", "out")]))
+@given(
+    mutated(MANIFEST),
+    st.sampled_from([("plot", "{run}"), ("report", "{run}"), ("export", "{run}", "--arch", FRONT[0], "--out", "out")]),
+)
 def test_plots_and_exports_of_a_run_with_another_manifest(example: Path, data: Any, arguments: tuple[str, ...]) -> None:
     before = {file for file in example.parent.rglob("*") if file.name != "run.json"}
     (example / "run.json").write_text(json.dumps(data))
@@ -354,7 +357,18 @@ ATTRIBUTES = [
     (table, row, key, json.loads(text))
     for table in ("trial_user_attributes", "study_user_attributes")
     for row, key, text in query(f"SELECT rowid, key, value_json FROM {table}")
-    if key in ("architecture", "scores", "failure", "noise", "estimates", "baselines", "remeasured", "elsewhere")
+    if key
+    in (
+        "architecture",
+        "scores",
+        "failure",
+        "noise",
+        "estimates",
+        "baselines",
+        "remeasured",
+        "elsewhere",
+        "stages",
+    )
 ]
 CELLS = [
     (table, column[1], count)

@@ -17,9 +17,10 @@ import search_spaces
 from nas.errors import TrialFailure, UsageError
 from nas.measure import REST, agreement, measure
 from nas.models.zoo import check_network_name, create_network
-from nas.runs import ELSEWHERE, REMEASURED, Run
+from nas.runs import ELSEWHERE, REMEASURED, STAGES, Run
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
 from nas.search import SearchConfig, finish, search
+from nas.search.conditions import evaluator_of
 from nas.search.pareto import near_front, non_dominated
 from nas.search.stability import compare_orders, rank_correlation
 from nas.targets import resolve_all
@@ -154,6 +155,42 @@ def test_the_front_is_measured_in_onnxruntime_too(run):
     there = run.attributes[ELSEWHERE]["cpu-onnxruntime"]
     assert {t.key for t in run.front()} <= there.keys()
     assert all(entry["ms"] > 0 for entry in there.values())
+
+
+def test_the_stages_of_the_front_are_measured(run):
+    stages = run.stage_latencies()
+    assert set(stages) == {t.key for t in run.front()}
+    for trial in run.front():
+        parts = stages[trial.key]
+        assert [p["part"] for p in parts] == ["stem", "stages.0", "stages.1", "stages.2", "head"]
+        assert all(p["low_ms"] <= p["ms"] <= p["high_ms"] for p in parts)
+        # little is left of the whole: calls between parts, and how far measurements of so little time agree here
+        assert sum(p["ms"] for p in parts) == pytest.approx(trial.scores.latency_ms, rel=0.5)
+
+
+def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
+    def refused(*_):
+        raise TrialFailure("runtime", "no such operation")
+
+    monkeypatch.setattr(finish, "prepare_modules", refused)
+    evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
+    assert finish._parts(run.front()[0].architecture, evaluator, evaluator.latency[0]) == []
+    assert "cannot be measured: no such operation" in caplog.text
+
+
+def test_stages_are_measured_for_so_long_and_then_later(run, monkeypatch):
+    front, evaluator = run.front(), evaluator_of(run, SearchConfig.from_run(run))[0]
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [architecture.key])
+    monkeypatch.setattr(finish, "PARTS_SECONDS", -1.0)
+    finish._attribute(study, front, evaluator)
+    assert STAGES not in study.user_attrs
+    monkeypatch.setattr(finish, "PARTS_SECONDS", 60.0)
+    finish._attribute(study, front[:1], evaluator)
+    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [])
+    finish._attribute(study, front, evaluator)
+    first, *others = [t.key for t in front]
+    assert study.user_attrs[STAGES] == {"cpu-eager": {first: [first], **{key: [] for key in others}}}
 
 
 def test_a_resume_with_nothing_to_do_measures_nothing_again(run, monkeypatch):

@@ -36,6 +36,14 @@ PLAIN_BLOCK = "dw + mixer + mlp"
 MARKERS = "osD^vP"
 PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
+MIXER_SYMBOLS = dict(zip(MIXER_TYPES, itertools.cycle(PLOTLY_MARKERS), strict=False))
+RUN_STYLES = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
+"""How the interactive page tells runs apart: the symbols' filling, the front's line."""
+INK, PAPER = "#333333", "#ffffff"
+"""Of outlines and of what is hollow; a page in another theme puts its own in their place."""
+
+Scored = list[tuple[Run, list[Trial], list[Trial]]]
+"""Runs with their complete trials and their front."""
 
 
 def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
@@ -54,18 +62,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
         UsageError: where the runs' objectives differ.
         RunError: where no run has a scored architecture, or the files cannot be written.
     """
-    if len({run.objectives for run in runs}) != 1:
-        named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
-        raise UsageError(f"these runs have different objectives: {named}")
-    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
-    for name in (*timed, "latency_protocol", "input_size", "data"):
-        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
-            log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
-    scored: list[tuple[Run, list[Trial], list[Trial]]] = []
-    everything = [run.trials() for run in runs]
-    for run, all_trials in zip(runs, everything, strict=True):
-        trials = [t for t in all_trials if t.state == "complete"]
-        scored.append((run, trials, run.front(trials)))
+    scored, everything = read_runs(runs)
     if not any(trials for _, trials, _ in scored):
         raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
     folder = runs[0].path if out is None else out
@@ -73,6 +70,24 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     files.append(folder / "front.html")
     write_file(files[-1], _page(scored))
     return files + save_figure(_draw_hypervolume(runs, everything), folder / "hypervolume")
+
+
+def read_runs(runs: Sequence[Run]) -> tuple[Scored, list[list[Trial]]]:
+    """Runs to be drawn in one picture, and all trials of each.
+
+    Raises:
+        UsageError: where their objectives differ.
+    """
+    if len({run.objectives for run in runs}) != 1:
+        named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
+        raise UsageError(f"these runs have different objectives: {named}")
+    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
+    for name in (*timed, "latency_protocol", "input_size", "data"):
+        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
+            log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
+    everything = [run.trials() for run in runs]
+    complete = [[t for t in trials if t.state == "complete"] for trials in everything]
+    return [(run, trials, run.front(trials)) for run, trials in zip(runs, complete, strict=True)], everything
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
@@ -94,7 +109,7 @@ def axis_title(objective: Objective, run: Run) -> str:
     return f"{objective.label}{unit}"
 
 
-def _title(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+def _title(scored: Scored) -> str:
     run = scored[0][0]
     count = sum(len(trials) for _, trials, _ in scored)
     names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
@@ -153,7 +168,7 @@ def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, f
     ]
 
 
-def _window(objective: Objective, scored: list[tuple[Run, list[Trial], list[Trial]]]) -> tuple[float, float]:
+def _window(objective: Objective, scored: Scored) -> tuple[float, float]:
     """The part of an axis that is shown: all architectures, and baselines that are not so far off as to crowd them."""
     own = _values(objective, [t for _, trials, _ in scored for t in trials])
     low, high = min(own), max(own)
@@ -167,7 +182,7 @@ def _window(objective: Objective, scored: list[tuple[Run, list[Trial], list[Tria
     return low - margin, high + margin
 
 
-def _far_off(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> list[str]:
+def _far_off(scored: Scored) -> list[str]:
     """Baselines that lie outside the windows, with their values."""
     objectives = scored[0][0].objectives
     windows = {objective: _window(objective, scored) for objective in objectives}
@@ -180,7 +195,7 @@ def _far_off(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> list[str]:
     return found
 
 
-def _summary(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+def _summary(scored: Scored) -> str:
     """What is known of the first run's front beyond the picture: which baselines it beats, whether its order held."""
     run, _, front = scored[0]
     baselines = run.baselines()
@@ -195,7 +210,7 @@ def _use_log(values: list[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > 20
 
 
-def _draw(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> Figure:
+def _draw(scored: Scored) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -334,7 +349,11 @@ def _draw_run(
         axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)
 
 
-def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
+def interactive(scored: Scored) -> Any:
+    """The plotly figure of fronts over all scored architectures.
+
+    Points have the place of their run and the number of their trial as `customdata`.
+    """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -343,40 +362,33 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
     figure = make_subplots(rows=1, cols=panels, horizontal_spacing=0.08)
     shown: set[str] = set()
     for column, objective in enumerate(objectives[1:], start=1):
-        for (run, trials, front), symbol in zip(scored, itertools.cycle(PLOTLY_MARKERS), strict=False):
+        for place, (run, trials, front) in enumerate(scored):
+            filling, dash = RUN_STYLES[place % len(RUN_STYLES)]
             if panels == 1:
+                line = {"color": INK, "width": 1.2, "shape": "hv", "dash": dash}
+                x, y = _values(objectives[0], front), _values(objective, front)
+                name = escape(f"front of {run.name}")
                 figure.add_trace(
-                    go.Scatter(
-                        x=_values(objectives[0], front),
-                        y=_values(objective, front),
-                        mode="lines",
-                        line={"color": "#333333", "width": 1.2, "shape": "hv"},
-                        name=escape(f"front of {run.name}"),
-                        hoverinfo="skip",
-                    ),
-                    row=1,
-                    col=column,
+                    go.Scatter(x=x, y=y, mode="lines", line=line, name=name, hoverinfo="skip"), row=1, col=column
                 )
             keys = {t.number for t in front}
             for on_front in (False, True):
-                for name, chosen in _by_mixer([t for t in trials if (t.number in keys) == on_front]):
-                    label = f"mostly {name}" + (", front" if on_front else "")
-                    figure.add_trace(
-                        _points(run, chosen, objectives[0], objective, name, symbol, on_front).update(
-                            name=label, legendgroup=label, showlegend=label not in shown
-                        ),
-                        row=1,
-                        col=column,
+                for mixer, chosen in _by_mixer([t for t in trials if (t.number in keys) == on_front]):
+                    label = f"mostly {mixer}" + (", front" if on_front else "")
+                    points = _points(run, chosen, objectives[0], objective, mixer, filling, on_front)
+                    points.update(
+                        name=label,
+                        legendgroup=label,
+                        showlegend=label not in shown,
+                        customdata=[[place, t.number] for t in chosen],
                     )
+                    figure.add_trace(points, row=1, col=column)
                     shown.add(label)
             if known := _baselines(run, objectives[0], objective):
-                figure.add_trace(
-                    _stars(run, known).update(
-                        name="baseline", legendgroup="baseline", showlegend="baseline" not in shown
-                    ),
-                    row=1,
-                    col=column,
+                stars = _stars(known, _window(objectives[0], scored)).update(
+                    name="baseline", legendgroup="baseline", showlegend="baseline" not in shown
                 )
+                figure.add_trace(stars, row=1, col=column)
                 shown.add("baseline")
         everything = [t for _, trials, _ in scored for t in trials]
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
@@ -384,7 +396,11 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
             update(title_text=escape(axis_title(which, scored[0][0])), type=scale, row=1, col=column)
             if scale == "linear" and any(run.baselines() for run, _, _ in scored):
                 update(range=_window(which, scored), row=1, col=column)
-    title = _title(scored)
+    return figure
+
+
+def _page(scored: Scored) -> str:
+    title, figure = _title(scored), interactive(scored)
     figure.update_layout(
         template="plotly_white",
         title={"text": escape(title).replace("\n", "<br>"), "font": {"size": 16}},
@@ -404,7 +420,7 @@ def _page(scored: list[tuple[Run, list[Trial], list[Trial]]]) -> str:
     )
 
 
-def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: str, symbol: str, on_front: bool) -> Any:
+def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: str, filling: str, on_front: bool) -> Any:
     import plotly.graph_objects as go
 
     errors = {}
@@ -417,7 +433,7 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
                 "array": above,
                 "arrayminus": below,
                 "thickness": 1.2,
-                "color": "#333333",
+                "color": INK,
             }
     return go.Scatter(
         x=_values(x, trials),
@@ -425,10 +441,10 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
         mode="markers",
         marker={
             "color": MIXER_COLOURS[mixer],
-            "symbol": symbol,
-            "size": 11 if on_front else 7,
-            "opacity": 1 if on_front else 0.5,
-            "line": {"width": 1.2 if on_front else 0, "color": "#333333"},
+            "symbol": MIXER_SYMBOLS[mixer] + filling,
+            "size": 11 if on_front else 8,
+            "opacity": 1 if on_front else 0.65,
+            "line": {"width": 1.2 if on_front or filling else 0, "color": INK if on_front else MIXER_COLOURS[mixer]},
         },
         text=[_hover(run, t) for t in trials],
         hovertemplate="%{text}<extra></extra>",
@@ -436,16 +452,18 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
     )
 
 
-def _stars(run: Run, known: list[tuple[str, float, float]]) -> Any:
+def _stars(known: list[tuple[str, float, float]], window: tuple[float, float]) -> Any:
     import plotly.graph_objects as go
+
+    middle = sum(window) / 2  # a name stays inside the picture
 
     return go.Scatter(
         x=[x for _, x, _ in known],
         y=[y for _, _, y in known],
         mode="markers+text",
-        marker={"symbol": "star", "size": 13, "color": "white", "line": {"width": 1.2, "color": "#333333"}},
+        marker={"symbol": "star", "size": 13, "color": PAPER, "line": {"width": 1.2, "color": INK}},
         text=[escape(name) for name, _, _ in known],
-        textposition="bottom right",
+        textposition=["bottom left" if x > middle else "bottom right" for _, x, _ in known],
         textfont={"size": 10},
         hovertemplate="<b>%{text}</b>, scored as the points are<br>%{x:.3f}, %{y:.3f}<extra></extra>",
     )

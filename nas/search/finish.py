@@ -1,12 +1,14 @@
-"""What follows the last trial: baselines, the front measured again in turns, and its order in another runtime.
+"""What follows the last trial: baselines, the front measured again in turns, its order in another runtime, its parts.
 
 Everything is kept as attributes of the study: `baselines` (name -> scores or failure), `remeasured` (target -> key or
-name -> latency) and `elsewhere` (the same in another runtime), so that it is as safe and as resumable as the trials.
+name -> latency), `elsewhere` (the same in another runtime) and `stages` (target -> key -> latency of each part), so
+that it is as safe and as resumable as the trials.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,9 +18,12 @@ import numpy as np
 import optuna
 from torch import nn
 
+from ..architecture import Architecture
 from ..errors import NasError, TrialFailure
+from ..models import Backbone
 from ..models.zoo import check_network_name, create_network
-from ..runs import BASELINES, ELSEWHERE, REMEASURED, Run, Trial
+from ..pieces import pieces_of
+from ..runs import BASELINES, ELSEWHERE, REMEASURED, STAGES, Run, Trial
 from ..scoring.latency import (
     RUNTIME_TRAITS,
     Latency,
@@ -26,6 +31,7 @@ from ..scoring.latency import (
     Prepared,
     measure_latencies,
     prepare_model,
+    prepare_modules,
     reference_ms,
 )
 from ..scoring.memory import is_out_of_memory
@@ -36,6 +42,11 @@ log = logging.getLogger(__name__)
 
 MAX_REMEASURED = 24
 """Networks that are measured again after a search: the front, and of those near it the best."""
+
+PART: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2, "block_ms": 10.0}
+"""How a part of a network is timed: it need only be told from the others."""
+PARTS_SECONDS = 60.0
+"""No further network's parts are timed after this long; a resumed search goes on."""
 
 Builders = Mapping[str, Callable[[], nn.Module]]
 
@@ -64,6 +75,7 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
         log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
         study.set_user_attr(ELSEWHERE, {other.label: _measure(front, evaluator, other)})
+    _attribute(study, run.front(), evaluator)
 
 
 def _remeasure(study: optuna.Study, evaluator: Evaluator, networks: Builders) -> None:
@@ -74,6 +86,48 @@ def _remeasure(study: optuna.Study, evaluator: Evaluator, networks: Builders) ->
     log.info("measuring the front and what is near it again, in turns: %d networks", len(networks))
     found = {c.label: done.get(c.label, {}) | _measure(networks, evaluator, c) for c in evaluator.latency}
     study.set_user_attr(REMEASURED, found)
+
+
+def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator) -> None:
+    """Measure stem, stages and head of the front's networks on the first target, unless that is done."""
+    config, start = evaluator.latency[0], time.monotonic()
+    known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(config.label, {}))
+    left = [t.architecture for t in front if t.architecture is not None and t.key not in known]
+    if not left:
+        return
+    if config.runtime == "command":
+        log.info("the front's stages are not timed one by one: each would be a call of your program")
+        return
+    log.info("measuring the stages of the front, one by one: %d networks", len(left))
+    quick = replace(config, **PART | {"max_seconds": min(config.max_seconds, PART["max_seconds"])})
+    for count, architecture in enumerate(left):
+        if time.monotonic() - start > PARTS_SECONDS:
+            log.info(
+                "the stages of %d networks are left out for time: `measure RUN@KEY --per-stage`", len(left) - count
+            )
+            return
+        known[architecture.key] = _parts(architecture, evaluator, quick)
+        study.set_user_attr(STAGES, {config.label: known})
+
+
+def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConfig) -> list[dict[str, Any]]:
+    """Latency of each part in turns, in the order in which they run; empty where the runtime has none of them."""
+    reference = evaluator.references.get(config.label) or reference_ms(config)
+    names = ["stem", *(f"stages.{i}" for i in range(len(architecture.stages))), "head"]
+    try:
+        backbone = evaluator.build(architecture).eval()
+        assert isinstance(backbone, Backbone)
+        _, *ready = prepare_modules(pieces_of(backbone), evaluator.data.input_size, config)
+        measured = measure_latencies(ready, config, reference)
+    except (TrialFailure, RuntimeError, MemoryError) as error:
+        if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
+            raise
+        log.warning("the stages of %s cannot be measured: %s", architecture.key, str(error).partition("\n")[0])
+        return []
+    return [
+        {"part": name, "ms": part.ms, "low_ms": part.low_ms, "high_ms": part.high_ms}
+        for name, part in zip(names, measured, strict=True)
+    ]
 
 
 def near_trials(run: Run, trials: Sequence[Trial]) -> list[Trial]:

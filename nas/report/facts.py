@@ -1,0 +1,383 @@
+"""What a report says of a run, panel by panel, as plain data: numbers for its script, words for its tables."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
+from ..errors import RunError, one_line
+from ..reading import COUNT, FIGURE, LINE, read_json
+from ..runs import BASELINES, GRPC, Run, Trial
+from ..search.objectives import OBJECTIVES, Objective, format_figure, format_value
+from .plots import PLAIN_BLOCK, Scored, describe_stages
+
+TREES = 32
+"""Of the forests behind knob importance: 2,000 trials with 64 knobs take seconds (Optuna's fANOVA takes minutes)."""
+FEWEST_FOR_IMPORTANCE = 12
+FEWEST_FOR_KENDALL = 3
+MAX_KNOBS = 12
+"""Knobs that are shown, the most important ones."""
+
+_TOP1 = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
+TRAINED = {"epochs": COUNT, "seconds": FIGURE, "holdout": _TOP1, "test": ({"name": LINE, **_TOP1}, None)}
+"""`RUN/trained/KEY/result.json`."""
+
+Rows = list[dict[str, Any]]
+
+
+def architectures(scored: Scored) -> dict[str, Any]:
+    """Every scored architecture for the page's script, those of the fronts first; stages stand in a table of their own.
+
+    Returns:
+        `points` (each with its run's place, trial, key, mixer, values), `stages`, and of each run `parts`: key ->
+        latencies of stem, stages and head.
+    """
+    stages: dict[tuple[Any, ...], int] = {}
+    points = []
+    for place, (run, trials, front) in enumerate(scored):
+        on_front = {t.number for t in front}
+        _, height, width = run.manifest["data"]["input_size"]
+        for trial in [*front, *(t for t in trials if t.number not in on_front)]:
+            assert trial.architecture is not None
+            described = _stages(trial.architecture, height, width)
+            points.append(
+                {
+                    "run": place,
+                    "trial": trial.number,
+                    "key": trial.key,
+                    "mixer": trial.architecture.dominant_mixer,
+                    "front": trial.number in on_front,
+                    "values": [o.read(trial.scores) for o in run.objectives],
+                    "shown": [with_spread(o, trial) for o in run.objectives],
+                    "stages": [stages.setdefault(stage, len(stages)) for stage in described],
+                }
+            )
+    points.sort(key=lambda point: not point["front"])
+    names = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
+    return {
+        "points": points,
+        "stages": [dict(zip(names, stage, strict=True)) for stage in stages],
+        "parts": [run.stage_latencies() for run, _, _ in scored],
+    }
+
+
+def _stages(architecture: Architecture, height: int, width: int) -> list[tuple[Any, ...]]:
+    maps, lines = resolutions(architecture, height, width), describe_stages(architecture)
+    return [
+        (
+            stage.mixer.name,
+            mixer_label(stage.mixer),
+            stage.depth,
+            stage.width,
+            stage.compression,
+            f"{stage.mlp} MLP x {stage.mlp_ratio:g}" if stage.mlp != "none" else "no MLP",
+            "" if block_label(stage) == PLAIN_BLOCK else block_label(stage),
+            f"{at[0]}x{at[1]}",
+            line,
+        )
+        for stage, at, line in zip(architecture.stages, maps, lines, strict=True)
+    ]
+
+
+def with_spread(objective: Objective, trial: Trial) -> str:
+    """A trial's value with its 95 % interval or its standard error, for people."""
+    value = objective.read(trial.scores)
+    if value is None:
+        return "unknown"
+    text = format_value(objective, value)
+    if (interval := objective.interval(trial.scores)) is not None:
+        return f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
+        return f"{text} ± {trial.scores.accuracy_std:.2f}"
+    return text
+
+
+def growth(run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The hypervolume after each scored trial, in the order in which they ended, with the minutes worked until then.
+
+    Times in which no trial was under way (between a stop and a resume) do not count.
+    """
+    scored = {t.number: t for t in trials if t.scored}
+    with run.study() as study:
+        spans = [
+            (t.datetime_start, t.datetime_complete, t.number)
+            for t in study.get_trials(deepcopy=False)
+            if t.datetime_start is not None and t.datetime_complete is not None
+        ]
+    minutes, until, worked = {}, None, 0.0
+    for start, end, number in sorted(spans, key=lambda span: span[1]):
+        since = start if until is None else max(start, until)
+        worked += max((end - since).total_seconds(), 0.0) / 60
+        until = end if until is None else max(until, end)
+        minutes[number] = worked
+    ended = [number for number in minutes if number in scored]
+    return {
+        "name": run.name,
+        "minutes": [round(minutes[number], 3) for number in ended],
+        "volumes": run.hypervolumes([scored[number] for number in ended]),
+    }
+
+
+def mixers_by_stage(trials: Sequence[Trial], front: Sequence[Trial]) -> Rows:
+    """For each stage, the share that every mixer has of the front and of all that was drawn, in percent."""
+    drawn = [t.architecture for t in trials if t.architecture is not None]
+    chosen = [t.architecture for t in front if t.architecture is not None]
+    rows: Rows = []
+    for i in range(max((len(a.stages) for a in drawn), default=0)):
+        of_drawn, of_front = (
+            Counter(a.stages[i].mixer.name for a in group if i < len(a.stages)) for group in (drawn, chosen)
+        )
+        shares: Rows = [
+            {
+                "mixer": name,
+                "front": 100 * of_front[name] / max(of_front.total(), 1),
+                "drawn": 100 * of_drawn[name] / of_drawn.total(),
+            }
+            for name in MIXER_TYPES
+            if of_drawn[name]
+        ]
+        best: float = max((share["front"] for share in shares), default=0.0)
+        rows.append(
+            {"stage": i + 1, "shares": [share | {"wins": best > 0 and share["front"] == best} for share in shares]}
+        )
+    return rows
+
+
+def knob_importance(run: Run) -> dict[str, Any] | None:
+    """How much of each objective's variation the knobs explain, in percent; None where too few trials are complete.
+
+    By Optuna's mean decrease in impurity: a random forest is fitted to the complete trials of an objective.
+    """
+    from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
+
+    found: dict[str, dict[str, float]] = {}
+    with run.study() as study:
+        complete = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+        if len(complete) < FEWEST_FOR_IMPORTANCE:
+            return None
+        for i, objective in enumerate(run.objectives):
+            if len({t.values[i] for t in complete}) == 1:
+                continue  # what never varies has no explanation
+            evaluator = MeanDecreaseImpurityImportanceEvaluator(n_trees=TREES, seed=0)
+            shares = get_param_importances(study, evaluator=evaluator, target=lambda t, i=i: t.values[i])  # type: ignore[misc]
+            found[objective.label] = {knob: 100 * float(share) for knob, share in shares.items()}
+    knobs = dict.fromkeys(knob for shares in found.values() for knob in shares)
+    ranked = sorted(knobs, key=lambda knob: -max(shares.get(knob, 0.0) for shares in found.values()))
+    return {
+        "count": len(complete),
+        "objectives": list(found),
+        "rows": [
+            {"knob": knob, "shares": [shares.get(knob, 0.0) for shares in found.values()]}
+            for knob in ranked[:MAX_KNOBS]
+        ],
+        "left_out": max(0, len(ranked) - MAX_KNOBS),
+    }
+
+
+def endings(trials: Sequence[Trial]) -> Rows:
+    """How trials ended, by reason, with the last message of each."""
+    found: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(_ending(trial), []).append(trial)
+    order = ("scored", "stopped early", "over budget", "failed", "running")
+    return [
+        {
+            "state": state,
+            "reason": reason,
+            "count": len(ended),
+            "last": ended[-1].failure if state in ("failed", "stopped early", "over budget") else "",
+        }
+        for (state, reason), ended in sorted(found.items(), key=lambda item: (order.index(item[0][0]), -len(item[1])))
+    ]
+
+
+def _ending(trial: Trial) -> tuple[str, str]:
+    if trial.state == "complete":
+        return "scored", "in every objective"
+    if trial.stopped:
+        return "stopped early", "its training could not reach the front"
+    if trial.state == "pruned":
+        return "over budget", ", ".join(_over(trial)) or "of the search"
+    if trial.state == "failed":
+        return "failed", trial.failure.partition(":")[0].replace("_", " ") or "for no known reason"
+    return "running", "or left by a process that was stopped"
+
+
+def _over(trial: Trial) -> list[str]:
+    return [name for name in re.findall(r"([\w@-]+) by ", trial.failure) if name in OBJECTIVES]
+
+
+def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
+    """What was not to be exceeded, and by how many trials it was."""
+    over = Counter(name for t in trials if t.state == "pruned" and not t.stopped for name in _over(t))
+    return [
+        {"label": OBJECTIVES[name].label, "limit": format_value(OBJECTIVES[name], value), "over": over[name]}
+        for name, value in run.manifest["config"]["budgets"].items()
+        if name in OBJECTIVES
+    ]
+
+
+def baselines(run: Run, front: list[Trial]) -> Rows:
+    """Known networks, scored as the points were, with the front's points that beat them; also those that failed."""
+    scores = run.baselines()
+    rows: Rows = []
+    for name, entry in run.attributes.get(BASELINES, {}).items():
+        if name not in scores:
+            rows.append({"name": name, "failure": one_line(entry["failure"])})
+            continue
+        beside = Trial(0, "complete", None, scores[name])
+        rows.append(
+            {
+                "name": name,
+                "values": [with_spread(o, beside) for o in run.objectives],
+                "beaten_by": run.beaten(front, scores[name]),
+            }
+        )
+    return rows
+
+
+def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
+    """What full trainings of the run's architectures reached, beside the short ones; None where there is none.
+
+    Raises:
+        RunError: where a result is damaged.
+    """
+    known = {t.key: t for t in trials if t.state == "complete"}
+    files = sorted(file for file in (run.path / "trained").glob("*/result.json") if file.parent.name in known)
+    rows: Rows = []
+    for file in files:
+        result = read_json(file, "a training's result", TRAINED, RunError)
+        trial = known[file.parent.name]
+        test = result["test"]
+        rows.append(
+            {
+                "key": trial.key,
+                "short": trial.scores.accuracy if trial.scores.accuracy is not None else trial.scores.proxy,
+                "epochs": result["epochs"],
+                "minutes": result["seconds"] / 60,
+                "accuracy": result["holdout"]["accuracy"],
+                "holdout": _top1(result["holdout"]),
+                "test": f"{_top1(test)} on {test['name']}" if test else "",
+            }
+        )
+    if not rows:
+        return None
+    rows.sort(key=lambda row: -row["accuracy"])
+    return {"rows": rows, "kendall": _kendall(rows), "fewest": FEWEST_FOR_KENDALL}
+
+
+def _top1(found: Mapping[str, Any]) -> str:
+    return f"{found['accuracy']:.2f} % [{found['low']:.2f}, {found['high']:.2f}] of {found['num_images']:,} images"
+
+
+def _kendall(rows: Rows) -> float | None:
+    from scipy.stats import kendalltau
+
+    pairs = [(row["short"], row["accuracy"]) for row in rows if row["short"] is not None]
+    if len(pairs) < FEWEST_FOR_KENDALL:
+        return None
+    tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
+    return tau if math.isfinite(tau) else None
+
+
+def trust(run: Run) -> dict[str, Any]:
+    """Whether the accuracy is one, what a calibration says of it, and whether the order of latencies held."""
+    told, config = run.manifest.get("trust"), run.manifest["config"]
+    return {
+        "wants_accuracy": "accuracy" in config["objectives"],
+        "trained": run.manifest["proxy_trained"],
+        "proxy": config["proxy"],
+        "epochs": config["epochs"],
+        "told": told
+        and {
+            "kendall": format_figure(told["kendall"]),
+            "ceiling": format_figure(told["ceiling"]),
+            "epochs": told["epochs"],
+            "count": told["count"],
+            "calibration": told["calibration"],
+        },
+        "verdicts": [line for line in run.verdicts() if not line.startswith("proxy ")],
+    }
+
+
+def particulars(run: Run) -> dict[str, dict[str, str]]:
+    """The manifest for people: groups of names and values; a storage's user, password and options are left out."""
+    manifest = run.manifest
+    config = {name: value for name, value in manifest["config"].items() if name not in ("storage", "start")}
+    data, space = dict(manifest["data"]), manifest["space"]
+    data["classes"] = len(data["classes"])
+    groups = {
+        "Search": config | {"storage": storage_for_people(manifest["config"]["storage"])},
+        "Space": {"name": space["name"], "description": space.get("description")},
+        "Data": data,
+        "Reference point": {o.name: format_value(o, run.reference[o.name]) for o in run.objectives},
+        "Reference network": {
+            f"latency on {k}": f"{v:.3f} ms" for k, v in manifest.get("latency_references", {}).items()
+        },
+        "Machine": manifest["machine"],
+        "Software": manifest["software"],
+        "Run": {"study": manifest["study"], "created": manifest["created"], "format": manifest["format"]},
+    }
+    told = {
+        title: {str(name).replace("_", " "): text for name, value in group.items() if (text := _words(value))}
+        for title, group in groups.items()
+    }
+    return {title: group for title, group in told.items() if group}
+
+
+def storage_for_people(url: str | None) -> str:
+    """Where a study is, without what may be secret."""
+    if url is None:
+        return "study.db in the run folder"
+    if url.startswith(GRPC):
+        return GRPC + url.removeprefix(GRPC).rpartition("@")[2]
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return "a database"
+    host = (parsed.host or "") + (f":{parsed.port}" if parsed.port else "")
+    return f"{parsed.drivername}://{host}/{parsed.database or ''}"
+
+
+def _words(value: Any) -> str:
+    """A value of the manifest as text, '' for what says nothing."""
+    match value:
+        case None | "" | [] | {}:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return ", ".join(_words(v) for v in value)
+        case dict():
+            return ", ".join(f"{name} {_words(v)}" for name, v in value.items())
+        case float():
+            return f"{value:.6g}"
+    return one_line(str(value))
+
+
+def key_figures(run: Run, trials: Sequence[Trial], front: list[Trial]) -> Rows:
+    """What one wants to know first."""
+    scored = sum(t.scored for t in trials)
+    stopped = sum(t.stopped for t in trials)
+    figures = [
+        {"name": "architectures scored", "value": str(scored), "note": f"{stopped} stopped early" if stopped else ""},
+        {"name": "on the front", "value": str(len(front)), "note": ""},
+    ]
+    for objective in run.objectives if front else ():
+        values = [(value, t) for t in front if (value := objective.read(t.scores)) is not None]
+        value, trial = (min if objective.minimize else max)(values, key=lambda pair: pair[0])
+        words = f"{'least' if objective.minimize else 'best'} {objective.label[0].lower()}{objective.label[1:]}"
+        acronym = objective.label.isupper() or objective.label in ("MACs", "FLOPs")
+        name = f"{'least' if objective.minimize else 'best'} {objective.label}" if acronym else words
+        figures.append({"name": name, "value": format_value(objective, value), "note": trial.key})
+    if front:
+        figures.append({"name": "hypervolume", "value": f"{run.hypervolume(front):.5g}", "note": ""})
+    return figures
