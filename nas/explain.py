@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .architecture import Architecture
 from .errors import RunError
 from .pieces import Pieces, count_pieces
-from .runs import Run, Trial, damage_reported, storage_errors
+from .runs import STAGES, Run, Trial, damage_reported, storage_errors
 from .search.beforehand import COUNTS, known_beforehand
 from .search.history import HANDED_ON, History, Reader
 from .search.knobs import Knobs, Point
@@ -39,8 +39,6 @@ LEVEL = 0.95
 """The probability with which a score is to lie within its interval."""
 LEAST = 2 * FOLDS
 """Trials that a model needs."""
-STAGES = "stages"
-"""Attribute of a study: target -> key -> latency of each part."""
 DRAWS = 4000
 """Of scores, to see how often they would be on the front."""
 
