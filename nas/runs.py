@@ -6,6 +6,7 @@
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
     exports/<key>/          what `export` made
+    trained/<key>/          what `train` made
 
 Derived files can be deleted at any time. Every file is written under a temporary name and renamed.
 """
@@ -441,17 +442,18 @@ class Run:
         further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
         return {columns.get(name, name): value for name, value in data.items()} | further
 
-    def find(self, key: str) -> Trial:
-        """The scored trial whose architecture's key is, or starts with, `key`.
+    def find(self, key: str, trials: list[Trial] | None = None) -> Trial:
+        """The scored trial (of `trials`, where they are read already) whose architecture's key is or starts with `key`.
 
         Raises:
             UsageError: where none or several match.
         """
-        found = {t.key: t for t in self.trials() if t.architecture and t.key.startswith(key) and t.state != "running"}
+        trials = self.trials() if trials is None else trials
+        found = {t.key: t for t in trials if t.architecture and t.key.startswith(key) and t.state != "running"}
         if len(found) == 1:
             return next(iter(found.values()))
         if not found or not key:
-            keys = ", ".join(t.key for t in self.front()) or "(none)"
+            keys = ", ".join(t.key for t in self.front(trials)) or "(none)"
             raise UsageError(f"no architecture {key!r} in {self.path}: its front has {keys}")
         raise UsageError(f"{key!r} is ambiguous in {self.path}: {', '.join(found)}")
 

@@ -16,6 +16,7 @@ from .errors import UsageError, unknown_name
 from .machine import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
+from .models.zoo import check_network_name, create_network
 from .reading import is_file, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
@@ -76,6 +77,8 @@ def resolve(text: str) -> Target:
         return _ours(architecture.key, architecture, 1000, 224)
     if is_file(path / "architecture.json", UsageError):
         return _exported(path, _read(path / "architecture.json"))
+    if is_file(path / "export.json", UsageError):
+        return _exported_timm(path)
     run_path, at, key = text.rpartition("@")
     if at:
         return _of_run(Run.open(run_path), key)
@@ -144,6 +147,16 @@ def _exported(folder: Path, architecture: Architecture) -> Target:
 
     config = read_config(folder)
     return _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
+
+
+def _exported_timm(folder: Path) -> Target:
+    """An exported network of timm's own."""
+    from .export import read_config
+
+    config = read_config(folder)
+    name, classes = check_network_name(config.get("architecture", "")), config["num_classes"]
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    return Target(folder.name, lambda: create_network(name, classes, (channels, height, width)), height)
 
 
 def _read(path: Path) -> Architecture:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # errors < architecture, folding, machine < reading < space < models, data, objectives, pareto < scoring, manifest <
-# runs, pieces < calibration's folder, profile < search < users of runs < cli
+# runs, pieces < calibration's and training's folders, profile < search < users of runs < cli
 RANKS = {
     "nas.errors": 0,
     "nas.architecture": 1,
@@ -34,6 +34,7 @@ RANKS = {
     "nas.pieces": 5,
     "nas.profile": 6,
     "nas.calibration.folder": 6,
+    "nas.training.folder": 6,
     "nas.search": 7,
     "cli": 9,
 }
