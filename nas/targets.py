@@ -17,10 +17,12 @@ from .machine import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
 from .models.zoo import check_network_name, create_network
-from .reading import is_file, read_text
+from .reading import LINE, SIDE, is_file, read_json, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
 
+EXPORT = "export.json"
+MAX_CLASSES = 100_000
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY or an exported folder"
 
 
@@ -60,6 +62,29 @@ class Target:
         return self.references.get(config.label) if here else None
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of an export.
+
+    Raises:
+        UsageError: where it is missing or damaged.
+    """
+    shape = {
+        "architecture?": LINE,
+        "num_classes": range(MAX_CLASSES + 1),
+        "pretrained_cfg": {"input_size": [range(3, 4), SIDE, SIDE]},
+    }
+    try:
+        config: dict[str, Any] = read_json(folder / "config.json", "a timm configuration", shape, UsageError)
+    except UsageError as error:
+        raise UsageError(f"{folder} is not an export: {error}") from None
+    return config
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export, of a release that says by `EXPORT` what it wrote."""
+    return is_file(folder / EXPORT, UsageError)
+
+
 def resolve(text: str) -> Target:
     """The network a user names.
 
@@ -77,7 +102,7 @@ def resolve(text: str) -> Target:
         return _ours(architecture.key, architecture, 1000, 224)
     if is_file(path / "architecture.json", UsageError):
         return _exported(path, _read(path / "architecture.json"))
-    if is_file(path / "export.json", UsageError):
+    if is_export(path):
         return _exported_timm(path)
     run_path, at, key = text.rpartition("@")
     if at:
@@ -143,16 +168,12 @@ def _timm(name: str) -> Target:
 
 def _exported(folder: Path, architecture: Architecture) -> Target:
     """An exported folder: its description is read, its code is not run."""
-    from .export import read_config
-
     config = read_config(folder)
     return _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
 
 
 def _exported_timm(folder: Path) -> Target:
     """An exported network of timm's own."""
-    from .export import read_config
-
     config = read_config(folder)
     name, classes = check_network_name(config.get("architecture", "")), config["num_classes"]
     channels, height, width = config["pretrained_cfg"]["input_size"]

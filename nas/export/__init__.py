@@ -10,7 +10,8 @@ export.json           the same figures as data: each file's size and sum, its di
 model.onnx, model.int8.onnx, model.pt2   further formats, where asked for
 """
 
-from .folder import PACKAGE, SOURCES, Exported, Settings, export, export_each, export_subject, read_config
+from ..targets import read_config
+from .folder import PACKAGE, SOURCES, Exported, Settings, export, export_each, export_subject
 from .formats import FORMATS
 from .subject import Subject, load_trained, of_run, of_training
 

@@ -157,7 +157,7 @@ def _figures(subject: Subject) -> list[str]:
         assert subject.run is not None
         threads, device = subject.run.manifest["conditions"]["threads"], subject.run.manifest["conditions"]["device"]
         rows.append(
-            f"| latency in the search: {subject.run.timing}, {threads} threads, {plain(device)} | "
+            f"| latency in the search: {subject.run.timing}, threads: {threads}, {plain(device)} | "
             f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
         )
     if scores is not None and scores.memory_mib is not None:
@@ -242,5 +242,5 @@ def _latency(told: Mapping[str, Any] | None) -> str:
         return "cannot be timed"
     return (
         f"{told['ms']:.3f} ms ({told['low_ms']:.3f} to {told['high_ms']:.3f}), {told['runtime']}, {told['device']}, "
-        f"{told['threads']} threads"
+        f"threads: {told['threads']}"
     )

@@ -19,9 +19,9 @@ import torch
 
 from ..errors import DataError, NasError, RunError, TrialFailure, UsageError, one_line, unknown_name
 from ..machine import describe_machine, describe_software
-from ..reading import LINE, SIDE, is_file, read_json
 from ..runs import Run, is_run, write_file
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
+from ..targets import EXPORT, is_export
 from ..training.folder import Trained, is_training
 from .card import model_card
 from .checks import ALLOWED_FLIPS, check_batches, compare, logits_of
@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = "mixnas_model"
 SOURCES = ("architecture.py", "errors.py", "models")
-REPORT = "export.json"
 FORMAT = 1
-MAX_CLASSES = 100_000
 MAX_CHECKED = 2000
 """Unseen images on which files are compared, at most."""
 CALIBRATION_IMAGES = 256
@@ -192,35 +190,12 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
     return Exported(subject.key, folder, report, failures)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of an export.
-
-    Raises:
-        UsageError: where it is missing or damaged.
-    """
-    shape = {
-        "architecture?": LINE,
-        "num_classes": range(MAX_CLASSES + 1),
-        "pretrained_cfg": {"input_size": [range(3, 4), SIDE, SIDE]},
-    }
-    try:
-        config: dict[str, Any] = read_json(folder / "config.json", "a timm configuration", shape, UsageError)
-    except UsageError as error:
-        raise UsageError(f"{folder} is not an export: {error}") from None
-    return config
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether a folder holds an export of this release."""
-    return is_file(folder / REPORT, UsageError)
-
-
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds an export, or nothing, and may be replaced."""
     if not folder.is_dir():
         return False
     of_before = (folder / "architecture.json").is_file() and (folder / PACKAGE).is_dir()
-    return not any(folder.iterdir()) or of_before or (is_exported(folder) and (folder / "config.json").is_file())
+    return not any(folder.iterdir()) or of_before or (is_export(folder))
 
 
 def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
@@ -341,7 +316,7 @@ def _told(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
 
 def _write_rest(subject: Subject, folder: Path, report: Mapping[str, Any]) -> None:
     """All but the formats' own files."""
-    for name, content in (("preprocessing.json", preprocessing(subject)), (REPORT, report)):
+    for name, content in (("preprocessing.json", preprocessing(subject)), (EXPORT, report)):
         write_file(folder / name, json.dumps(content, indent=2) + "\n")
     write_file(folder / "README.md", model_card(subject, report, PACKAGE))
     if subject.architecture is None:

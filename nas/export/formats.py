@@ -128,7 +128,8 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "output": OUTPUT,
         "layout": "NCHW, RGB, float32",
         "input_size": list(data["input_size"]),
-        "crop": "largest central square",
+        # in a search the largest central square is scaled; in a full training the image, by its shorter side, then cut
+        "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
         "interpolation": data["interpolation"],
         "scale": 1 / 255,
         "mean": list(data["mean"]),
@@ -167,6 +168,7 @@ def _make_timm(material: Material, folder: Path) -> None:
                 "crop_mode": "center",
             },
         )
+    (folder / FORMATS["timm"].file).chmod(0o644)  # safetensors makes it the owner's alone
 
 
 def _load_timm(folder: Path) -> Call:
