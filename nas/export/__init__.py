@@ -11,7 +11,7 @@ model.onnx, model.int8.onnx, model.pt2   further formats, where asked for
 """
 
 from ..targets import read_config
-from .folder import PACKAGE, SOURCES, Exported, Settings, export, export_each, export_subject
+from .folder import PACKAGE, SOURCES, Exported, Settings, broken_file, export, export_each, export_subject
 from .formats import FORMATS
 from .subject import Subject, load_trained, of_run, of_training
 
@@ -22,6 +22,7 @@ __all__ = [
     "Exported",
     "Settings",
     "Subject",
+    "broken_file",
     "export",
     "export_each",
     "export_subject",

@@ -19,6 +19,7 @@ import torch
 
 from ..errors import DataError, NasError, RunError, TrialFailure, UsageError, one_line, unknown_name
 from ..machine import describe_machine, describe_software
+from ..reading import LINE, read_json
 from ..runs import Run, is_run, write_file
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
@@ -33,9 +34,8 @@ log = logging.getLogger(__name__)
 PACKAGE = "mixnas_model"
 SOURCES = ("architecture.py", "errors.py", "models")
 FORMAT = 1
-MAX_CHECKED = 2000
-"""Unseen images on which files are compared, at most."""
-CALIBRATION_IMAGES = 256
+RANDOM_IMAGES = 64
+"""On which files are compared where there are no others."""
 MAX_DROP = 5.0
 """Percent points of accuracy: a file that loses more is not handed over."""
 
@@ -190,6 +190,22 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
     return Exported(subject.key, folder, report, failures)
 
 
+def broken_file(folder: Path) -> str:
+    """The first file of an export that is not what `export.json` says; '' where all are, or nothing says so.
+
+    Raises:
+        RunError: where that is damaged.
+    """
+    if not is_export(folder):
+        return ""
+    shape = {"files": {str: {"file": LINE, "sha256": LINE}}}
+    for told in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
+        file = folder / Path(told["file"]).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != told["sha256"]:
+            return str(told["file"])
+    return ""
+
+
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds an export, or nothing, and may be replaced."""
     if not folder.is_dir():
@@ -206,26 +222,15 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
         if settings.data is not None:
             raise
         log.warning("%s; files are compared on random images instead (--data says where they are)", error)
-        images = torch.randn(AT_LEAST, *subject.input_size, generator=torch.Generator().manual_seed(0))
-        return Material(subject, images, None, None), f"{AT_LEAST} random images"
-    chosen = _sample(len(pictures.unseen), MAX_CHECKED)
+        images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
+        return Material(subject, images, None, None), f"{RANDOM_IMAGES} random images"
     material = Material(
         subject,
-        images=normalised(pictures.unseen.pixels[chosen], subject.data),
-        labels=pictures.unseen.labels[chosen],
-        calibration=None
-        if pictures.calibration is None
-        else normalised(pictures.calibration[_sample(len(pictures.calibration), CALIBRATION_IMAGES)], subject.data),
+        images=normalised(pictures.unseen.pixels, subject.data),
+        labels=pictures.unseen.labels,
+        calibration=normalised(pictures.calibration, subject.data),
     )
-    return material, f"{len(chosen)} {pictures.name} images"
-
-
-AT_LEAST = 64
-"""Random images, where there are no others."""
-
-
-def _sample(count: int, most: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
+    return material, f"{len(pictures.unseen)} {pictures.name} images"
 
 
 def _write_formats(

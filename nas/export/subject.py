@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,9 @@ from ..training.folder import Trained, is_training
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
+MAX_CHECKED = 2000
+"""Unseen images on which files are compared, at most."""
+CALIBRATION_IMAGES = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +79,12 @@ class Pictures:
     """Images for one export, of the network's size.
 
     Args:
-        calibration: those that the network was trained on; None where they are not known.
-        unseen: those that it was not, with their classes.
+        calibration: of those that the network was trained on.
+        unseen: of those that it was not, with their classes.
         name: what the latter are, in words.
     """
 
-    calibration: torch.Tensor | None
+    calibration: torch.Tensor
     unseen: Images
     name: str
 
@@ -154,11 +156,10 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
     return model.eval()
 
 
-def load_pictures(subject: Subject, name: str | None = None, data_root: str | Path | None = None) -> Pictures:
-    """The images that an export is checked on, and those it is calibrated on.
+def load_pictures(subject: Subject, name: str | None = None, data_root: str | None = None) -> Pictures:
+    """The images that an export is checked on, and those it is calibrated on; of many a sample.
 
-    They are those of the weights' own training: its held-out part (of a training that held none out, its test split),
-    and what it was trained on.
+    They are those of the weights' own training.
 
     Args:
         subject: whose.
@@ -167,27 +168,49 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | Pa
 
     Raises:
         DataError: where they cannot be read.
+        UsageError: where their name is not allowed.
         RunError: where they are others.
     """
-    told = subject.data
-    if subject.trained is None:
-        assert subject.run is not None
-        config = subject.run.manifest["config"]
-        root = data_root or config["data_root"]
-        data = _load(name or config["data"], config["input_size"], root, config.get("max_images", MAX_IMAGES))
-        where = f"run {subject.run.name}"
-    else:
-        data = _load(name or told["name"], told["input_size"][1], data_root, MAX_IMAGES)
-        where = f"training {subject.trained.path}"
+    if subject.trained is not None:
+        return _pictures_of_training(subject.trained, name, data_root)
+    assert subject.run is not None
+    return _pictures_of_run(subject.run, name, data_root)
+
+
+def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
+    config = run.manifest["config"]
+    root, most = data_root or config["data_root"], config.get("max_images", MAX_IMAGES)
+    data = _load(name or config["data"], config["input_size"], root, most)
+    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+        raise RunError(_other_data(data.name, f"run {run.name}"))
+    chosen = sample(len(data.holdout), MAX_CHECKED)
+    return Pictures(
+        data.train.pixels[sample(len(data.train), CALIBRATION_IMAGES)],
+        Images(data.holdout.pixels[chosen], data.holdout.labels[chosen]),
+        "held-out",
+    )
+
+
+def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
+    told = trained.manifest["data"]
+    data = _load(name or told["name"], told["input_size"][1], data_root, MAX_IMAGES)
     if data.fingerprint != told["fingerprint"]:
-        raise RunError(f"{data.name} is not the data of {where}: its fingerprint differs; say where it is by --data")
-    if subject.trained is not None and not told["num_holdout"] and told["test"] is not None:
-        test = _load(told["test"], told["input_size"][1], data_root, MAX_IMAGES)
-        both = Images(
-            torch.cat((test.train.pixels, test.holdout.pixels)), torch.cat((test.train.labels, test.holdout.labels))
-        )
-        return Pictures(data.train.pixels, both, "test")
-    return Pictures(data.train.pixels, data.holdout, "held-out")
+        raise RunError(_other_data(data.name, f"training {trained.path}"))
+    chosen = sample(len(data.holdout), MAX_CHECKED)
+    return Pictures(
+        data.train.pixels[sample(len(data.train), CALIBRATION_IMAGES)],
+        Images(data.holdout.pixels[chosen], data.holdout.labels[chosen]),
+        "held-out",
+    )
+
+
+def _other_data(name: str, of: str) -> str:
+    return f"{name} is not the data of {of}: its fingerprint differs; say where it is by --data"
+
+
+def sample(count: int, most: int) -> torch.Tensor:
+    """Indices of at most so many things, the same ones each time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
 
 
 @lru_cache(maxsize=2)
