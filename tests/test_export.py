@@ -485,7 +485,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.slow
 def test_a_killed_export_does_not_break_the_next(run, tmp_path):
     place = tmp_path / "run"
-    shutil.copytree(run.path, place)
+    shutil.copytree(run.path, place, ignore=shutil.ignore_patterns("exports"))
     key = run.front()[0].key
     command = [sys.executable, "cli.py", "export", str(place), "--arch", key, "--format", "onnx,int8", "--no-measure"]
     process = subprocess.Popen(command, cwd=TESTS.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -142,7 +142,7 @@ def export_each(
         subject = of_training(Trained.open(path), settings.weights)
         waiting = {subject.key: lambda: subject}
     else:
-        raise UsageError(f"{path} is neither a run's folder nor a training's")
+        raise UsageError(f"{path} is neither a run's folder (for which --arch or --all says what) nor a training's")
     for key, load in waiting.items():
         try:
             yield export_subject(load(), (out or path / "exports") / key, settings)
