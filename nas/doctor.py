@@ -889,7 +889,7 @@ def _exports(subject: Subject) -> Finding:
     from safetensors import SafetensorError
 
     from .architecture import Architecture
-    from .export import PACKAGE, SOURCES, read_config
+    from .export import PACKAGE, SOURCES, broken_file, read_config
 
     names = ("config.json", "model.safetensors", "architecture.json", f"{PACKAGE}/__init__.py")
     wanted = (*names, *(f"{PACKAGE}/{source}" for source in SOURCES))
@@ -902,8 +902,11 @@ def _exports(subject: Subject) -> Finding:
             read_config(folder)
             _tensor_shapes(folder / "model.safetensors")
             key = Architecture.from_json((folder / "architecture.json").read_text(encoding="utf-8")).key
+            broken = broken_file(folder)
         except (NasError, SafetensorError, OSError, UnicodeDecodeError) as error:
             return _problem(f"{folder} is damaged ({str(error).splitlines()[0]})", again)
+        if broken:
+            return _problem(f"{folder / broken} is not what was exported: its checksum differs, or it is gone", again)
         if key != folder.name:
             return _problem(f"{folder} holds another architecture, {key}", again)
     return _ok(f"{len(folders)} complete" if folders else "none yet")

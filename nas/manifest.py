@@ -40,6 +40,7 @@ CONFIG = {
     "data": str,
     "data_root": (str, None),
     "input_size": (SIDE, None),
+    "max_images?": COUNT,
     "epochs": COUNT,
     "seed": COUNT,
     "profile?": (str, None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch import nn
 
 INPUT, OUTPUT = "images", "output"
 """Names of a model's only input and output."""
+BATCH = "batch"
+"""Name of their first dimension, where it is free."""
+OPSET = 20
+"""Of models to give away: the exporter's own, said so that it stays; ONNX Runtime takes it since 1.17."""
 
 
 def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
@@ -25,7 +29,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
     Raises:
         Exception: of many types, where the exporter cannot express the model.
     """
-    serialised: bytes = _export(model, images, [OUTPUT]).SerializeToString()
+    serialised: bytes = _export(model, (images,), [OUTPUT]).SerializeToString()
     return serialised
 
 
@@ -46,8 +50,53 @@ def export_chain(chain: nn.Module, images: torch.Tensor, parts: int) -> list[byt
     from onnx.utils import Extractor
 
     cuts = [INPUT, *(f"part_{i}" for i in range(parts))]
-    extractor = Extractor(_export(chain, images, cuts[1:]))
+    extractor = Extractor(_export(chain, (images,), cuts[1:]))
     return [_cut(extractor, *ends) for ends in ((cuts[0], cuts[-1]), *pairwise(cuts))]
+
+
+def export_program(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:
+    """An ONNX model to give away, of a program whose batch is free: opset `OPSET`, input and output named as above.
+
+    What the exporter notes for its own users, such as source files by their paths, is left out.
+
+    Args:
+        program: what `torch.export` made of a network that takes images alone.
+        metadata: what the model is to say of itself.
+
+    Raises:
+        Exception: of many types, where the exporter cannot express the network.
+    """
+    model = _export(program, (), [OUTPUT], opset_version=OPSET)
+    for part in (model.graph, *model.functions):
+        _forget_origin(part)
+    free = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = dim.dim_param.replace(free, BATCH)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    serialised: bytes = model.SerializeToString()
+    return serialised
+
+
+def _forget_origin(part: Any) -> None:
+    """Drop what a graph or function, and all that is in it, says of where it came from."""
+    part.doc_string = ""
+    del part.metadata_props[:]
+    if hasattr(part, "initializer"):
+        for named in (*part.initializer, *part.input, *part.output):
+            named.doc_string = ""
+            del named.metadata_props[:]
+    for value in part.value_info:
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for node in part.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _forget_origin(graph)
 
 
 def _cut(extractor: Any, start: str, end: str) -> bytes:
@@ -63,7 +112,12 @@ def _cut(extractor: Any, start: str, end: str) -> bytes:
     return serialised
 
 
-def _export(model: nn.Module, images: torch.Tensor, outputs: Sequence[str]) -> Any:
+def _export(
+    model: nn.Module | torch.export.ExportedProgram,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: Sequence[str],
+    **options: Any,
+) -> Any:
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -71,7 +125,7 @@ def _export(model: nn.Module, images: torch.Tensor, outputs: Sequence[str]) -> A
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, (images,), input_names=[INPUT], output_names=list(outputs), dynamo=True, verbose=False
+                model, inputs, input_names=[INPUT], output_names=list(outputs), dynamo=True, verbose=False, **options
             )
     finally:
         quiet.setLevel(level)

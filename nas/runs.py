@@ -6,6 +6,7 @@
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
     exports/<key>/          what `export` made
+    trained/<key>/          what `train` made
 
 Derived files can be deleted at any time. Every file is written under a temporary name and renamed.
 """

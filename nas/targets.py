@@ -16,11 +16,14 @@ from .errors import UsageError, unknown_name
 from .machine import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
-from .reading import is_file, read_text
+from .models.zoo import check_network_name, create_network
+from .reading import FIGURE, LINE, SIDE, is_file, read_json, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
 from .training.folder import WEIGHTS, Trained, is_training
 
+EXPORT = "export.json"
+MAX_CLASSES = 100_000
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported or a trained folder"
 
 
@@ -39,6 +42,7 @@ class Target:
         machine: where that was, with the threads torch had.
         run: the name of the run it is a point of; empty for others.
         recorded: its latency as that run has it, in milliseconds, with the ends of its interval.
+        model: timm's name of it, where it has no architecture.
         folder: the run folder, exported or trained folder it lies in.
         weights: a safetensors file of trained weights, where there is one.
         data: what those were trained on: `input_size`, `mean`, `std`, and `name` and `classes` where they are known.
@@ -54,6 +58,7 @@ class Target:
     machine: str = ""
     run: str = ""
     recorded: tuple[float, float, float] | None = None
+    model: str = ""
     folder: Path | None = None
     weights: Path | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +69,29 @@ class Target:
         same = all(getattr(config, name) == self.conditions.get(name) for name in names)
         here = same and self.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
         return self.references.get(config.label) if here else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of an export.
+
+    Raises:
+        UsageError: where it is missing or damaged.
+    """
+    shape = {
+        "architecture?": LINE,
+        "num_classes": range(MAX_CLASSES + 1),
+        "pretrained_cfg": {"input_size": [range(3, 4), SIDE, SIDE], "mean?": [FIGURE] * 3, "std?": [FIGURE] * 3},
+    }
+    try:
+        config: dict[str, Any] = read_json(folder / "config.json", "a timm configuration", shape, UsageError)
+    except UsageError as error:
+        raise UsageError(f"{folder} is not an export: {error}") from None
+    return config
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export, of a release that says by `EXPORT` what it wrote."""
+    return is_file(folder / EXPORT, UsageError)
 
 
 def resolve(text: str) -> Target:
@@ -85,6 +113,8 @@ def resolve(text: str) -> Target:
         return _trained(path)
     if is_file(path / "architecture.json", UsageError):
         return _exported(path, _read(path / "architecture.json"))
+    if is_export(path):
+        return _exported_timm(path)
     run_path, at, key = text.rpartition("@")
     if at:
         return _of_run(Run.open(run_path), key)
@@ -147,27 +177,40 @@ def _timm(name: str) -> Target:
         raise unknown_name("timm model", name, timm.list_models())
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     side = config.input_size[1] if config is not None else 224
-    return Target(f"timm:{name}", lambda: timm.create_model(name), side)
+    return Target(f"timm:{name}", lambda: timm.create_model(name), side, model=name)
 
 
 def _exported(folder: Path, architecture: Architecture) -> Target:
     """An exported folder: its description is read, its code is not run."""
-    from .export import read_config
-
     config = read_config(folder)
-    cfg = config["pretrained_cfg"]
-    target = _ours(folder.name, architecture, config["num_classes"], cfg["input_size"][1])
-    weights = folder / "model.safetensors"
-    return replace(target, folder=folder, weights=weights if weights.is_file() else None, data=cfg)
+    target = _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
+    return _with_weights(target, folder, config)
 
 
 def _trained(folder: Path) -> Target:
     trained = Trained.open(folder)
     data = trained.manifest["data"]
     name = f"{trained.manifest['target']}, trained"
-    target = Target(name, trained.build, data["input_size"][1], trained.architecture)
+    model = trained.manifest["model"] or ""
+    target = Target(name, trained.build, data["input_size"][1], trained.architecture, model=model)
     weights = folder / WEIGHTS if trained.result is not None else None
     return replace(target, folder=folder, weights=weights, data=data)
+
+
+def _exported_timm(folder: Path) -> Target:
+    """An exported network of timm's own."""
+    config = read_config(folder)
+    name, classes = check_network_name(config.get("architecture", "")), config["num_classes"]
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    target = Target(folder.name, lambda: create_network(name, classes, (channels, height, width)), height, model=name)
+    return _with_weights(target, folder, config)
+
+
+def _with_weights(target: Target, folder: Path, config: dict[str, Any]) -> Target:
+    """With what an export was trained to."""
+    weights = folder / "model.safetensors"
+    found = weights if is_file(weights, UsageError) else None
+    return replace(target, folder=folder, weights=found, data=config["pretrained_cfg"])
 
 
 def _read(path: Path) -> Architecture:

@@ -144,6 +144,12 @@ def truncate(name: str, share: float = 0.5):
     return damage
 
 
+def change_weight(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def delete(name: str):
     def damage(path: Path) -> None:
         found = sorted(path.glob(name))
@@ -266,6 +272,12 @@ DAMAGES = {
     "weights of nobody": (rename_weights, "weights", "warning", ["of no architecture"]),
     "export cut": (truncate("exports/*/model.safetensors"), "exports", "problem", ["is damaged", "export"]),
     "export without source": (delete("exports/*/mixnas_model"), "exports", "problem", ["lacks mixnas_model"]),
+    "export changed": (
+        lambda path: change_weight(next(path.glob("exports/*/model.safetensors"))),
+        "exports",
+        "problem",
+        ["is not what was exported", "checksum"],
+    ),
     "half an export": (
         lambda path: (path / "exports" / ".export-abc").mkdir(),
         "leftovers",

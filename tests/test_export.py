@@ -1,22 +1,42 @@
-"""Exports of a real run: loaded by timm in a process that can import torch and timm, and nothing of this project."""
+"""Exports of a real run: used by processes that can import what they need, and nothing of this project."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from conftest import tiny_architecture
+from huggingface_hub import ModelCard
+from PIL import Image
+from scipy.stats import binomtest
 
 import search_spaces
-from nas.architecture import Architecture
-from nas.errors import RunError, UsageError
-from nas.export import export, load_trained
+from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
+from nas.data import load_data
+from nas.errors import NasError, RunError, UsageError
+from nas.export import FORMATS, Settings, export, export_each, export_subject, load_trained, of_training
+from nas.export.checks import check_batches, paired_interval, share_of
+from nas.models import PRESETS
 from nas.runs import Run
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
+from nas.training.folder import Trained
+
+TESTS = Path(__file__).parent
+ALL_FORMATS = Settings(formats=tuple(FORMATS))
 
 LOAD_IN_A_CLEAN_PROCESS = """
 import json, sys
@@ -51,14 +71,21 @@ with torch.inference_mode():
 def run(tmp_path_factory) -> Run:
     out = tmp_path_factory.mktemp("export") / "run"
     config = SearchConfig(
-        space=search_spaces.load("mini"), trials=3, epochs=1, sampler="random", latency_seconds=0.02, out=out
+        space=search_spaces.load("mini"),
+        objectives=("macs", "accuracy"),
+        trials=3,
+        epochs=1,
+        sampler="random",
+        device="cpu",
+        out=out,
     )
     return search(config)
 
 
-def test_every_export_of_a_front_loads_with_only_torch_and_timm(run):
+@pytest.mark.parametrize("points", [1, pytest.param(None, marks=pytest.mark.slow)])
+def test_exports_of_a_front_load_with_only_torch_and_timm(run, points):
     images = torch.randn(2, 3, 33, 47, generator=torch.Generator().manual_seed(1))
-    for trial in run.front():
+    for trial in run.front()[:points]:
         folder = export(run, trial.key)
         command = [sys.executable, "-c", LOAD_IN_A_CLEAN_PROCESS, str(folder)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -87,7 +114,7 @@ def test_an_export_describes_itself(run):
     assert folder == run.path / "exports" / trial.key
     assert Architecture.from_json((folder / "architecture.json").read_text()) == trial.architecture
     card = (folder / "README.md").read_text()
-    for fact in (trial.key, f"{trial.scores.params:,}", f"{trial.scores.accuracy:.2f} ±", "import mixnas_model"):
+    for fact in (trial.key, f"{trial.scores.params:,}", f"{trial.scores.accuracy:.2f} %", "import mixnas_model"):
         assert fact in card
     assert run.manifest["machine"]["cpu"] in card
     target = resolve(str(folder))
@@ -158,3 +185,359 @@ def test_targets_of_every_kind(run, tmp_path):
     for bad in ("cas_vit_xx", "timm:resnet19", "nothing/here", f"{run.path}@", str(Path(tmp_path) / "no.json")):
         with pytest.raises(UsageError):
             resolve(bad)
+
+
+# formats
+
+
+def trained(path: Path, run: Run, architecture: Architecture | None = None, model: str | None = None) -> Trained:
+    """A finished training's folder with random weights, on the images of a run."""
+    data = run.manifest["data"]
+    manifest = {
+        "target": model or "mine.json",
+        "architecture": architecture.to_dict() if architecture else None,
+        "model": model,
+        "init": "scratch",
+        "seed": 0,
+        "created": "2026-11-22T00:00:00+00:00",
+        "recipe": {"name": "small", "epochs": 9},
+        "data": {**data, "test": None, "mirrored": False},
+        "machine": run.manifest["machine"],
+        "software": run.manifest["software"],
+    }
+    folder = Trained.create(path, manifest)
+    torch.manual_seed(0)
+    folder.save_weights(folder.build().state_dict())
+    share = {"accuracy": 61.5, "low": 60.0, "high": 63.0, "num_images": 400}
+    result = {"epochs": 9, "seconds": 1.0, "images_per_second": 1.0, "holdout": share}
+    folder.save_result(result | {"test": {"name": "digits", **share, "accuracy": 62.25}})
+    return folder
+
+
+def check_files(folder: Path, formats: set[str]) -> dict:
+    """What `export.json` says of the files is so, and nothing in them says where they were made."""
+    report = json.loads((folder / "export.json").read_text())
+    assert set(report["files"]) == formats
+    for name, told in report["files"].items():
+        content = (folder / told["file"]).read_bytes()
+        assert told["sha256"] == hashlib.sha256(content).hexdigest()
+        assert told["bytes"] == len(content)
+        assert told["top1_agreement"] > (0.5 if name == "int8" else 0.99)
+        assert told["max_relative_difference"] < (0.5 if name == "int8" else 1e-3)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.suffix not in (".md", ".json"):
+            assert str(TESTS.parent).encode() not in file.read_bytes(), file
+            assert str(folder.parent).encode() not in file.read_bytes(), file
+    return report
+
+
+@pytest.fixture(scope="module")
+def exported(run) -> Path:
+    """The first point in every format."""
+    return export(run, run.front()[0].key, settings=ALL_FORMATS)
+
+
+@pytest.fixture(scope="module")
+def pictures(run, tmp_path_factory) -> Path:
+    """The run's held-out images as files."""
+    place = tmp_path_factory.mktemp("pictures")
+    held = load_data("digits").holdout
+    for i, (pixels, label) in enumerate(zip(held.pixels, held.labels, strict=True)):
+        (place / str(int(label))).mkdir(exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / str(int(label)) / f"{i}.png")
+    return place
+
+
+def test_every_format_is_written_and_compared(run, exported):
+    report = check_files(exported, set(FORMATS))
+    assert report["weights"] == "proxy"
+    held = run.manifest["data"]["num_holdout"]
+    assert report["compared_on"] == f"{held} held-out images"
+    accuracy = run.front()[0].scores.accuracy
+    for name in ("timm", "torch", "onnx"):
+        assert report["files"][name]["top1"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert report["files"]["int8"]["bytes"] < 0.7 * report["files"]["onnx"]["bytes"]
+    assert report["files"]["int8"]["calibrated_on"] == 256
+    assert "not measured" in (exported / "README.md").read_text()
+
+
+def test_an_onnx_file_says_what_it_takes(run, exported):
+    import onnx
+
+    for file in ("model.onnx", "model.int8.onnx"):
+        model = onnx.load(exported / file)
+        onnx.checker.check_model(model)
+        told = {prop.key: json.loads(prop.value) for prop in model.metadata_props}
+        assert told == json.loads((exported / "preprocessing.json").read_text())
+        assert told["mean"] == run.manifest["data"]["mean"]
+        dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        assert dims == ["batch", 3, 32, 32]
+        assert [opset.version for opset in model.opset_import if not opset.domain] == [20]
+
+
+def test_images_are_classified_without_torch(run, exported, pictures):
+    command = [sys.executable, str(TESTS.parent / "examples" / "onnx_inference.py"), str(exported), str(pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 {run.front()[0].scores.accuracy:.2f} %" in done.stdout
+    assert "images without torch" in done.stdout
+
+
+def test_the_metadata_is_what_hugging_face_reads(run, exported):
+    data = ModelCard.load(exported / "README.md").data
+    assert (data.license, data.library_name) == ("apache-2.0", "timm")
+    (result,) = data.eval_results
+    assert result.dataset_name == "digits"
+    assert result.metric_value == pytest.approx(run.front()[0].scores.accuracy / 100, abs=1e-5)
+
+
+def test_it_loads_from_a_hub(run, exported, tmp_path):
+    """From the Hub's cache, as it lies there after a download."""
+    snapshot = tmp_path / "models--me--net" / "snapshots" / "0123"
+    shutil.copytree(exported, snapshot)
+    (tmp_path / "models--me--net" / "refs").mkdir()
+    (tmp_path / "models--me--net" / "refs" / "main").write_text("0123")
+    model = timm.create_model("hf-hub:me/net", pretrained=True, cache_dir=tmp_path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(images), load_trained(run, run.front()[0])(images))
+
+
+def use(python: str, folder: Path, pictures: Path, before: str = "") -> dict:
+    """What `use_export.py` says in a process of its own."""
+    script = TESTS / "data" / "use_export.py"
+    code = f"{before}import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", code, script, folder, pictures],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_use(found: dict, run: Run) -> None:
+    trial = run.front()[0]
+    widths = [stage.width for stage in trial.architecture.stages]
+    assert found["num_images"] == run.manifest["data"]["num_holdout"]
+    assert found["top1"] == pytest.approx(trial.scores.accuracy, abs=0.1)
+    assert found["channels"] == widths
+    assert found["maps"] == [[2, w, 32 // s, 32 // s] for w, s in zip(widths, (4, 8, 16), strict=True)]
+    assert found["pooled"][0] == 2
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["gradients"]
+    assert found["program"] == 10
+
+
+@pytest.mark.slow
+def test_it_is_used_where_there_is_only_torch_and_timm(run, exported, pictures):
+    """Named by MIXNAS_PLAIN_PYTHON: python3 -m venv plain; plain/bin/pip install torch timm."""
+    python = os.environ.get("MIXNAS_PLAIN_PYTHON")
+    if not python:
+        pytest.skip("set MIXNAS_PLAIN_PYTHON to a Python that has torch and timm alone")
+    found = use(python, exported, pictures)
+    assert set(found["absent"].values()) == {True}
+    check_use(found, run)
+
+
+@pytest.mark.slow
+def test_it_is_used_in_a_process_of_its_own(run, exported, pictures):
+    check_use(use(sys.executable, exported, pictures), run)
+
+
+@pytest.mark.slow
+def test_files_are_timed_in_their_runtimes(tmp_path):
+    space, out = search_spaces.load("mini"), tmp_path / "run"
+    run = search(SearchConfig(space=space, trials=1, epochs=1, latency_seconds=0.02, device="cpu", out=out))
+    latency = LatencyConfig(threads=1, max_seconds=0.1)
+    folder = export(run, run.front()[0].key, tmp_path / "out", replace(ALL_FORMATS, latency=latency))
+    files = json.loads((folder / "export.json").read_text())["files"]
+    for name, told in files.items():
+        assert told["latency"]["runtime"] == FORMATS[name].runtime
+        assert 0 < told["latency"]["low_ms"] < told["latency"]["ms"] < told["latency"]["high_ms"]
+    card = (folder / "README.md").read_text()
+    assert f"{files['onnx']['latency']['ms']:.3f} ms (" in card
+    assert f"{run.front()[0].scores.latency_ms:.3f} ms (95 % interval" in card
+
+
+def test_what_gives_other_logits_is_not_written(run, tmp_path, monkeypatch):
+    """A format whose file is half as sure as the network, and one that runs a batch wrongly."""
+
+    def faint(folder):
+        model = FORMATS["timm"].load(folder)
+        return lambda images: model(images) / 2
+
+    def mixed_up(folder):
+        model = FORMATS["timm"].load(folder)
+        return lambda images: model(images) - model(images).mean(0)
+
+    broken = {"faint": replace(FORMATS["torch"], load=faint), "mixed up": replace(FORMATS["torch"], load=mixed_up)}
+    for name, kind in broken.items():
+        monkeypatch.setitem(FORMATS, name, replace(kind, make=lambda m, folder: (folder / "model.pt2").write_text("")))
+    (made,) = export_each(run.path, [run.front()[0].key], False, tmp_path, Settings(formats=tuple(broken)))
+    assert set(made.failures) == set(broken)
+    assert "differs from the trained network" in made.failures["faint"]
+    assert "changes an image's logits" in made.failures["mixed up"]
+    assert set(made.report["files"]) == {"timm"}
+    assert not (made.folder / "model.pt2").exists()
+    assert "Not written: faint" in (made.folder / "README.md").read_text()
+
+
+def test_a_batch_that_changes_an_image_is_found():
+    images = torch.randn(6, 3, 8, 8)
+    with pytest.raises(NasError, match="a batch of 1 changes"):
+        check_batches(lambda x: x.mean((2, 3)) + len(x), images, images.mean((2, 3)) + 6, 1e-3)
+
+
+def test_one_failing_point_does_not_stop_the_others(run, tmp_path):
+    front = run.front()
+    broken, file = front[0].key, run.weights_file(front[0].key)
+    hidden = file.rename(file.with_suffix(".hidden"))
+    try:
+        made = list(export_each(run.path, [], True, tmp_path, Settings()))
+    finally:
+        hidden.rename(file)
+    assert [m.key for m in made] == [t.key for t in front]
+    assert [m.key for m in made if m.failures] == [broken]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted({t.key for t in front} - {broken})
+
+
+def test_a_study_is_read_once(run, tmp_path, monkeypatch):
+    reads = []
+    trials = Run.trials
+    monkeypatch.setattr(Run, "trials", lambda self, **at: reads.append(1) or trials(self, **at))
+    assert len(list(export_each(run.path, [], True, tmp_path, Settings()))) == len(run.front(trials(run)))
+    assert len(reads) == 1
+
+
+def test_finished_trainings_come_first(run, tmp_path):
+    trial = run.front()[0]
+    own = run.path / "trained" / trial.key
+    with pytest.raises(RunError, match="is no training"):
+        export(run, trial.key, tmp_path / "a", Settings(weights="trained"))
+    folder = trained(own, run, trial.architecture)
+    try:
+        card = (export(run, trial.key, tmp_path / "b") / "README.md").read_text()
+        assert "top-1 on 400 test images | 62.25 % (95 % interval 60.00 to 63.00)" in card
+        assert "full training: recipe `small`, 9 epochs" in card
+        assert (
+            "short training"
+            in (export(run, trial.key, tmp_path / "c", Settings(weights="proxy")) / "README.md").read_text()
+        )
+        (folder.path / "result.json").unlink()  # it has not ended
+        assert "short training" in (export(run, trial.key, tmp_path / "d") / "README.md").read_text()
+        with pytest.raises(RunError, match="not trained to its end"):
+            export(run, trial.key, tmp_path / "e", Settings(weights="trained"))
+    finally:
+        shutil.rmtree(run.path / "trained")
+
+
+def test_a_training_of_another_family(run, tmp_path):
+    folder = trained(tmp_path / "train", run, model="test_resnet")
+    (made,) = export_each(folder.path, [], False, None, Settings(formats=("torch",)))
+    assert made.folder == folder.path / "exports" / "test_resnet"
+    check_files(made.folder, {"timm", "torch"})
+    assert json.loads((made.folder / "config.json").read_text())["architecture"] == "test_resnet"
+    assert not (made.folder / "mixnas_model").exists()
+    assert "import mixnas_model" not in (made.folder / "README.md").read_text()
+    target = resolve(str(made.folder))
+    assert target.build().num_classes == 10
+    (again,) = export_each(folder.path, [], False, None, Settings())
+    assert again.folder == made.folder
+    with pytest.raises(UsageError, match="leave --arch out"):
+        list(export_each(folder.path, ["abc"], False, None, Settings()))
+    with pytest.raises(UsageError, match="for the points of a run"):
+        list(export_each(folder.path, [], False, None, Settings(weights="proxy")))
+
+
+def test_images_that_are_gone(run, tmp_path, caplog):
+    """Files are then compared on random images; what has to be calibrated cannot be made."""
+    config = dict(run.manifest["config"]) | {"data": str(tmp_path / "gone")}
+    moved = Run(run.path, dict(run.manifest) | {"config": config})
+    key = run.front()[0].key
+    with pytest.raises(NasError, match="int8: it is calibrated on training images"):
+        export(moved, key, tmp_path / "out", Settings(formats=("int8",)))
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report["compared_on"] == "64 random images"
+    assert "top1" not in report["files"]["timm"]
+    export(moved, key, tmp_path / "out", Settings(data="digits"))
+    assert "held-out" in json.loads((tmp_path / "out" / "export.json").read_text())["compared_on"]
+    other = Run(run.path, dict(run.manifest) | {"data": dict(run.manifest["data"]) | {"fingerprint": "0"}})
+    with pytest.raises(RunError, match="its fingerprint differs"):
+        export(other, key, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))
+    with pytest.raises(UsageError, match=r"format int8 needs onnxruntime: pip install 'mixnas\[onnx\]'"):
+        Settings(formats=("timm", "int8"))
+    assert Settings(formats=("torch",))
+    with pytest.raises(UsageError, match="unknown format 'onx'"):
+        Settings(formats=("onx",))
+
+
+@pytest.mark.slow
+def test_a_killed_export_does_not_break_the_next(run, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(run.path, place, ignore=shutil.ignore_patterns("exports"))
+    key = run.front()[0].key
+    command = [sys.executable, "cli.py", "export", str(place), "--arch", key, "--format", "onnx,int8", "--no-measure"]
+    process = subprocess.Popen(command, cwd=TESTS.parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((place / "exports").glob(".export-*/*/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [f.name for f in (place / "exports").iterdir() if not f.name.startswith(".")] == []
+    check_files(export(Run.open(place), key, settings=Settings(formats=("onnx",))), {"timm", "onnx"})
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 7), (3, 10), (812, 1500), (64, 64)])
+def test_interval_of_a_share(count, of):
+    share, expected = share_of(count, of), binomtest(count, of).proportion_ci(0.95, "wilson")
+    assert (share["low"], share["high"]) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-2)
+
+
+def test_interval_of_a_paired_change():
+    low, high = paired_interval(10, 10, 1000)
+    assert low == pytest.approx(-high)
+    low, high = paired_interval(30, 5, 1000)
+    assert 0 < low < 2.5 < high
+    low, high = paired_interval(0, 0, 1000)
+    assert low < 0 < high
+
+
+HADAMARDS = [f"hadamard {kind}" for kind in HADAMARD_KINDS]
+FAMILIES = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [*MIXER_TYPES, *HADAMARDS, "cas_vit_xs", "cas_vit_xs_distilled", "s2a_r_mini", *FAMILIES]
+)
+def test_everything_exports(run, tmp_path, name):
+    """Every mixer, every family of presets, and other families of timm's."""
+    mixer, _, kind = name.partition(" ")
+    if name in FAMILIES:
+        folder = trained(tmp_path / "train", run, model=name)
+    elif name in PRESETS:
+        folder = trained(tmp_path / "train", run, PRESETS[name])
+    else:
+        tiny = tiny_architecture(mixer)
+        if kind:
+            options = {"kind": kind}
+            stages = tuple(replace(stage, mixer=MIXER_TYPES[mixer](**options)) for stage in tiny.stages)
+            tiny = replace(tiny, stages=stages)
+        folder = trained(tmp_path / "train", run, tiny)
+    subject = of_training(folder)
+    made = export_subject(subject, tmp_path / "out", Settings(formats=("torch", "onnx")))
+    assert made.failures == {}
+    check_files(made.folder, {"timm", "torch", "onnx"})

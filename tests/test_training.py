@@ -318,6 +318,11 @@ def test_a_timm_model_and_its_own_sizes(images, tmp_path):
     trained = train(config("timm:test_vit", images, tmp_path / "t"))
     assert trained.architecture is None
     assert resolve(str(trained.path)).build()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    further = train(config(trained.path, images, tmp_path / "further"))
+    assert (further.manifest["model"], further.manifest["init"]) == (
+        "test_vit",
+        str(trained.path / "model.safetensors"),
+    )
     with pytest.raises(UsageError, match="does not take images of 16 pixels"):
         train(config("timm:test_convnext", images, tmp_path / "u", recipe=replace(TINY, scales=(0.5, 1.0))))
 

@@ -164,7 +164,7 @@ def _train(
     recipe, weights = config.recipe, _initial(config, target)
     known = target.data if weights is not None and weights == target.weights else {}
     if weights is not None and target.architecture is None and not known:
-        known = timm.get_pretrained_cfg(target.name.removeprefix("timm:"), allow_unregistered=True).to_dict()
+        known = timm.get_pretrained_cfg(target.model, allow_unregistered=True).to_dict()
     normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
     data = open_data(
         config.data, config.test_data, config.data_root, config.input_size, recipe.holdout, config.seed, normalisation
@@ -242,12 +242,11 @@ def _build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
                 f"{target.architecture.reduction} or more"
             )
         return create_backbone(target.architecture, classes, drop_path_rate=drop_path)
-    name = target.name.removeprefix("timm:")
     try:
-        return create_network(name, classes, data.input_size, drop_path_rate=drop_path)
+        return create_network(target.model, classes, data.input_size, drop_path_rate=drop_path)
     except (TypeError, ValueError):
-        log.info("%s knows no drop path: it is trained without", name)
-        return create_network(name, classes, data.input_size)
+        log.info("%s knows no drop path: it is trained without", target.model)
+        return create_network(target.model, classes, data.input_size)
 
 
 def _fill(model: nn.Module, weights: Path) -> None:
@@ -309,7 +308,7 @@ def _manifest(
     return {
         "target": target.name,
         "architecture": target.architecture.to_dict() if target.architecture is not None else None,
-        "model": None if ours else target.name.removeprefix("timm:"),
+        "model": None if ours else target.model,
         "init": "scratch" if weights is None else str(weights),
         "teacher": config.teacher,
         "seed": config.seed,

@@ -10,8 +10,10 @@ from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig
 from .protocol import (
     measure_latencies,
     measure_latency,
+    prepare_call,
     prepare_model,
     prepare_modules,
+    prepare_onnx,
     prepare_parts,
     reference_ms,
 )
@@ -28,8 +30,10 @@ __all__ = [
     "forget_references",
     "measure_latencies",
     "measure_latency",
+    "prepare_call",
     "prepare_model",
     "prepare_modules",
+    "prepare_onnx",
     "prepare_parts",
     "random_images",
     "reference_ms",

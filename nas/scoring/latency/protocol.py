@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -23,7 +23,7 @@ from ...machine import exclusive, threads
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig
 from .reference import fix_reference_ms, fixed_reference_ms, prepared_reference
-from .runtimes import Prepared, prepare, prepare_chain, random_images
+from .runtimes import ONNX_RUNTIMES, RUNTIMES, Prepared, prepare, prepare_chain, random_images
 from .statistics import faster_half, ratio, ratio_interval
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,25 @@ def prepare_model(model: nn.Module, input_size: tuple[int, int, int], config: La
     """
     with exclusive(config.device), _conditions(config):
         return prepare(model, random_images(input_size, config), config)
+
+
+def prepare_onnx(model: bytes, input_size: tuple[int, int, int], config: LatencyConfig) -> Prepared:
+    """A finished ONNX model made ready in the runtime of `config`, which takes such; its output is not checked.
+
+    Raises:
+        UsageError: where the runtime cannot run here at all.
+    """
+    with exclusive(config.device), _conditions(config):
+        return ONNX_RUNTIMES[config.runtime](model, random_images(input_size, config), config)
+
+
+def prepare_call(
+    call: Callable[[torch.Tensor], torch.Tensor], input_size: tuple[int, int, int], config: LatencyConfig
+) -> Prepared:
+    """Something that runs a batch of images on the device of `config`, as it is."""
+    with exclusive(config.device), _conditions(config):
+        images = random_images(input_size, config).to(config.device)
+        return RUNTIMES["eager"](call, images, config)
 
 
 def prepare_modules(

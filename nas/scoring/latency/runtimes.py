@@ -197,7 +197,7 @@ def _torch_clock(run: Callable[[], Any], device: torch.device) -> TimeBlock:
     return cuda_clock(run, device) if device.type == "cuda" else cpu_clock(run)
 
 
-def _eager(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
+def _eager(probe: Callable[[torch.Tensor], Any], images: torch.Tensor, config: LatencyConfig) -> Prepared:
     def run() -> Any:
         return probe(images)
 
@@ -407,7 +407,7 @@ def _of_module(load: OnnxRuntime) -> Runtime:
     return runtime
 
 
-Runtime = Callable[[nn.Module, torch.Tensor, LatencyConfig], Prepared]
+Runtime = Callable[[Any, torch.Tensor, LatencyConfig], Prepared]
 RUNTIMES: dict[str, Runtime] = {
     "eager": _eager,
     "compile": _compile,

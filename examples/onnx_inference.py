@@ -1,0 +1,126 @@
+"""Classify images with an exported ONNX file: onnxruntime, NumPy and Pillow, no torch.
+
+    python onnx_inference.py EXPORT IMAGES [--file model.int8.onnx] [--each]
+
+EXPORT is a folder made by `mixnas export … --format onnx`. IMAGES is a folder of class folders or a .tar of them, for
+top-1 accuracy, or a folder of images, whose classes are printed. Without arguments a small demonstration runs on the
+file that it makes itself (which takes torch, in another process).
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def read_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
+    """Name, class ('' where there is none) and image of each file."""
+    if path.is_file():
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if member.isfile() and name.suffix.lower() in SUFFIXES:
+                    content = archive.extractfile(member).read()
+                    yield member.name, name.parent.name, Image.open(io.BytesIO(content))
+        return
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            yield str(file), "" if file.parent == path else file.parent.name, Image.open(file)
+
+
+def prepare(image: Image.Image, told: dict) -> np.ndarray:
+    """An image as the network takes it, as `preprocessing.json` tells."""
+    image = image.convert("RGB")
+    side = told["input_size"][1]
+    filter_ = Image.Resampling[told["interpolation"].upper()]
+    width, height = image.size
+    if told["order"][0] == "crop":
+        square = min(width, height)
+        left, top = (width - square) / 2, (height - square) / 2
+        image = image.resize((side, side), filter_, box=(left, top, left + square, top + square))
+    else:
+        scale = side / min(width, height)
+        image = image.resize((max(side, int(width * scale)), max(side, int(height * scale))), filter_)
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+    pixels = np.asarray(image, dtype=np.float32) * np.float32(told["scale"])
+    pixels = (pixels - np.float32(told["mean"])) / np.float32(told["std"])
+    return pixels.transpose(2, 0, 1)
+
+
+def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> None:
+    """Print the class of each image, or how many are right."""
+    told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
+    right = labelled = count = 0
+    waiting = []
+
+    def run() -> None:
+        nonlocal right, labelled, count
+        stack = np.stack([prepared for _, _, prepared in waiting])
+        (logits,) = session.run([told["output"]], {told["input"]: stack})
+        for (name, wanted, _), scores in zip(waiting, logits, strict=True):
+            found = told["class_names"][int(scores.argmax())]
+            count += 1
+            labelled += wanted in told["class_names"]
+            right += found == wanted
+            if each or wanted not in told["class_names"]:
+                print(f"{name}: {found}")
+        waiting.clear()
+
+    for name, wanted, image in read_images(images):
+        waiting.append((name, wanted, prepare(image, told)))
+        if len(waiting) == batch:
+            run()
+    if waiting:
+        run()
+    if labelled:
+        print(f"top-1 {100 * right / labelled:.2f} % ({right} of {labelled} images, {file})")
+    print(f"{count} images without torch" if count else f"no images in {images}")
+    assert not {"torch", "timm"} & set(sys.modules)
+
+
+DEMONSTRATION = """
+import sys
+from pathlib import Path
+import search_spaces
+from PIL import Image
+from nas.data import load_data
+from nas.export import Settings, export
+from nas.search import SearchConfig, search
+
+place = Path(sys.argv[1])
+run = search(SearchConfig(space=search_spaces.load("mini"), objectives=("macs", "accuracy"), trials=1, epochs=1,
+                          max_images=300, device="cpu", out=place / "run"))
+export(run, run.front()[0].key, place / "export", Settings(formats=("onnx",)))
+held = load_data("digits", max_images=300).holdout
+for i, (pixels, label) in enumerate(zip(held.pixels, held.labels)):
+    folder = place / "images" / str(int(label))
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+"""
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as place:
+            subprocess.run([sys.executable, "-c", DEMONSTRATION, place], check=True, capture_output=True)
+            main(Path(place) / "export", Path(place) / "images", "model.onnx", each=False)
+    else:
+        parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+        parser.add_argument("export", type=Path)
+        parser.add_argument("images", type=Path)
+        parser.add_argument("--file", default="model.onnx", help="or model.int8.onnx")
+        parser.add_argument("--each", action="store_true", help="print the class of every image")
+        arguments = parser.parse_args()
+        main(arguments.export, arguments.images, arguments.file, arguments.each)

@@ -1,0 +1,246 @@
+"""The model card: what the network is, how to load it, what was measured and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..architecture import resolutions
+from ..search.objectives import OBJECTIVES, format_value
+from .formats import FORMATS
+from .subject import Subject
+
+
+def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str:
+    """Markdown with the metadata that Hugging Face reads.
+
+    Args:
+        subject: the network.
+        report: what `export.json` holds.
+        package: the name of the folder with the model's source.
+    """
+    machine = subject.manifest["machine"]
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    versions = subject.manifest["software"].items()
+    software = ", ".join(f"{name} {version}" for name, version in versions if name != "commit" and version)
+    name = subject.key if subject.architecture is None else f"mixnas {subject.key}"
+    return f"""---
+{_metadata(subject)}
+---
+
+# {name}
+
+{_what(subject)}
+## Use
+
+{_use(subject, package)}
+Class names lie in `config.json`; `preprocessing.json` says how an image becomes the input, for programs without torch.
+
+## Measured
+
+| | |
+|---|---|
+{chr(10).join(_figures(subject))}
+
+{_training(subject)}
+Trained on: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"]}. Software: {software}.
+{_origin(subject)}
+## Files
+
+{_files(report)}"""
+
+
+def plain(text: str) -> str:
+    """A name for the inside of Markdown code: no backticks, one line."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _metadata(subject: Subject) -> str:
+    """YAML, written as JSON, which it contains: no name can break out of it."""
+    data = plain(Path(subject.data["name"]).name)
+    fields: dict[str, Any] = {
+        "library_name": "timm",
+        "license": "apache-2.0",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "mixnas"],
+    }
+    found = _accuracies(subject)
+    if found:
+        fields["model-index"] = [
+            {
+                "name": subject.key,
+                "results": [
+                    {
+                        "task": {"type": "image-classification", "name": "Image Classification"},
+                        "dataset": {"type": data, "name": data, "split": split},
+                        "metrics": [{"type": "accuracy", "name": "top-1", "value": round(share["accuracy"] / 100, 6)}],
+                    }
+                    for split, share in found.items()
+                ],
+            }
+        ]
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
+
+
+def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
+    """Split -> what the weights reach on it."""
+    if subject.trained is not None:
+        result = subject.trained.result or {}
+        return {name: share for name in ("test", "holdout") if (share := result.get(name)) is not None}
+    assert subject.trial is not None
+    scores, data = subject.trial.scores, subject.data
+    if scores.accuracy is None:
+        return {}
+    half = 1.96 * (scores.accuracy_std or 0.0)
+    interval = {"low": scores.accuracy - half, "high": scores.accuracy + half}
+    return {"holdout": {"accuracy": scores.accuracy, "num_images": data["num_holdout"], **interval}}
+
+
+def _what(subject: Subject) -> str:
+    data = plain(Path(subject.data["name"]).name)
+    architecture, (_, height, width) = subject.architecture, subject.input_size
+    if architecture is None:
+        return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
+    found = f" found by mixnas in the space `{subject.run.manifest['space']['name']}`" if subject.run else ""
+    rows = "\n".join(
+        f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
+        for i, (s, (h, w)) in enumerate(
+            zip(architecture.stages, resolutions(architecture, height, width), strict=True), start=1
+        )
+    )
+    return f"""An image backbone{found}, trained on `{data}`.
+
+| stage | mixer | depth | width | compression | MLP ratio | map at {height}x{width} |
+|---|---|---|---|---|---|---|
+{rows}
+"""
+
+
+def _use(subject: Subject, package: str) -> str:
+    folder = f"PATH/TO/{subject.key}"
+    register = (
+        ""
+        if subject.architecture is None
+        else f"""import sys
+sys.path.insert(0, "{folder}")
+import {package}  # registers the network; timm itself runs no code from a folder
+
+"""
+    )
+    hub = "of timm's own" if subject.architecture is None else "once its source is imported"
+    return f"""```python
+import timm
+{register}model = timm.create_model("local-dir:{folder}", pretrained=True)
+backbone = timm.create_model("local-dir:{folder}", pretrained=True, features_only=True)
+```
+
+Uploaded to the Hugging Face Hub as it is, the folder is `hf-hub:NAME/REPOSITORY`, a model {hub}.
+"""
+
+
+def _figures(subject: Subject) -> list[str]:
+    """Rows of a table."""
+    rows = [f"| parameters | {sum(p.numel() for p in subject.model.parameters()):,} |"]
+    _, height, width = subject.input_size
+    scores = None if subject.trial is None else subject.trial.scores
+    if scores is not None and scores.macs is not None:
+        rows.append(f"| MACs at {height}x{width} | {scores.macs:,} |")
+    words = {"test": "test images", "holdout": "held-out training images"}
+    for split, share in _accuracies(subject).items():
+        rows.append(
+            f"| top-1 on {share['num_images']:,} {words[split]} | {share['accuracy']:.2f} % "
+            f"(95 % interval {share['low']:.2f} to {share['high']:.2f}) |"
+        )
+    if scores is not None and scores.latency_ms is not None:
+        assert subject.run is not None
+        threads, device = subject.run.manifest["conditions"]["threads"], subject.run.manifest["conditions"]["device"]
+        rows.append(
+            f"| latency in the search: {subject.run.timing}, threads: {threads}, {plain(device)} | "
+            f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
+        )
+    if scores is not None and scores.memory_mib is not None:
+        rows.append(f"| peak memory | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
+    return rows
+
+
+def _training(subject: Subject) -> str:
+    data, (_, height, width) = subject.data, subject.input_size
+    if subject.trained is not None:
+        manifest, result = subject.trained.manifest, subject.trained.result or {}
+        return (
+            f"Weights are those of a full training: recipe `{plain(manifest['recipe']['name'])}`, "
+            f"{result.get('epochs', manifest['recipe']['epochs'])} epochs on {data['num_train']:,} images of "
+            f"{height}x{width}, seed {manifest['seed']}."
+        )
+    config = subject.manifest["config"]
+    return (
+        f"Weights are those of the search's short training ({config['epochs']} epochs on {data['num_train']:,} images "
+        f"of {height}x{width}, seed {config['seed']}): good for ranking and as a start, not a finished model."
+    )
+
+
+def _origin(subject: Subject) -> str:
+    created = subject.manifest["created"]
+    if subject.run is None or subject.trial is None:
+        return f"Training created {created}.\n"
+    of = f"Run `{plain(subject.run.name)}`, trial {subject.trial.number}"
+    return f"{of}, created {subject.run.manifest['created']}.\n"
+
+
+def _files(report: Mapping[str, Any]) -> str:
+    lines = [
+        "| file | what | MB | largest difference of a logit | same class | top-1 | latency |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, file in report["files"].items():
+        cells = [
+            f"`{file['file']}`",
+            FORMATS[name].note,
+            f"{file['bytes'] / 1e6:.2f}",
+            f"{file['max_abs_difference']:.2g}",
+            f"{100 * file['top1_agreement']:.2f} %",
+            _top1(file),
+            _latency(file.get("latency")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines)
+    machine, software = report["machine"], report["software"]
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    text += f"\n\nCompared with the trained network in eager torch on {report['compared_on']}"
+    if (int8 := report["files"].get("int8")) is not None:
+        change = int8.get("change")
+        text += (
+            f"; `{int8['file']}` with `{int8['against']}`. Its ranges are the extremes over {int8['calibrated_on']} "
+            "training images (ONNX Runtime's static quantisation)"
+        )
+        if change is not None:
+            text += (
+                f"; its top-1 changes by {change['points']:+.2f} points (95 % interval {change['low']:+.2f} to "
+                f"{change['high']:+.2f}, same {int8['num_images']:,} images)"
+            )
+    text += (
+        f". Batches of 1, 2 and 5 give each image the same logits.\n{machine['cpu']}, {machine['cores']} cores{gpu}; "
+        + ", ".join(f"{name} {software[name]}" for name in ("torch", "timm", "onnxruntime") if name in software)
+        + f"; {report['created']}.\n"
+    )
+    for name, why in report["failures"].items():
+        text += f"\nNot written: {name} ({plain(why)}).\n"
+    return text
+
+
+def _top1(file: Mapping[str, Any]) -> str:
+    share = file.get("top1")
+    return "" if share is None else f"{share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f})"
+
+
+def _latency(told: Mapping[str, Any] | None) -> str:
+    if told is None:
+        return "not measured"
+    if "failure" in told:
+        return "cannot be timed"
+    return (
+        f"{told['ms']:.3f} ms ({told['low_ms']:.3f} to {told['high_ms']:.3f}), {told['runtime']}, {told['device']}, "
+        f"threads: {told['threads']}"
+    )

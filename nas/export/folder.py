@@ -1,0 +1,341 @@
+"""An export's folder: it appears whole or not at all, every file compared with eager before it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DataError, NasError, RunError, TrialFailure, UsageError, one_line, unknown_name
+from ..machine import describe_machine, describe_software
+from ..reading import LINE, read_json
+from ..runs import Run, is_run, write_file
+from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
+from ..targets import EXPORT, is_export
+from ..training.folder import Trained, is_training
+from .card import model_card
+from .checks import ALLOWED_FLIPS, check_batches, compare, logits_of
+from .formats import FORMATS, Format, Material, normalised, preprocessing
+from .subject import AUTO, Subject, load_pictures, of_run, of_training
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "mixnas_model"
+SOURCES = ("architecture.py", "errors.py", "models")
+FORMAT = 1
+RANDOM_IMAGES = 64
+"""On which files are compared where there are no others."""
+MAX_DROP = 5.0
+"""Percent points of accuracy: a file that loses more is not handed over."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How networks are exported.
+
+    Args:
+        formats: rows of `FORMATS`; `timm` is always made.
+        weights: `trained`, `proxy`, or `auto` for the former where there are any.
+        data: where the images lie; None for where they lay when the weights were trained.
+        data_root: likewise, for sets by name.
+        latency: under which conditions files are timed, each in its own runtime; None for not at all.
+
+    Raises:
+        UsageError: where a format is not known, or its packages are not installed.
+    """
+
+    formats: tuple[str, ...] = ("timm",)
+    weights: str = AUTO
+    data: str | None = None
+    data_root: str | None = None
+    latency: LatencyConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name not in FORMATS:
+                raise unknown_name("format", name, FORMATS)
+            FORMATS[name].check_installed(name)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of one network.
+
+    Args:
+        key: of the network.
+        folder: what was made; None where nothing was.
+        report: what `export.json` holds.
+        failures: format -> why it was not written; `timm` stands for the whole.
+    """
+
+    key: str
+    folder: Path | None
+    report: Mapping[str, Any]
+    failures: Mapping[str, str]
+
+
+def export(run: Run, key: str, out: Path | None = None, settings: Settings | None = None) -> Path:
+    """Export the architecture whose key is (or begins with) `key` and return its folder.
+
+    Args:
+        run: the run that scored it.
+        key: of a point with trained weights: one of the front, in a run whose proxy trains.
+        out: the folder to make; None makes `exports/<key>` in the run folder.
+        settings: how; None for timm alone, not timed.
+
+    Raises:
+        UsageError: where the key is unknown, or the folder exists and is not an export.
+        RunError: where there are no such weights.
+        NasError: where the exported model does not give the same output (a bug worth reporting).
+    """
+    settings = settings or Settings()
+    trial = run.find(key)
+    subject = of_run(run, trial, settings.weights)
+    made = export_subject(subject, out or run.path / "exports" / trial.key, settings)
+    if made.failures:
+        raise NasError("; ".join(f"{name}: {why}" for name, why in made.failures.items()))
+    assert made.folder is not None
+    return made.folder
+
+
+def export_each(
+    path: Path, keys: Sequence[str], everything: bool, out: Path | None, settings: Settings
+) -> Iterator[Exported]:
+    """Export points of a run, or what a training made, one after another; one that fails does not stop the others.
+
+    Args:
+        path: a run's folder, or a training's.
+        keys: the points of a run, by their keys or the start of them.
+        everything: all points of the front.
+        out: the folder in which each gets its own; None for `exports` in `path`.
+        settings: how.
+
+    Raises:
+        UsageError: where a key is unknown, or keys do not go with the folder.
+        RunError: where the folder cannot be read.
+        NasError: where the run has no front yet.
+    """
+    waiting: dict[str, Callable[[], Subject]]
+    if is_run(path):
+        if bool(keys) == everything:
+            raise UsageError("name what to export: either --arch KEY (repeatable) or --all")
+        run = Run.open(path)
+        trials = run.trials()
+        chosen = [run.find(key, trials) for key in keys] or run.front(trials)
+        if not chosen:
+            raise NasError(f"{path} has no front yet: no architecture is scored")
+        waiting = {trial.key: partial(of_run, run, trial, settings.weights) for trial in chosen}
+    elif is_training(path):
+        if keys:
+            raise UsageError(f"{path} is a training, of one network: leave --arch out")
+        subject = of_training(Trained.open(path), settings.weights)
+        waiting = {subject.key: lambda: subject}
+    else:
+        raise UsageError(f"{path} is neither a run's folder (for which --arch or --all says what) nor a training's")
+    for key, load in waiting.items():
+        try:
+            yield export_subject(load(), (out or path / "exports") / key, settings)
+        except NasError as error:
+            yield Exported(key, None, {}, {"timm": str(error)})
+
+
+def export_subject(subject: Subject, folder: Path, settings: Settings) -> Exported:
+    """Make the folder of one network.
+
+    Raises:
+        UsageError: where the folder exists and is not an export.
+        RunError: where it cannot be written, or the images are not those of the weights.
+        NasError: where timm does not give the same output.
+    """
+    if folder.exists() and not _is_export(folder):
+        raise UsageError(f"{folder} exists and is not an export: give another --out")
+    material, images = _material(subject, settings)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+            made = Path(temporary) / folder.name
+            made.mkdir()
+            files, failures = _write_formats(material, made, settings)
+            if settings.latency is not None:
+                _measure(material, made, files, settings.latency)
+            report = {
+                "format": FORMAT,
+                "key": subject.key,
+                "weights": subject.weights,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "compared_on": images,
+                "machine": describe_machine("cpu" if settings.latency is None else settings.latency.device),
+                "software": describe_software(),
+                "files": files,
+                "failures": failures,
+            }
+            _write_rest(subject, made, report)
+            os.chmod(made, 0o755)
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            made.rename(folder)
+    except OSError as error:
+        raise RunError(f"cannot write the export {folder}: {error.strerror or error}") from None
+    return Exported(subject.key, folder, report, failures)
+
+
+def broken_file(folder: Path) -> str:
+    """The first file of an export that is not what `export.json` says; '' where all are, or nothing says so.
+
+    Raises:
+        RunError: where that is damaged.
+    """
+    if not is_export(folder):
+        return ""
+    shape = {"files": {str: {"file": LINE, "sha256": LINE}}}
+    for told in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
+        file = folder / Path(told["file"]).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != told["sha256"]:
+            return str(told["file"])
+    return ""
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds an export, or nothing, and may be replaced."""
+    if not folder.is_dir():
+        return False
+    of_before = (folder / "architecture.json").is_file() and (folder / PACKAGE).is_dir()
+    return not any(folder.iterdir()) or of_before or (is_export(folder))
+
+
+def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
+    """What the formats are made of and compared on, and what the images are."""
+    try:
+        pictures = load_pictures(subject, settings.data, settings.data_root)
+    except (DataError, UsageError) as error:
+        if settings.data is not None:
+            raise
+        log.warning("%s; files are compared on random images instead (--data says where they are)", error)
+        images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
+        return Material(subject, images, None, None), f"{RANDOM_IMAGES} random images"
+    material = Material(
+        subject,
+        images=normalised(pictures.unseen.pixels, subject.data),
+        labels=pictures.unseen.labels,
+        calibration=normalised(pictures.calibration, subject.data),
+    )
+    return material, f"{len(pictures.unseen)} {pictures.name} images"
+
+
+def _write_formats(
+    material: Material, folder: Path, settings: Settings
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Write and check the files, timm's first; of what fails nothing stays."""
+    files: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    for name, kind in FORMATS.items():
+        if name != "timm" and name not in settings.formats:
+            continue
+        log.info("%s: %s", material.subject.key, name)
+        try:
+            kind.make(material, folder)
+            files[name] = _describe(folder / kind.file) | _check(name, kind, material, folder)
+        except Exception as error:  # exporters raise whatever they like
+            if name == "timm" or isinstance(error, OSError):
+                raise
+            (folder / kind.file).unlink(missing_ok=True)
+            known = isinstance(error, NasError)
+            failures[name] = one_line(str(error) if known else f"{type(error).__name__}: {error}", 300)
+    return files, failures
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[str, Any]:
+    """Compare a file with eager, and say how far it is from it.
+
+    Raises:
+        NasError: where that is too far.
+    """
+    call = kind.load(folder)
+    found = logits_of(call, material.images)
+    check_batches(call, material.images, found, kind.tolerance)
+    figures = compare(found, material.onnx_logits if kind.lossy else material.expected, material.labels)
+    if kind.lossy:
+        drop = -figures["change"]["points"] if "change" in figures else 0.0
+        if not drop <= MAX_DROP:
+            raise NasError(f"it loses {drop:.1f} points of accuracy on {figures['num_images']} images: not written")
+        assert material.calibration is not None
+        figures |= {"against": FORMATS["onnx"].file, "calibrated_on": len(material.calibration)}
+    else:
+        flips = (1 - figures["top1_agreement"]) * figures["num_images"]
+        far = figures["max_relative_difference"]
+        if not (far <= kind.tolerance and flips <= max(1.0, ALLOWED_FLIPS * figures["num_images"])):
+            raise NasError(
+                f"the {name} file differs from the trained network by {far:.2g} of its largest logit, and in the class "
+                f"of {flips:.0f} of {figures['num_images']} images: not written"
+            )
+    return figures
+
+
+def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]], config: LatencyConfig) -> None:
+    """Time the files, those of one runtime in turns; of one that cannot be timed the reason is kept."""
+    for runtime in dict.fromkeys(FORMATS[name].runtime for name in files):
+        ready: dict[str, Prepared] = {}
+        for name in files:
+            if FORMATS[name].runtime != runtime:
+                continue
+            try:
+                at = replace(config, runtime=runtime)
+                ready[name] = FORMATS[name].prepare(material, folder, at)
+            except (TrialFailure, UsageError) as error:
+                files[name]["latency"] = {"failure": str(error)}
+        if ready:
+            for name, latency in zip(ready, measure_latencies(list(ready.values()), at), strict=True):
+                files[name]["latency"] = _told(latency, at)
+
+
+def _told(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
+    return {
+        "ms": latency.ms,
+        "low_ms": latency.low_ms,
+        "high_ms": latency.high_ms,
+        "runtime": config.runtime,
+        "device": config.device,
+        "threads": latency.threads,
+        "batch_size": config.batch_size,
+        "rounds": latency.rounds,
+        "passes": latency.passes,
+        "within_target": latency.steady,
+    }
+
+
+def _write_rest(subject: Subject, folder: Path, report: Mapping[str, Any]) -> None:
+    """All but the formats' own files."""
+    for name, content in (("preprocessing.json", preprocessing(subject)), (EXPORT, report)):
+        write_file(folder / name, json.dumps(content, indent=2) + "\n")
+    write_file(folder / "README.md", model_card(subject, report, PACKAGE))
+    if subject.architecture is None:
+        return
+    write_file(folder / "architecture.json", json.dumps(subject.architecture.to_dict(), indent=2) + "\n")
+    source, package = Path(__file__).resolve().parents[1], folder / PACKAGE
+    package.mkdir()
+    for name in SOURCES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source / name, package / name)
+    write_file(
+        package / "__init__.py",
+        '"""The source of this model. Importing it registers the entry point `mixnas` with timm."""\n\n'
+        'from . import models\n\n__all__ = ["models"]\n',
+    )

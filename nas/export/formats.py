@@ -1,0 +1,321 @@
+"""Formats of a network, each with what writes its file, what runs it again and what times it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from ..architecture import resolutions
+from ..errors import NasError, UsageError
+from ..folding import fold_batch_norms
+from ..onnx import INPUT, OPSET, OUTPUT, export_program
+from ..runs import write_file
+from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
+from .checks import Call, logits_of
+from .subject import Subject
+
+QUANTISED = ("Conv", "Gemm", "MatMul")
+"""ONNX operations in 8 bits, where they have weights: products of two activations, as in attention, stay in float32.
+With those in 8 bits too, a network of `mini` agreed with itself on 30 % of its images instead of 94 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What the formats of one network are made of.
+
+    Args:
+        subject: the network.
+        images: normalised images to compare on.
+        labels: their classes; None where the images are random.
+        calibration: normalised images of the training; None where there are none.
+    """
+
+    subject: Subject
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    calibration: torch.Tensor | None
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        """Eager's logits of the images."""
+        return logits_of(self.subject.model, self.images)
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The deployed form, batch norms folded, for any number of images."""
+        folded = fold_batch_norms(self.subject.model, self.images[:2]).requires_grad_(False)
+        # random, since a program keeps its example; two, since one would be taken for a constant
+        example = torch.randn(2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
+        with _quiet():
+            program = torch.export.export(folded, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        for module in program.graph_module.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                for node in module.graph.nodes:
+                    node.meta.pop("stack_trace", None)  # paths of this machine
+        return program
+
+    @cached_property
+    def onnx(self) -> bytes:
+        """The program as an ONNX model."""
+        told = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
+        return export_program(self.program, told)
+
+    @cached_property
+    def onnx_logits(self) -> torch.Tensor:
+        """What that gives for the images."""
+        return logits_of(_session(self.onnx), self.images)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to hand a network over.
+
+    Args:
+        file: its file in the folder.
+        make: writes it into a folder.
+        load: makes what runs it, from the folder.
+        prepare: makes it ready to be timed.
+        runtime: a row of `RUNTIMES`: what runs it.
+        note: what it is, in words.
+        version: the package that runs it.
+        packages: what must be installed, beside torch and timm.
+        tolerance: how far its logits may be from eager's, and from its own in another batch, as a share of the largest.
+        lossy: whether it is meant to differ: then the tolerance is for batches alone, and accuracy decides.
+    """
+
+    file: str
+    make: Callable[[Material, Path], None]
+    load: Callable[[Path], Call]
+    prepare: Callable[[Material, Path, LatencyConfig], Prepared]
+    runtime: str
+    note: str
+    version: str
+    packages: tuple[str, ...] = ()
+    tolerance: float = 1e-3
+    lossy: bool = False
+
+    def check_installed(self, name: str) -> None:
+        """Raise where a package is missing.
+
+        Raises:
+            UsageError: which names the extra.
+        """
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UsageError(f"format {name} needs {' and '.join(missing)}: pip install 'mixnas[onnx]'")
+
+
+def preprocessing(subject: Subject) -> dict[str, Any]:
+    """How an image becomes the input, and what the output means, for a program that knows neither torch nor timm."""
+    data = subject.data
+    return {
+        "input": INPUT,
+        "output": OUTPUT,
+        "layout": "NCHW, RGB, float32",
+        "input_size": list(data["input_size"]),
+        # in a search the largest central square is scaled; in a full training the image, by its shorter side, then cut
+        "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
+        "interpolation": data["interpolation"],
+        "scale": 1 / 255,
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "class_names": list(data["classes"]),
+    }
+
+
+def normalised(pixels: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
+    """Images of uint8 as a network takes them."""
+    mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) * 255 for name in ("mean", "std"))
+    return (pixels.float() - mean) / std
+
+
+def _make_timm(material: Material, folder: Path) -> None:
+    subject = material.subject
+    data, architecture, size = subject.data, subject.architecture, subject.input_size
+    pretrained_cfg: dict[str, Any] = {"num_classes": len(data["classes"])}
+    arguments = {}
+    if architecture is not None:
+        pretrained_cfg["pool_size"] = resolutions(architecture, *size[1:])[-1]
+        arguments["architecture"] = architecture.to_dict()
+    with _quiet():
+        save_for_hf(
+            subject.model,
+            str(folder),
+            model_config={"label_names": list(data["classes"]), "pretrained_cfg": pretrained_cfg},
+            model_args=arguments,
+            safe_serialization=True,
+            data_config={
+                "input_size": size,
+                "interpolation": data["interpolation"],
+                "mean": tuple(data["mean"]),
+                "std": tuple(data["std"]),
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+            },
+        )
+    (folder / FORMATS["timm"].file).chmod(0o644)  # safetensors makes it the owner's alone
+
+
+def _load_timm(folder: Path) -> Call:
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return model
+
+
+def _time_timm(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
+    return prepare_model(material.subject.model, material.subject.input_size, config)
+
+
+def _make_torch(material: Material, folder: Path) -> None:
+    with _quiet():
+        torch.export.save(material.program, folder / FORMATS["torch"].file)
+
+
+def _load_torch(folder: Path) -> Call:
+    with _quiet():
+        module: nn.Module = torch.export.load(folder / FORMATS["torch"].file).module()
+    return module
+
+
+def _time_torch(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
+    from torch.export.passes import move_to_device_pass
+
+    with _quiet():
+        program = move_to_device_pass(torch.export.load(folder / FORMATS["torch"].file), config.device)
+    return prepare_call(program.module(), material.subject.input_size, config)
+
+
+def _make_onnx(material: Material, folder: Path) -> None:
+    write_file(folder / FORMATS["onnx"].file, material.onnx)
+
+
+def _make_int8(material: Material, folder: Path) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if material.calibration is None:
+        raise NasError("it is calibrated on training images, which cannot be read: say where they are by --data")
+    with tempfile.TemporaryDirectory(prefix="mixnas-") as place, _quiet():
+        plain, prepared, done = (Path(place) / name for name in ("plain.onnx", "prepared.onnx", "done.onnx"))
+        plain.write_bytes(material.onnx)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        products = [n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
+        quantize_static(
+            prepared,
+            done,
+            _Calibration(material.calibration),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTISED),
+            nodes_to_exclude=products,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,  # x86 has fast products of these with signed weights, not of signed ones
+            weight_type=QuantType.QInt8,
+        )
+        model = onnx.load(done)
+    del model.metadata_props[:]
+    for key, value in preprocessing(material.subject).items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
+    write_file(folder / FORMATS["int8"].file, model.SerializeToString())
+
+
+class _Calibration:
+    """What ONNX Runtime reads its calibration images from."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self._chunks = iter(images.split(32))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """A batch; None after the last one."""
+        chunk = next(self._chunks, None)
+        return None if chunk is None else {INPUT: chunk.numpy()}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.get_next, None)
+
+
+def _session(model: bytes) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def _onnx_format(file: str, note: str, **options: Any) -> Format:
+    """A file that ONNX Runtime runs."""
+    return Format(
+        file=file,
+        load=lambda folder: _session((folder / file).read_bytes()),
+        prepare=lambda material, folder, config: prepare_onnx(
+            (folder / file).read_bytes(), material.subject.input_size, config
+        ),
+        runtime="onnxruntime",
+        note=note,
+        version="onnxruntime",
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        **options,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn and log of what is no concern of the caller's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+FORMATS: dict[str, Format] = {
+    "timm": Format(
+        file="model.safetensors",
+        make=_make_timm,
+        load=_load_timm,
+        prepare=_time_timm,
+        runtime="eager",
+        note="for torch and timm; trainable, timed with batch norms folded",
+        version="torch",
+        tolerance=1e-5,
+    ),
+    "torch": Format(
+        file="model.pt2",
+        make=_make_torch,
+        load=_load_torch,
+        prepare=_time_torch,
+        runtime="eager",
+        note="a program of torch.export: batch norms folded, any number of images",
+        version="torch",
+    ),
+    "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded, any number of images", make=_make_onnx),
+    "int8": _onnx_format(
+        "model.int8.onnx",
+        "weights (by channel) and inputs of convolutions and linear layers in 8 bits (QDQ)",
+        make=_make_int8,
+        tolerance=0.1,
+        lossy=True,
+    ),
+}
+"""Name -> format. `timm` is the folder itself and always made."""

@@ -1,0 +1,219 @@
+"""What is exported: a network with its weights, where they come from, and images that it has seen or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architecture import Architecture
+from ..data import MAX_IMAGES, ImageData, Images, load_data
+from ..errors import RunError, UsageError, unknown_name
+from ..models import create_backbone
+from ..runs import Run, Trial
+from ..training.folder import Trained, is_training
+
+AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
+WEIGHTS = (AUTO, PROXY, TRAINED)
+MAX_CHECKED = 2000
+"""Unseen images on which files are compared, at most."""
+CALIBRATION_IMAGES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network to export.
+
+    Args:
+        key: the architecture's, or the name of a timm model of another family.
+        model: with its weights, in eval mode.
+        run: whose point it is; None for a training of something else.
+        trial: the point.
+        trained: the finished training its weights are from; None where they are those of the search's short one.
+    """
+
+    key: str
+    model: nn.Module
+    run: Run | None = None
+    trial: Trial | None = None
+    trained: Trained | None = None
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Of what made the weights: their data, machine and software."""
+        source = self.trained or self.run
+        assert source is not None
+        return source.manifest
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What the manifest says of the images."""
+        data: Mapping[str, Any] = self.manifest["data"]
+        return data
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.data["input_size"]
+        return channels, height, width
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """None for a timm model of another family."""
+        if self.trial is not None:
+            return self.trial.architecture
+        return self.trained.architecture if self.trained is not None else None
+
+    @property
+    def weights(self) -> str:
+        """`proxy` or `trained`."""
+        return PROXY if self.trained is None else TRAINED
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images for one export, of the network's size.
+
+    Args:
+        calibration: of those that the network was trained on.
+        unseen: of those that it was not, with their classes.
+        name: what the latter are, in words.
+    """
+
+    calibration: torch.Tensor
+    unseen: Images
+    name: str
+
+
+def of_run(run: Run, trial: Trial, weights: str = AUTO) -> Subject:
+    """A point of a run.
+
+    Args:
+        run: the run that scored it.
+        trial: the point.
+        weights: `trained` for those of its finished training in the run's folder, `proxy` for those of the search;
+            `auto` for the former where there are any.
+
+    Raises:
+        RunError: where there are no such weights, or they are damaged.
+    """
+    if weights not in WEIGHTS:
+        raise unknown_name("kind of weights", weights, WEIGHTS)
+    folder = run.path / "trained" / trial.key
+    trained = Trained.open(folder) if weights != PROXY and is_training(folder) else None
+    if trained is not None and trained.architecture != trial.architecture:
+        raise RunError(f"{folder} is a training of another architecture")
+    if trained is not None and (weights == TRAINED or trained.result is not None):
+        return Subject(trial.key, trained.load_model(), run, trial, trained)
+    if weights == TRAINED:
+        raise RunError(f"{folder} is no training: train {run.path}@{trial.key} first, or give --weights proxy")
+    return Subject(trial.key, load_trained(run, trial), run, trial)
+
+
+def of_training(trained: Trained, weights: str = AUTO) -> Subject:
+    """What a training made.
+
+    Raises:
+        UsageError: where the search's weights are asked for.
+        RunError: where it has not ended, or its weights are damaged.
+    """
+    if weights not in WEIGHTS:
+        raise unknown_name("kind of weights", weights, WEIGHTS)
+    if weights == PROXY:
+        raise UsageError(f"{trained.path} is a training: --weights proxy is for the points of a run")
+    architecture = trained.architecture
+    key = str(trained.manifest["model"]).removeprefix("timm:") if architecture is None else architecture.key
+    return Subject(key, trained.load_model(), trained=trained)
+
+
+def load_trained(run: Run, trial: Trial) -> nn.Module:
+    """The network of a trial with the weights of the search's short training, in eval mode.
+
+    Raises:
+        RunError: where the run keeps no weights for it, or they do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = run.weights_file(trial.key)
+    if not file.is_file():
+        why = (
+            f"its proxy {run.manifest['config']['proxy']} trains nothing"
+            if not run.manifest["proxy_trained"]
+            else "only points of the front keep theirs"
+        )
+        raise RunError(f"{run.path} keeps no trained weights for {trial.key}: {why}")
+    assert trial.architecture is not None
+    model = create_backbone(trial.architecture, len(run.manifest["data"]["classes"]))
+    try:
+        model.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise RunError(f"{file} is damaged ({str(error).splitlines()[0]})") from None
+    return model.eval()
+
+
+def load_pictures(subject: Subject, name: str | None = None, data_root: str | None = None) -> Pictures:
+    """The images that an export is checked on, and those it is calibrated on; of many a sample.
+
+    They are those of the weights' own training.
+
+    Args:
+        subject: whose.
+        name: where they lie now; None for where they lay.
+        data_root: likewise, for sets by name.
+
+    Raises:
+        DataError: where they cannot be read.
+        UsageError: where their name is not allowed.
+        RunError: where they are others.
+    """
+    if subject.trained is not None:
+        return _pictures_of_training(subject.trained, name, data_root)
+    assert subject.run is not None
+    return _pictures_of_run(subject.run, name, data_root)
+
+
+def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
+    config = run.manifest["config"]
+    root, most = data_root or config["data_root"], config.get("max_images", MAX_IMAGES)
+    data = _load(name or config["data"], config["input_size"], root, most)
+    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+        raise RunError(_other_data(data.name, f"run {run.name}"))
+    chosen = sample(len(data.holdout), MAX_CHECKED)
+    return Pictures(
+        data.train.pixels[sample(len(data.train), CALIBRATION_IMAGES)],
+        Images(data.holdout.pixels[chosen], data.holdout.labels[chosen]),
+        "held-out",
+    )
+
+
+def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
+    told = trained.manifest["data"]
+    data = _load(name or told["name"], told["input_size"][1], data_root, MAX_IMAGES)
+    if data.fingerprint != told["fingerprint"]:
+        raise RunError(_other_data(data.name, f"training {trained.path}"))
+    chosen = sample(len(data.holdout), MAX_CHECKED)
+    return Pictures(
+        data.train.pixels[sample(len(data.train), CALIBRATION_IMAGES)],
+        Images(data.holdout.pixels[chosen], data.holdout.labels[chosen]),
+        "held-out",
+    )
+
+
+def _other_data(name: str, of: str) -> str:
+    return f"{name} is not the data of {of}: its fingerprint differs; say where it is by --data"
+
+
+def sample(count: int, most: int) -> torch.Tensor:
+    """Indices of at most so many things, the same ones each time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
+
+
+@lru_cache(maxsize=2)
+def _load(name: str, side: int | None, data_root: str | None, max_images: int) -> ImageData:
+    """Decoded once for all points of a front."""
+    return load_data(name, side, data_root, max_images, seed=0)
