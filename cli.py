@@ -659,7 +659,7 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
             "" if top1 is None else f"{top1['accuracy']:.2f}",
-            f"{latency['ms']:.3f}{_plus_minus((latency['low_ms'], latency['high_ms']))}" if "ms" in latency else "",
+            f"{latency['ms']:.3f} ±{(latency['high_ms'] - latency['low_ms']) / 2:.2f}" if "ms" in latency else "",
         )
     table.caption = "difference: of a logit, to the trained network in eager torch (int8: to onnx), on unseen images"
     return table
