@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-SLOW = ("board", "own_space")
+SLOW = ("board", "onnx_inference", "own_space")
 
 
 @pytest.mark.parametrize(
