@@ -82,26 +82,6 @@ def test_python_runs(page, tmp_path, monkeypatch):
                 exec(compile(code, str(page), "exec"), vars(module))
 
 
-AWAITED: tuple[str, ...] = ()
-"""Commands, and options of commands, that pages describe and that do not exist yet."""
-
-
-def is_there(words: list[str]) -> bool:
-    """Whether the command exists, with the options among the words."""
-    command = cli.commands.get(words[0])
-    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} if command else set()
-    return command is not None and {word for word in words[1:] if word.startswith("--")} <= known
-
-
-def is_awaited(words: list[str]) -> bool:
-    return any(set(promise.split()) <= set(words) and not is_there(promise.split()) for promise in AWAITED)
-
-
-def test_what_is_awaited_is_not_there():
-    """A promise that is kept comes off the list."""
-    assert [promise for promise in AWAITED if is_there(promise.split())] == []
-
-
 CALL = re.compile(r"(?:\$ )?(?:\S*python3? )?(?:mixnas|\S*cli\.py) (?P<words>[a-z][^>]*)")
 
 
@@ -136,10 +116,10 @@ def test_commands_are_found():
 )
 def test_command_exists(page, line, words):
     """Its options are those of the command line, and take what they are given. Nothing is run."""
-    if is_awaited(words):
-        pytest.skip("not there yet")
     command = cli.commands.get(words[0])
     assert command is not None, f"there is no command {words[0]}"
+    if len(words) == 1:
+        return  # a command is named, not called
     try:
         command.make_context(words[0], list(words[1:]))
     except click.ClickException as error:

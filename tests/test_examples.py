@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = sorted([*(folder := Path(__file__).parent.parent / "examples").glob("*.py"), *folder.glob("*.ipynb")])
 
 
-SLOW = ("board", "detection", "own_space", "search_to_timm")
+SLOW = ("board", "detection", "onnx_inference", "own_space", "search_to_timm")
 
 
 def program(example: Path, folder: Path) -> Path:
