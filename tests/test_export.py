@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,16 @@ from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
 from nas.data import load_data
 from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, export, export_each, export_subject, load_trained, of_training
-from nas.export.checks import check_batches, paired_interval, share_of
+from nas.export.checks import check_batches, paired_interval
 from nas.models import PRESETS
 from nas.runs import Run
+from nas.scoring.accuracy.trust import share_of
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
 from nas.training.folder import Trained
+from nas.training.images import open_data
+from nas.training.recipes import RECIPES
 
 TESTS = Path(__file__).parent
 ALL_FORMATS = Settings(formats=tuple(FORMATS))
@@ -192,7 +195,9 @@ def test_targets_of_every_kind(run, tmp_path):
 
 def trained(path: Path, run: Run, architecture: Architecture | None = None, model: str | None = None) -> Trained:
     """A finished training's folder with random weights, on the images of a run."""
-    data = run.manifest["data"]
+    side = run.manifest["data"]["input_size"][1]
+    data = open_data(run.manifest["data"]["name"], None, None, side, RECIPES["quick"].holdout, 0)
+    asked = dict.fromkeys(("data", "test_data", "data_root", "teacher", "teacher_weights", "input_size"))
     manifest = {
         "target": model or "mine.json",
         "architecture": architecture.to_dict() if architecture else None,
@@ -200,8 +205,9 @@ def trained(path: Path, run: Run, architecture: Architecture | None = None, mode
         "init": "scratch",
         "seed": 0,
         "created": "2026-11-22T00:00:00+00:00",
-        "recipe": {"name": "small", "epochs": 9},
-        "data": {**data, "test": None, "mirrored": False},
+        "recipe": asdict(replace(RECIPES["quick"], epochs=9)),
+        "data": data.to_dict(),
+        "asked": {**asked, "target": model or "mine.json", "seed": 0, "init": "scratch"},
         "machine": run.manifest["machine"],
         "software": run.manifest["software"],
     }
@@ -423,7 +429,7 @@ def test_finished_trainings_come_first(run, tmp_path):
     try:
         card = (export(run, trial.key, tmp_path / "b") / "README.md").read_text()
         assert "top-1 on 400 test images | 62.25 % (95 % interval 60.00 to 63.00)" in card
-        assert "full training: recipe `small`, 9 epochs" in card
+        assert "full training: recipe `quick`, 9 epochs" in card
         assert (
             "short training"
             in (export(run, trial.key, tmp_path / "c", Settings(weights="proxy")) / "README.md").read_text()

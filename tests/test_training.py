@@ -17,7 +17,7 @@ import torch
 from conftest import tiny_architecture
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest, kendalltau
+from scipy.stats import kendalltau
 
 from nas.data import open_split
 from nas.errors import DataError, NasError, RunError, UsageError
@@ -29,7 +29,7 @@ from nas.targets import resolve
 from nas.training import loop, work
 from nas.training.folder import Trained, load_weights
 from nas.training.images import batch_size, open_data, steps_per_epoch, training_batches
-from nas.training.loop import scaled_side, share_of
+from nas.training.loop import scaled_side
 from nas.training.recipes import RECIPES, Recipe, find_recipe
 from nas.training.work import TrainConfig, final_accuracy, train, train_front
 
@@ -369,16 +369,6 @@ def test_tensorboard_has_every_epoch(images, file, tmp_path):
 def test_sides_are_multiples():
     assert [scaled_side(32, s) for s in (0.5, 0.75, 1.0, 1.5)] == [16, 32, 32, 48]
     assert [scaled_side(224, s) for s in (0.75, 1.0, 1.15)] == [160, 224, 256]
-
-
-def test_shares_have_wilsons_interval():
-    z, n, p = 1.959963984540054, 40, 0.75
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    share = share_of(30, 40)
-    ends = [100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
-    assert [share["low"], share["high"]] == pytest.approx(ends)
-    assert share["accuracy"] == 75
-    assert binomtest(30, 40).statistic == 0.75
 
 
 # fronts

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import NasError
+from ..scoring.accuracy.trust import share_of
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 """Normalised images `(B, C, H, W)` to logits `(B, classes)`."""
@@ -72,14 +73,6 @@ def compare(found: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor | 
             "change": {"points": 100 * (gained - lost) / len(labels), "low": low, "high": high},
         }
     return figures
-
-
-def share_of(count: int, of: int) -> dict[str, Any]:
-    """A percentage with its 95 % interval (Wilson's)."""
-    share = count / of
-    centre = (share + Z**2 / (2 * of)) / (1 + Z**2 / of)
-    half = Z / (1 + Z**2 / of) * math.sqrt(share * (1 - share) / of + Z**2 / (4 * of**2))
-    return {"accuracy": 100 * share, "low": 100 * (centre - half), "high": 100 * (centre + half), "num_images": of}
 
 
 def paired_interval(gained: int, lost: int, of: int) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, Images, load_data
-from ..errors import RunError, UsageError, unknown_name
+from ..errors import DataError, RunError, UsageError, unknown_name
 from ..models import create_backbone
 from ..runs import Run, Trial
 from ..training.folder import Trained, is_training
+from ..training.images import Part, TrainingData, evaluation_batches, open_data
+from ..training.recipes import Recipe
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
@@ -192,16 +194,33 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
 
 
 def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
-    told = trained.manifest["data"]
-    data = _load(name or told["name"], told["input_size"][1], data_root, MAX_IMAGES)
+    """Of the test split where there is one, else of the held-out part; scaled as the training scaled them."""
+    manifest, told = trained.manifest, trained.manifest["data"]
+    asked = manifest["asked"]
+    data = open_data(
+        name or told["name"],
+        asked["test_data"],
+        data_root or asked["data_root"],
+        told["input_size"][1],
+        Recipe.from_dict(manifest["recipe"]).holdout,
+        manifest["seed"],
+        (tuple(told["mean"]), tuple(told["std"])),
+    )
     if data.fingerprint != told["fingerprint"]:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
-    chosen = sample(len(data.holdout), MAX_CHECKED)
-    return Pictures(
-        data.train.pixels[sample(len(data.train), CALIBRATION_IMAGES)],
-        Images(data.holdout.pixels[chosen], data.holdout.labels[chosen]),
-        "held-out",
-    )
+    unseen = data.holdout if data.test is None else data.test
+    if not len(unseen):
+        raise DataError(f"{data.name} has neither a held-out part nor a test split")
+    kind = "held-out" if data.test is None else "test"
+    return Pictures(_decoded(data.train, data, CALIBRATION_IMAGES).pixels, _decoded(unseen, data, MAX_CHECKED), kind)
+
+
+def _decoded(part: Part, data: TrainingData, most: int) -> Images:
+    """A sample of a part; what cannot be read is left out."""
+    few = replace(part, indices=part.indices[sample(len(part), most).numpy()])
+    batches = list(evaluation_batches(few, data, CALIBRATION_IMAGES, 0, 1, 0))
+    pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return Images(pixels[labels >= 0], labels[labels >= 0])
 
 
 def _other_data(name: str, of: str) -> str:

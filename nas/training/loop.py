@@ -34,6 +34,7 @@ from torch import distributed, nn
 from ..errors import NasError, UsageError
 from ..machine import seeded
 from ..runs import write_file
+from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
 from .folder import LOG, Trained
 from .images import Part, TrainingData, batch_size, evaluation_batches, seed_all, steps_per_epoch, training_batches
@@ -46,7 +47,6 @@ CHECKPOINT_SECONDS = 300.0
 EVALUATION_BATCH = 256
 SIDE_STEP = 32
 """Sides of images that change from step to step are multiples of this."""
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -419,19 +419,6 @@ def scaled_side(side: int, scale: float) -> int:
     """A share of a side, as a multiple of 32 (one of 16 below 64 pixels)."""
     grain = SIDE_STEP if side >= 2 * SIDE_STEP else SIDE_STEP // 2
     return max(grain, round(side * scale / grain) * grain)
-
-
-def share_of(correct: int, count: int) -> dict[str, Any]:
-    """A share of so many images in percent, with Wilson's 95 % interval."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, count).proportion_ci(CONFIDENCE, method="wilson")
-    return {
-        "accuracy": 100 * correct / count,
-        "low": 100 * float(interval.low),
-        "high": 100 * float(interval.high),
-        "num_images": count,
-    }
 
 
 def _without_loss(share: dict[str, Any] | None) -> Any:

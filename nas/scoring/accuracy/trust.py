@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
@@ -73,6 +75,17 @@ def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, r
     found = found[np.isfinite(found)]
     low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (float("nan"), float("nan"))
     return Figure(statistic(np.ones(count)), float(low), float(high))
+
+
+def share_of(correct: int, count: int) -> dict[str, Any]:
+    """Accuracy on so many images in percent, with Wilson's 95 % interval."""
+    interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    return {
+        "accuracy": 100 * correct / count,
+        "low": 100 * float(interval.low),
+        "high": 100 * float(interval.high),
+        "num_images": count,
+    }
 
 
 def _signs(values: Sequence[float] | Floats) -> Floats:
