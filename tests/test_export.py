@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,6 @@ import torch
 from conftest import tiny_architecture
 from huggingface_hub import ModelCard
 from PIL import Image
-from scipy.stats import binomtest
 
 import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
@@ -508,8 +508,13 @@ def test_a_killed_export_does_not_break_the_next(run, tmp_path):
 
 @pytest.mark.parametrize(("count", "of"), [(0, 7), (3, 10), (812, 1500), (64, 64)])
 def test_interval_of_a_share(count, of):
-    share, expected = share_of(count, of), binomtest(count, of).proportion_ci(0.95, "wilson")
-    assert (share["low"], share["high"]) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-2)
+    """Wilson's formula."""
+    z, p = 1.959963984540054, count / of
+    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    low, high = (100 * (middle + sign * half) / (1 + z * z / of) for sign in (-1, 1))
+    share = share_of(count, of)
+    assert (share["accuracy"], share["num_images"]) == (pytest.approx(100 * p), of)
+    assert (share["low"], share["high"]) == pytest.approx((low, high), abs=1e-9)
 
 
 def test_interval_of_a_paired_change():
