@@ -26,6 +26,8 @@ FEWEST_FOR_KENDALL = 3
 MAX_KNOBS = 12
 """Knobs that are shown, the most important ones."""
 
+STAGE_FIELDS = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
+
 _TOP1 = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
 TRAINED = {"epochs": COUNT, "seconds": FIGURE, "holdout": _TOP1, "test": ({"name": LINE, **_TOP1}, None)}
 """`RUN/trained/KEY/result.json`."""
@@ -61,10 +63,9 @@ def architectures(scored: Scored) -> dict[str, Any]:
                 }
             )
     points.sort(key=lambda point: not point["front"])
-    names = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
     return {
         "points": points,
-        "stages": [dict(zip(names, stage, strict=True)) for stage in stages],
+        "stages": {"fields": STAGE_FIELDS, "rows": list(stages)},
         "parts": [run.stage_latencies() for run, _, _ in scored],
     }
 

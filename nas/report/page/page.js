@@ -2,6 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const one = (selector) => document.querySelector(selector);
+  data.stages = data.stages.rows.map((row) => Object.fromEntries(data.stages.fields.map((field, i) => [field, row[i]])));
   const several = data.runs.length > 1;
   const PAGE_ROWS = 25;
   const INK = "#333333", PAPER = "#ffffff"; // as nas/report/plots.py has them: replaced by the theme's own
