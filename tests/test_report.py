@@ -29,6 +29,7 @@ from nas.errors import RunError, UsageError
 from nas.report import facts
 from nas.report.dashboard import serve
 from nas.report.html import report
+from nas.report.plots import differences
 from nas.runs import STAGES, Run
 from nas.search import SearchConfig, search
 
@@ -243,6 +244,14 @@ def test_nothing_of_a_run_becomes_markup(page, tmp_path):
         assert hostile.count(tag) == page.count(tag)
 
 
+def test_runs_that_are_not_comparable_say_so(run):
+    other = Run(run.path, {**run.manifest, "conditions": {**run.manifest["conditions"], "threads": 64}})
+    assert differences([run, run]) == []
+    (line,) = differences([run, other])
+    assert "another threads" in line
+    assert line in report([run, other], run.path / "both.html").read_text()
+
+
 def test_runs_with_other_objectives_are_refused(run, tmp_path):
     other = search(analytic_config(tmp_path, trials=1))
     with pytest.raises(UsageError, match="different objectives"):
@@ -431,6 +440,8 @@ def test_both_themes_are_legible_at_any_width(run, browser, scheme, width):
         assert not set(before) & set(after), "the page and its plots follow"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.faults == []
+    page.evaluate("document.documentElement.style.setProperty('--quiet', 'var(--line)')")
+    assert any("contrast" in fault for fault in page.evaluate(AUDIT)), "the audit has eyes"
 
 
 @pytest.mark.slow
@@ -448,6 +459,7 @@ def test_several_runs_and_three_objectives(tmp_path, browser):
     assert page.evaluate("document.querySelector('#growth-plot').data.length") == 2
     page.click(f"#architectures button:text('b@{runs[1].front()[0].key}')")
     assert page.inner_text("#detail-title") == f"b@{runs[1].front()[0].key}"
+    assert "Marks are filled for run, hollow for b." in page.inner_text("#front")
     assert page.evaluate(AUDIT) == []
     assert page.faults == []
 

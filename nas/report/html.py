@@ -13,7 +13,7 @@ from typing import Any
 from ..runs import Run, write_file
 from ..search.objectives import format_value
 from . import facts
-from .plots import MIXER_COLOURS, MIXER_SYMBOLS, RUN_STYLES, interactive, read_runs
+from .plots import MIXER_COLOURS, MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, differences, interactive, read_runs
 
 PAGE = Path(__file__).parent / "page"
 
@@ -57,7 +57,6 @@ def _page(runs: Sequence[Run]) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["value"] = lambda pair: format_value(*pair)
     return environment.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         runs=[_panels(run, trials, front) for (run, _, front), trials in zip(scored, everything, strict=True)],
@@ -68,6 +67,8 @@ def _page(runs: Sequence[Run]) -> str:
             if any(point["mixer"] == name for point in data["points"])
         ],
         several=len(runs) > 1,
+        marks=[(run.name, STYLE_WORDS[i % len(STYLE_WORDS)]) for i, run in enumerate(runs)],
+        differences=differences(runs),
         objectives=[o.label for o in runs[0].objectives],
         style=(PAGE / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,

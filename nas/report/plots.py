@@ -39,6 +39,7 @@ MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
 MIXER_SYMBOLS = dict(zip(MIXER_TYPES, itertools.cycle(PLOTLY_MARKERS), strict=False))
 RUN_STYLES = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
 """How the interactive page tells runs apart: the symbols' filling, the front's line."""
+STYLE_WORDS = ("filled", "hollow", "filled with a dot", "hollow with a dot")
 INK, PAPER = "#333333", "#ffffff"
 """Of outlines and of what is hollow; a page in another theme puts its own in their place."""
 
@@ -81,13 +82,21 @@ def read_runs(runs: Sequence[Run]) -> tuple[Scored, list[list[Trial]]]:
     if len({run.objectives for run in runs}) != 1:
         named = "; ".join(f"{run.name} has {', '.join(o.name for o in run.objectives)}" for run in runs)
         raise UsageError(f"these runs have different objectives: {named}")
-    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
-    for name in (*timed, "latency_protocol", "input_size", "data"):
-        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1:
-            log.warning("these runs were scored under another %s: their points are not comparable in all axes", name)
+    for difference in differences(runs):
+        log.warning(difference)
     everything = [run.trials() for run in runs]
     complete = [[t for t in trials if t.state == "complete"] for trials in everything]
     return [(run, trials, run.front(trials)) for run, trials in zip(runs, complete, strict=True)], everything
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """What makes points of these runs not comparable, a sentence each."""
+    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
+    return [
+        f"these runs were scored under another {name}: their points are not comparable in all axes"
+        for name in (*timed, "latency_protocol", "input_size", "data")
+        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1
+    ]
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
