@@ -113,3 +113,18 @@ TRIAL = {
     "estimates?": {str: [FIGURE, FIGURE]},
 }
 """Attributes of a trial."""
+
+_TOP1 = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
+TRAINED = {
+    "epochs": COUNT,
+    "seconds": FIGURE,
+    "images_per_second": FIGURE,
+    "holdout": (_TOP1, None),
+    "test": ({"name": str, **_TOP1}, None),
+}
+"""What a full training reached: its `result.json`."""
+TRAINED_FRONT = {
+    "rows": [{"key": LINE, "accuracy?": FIGURE}],
+    "kendall": ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None),
+}
+"""What those of a front reached: `trained/front.json`."""

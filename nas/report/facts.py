@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -14,7 +14,8 @@ from sqlalchemy.exc import ArgumentError
 
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
-from ..reading import COUNT, FIGURE, LINE, read_json
+from ..manifest import TRAINED, TRAINED_FRONT
+from ..reading import is_file, read_json
 from ..runs import BASELINES, GRPC, Run, Trial
 from ..search.objectives import OBJECTIVES, Objective, format_figure, format_value
 from .plots import PLAIN_BLOCK, Scored, describe_stages
@@ -27,10 +28,6 @@ MAX_KNOBS = 12
 """Knobs that are shown, the most important ones."""
 
 STAGE_FIELDS = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
-
-_TOP1 = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
-TRAINED = {"epochs": COUNT, "seconds": FIGURE, "holdout": _TOP1, "test": ({"name": LINE, **_TOP1}, None)}
-"""`RUN/trained/KEY/result.json`."""
 
 Rows = list[dict[str, Any]]
 
@@ -256,37 +253,44 @@ def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
     rows: Rows = []
     for file in files:
         result = read_json(file, "a training's result", TRAINED, RunError)
+        final = result["test"] or result["holdout"]
+        if final is None:
+            continue
         trial = known[file.parent.name]
-        test = result["test"]
         rows.append(
             {
                 "key": trial.key,
                 "short": trial.scores.accuracy if trial.scores.accuracy is not None else trial.scores.proxy,
+                "accuracy": final["accuracy"],
+                "final": f"{final['accuracy']:.2f} % [{final['low']:.2f}, {final['high']:.2f}]",
+                "images": f"{final['num_images']:,} {'test' if result['test'] else 'held-out training'} images",
                 "epochs": result["epochs"],
                 "minutes": result["seconds"] / 60,
-                "accuracy": result["holdout"]["accuracy"],
-                "holdout": _top1(result["holdout"]),
-                "test": f"{_top1(test)} on {test['name']}" if test else "",
             }
         )
     if not rows:
         return None
     rows.sort(key=lambda row: -row["accuracy"])
-    return {"rows": rows, "kendall": _kendall(rows), "fewest": FEWEST_FOR_KENDALL}
+    return {"rows": rows, "kendall": _kendall(run, rows), "fewest": FEWEST_FOR_KENDALL}
 
 
-def _top1(found: Mapping[str, Any]) -> str:
-    return f"{found['accuracy']:.2f} % [{found['low']:.2f}, {found['high']:.2f}] of {found['num_images']:,} images"
-
-
-def _kendall(rows: Rows) -> float | None:
+def _kendall(run: Run, rows: Rows) -> str | None:
+    """How the search's figures order the trained networks; with the interval of `train --front`, for its own."""
     from scipy.stats import kendalltau
 
     pairs = [(row["short"], row["accuracy"]) for row in rows if row["short"] is not None]
     if len(pairs) < FEWEST_FOR_KENDALL:
         return None
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
-    return tau if math.isfinite(tau) else None
+    if not math.isfinite(tau):
+        return None
+    file = run.path / "trained" / "front.json"
+    if is_file(file, RunError):
+        told = read_json(file, "a trained front", TRAINED_FRONT, RunError)
+        same = {(row["key"], row.get("accuracy")) for row in told["rows"]} == {(r["key"], r["accuracy"]) for r in rows}
+        if same and told["kendall"]:
+            return f"{tau:.2f} [{told['kendall']['low']:.2f}, {told['kendall']['high']:.2f}]"
+    return f"{tau:.2f}"
 
 
 def trust(run: Run) -> dict[str, Any]:

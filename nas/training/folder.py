@@ -26,6 +26,7 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..errors import RunError
+from ..manifest import TRAINED
 from ..models import create_backbone
 from ..models.zoo import create_network
 from ..reading import COUNT, FIGURE, LINE, SIDE, is_file, read_json
@@ -69,14 +70,6 @@ _SHAPE = {
     },
     "machine": {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE},
     "software": {str: (LINE, None)},
-}
-_SHARE = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
-_RESULT = {
-    "epochs": COUNT,
-    "seconds": FIGURE,
-    "images_per_second": FIGURE,
-    "holdout": (_SHARE, None),
-    "test": ({"name": str, **_SHARE}, None),
 }
 
 
@@ -128,7 +121,7 @@ class Trained:
         file = self.path / RESULT
         if not is_file(file, RunError):
             return None
-        result: dict[str, Any] = read_json(file, "a training's result", _RESULT, RunError)
+        result: dict[str, Any] = read_json(file, "a training's result", TRAINED, RunError)
         return result
 
     def build(self, **kwargs: Any) -> nn.Module:
