@@ -354,9 +354,10 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
         return
     _print_front(run, front)
     path = shlex.quote(str(run.path))
-    click.echo(f"next:\n  {_program()} plot {path}\n  {_program()} export {path} --all")
+    click.echo(f"next:\n  {_program()} report {path}")
     if front:
-        click.echo(f"  {_program()} measure {shlex.quote(f'{run.path}@{front[0].key}')}")
+        target = shlex.quote(f"{run.path}@{front[0].key}")
+        click.echo(f"  {_program()} train {target} --recipe small\n  {_program()} export {path} --all")
 
 
 @cli.command("worker")

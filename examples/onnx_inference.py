@@ -3,8 +3,8 @@
     python onnx_inference.py EXPORT IMAGES [--file model.int8.onnx] [--each]
 
 EXPORT is a folder made by `mixnas export … --format onnx`. IMAGES is a folder of class folders or a .tar of them, for
-top-1 accuracy, or a folder of images, whose classes are printed. Without arguments a small demonstration runs on the
-file that it makes itself (which takes torch, in another process).
+top-1 accuracy; or an image, or a folder of images, whose classes are printed. Without arguments a small demonstration
+runs on the file that it makes itself (which takes torch, in another process).
 """
 
 import argparse
@@ -26,6 +26,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 def read_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
     """Name, class ('' where there is none) and image of each file."""
+    if path.suffix.lower() in SUFFIXES:
+        yield path.name, "", Image.open(path)
+        return
+    if (path / "train").is_dir():
+        sys.exit(f"{path} holds several splits: give one of them, such as {path / 'val'}")
     if path.is_file():
         with tarfile.open(path) as archive:
             for member in archive:
@@ -50,8 +55,8 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
         left, top = (width - square) / 2, (height - square) / 2
         image = image.resize((side, side), filter_, box=(left, top, left + square, top + square))
     else:
-        scale = side / min(width, height)
-        image = image.resize((max(side, int(width * scale)), max(side, int(height * scale))), filter_)
+        short = min(width, height)
+        image = image.resize((side * width // short, side * height // short), filter_)
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
     pixels = np.asarray(image, dtype=np.float32) * np.float32(told["scale"])

@@ -134,14 +134,12 @@ def load_data(
     if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
     source = open_split(name, data_root)
-    rng = np.random.default_rng(seed)
-    chosen, _ = stratified_split(source.targets, max_images / max(len(source.targets), 1), rng, at_least=1)
-    if len(chosen) == 0:
-        raise DataError(f"{name}: no images found")
-    size = input_size or native_size(source, chosen)
-    held, rest = stratified_split(source.targets[chosen], HOLDOUT_SHARE, rng)
+    rest, held = search_split(source.targets, max_images, seed)
     # decoded in the order of the parts, so that both are views of one block of memory
-    ordered = np.concatenate((chosen[rest], chosen[held]))
+    ordered = np.concatenate((rest, held))
+    if len(ordered) == 0:
+        raise DataError(f"{name}: no images found")
+    size = input_size or native_size(source, np.sort(ordered))
     pixels, corrupt = _decode(source, ordered, size)
     source.close()
     if len(corrupt) == len(ordered):
@@ -151,7 +149,7 @@ def load_data(
     num_classes = len(labels.unique())
     if num_classes < 2:
         raise DataError(f"{name}: images of {num_classes} class found, classification needs at least 2")
-    num_train = sum(int(i) not in bad for i in chosen[rest])
+    num_train = sum(int(i) not in bad for i in rest)
     train, holdout = Images(pixels[:num_train], labels[:num_train]), Images(pixels[num_train:], labels[num_train:])
     if not (len(train) and len(holdout)):
         raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: 4 or more of a class are needed")
@@ -172,6 +170,20 @@ def load_data(
         corrupt=tuple(file for _, file in corrupt),
         fingerprint=digest.hexdigest()[:16],
     )
+
+
+def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a search trains on and what it holds out, as indices into a training split.
+
+    Args:
+        targets: classes of the split's images.
+        max_images: of a larger split, a stratified sample of this many is used.
+        seed: of the sample and of the held-out part.
+    """
+    rng = np.random.default_rng(seed)
+    chosen, _ = stratified_split(targets, max_images / max(len(targets), 1), rng, at_least=1)
+    held, rest = stratified_split(targets[chosen], HOLDOUT_SHARE, rng)
+    return chosen[rest], chosen[held]
 
 
 def reduced(data: ImageData, images: int | None = None, input_size: int | None = None, seed: int = 0) -> ImageData:
@@ -255,6 +267,12 @@ def has_test_split(name: str) -> bool:
     """Whether a data set comes with a test split; installed sets are taken to have one."""
     prefix = name.partition("/")[0].lower()
     return name == "digits" or prefix in ("torch", "hfds") or _test_folder(Path(name).expanduser()) is not None
+
+
+def test_split_name(name: str) -> str:
+    """What to call the test split that a data set comes with: the folder it is read from, where it is one."""
+    folder = _test_folder(Path(name).expanduser())
+    return f"the test split of {name}" if folder is None else str(folder)
 
 
 def _test_folder(path: Path) -> Path | None:

@@ -2,7 +2,8 @@
 
 Counts are counted. The rest is predicted by the models that the sampler `surrogate` uses, fitted to the run's trials
 whichever sampler drew them, with intervals as wide as the errors of a cross-validation. A neighbour that was tried has
-its own figures; what is predicted for it comes from the other trials alone, so that the two can be compared.
+its own figures; what is predicted for it comes from the other trials alone (but for how wide the intervals are), so
+that the two can be compared.
 """
 
 from __future__ import annotations
@@ -289,7 +290,7 @@ def _history(run: Run, knobs: Knobs, problem: Problem, trials: Sequence[Trial]) 
     with storage_errors(run.path), damage_reported(run.path):
         study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage())
         history = Reader(knobs).read(study, problem)
-    by_number, losses = {t.number: t for t in trials}, history.losses.copy()
+    by_number, losses = {t.number: t for t in trials if t.state != "running"}, history.losses.copy()
     for row, number in enumerate(history.numbers):
         if history.complete[row] and number in by_number:  # it may have ended a moment ago
             losses[row] = run.losses([by_number[number]])[0]

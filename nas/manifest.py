@@ -41,6 +41,7 @@ CONFIG = {
     "data_root": (str, None),
     "input_size": (SIDE, None),
     "max_images?": COUNT,
+    "trials?": COUNT,
     "epochs": COUNT,
     "seed": COUNT,
     "profile?": (str, None),

@@ -851,7 +851,8 @@ def _known(value: float | None) -> float:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
+    # a path that is no text in this system's encoding may stand in it
+    data = content.encode(errors="replace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

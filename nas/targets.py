@@ -20,10 +20,9 @@ from .models.zoo import check_network_name, create_network
 from .reading import FIGURE, LINE, SIDE, is_file, read_json, read_text
 from .runs import Run, Trial, is_run
 from .scoring.latency import LatencyConfig
-from .training.folder import WEIGHTS, Trained, is_training
+from .training.folder import MAX_CLASSES, WEIGHTS, Trained, is_training
 
 EXPORT = "export.json"
-MAX_CLASSES = 100_000
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported or a trained folder"
 
 

@@ -35,7 +35,7 @@ from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
 from nas.training.folder import Trained
-from nas.training.images import open_data
+from nas.training.images import Held, open_data
 from nas.training.recipes import RECIPES
 
 TESTS = Path(__file__).parent
@@ -196,7 +196,7 @@ def test_targets_of_every_kind(run, tmp_path):
 def trained(path: Path, run: Run, architecture: Architecture | None = None, model: str | None = None) -> Trained:
     """A finished training's folder with random weights, on the images of a run."""
     side = run.manifest["data"]["input_size"][1]
-    data = open_data(run.manifest["data"]["name"], None, None, side, RECIPES["quick"].holdout, 0)
+    data = open_data(run.manifest["data"]["name"], None, None, side, Held(RECIPES["quick"].holdout, 0))
     asked = dict.fromkeys(("data", "test_data", "data_root", "teacher", "teacher_weights", "input_size"))
     manifest = {
         "target": model or "mine.json",

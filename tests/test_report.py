@@ -153,11 +153,11 @@ def test_breaks_and_overlaps_are_no_work(run, tmp_path):
     other = emptied(example(tmp_path / "run"))
     study, begin = study_of(other), datetime(2026, 1, 1)
     template = study_of(run).trials[0]
-    # two side by side for ten minutes, and one of five minutes on the next day
-    for start, end in ((0, 10), (2, 10), (24 * 60, 24 * 60 + 5)):
+    # a short one within a long one, two side by side until the end of ten minutes, and one of five on the next day
+    for start, end in ((3, 4), (0, 10), (2, 10), (24 * 60, 24 * 60 + 5)):
         template.datetime_start, template.datetime_complete = (begin + timedelta(minutes=m) for m in (start, end))
         study.add_trial(template)
-    assert facts.growth(other, other.trials())["minutes"] == [10, 10, 15]
+    assert facts.growth(other, other.trials())["minutes"] == [4, 10, 10, 15]
 
 
 @pytest.mark.slow
@@ -227,7 +227,8 @@ def test_secrets_of_a_storage_are_not_shown(url, shown):
     assert facts.storage_for_people(url) == shown
 
 
-def test_nothing_of_a_run_becomes_markup(page, tmp_path):
+def hostile_run(tmp_path) -> Run:
+    """With markup in all that people or packages may have named."""
     run = example(tmp_path / "run")
     manifest = json.loads((run.path / "run.json").read_text())
     manifest["space"]["name"] = manifest["data"]["name"] = manifest["software"]["torch"] = HOSTILE
@@ -241,9 +242,27 @@ def test_nothing_of_a_run_becomes_markup(page, tmp_path):
     study_of(run).add_trial(optuna.trial.create_trial(state=failed, user_attrs={"failure": f"{HOSTILE}: {HOSTILE}"}))
     path = tmp_path / "<img src=x>"
     run.path.rename(path)
-    hostile = report([Run.open(path)]).read_text()
+    return Run.open(path)
+
+
+def test_nothing_of_a_run_becomes_markup(page, tmp_path):
+    hostile = report([hostile_run(tmp_path)]).read_text()
     for tag in ("<img", "<script", "</script"):
         assert hostile.count(tag) == page.count(tag)
+    assert facts.storage_for_people("grpc://host:1/?token=x") == "grpc://host:1"
+
+
+@pytest.mark.slow
+def test_nothing_of_a_run_becomes_markup_in_a_browser(tmp_path, browser):
+    """What the page's script and plotly make of names, where a pointer rests too."""
+    run = hostile_run(tmp_path)
+    page = browser.open(report([run], tmp_path / "page.html"))
+    key = run.front()[-1].key
+    x, y = page.evaluate(PLACE, [key, 0])
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_selector("#plot .hovertext")
+    assert page.evaluate("document.querySelectorAll('main img, #plot img, #plot a').length") == 0
 
 
 def test_runs_that_are_not_comparable_say_so(run):

@@ -164,8 +164,6 @@ def test_the_stages_of_the_front_are_measured(run):
         parts = stages[trial.key]
         assert [p["part"] for p in parts] == ["stem", "stages.0", "stages.1", "stages.2", "head"]
         assert all(p["low_ms"] <= p["ms"] <= p["high_ms"] for p in parts)
-        # little is left of the whole: calls between parts, and how far measurements of so little time agree here
-        assert sum(p["ms"] for p in parts) == pytest.approx(trial.scores.latency_ms, rel=0.5)
 
 
 def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):

@@ -62,7 +62,7 @@ def _metadata(subject: Subject) -> str:
     data = plain(Path(subject.data["name"]).name)
     fields: dict[str, Any] = {
         "library_name": "timm",
-        "license": "apache-2.0",
+        **({} if _foreign(subject) else {"license": "apache-2.0"}),
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "mixnas"],
     }
@@ -74,7 +74,7 @@ def _metadata(subject: Subject) -> str:
                 "results": [
                     {
                         "task": {"type": "image-classification", "name": "Image Classification"},
-                        "dataset": {"type": data, "name": data, "split": split},
+                        "dataset": {"type": data, "name": plain(Path(share.get("name", data)).name), "split": split},
                         "metrics": [{"type": "accuracy", "name": "top-1", "value": round(share["accuracy"] / 100, 6)}],
                     }
                     for split, share in found.items()
@@ -82,6 +82,14 @@ def _metadata(subject: Subject) -> str:
             }
         ]
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
+
+
+def _foreign(subject: Subject) -> bool:
+    """Whether somebody else's weights may have gone into it: their licence is theirs to say."""
+    if subject.trained is None:
+        return False
+    asked = subject.trained.manifest["asked"]
+    return asked["init"] not in ("auto", "scratch") or asked["teacher"] is not None
 
 
 def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
@@ -143,8 +151,8 @@ Uploaded to the Hugging Face Hub as it is, the folder is `hf-hub:NAME/REPOSITORY
 def _figures(subject: Subject) -> list[str]:
     """Rows of a table."""
     rows = [f"| parameters | {sum(p.numel() for p in subject.model.parameters()):,} |"]
-    _, height, width = subject.input_size
     scores = None if subject.trial is None else subject.trial.scores
+    _, height, width = subject.input_size if subject.run is None else subject.run.manifest["data"]["input_size"]
     if scores is not None and scores.macs is not None:
         rows.append(f"| MACs at {height}x{width} | {scores.macs:,} |")
     words = {"test": "test images", "holdout": "held-out training images"}
@@ -157,11 +165,11 @@ def _figures(subject: Subject) -> list[str]:
         assert subject.run is not None
         threads, device = subject.run.manifest["conditions"]["threads"], subject.run.manifest["conditions"]["device"]
         rows.append(
-            f"| latency in the search: {subject.run.timing}, threads: {threads}, {plain(device)} | "
+            f"| latency at {height}x{width} in the search: {subject.run.timing}, threads: {threads}, {plain(device)} | "
             f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
         )
     if scores is not None and scores.memory_mib is not None:
-        rows.append(f"| peak memory | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
+        rows.append(f"| peak memory at {height}x{width} | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
     return rows
 
 
@@ -172,7 +180,10 @@ def _training(subject: Subject) -> str:
         return (
             f"Weights are those of a full training: recipe `{plain(manifest['recipe']['name'])}`, "
             f"{result.get('epochs', manifest['recipe']['epochs'])} epochs on {data['num_train']:,} images of "
-            f"{height}x{width}, seed {manifest['seed']}."
+            f"{height}x{width}, seed {manifest['seed']}"
+            + ("" if manifest["init"] == "scratch" else f", on from `{plain(Path(manifest['init']).name)}`")
+            + (f", taught by `{plain(manifest['asked']['teacher'])}`" if manifest["asked"]["teacher"] else "")
+            + "."
         )
     config = subject.manifest["config"]
     return (
@@ -221,7 +232,8 @@ def _files(report: Mapping[str, Any]) -> str:
                 f"{change['high']:+.2f}, same {int8['num_images']:,} images)"
             )
     text += (
-        f". Batches of 1, 2 and 5 give each image the same logits.\n{machine['cpu']}, {machine['cores']} cores{gpu}; "
+        ". Batches of 1, 2 and 5 give each image the same logits (int8: nearly).\n"
+        f"{machine['cpu']}, {machine['cores']} cores{gpu}; "
         + ", ".join(f"{name} {software[name]}" for name in ("torch", "timm", "onnxruntime") if name in software)
         + f"; {report['created']}.\n"
     )

@@ -16,8 +16,7 @@ from ..errors import DataError, RunError, UsageError, unknown_name
 from ..models import create_backbone
 from ..runs import Run, Trial
 from ..training.folder import Trained, is_training
-from ..training.images import Part, TrainingData, evaluation_batches, open_data
-from ..training.recipes import Recipe
+from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
@@ -194,7 +193,7 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
 
 
 def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
-    """Of the test split where there is one, else of the held-out part; scaled as the training scaled them."""
+    """Of the held-out part, else of the test split; scaled as the training scaled them."""
     manifest, told = trained.manifest, trained.manifest["data"]
     asked = manifest["asked"]
     data = open_data(
@@ -202,16 +201,15 @@ def _pictures_of_training(trained: Trained, name: str | None, data_root: str | N
         asked["test_data"],
         data_root or asked["data_root"],
         told["input_size"][1],
-        Recipe.from_dict(manifest["recipe"]).holdout,
-        manifest["seed"],
+        Held.from_dict(told["held"]),
         (tuple(told["mean"]), tuple(told["std"])),
+        with_test=not told["num_holdout"],
     )
     if data.fingerprint != told["fingerprint"]:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
-    unseen = data.holdout if data.test is None else data.test
-    if not len(unseen):
+    unseen, kind = (data.holdout, "held-out") if len(data.holdout) else (data.test, "test")
+    if unseen is None:
         raise DataError(f"{data.name} has neither a held-out part nor a test split")
-    kind = "held-out" if data.test is None else "test"
     return Pictures(_decoded(data.train, data, CALIBRATION_IMAGES).pixels, _decoded(unseen, data, MAX_CHECKED), kind)
 
 

@@ -18,7 +18,7 @@ def check_network_name(name: str) -> str:
         UsageError: where there is no such network.
     """
     plain = name.removeprefix("timm:")
-    if not timm.is_model(plain):
+    if ":" in plain or "/" in plain or not timm.is_model(plain):  # nothing from a hub or another folder
         raise unknown_name("network", plain, timm.list_models())
     return plain
 

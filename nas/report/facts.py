@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -110,18 +111,29 @@ def growth(run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
             for t in study.get_trials(deepcopy=False)
             if t.datetime_start is not None and t.datetime_complete is not None
         ]
-    minutes, until, worked = {}, None, 0.0
+    minutes, stretches, before, begun = {}, _together((s, e) for s, e, _ in spans), 0.0, 0
     for start, end, number in sorted(spans, key=lambda span: span[1]):
-        since = start if until is None else max(start, until)
-        worked += max((end - since).total_seconds(), 0.0) / 60
-        until = end if until is None else max(until, end)
-        minutes[number] = worked
+        while stretches[begun][1] < start:
+            before += (stretches[begun][1] - stretches[begun][0]).total_seconds() / 60
+            begun += 1
+        minutes[number] = before + (end - stretches[begun][0]).total_seconds() / 60
     ended = [number for number in minutes if number in scored]
     return {
         "name": run.name,
         "minutes": [round(minutes[number], 3) for number in ended],
         "volumes": run.hypervolumes([scored[number] for number in ended]),
     }
+
+
+def _together(spans: Iterable[tuple[datetime, datetime]]) -> list[tuple[datetime, datetime]]:
+    """The stretches of time that some spans cover together."""
+    found: list[tuple[datetime, datetime]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
 
 
 def mixers_by_stage(trials: Sequence[Trial], front: Sequence[Trial]) -> Rows:
@@ -279,7 +291,7 @@ def _kendall(run: Run, rows: Rows) -> str | None:
     from scipy.stats import kendalltau
 
     pairs = [(row["short"], row["accuracy"]) for row in rows if row["short"] is not None]
-    if len(pairs) < FEWEST_FOR_KENDALL:
+    if len(pairs) < FEWEST_FOR_KENDALL or len({row["epochs"] for row in rows}) > 1:  # else they do not compare
         return None
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     if not math.isfinite(tau):
@@ -343,13 +355,13 @@ def storage_for_people(url: str | None) -> str:
     if url is None:
         return "study.db in the run folder"
     if url.startswith(GRPC):
-        return GRPC + url.removeprefix(GRPC).rpartition("@")[2]
+        return GRPC + re.split("[/?;]", url.removeprefix(GRPC).rpartition("@")[2])[0]
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         return "a database"
     host = (parsed.host or "") + (f":{parsed.port}" if parsed.port else "")
-    return f"{parsed.drivername}://{host}/{parsed.database or ''}"
+    return f"{parsed.drivername}://{host}/{re.split('[?;]', parsed.database or '')[0]}"
 
 
 def _words(value: Any) -> str:

@@ -63,14 +63,18 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
         UsageError: where the runs' objectives differ.
         RunError: where no run has a scored architecture, or the files cannot be written.
     """
+    from matplotlib import rc_context
+
     scored, everything = read_runs(runs)
     if not any(trials for _, trials, _ in scored):
         raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
     folder = runs[0].path if out is None else out
-    files = save_figure(_draw(scored), folder / "front")
+    with rc_context({"text.parse_math": False}):  # names may hold dollars
+        files = save_figure(_draw(scored), folder / "front")
     files.append(folder / "front.html")
     write_file(files[-1], _page(scored))
-    return files + save_figure(_draw_hypervolume(runs, everything), folder / "hypervolume")
+    with rc_context({"text.parse_math": False}):
+        return files + save_figure(_draw_hypervolume(runs, everything), folder / "hypervolume")
 
 
 def read_runs(runs: Sequence[Run]) -> tuple[Scored, list[list[Trial]]]:

@@ -228,7 +228,7 @@ def check_storage(url: str) -> None:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise UsageError(f"the storage must be {allowed}") from None
-    secrets = {"password", "passwd", "pwd", "sslpassword"} & {name.lower() for name in parsed.query}
+    secrets = {"password", "passwd", "pwd", "sslpassword", "odbc_connect"} & {name.lower() for name in parsed.query}
     if parsed.password is not None or secrets:
         raise UsageError(
             "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "

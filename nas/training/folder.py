@@ -28,11 +28,12 @@ from ..architecture import Architecture
 from ..errors import RunError
 from ..manifest import TRAINED
 from ..models import create_backbone
-from ..models.zoo import create_network
-from ..reading import COUNT, FIGURE, LINE, SIDE, is_file, read_json
+from ..models.zoo import check_network_name, create_network
+from ..reading import COUNT, FIGURE, LINE, SIDE, Number, is_file, read_json
 from ..runs import reading_manifest, write_file
 
 FORMAT = 1
+MAX_CLASSES = 100_000
 MANIFEST, CHECKPOINT, LOG, WEIGHTS, RESULT = (
     "train.json",
     "checkpoint.pt",
@@ -60,6 +61,7 @@ _SHAPE = {
         "mirrored": bool,
         "num_train": COUNT,
         "num_holdout": COUNT,
+        "held": {"share": Number(0, 0.5), "seed": range(2**32), "search": ([COUNT, COUNT], None)},
     },
     "asked": {
         "target": str,
@@ -95,9 +97,18 @@ class Trained:
         with reading_manifest(path / MANIFEST, FORMAT, "training folder", _SHAPE) as manifest:
             if (manifest["architecture"] is None) == (manifest["model"] is None):
                 raise RunError("it must name an architecture or a model")
+            if manifest["model"] is not None:
+                check_network_name(manifest["model"])
+            if len(manifest["data"]["classes"]) > MAX_CLASSES:
+                raise RunError(f"it has more than {MAX_CLASSES:,} classes")
             trained = cls(path, manifest)
             _ = trained.architecture
             return trained
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return any(is_file(self.path / name, RunError) for name in (CHECKPOINT, RESULT))
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Trained:
@@ -165,7 +176,7 @@ class Trained:
         torch.save(dict(state), buffer)
         write_file(self.path / CHECKPOINT, buffer.getvalue())
 
-    def checkpoint(self, device: str | torch.device) -> dict[str, Any] | None:
+    def checkpoint(self) -> dict[str, Any] | None:
         """What the training goes on from; None where it begins.
 
         Raises:
@@ -175,7 +186,7 @@ class Trained:
         if not is_file(file, RunError):
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise RunError(f"{file} is damaged ({why}): delete it to begin again") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import random
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,14 @@ from ..data import (
     match_classes,
     native_size,
     open_split,
+    search_split,
     stratified_split,
+    test_split_name,
 )
 from ..errors import DataError, UsageError
 from .recipes import Recipe
+
+log = logging.getLogger(__name__)
 
 STATISTICS_IMAGES = 1024
 """Images from which mean and deviation are taken, where nothing else says them."""
@@ -66,6 +72,37 @@ class Part:
         return len(self.indices)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Which images of a training split are held out: it follows from this and the split's labels.
+
+    Args:
+        share: of the images of each class.
+        seed: of the draw.
+        search: `max_images` and seed of a search, of whose held-out images they are drawn; None for any. Weights that
+            a search trained have not seen those.
+    """
+
+    share: float
+    seed: int
+    search: tuple[int, int] | None = None
+
+    def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of what is held out, and of the rest."""
+        rng = np.random.default_rng(self.seed)
+        if self.search is None:
+            return stratified_split(labels, self.share, rng)
+        _, pool = search_split(labels, *self.search)
+        wanted = min(1.0, self.share * len(labels) / max(len(pool), 1))
+        held = pool[stratified_split(labels[pool], wanted, rng)[0]]
+        return held, np.setdiff1d(np.arange(len(labels)), held)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Held:
+        """From plain data."""
+        return cls(data["share"], data["seed"], tuple(data["search"]) if data["search"] else None)
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """What a network is trained, watched and tested on.
@@ -82,6 +119,7 @@ class TrainingData:
         train: the images trained on.
         holdout: those that the training is watched on; disjoint from `train`, may be empty.
         test: those of the final test; None where there is none.
+        held: how `holdout` was drawn.
         fingerprint: short hash of names, labels and parts: it tells data sets apart.
     """
 
@@ -96,6 +134,7 @@ class TrainingData:
     train: Part
     holdout: Part
     test: Part | None
+    held: Held
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +151,7 @@ class TrainingData:
             "mirrored": self.mirrored,
             "num_train": len(self.train),
             "num_holdout": len(self.holdout),
+            "held": {"share": self.held.share, "seed": self.held.seed, "search": self.held.search},
         }
 
 
@@ -120,9 +160,9 @@ def open_data(
     test_name: str | None,
     data_root: str | None,
     input_size: int | None,
-    holdout: float,
-    seed: int,
+    held: Held,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    with_test: bool = True,
 ) -> TrainingData:
     """Open a training split and the test split that goes with it; no more than a sample is decoded.
 
@@ -131,9 +171,9 @@ def open_data(
         test_name: of another set whose images are the test split; None takes the one beside `name`, if any.
         data_root: where installed sets lie.
         input_size: side of the images; None takes the data's own.
-        holdout: share of each class that is held out.
-        seed: of what is held out.
+        held: what is held out.
         normalisation: mean and deviation of the channels; None takes them from a sample.
+        with_test: whether the test split is opened too.
 
     Raises:
         DataError: where a set is missing or cannot be used.
@@ -144,12 +184,11 @@ def open_data(
     if len(np.unique(labels)) < 2:
         raise DataError(f"{name}: images of one class, classification needs at least 2")
     side = input_size or native_size(source, np.arange(len(labels)))
-    held, rest = stratified_split(labels, holdout, np.random.default_rng(seed))
+    aside, rest = held.split(labels)
     if len(rest) < 2:
         raise DataError(f"{name}: {len(labels)} images are too few to train on")
-    test, test_source = None, None
-    if test_name is not None or has_test_split(name):
-        test_source = open_split(name, data_root, test=True) if test_name is None else _given(test_name, data_root)
+    test, test_source = None, _test_source(name, test_name, data_root) if with_test else None
+    if test_source is not None:
         of_test = match_classes(test_source, source.classes, test_name or f"the test split of {name}")
         test = Part(test_source, np.arange(len(of_test)), of_test)
     if normalisation is None:
@@ -159,7 +198,7 @@ def open_data(
         test_source.close()
     return TrainingData(
         name=name,
-        test_name=None if test is None else test_name or f"the test split of {name}",
+        test_name=None if test is None else test_name or test_split_name(name),
         classes=source.classes,
         input_size=(3, side, side),
         interpolation=source.interpolation,
@@ -167,26 +206,39 @@ def open_data(
         std=normalisation[1],
         mirrored=name.lower() not in NOT_MIRRORED,
         train=Part(source, rest, labels),
-        holdout=Part(source, held, labels),
+        holdout=Part(source, aside, labels),
         test=test,
-        fingerprint=_fingerprint(source, rest, test),
+        held=held,
+        fingerprint=_fingerprint(source, rest),
     )
 
 
-def _given(name: str, data_root: str | None) -> Source:
-    """A set that is the test split as a whole."""
-    if name == "digits":
-        raise UsageError("--test-data digits: these images are for training; leave it out for their own test split")
-    return open_split(name, data_root)
+def _test_source(name: str, test_name: str | None, data_root: str | None) -> Source | None:
+    """The test split of a set; None where it has none.
+
+    Raises:
+        UsageError: where it is what is trained on.
+    """
+    if test_name is None:
+        if not has_test_split(name):
+            return None
+        try:
+            return open_split(name, data_root, test=True)
+        except DataError as error:
+            log.warning("there will be no final test: %s", error)
+            return None
+    if has_test_split(test_name):
+        return open_split(test_name, data_root, test=True)
+    if test_name == name or Path(test_name).expanduser().resolve() == Path(name).expanduser().resolve():
+        raise UsageError(f"--test-data {test_name}: these are the images that are trained on")
+    return open_split(test_name, data_root)
 
 
-def _fingerprint(source: Source, rest: np.ndarray, test: Part | None) -> str:
+def _fingerprint(source: Source, rest: np.ndarray) -> str:
     digest = hashlib.sha256("\0".join(source.classes).encode())
     digest.update(source.targets.tobytes())
     digest.update(rest.tobytes())
     digest.update("\0".join(source.name(i) for i in range(0, len(rest), max(1, len(rest) // 4096))).encode())
-    if test is not None:
-        digest.update(test.labels.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -357,7 +409,8 @@ def _loader(images: Dataset[Any], workers: int, batch_sampler: Any) -> DataLoade
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     # a killed training leaves nobody behind: what it has open, its folder's lock among it, is open here too
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

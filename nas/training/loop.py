@@ -25,18 +25,19 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
-from ..errors import NasError, UsageError
+from ..errors import NasError, RunError, UsageError
 from ..machine import seeded
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
-from .folder import LOG, Trained
+from .folder import CHECKPOINT, LOG, Trained
 from .images import Part, TrainingData, batch_size, evaluation_batches, seed_all, steps_per_epoch, training_batches
 from .recipes import Recipe
 
@@ -155,10 +156,16 @@ class Loop:
         form = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.network = model.to(self.device).to(memory_format=form)
         if recipe.sync_batch_norm and processes.count > 1:
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
-        self.optimizer = create_optimizer_v2(
-            self.network, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+            if self.device.type != "cuda":
+                raise UsageError("sync_batch_norm=on needs CUDA: set it off")
+            self.network = convert_sync_batchnorm(self.network)
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.network, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            )
+        except (AssertionError, ImportError, TypeError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise UsageError(f"optimizer={recipe.optimizer}: timm cannot make it ({why}); such as adamw") from None
         self.average = ModelEmaV3(self.network, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -193,9 +200,14 @@ class Loop:
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        state = trained.checkpoint(self.device)
+        state = trained.checkpoint()
         if state is not None:
-            self._load(state)
+            try:
+                self._load(state)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise RunError(
+                    f"{trained.path / CHECKPOINT} is damaged ({type(error).__name__}): delete it to begin again"
+                ) from None
         self.running = self.network
         if processes.count > 1:
             on = [self.device] if self.device.type == "cuda" else None
@@ -242,13 +254,14 @@ class Loop:
                 if ended:
                     self._end_epoch(done * self.size / (time.monotonic() - begun))
                 self.seconds = before + time.monotonic() - begun
-                if ended or stopped() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
                     saved = time.monotonic()
                 if on_step is not None:
                     speed = done / (time.monotonic() - begun)
                     on_step(self._told(speed, (total - self.step) / speed))
                 if number := stopped():
+                    self._save()
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self._finish()
 
@@ -289,7 +302,7 @@ class Loop:
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
         """The images at this step's side, the same in all processes."""
-        if len(self.recipe.scales) < 2:
+        if self.recipe.scales == (1.0,):
             return images
         scale = random.Random(self.seed * 1_000_003 + self.step).choice(self.recipe.scales)
         side = scaled_side(self.data.input_size[1], scale)
@@ -320,7 +333,9 @@ class Loop:
         return F.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing)
 
     def _end_epoch(self, images_per_second: float) -> None:
-        loss = self._loss.item() / self.steps
+        if self.processes.count > 1:
+            distributed.all_reduce(self._loss)
+        loss = self._loss.item() / self.steps / self.processes.count
         self._loss.zero_()
         epoch = self.step // self.steps
         if not math.isfinite(loss):
@@ -364,6 +379,7 @@ class Loop:
         test = self._evaluate(self.data.test) if self.data.test is not None and len(self.data.test) else None
         if not self.processes.first:
             return
+        self._write_log()
         self.trained.save_weights(self.tested.state_dict())
         self.trained.save_result(
             {
@@ -412,7 +428,10 @@ class Loop:
             self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
-        self._loss.copy_(state["loss"])
+        if not 0 <= self.step <= self.recipe.epochs * self.steps or len(self.rows) != self.step // self.steps:
+            raise ValueError("its step and its log do not fit")
+        if self.processes.first:  # the sum over all processes is what counts
+            self._loss.copy_(state["loss"])
 
 
 def scaled_side(side: int, scale: float) -> int:

@@ -147,6 +147,8 @@ class Recipe:
                     + (f", such as {', '.join(close)}" if close else f": {', '.join(f for f in kinds if f != 'name')}")
                 )
             changes[key] = _value(key, value.strip(), kinds[key])
+        if "warmup_epochs" not in changes:  # a shorter training has a shorter warm-up
+            changes["warmup_epochs"] = min(self.warmup_epochs, changes.get("epochs", self.epochs) / 5)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

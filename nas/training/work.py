@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import distributed, nn
 
+from ..data import MAX_IMAGES
 from ..errors import DataError, NasError, RunError, UsageError
 from ..machine import describe_machine, describe_software, machine_name, resolve_device, seeded
 from ..models import create_backbone
@@ -28,7 +29,7 @@ from ..runs import Run, Trial, locked_folder, write_file
 from ..scoring.accuracy import trust
 from ..targets import Target, resolve
 from .folder import MANIFEST, Trained, is_training, load_weights
-from .images import TrainingData, default_workers, open_data
+from .images import Held, TrainingData, default_workers, open_data
 from .loop import Loop, Processes, Step, Teacher, scaled_side
 from .recipes import RECIPES, Recipe
 
@@ -118,6 +119,14 @@ def _as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     """The arguments of a training that is gone on with by its folder."""
     manifest = trained.manifest
     asked = manifest["asked"]
+    for name in _ASKED[1:]:
+        given = getattr(config, name)
+        if given not in (asked[name], getattr(TrainConfig(""), name)):
+            raise UsageError(f"{trained.path} was begun with another --{name.replace('_', '-')}: leave it out to go on")
+    if config.recipe not in (RECIPES["standard"], Recipe.from_dict(dict(manifest["recipe"]))):
+        raise UsageError(f"{trained.path} was begun with another recipe: leave --recipe and --set out to go on")
+    if config.out is not None and config.out.resolve() != trained.path.resolve():
+        raise UsageError(f"{trained.path} is not trained to its end: to go on, leave --out out")
     return replace(
         config,
         **{name: asked[name] for name in _ASKED},
@@ -134,7 +143,10 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
     """This process among those that train together, and its device."""
     processes = Processes.of_environment()
     if processes.count == 1:
-        yield processes, resolve_device(device)
+        place = resolve_device(device)
+        if place != "cpu":
+            torch.cuda.set_device(place)  # what is seeded step by step
+        yield processes, place
         return
     if resolve_device(device) == "cpu":
         place, backend = "cpu", "gloo"
@@ -166,17 +178,19 @@ def _train(
     if weights is not None and target.architecture is None and not known:
         known = timm.get_pretrained_cfg(target.model, allow_unregistered=True).to_dict()
     normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
-    data = open_data(
-        config.data, config.test_data, config.data_root, config.input_size, recipe.holdout, config.seed, normalisation
-    )
-    if "classes" in target.data and weights == target.weights and tuple(target.data["classes"]) != data.classes:
+    if weights is None and config.init == "auto" and target.run:
+        log.warning("%s: its run keeps no weights of it, so it begins from scratch", target.name)
+    held = _held(config, target, weights)
+    data = open_data(config.data, config.test_data, config.data_root, config.input_size, held, normalisation)
+    anew = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
+    if anew:
         log.info("other classes than its weights were trained on: the classifier begins anew")
     out = config.out or _place(config, target)
     manifest = _manifest(config, target, data, weights, device)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as folder:
         if processes.first:
-            held.enter_context(locked_folder(out, MANIFEST, "training"))
-            if is_training(out):
+            folder.enter_context(locked_folder(out, MANIFEST, "training"))
+            if is_training(out) and Trained.open(out).begun:
                 _check_same(Trained.open(out), manifest)
             else:
                 Trained.create(out, manifest)
@@ -189,8 +203,8 @@ def _train(
         with seeded(config.seed):
             model = _build(target, data, recipe.drop_path)
             if weights is not None:
-                _fill(model, weights)
-        _check_sides(model, data, recipe)
+                _fill(model, weights, anew)
+        _check_sides(model, data, recipe, "the network")
         teacher = _teacher(config, data, device) if config.teacher else None
         workers = default_workers(processes.count) if config.workers is None else config.workers
         if teacher is not None and isinstance(model, Backbone):
@@ -212,6 +226,22 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
             config = replace(config, data=of_run["data"], data_root=config.data_root or of_run["data_root"])
     size = target.data["input_size"][1] if "input_size" in target.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
+
+
+def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
+    """What is held out: nothing that the weights it starts from were trained on, as far as that is known."""
+    held = Held(config.recipe.holdout, config.seed)
+    if weights is None or weights != target.weights or target.folder is None:
+        return held
+    if target.run:
+        of_run = Run.open(target.folder).manifest["config"]
+        same = config.data == of_run["data"]
+        return replace(held, search=(of_run.get("max_images", MAX_IMAGES), of_run["seed"])) if same else held
+    if is_training(target.folder):
+        before = Trained.open(target.folder).manifest["data"]
+        return Held.from_dict(before["held"]) if config.data == before["name"] else held
+    log.warning("what %s was trained on is not known: its held-out images may be among that", target.name)
+    return held
 
 
 def _initial(config: TrainConfig, target: Target) -> Path | None:
@@ -249,54 +279,58 @@ def _build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
         return create_network(target.model, classes, data.input_size)
 
 
-def _fill(model: nn.Module, weights: Path) -> None:
-    """Load weights; a classifier of other classes stays as it is."""
+def _fill(model: nn.Module, weights: Path, anew: bool) -> None:
+    """Load weights; a classifier of other classes stays as it is, one of another number in any case."""
     own = model.state_dict()
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
     def fitting(found: dict[str, Any]) -> dict[str, Any]:
-        other = {n for n, t in found.items() if n in own and n.startswith(classifier) and t.shape != own[n].shape}
+        ours = {n for n in found if n in own and n.startswith(classifier)}
+        other = {n for n in ours if anew or found[n].shape != own[n].shape}
         return {n: own[n] if n in other else t for n, t in found.items()} if classifier else found
 
     load_weights(model, weights, fitting)
 
 
-def _check_sides(model: nn.Module, data: TrainingData, recipe: Recipe) -> None:
-    """Refuse sides that the network does not take, before a long training finds out."""
-    if len(recipe.scales) < 2:
-        return
+def _check_sides(model: nn.Module, data: TrainingData, recipe: Recipe, what: str) -> None:
+    """Refuse sides that a network does not take, before a long training finds out."""
     for scale in recipe.scales:
-        side = scaled_side(data.input_size[1], scale)
+        side = data.input_size[1] if scale == 1 else scaled_side(data.input_size[1], scale)
         try:
             with torch.inference_mode():
                 nn.Module.__call__(model.eval(), torch.zeros(1, 3, side, side))
         except (AssertionError, RuntimeError, ValueError) as error:
             why = str(error).partition("\n")[0][:200]
-            raise UsageError(f"scales: the network does not take images of {side} pixels ({why})") from None
+            raise UsageError(f"{what} does not take images of {side} pixels ({why})") from None
 
 
 def _teacher(config: TrainConfig, data: TrainingData, device: str) -> Teacher:
     name = config.teacher or ""
     folder = Path(name)
+    known: Mapping[str, Any]
     if is_training(folder):
         trained = Trained.open(folder)
         model, known = trained.load_model(), trained.manifest["data"]
     elif is_file(folder / "config.json", UsageError):
-        try:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"--teacher {name}: it cannot be loaded ({str(error).partition(chr(10))[0]})") from None
-        known = model.pretrained_cfg
+        exported = resolve(name)
+        if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
+            raise UsageError(f"--teacher {name}: it is no exported folder with weights")
+        model, known = exported.build(), exported.data
+        load_weights(model, exported.weights)
     elif name.startswith("timm:"):
         assert config.teacher_weights is not None
         model = create_network(name.removeprefix("timm:"), len(data.classes), data.input_size)
         load_weights(model, Path(config.teacher_weights))
-        known = model.pretrained_cfg
+        known = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True).to_dict()
     else:
         raise UsageError(f"--teacher {name}: give a trained folder, an exported folder or timm:NAME")
-    if model.num_classes != len(data.classes):
-        raise UsageError(f"--teacher {name} knows {model.num_classes} classes, the images have {len(data.classes)}")
+    count = int(getattr(model, "num_classes", 0))
+    if count != len(data.classes):
+        raise UsageError(f"--teacher {name} knows {count} classes, the images have {len(data.classes)}")
+    if tuple(known.get("classes", data.classes)) != data.classes:
+        raise UsageError(f"--teacher {name} knows other classes than the images have, or in another order")
+    _check_sides(model, data, config.recipe, f"--teacher {name}")
     model = model.eval().requires_grad_(False).to(device)
     return Teacher(model, tuple(known["mean"]), tuple(known["std"]))
 
@@ -324,11 +358,15 @@ def _manifest(
 def _check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
     """Refuse to go on with another training than the folder's."""
     there = trained.manifest
+    for name in ("test_data", "teacher_weights"):
+        if there["asked"][name] != manifest["asked"][name]:
+            raise RunError(f"{trained.path} was begun with another --{name.replace('_', '-')}: give another --out")
     for name in ("architecture", "model", "init", "teacher", "seed"):
         if there.get(name) != manifest[name]:
             raise RunError(f"{trained.path} is a training with another {name}: give another --out")
     for name, value in manifest["recipe"].items():
         if there["recipe"].get(name) != value:
+            name = "recipe" if name == "name" else name
             raise RunError(
                 f"{trained.path} was begun with {name}={there['recipe'].get(name)}, not {value}: give another --out"
             )
@@ -396,14 +434,17 @@ def train_front(
                 on_point(i, len(front), trial.key)
             row = {"key": trial.key, "proxy": _proxy(trial)}
             try:
-                found = final_accuracy(train(replace(config, target=f"{config.target}@{trial.key}"), on_step))
+                trained = train(replace(config, target=f"{config.target}@{trial.key}"), on_step)
+                found = {"init": trained.manifest["init"], **(final_accuracy(trained) or {})}
             except (UsageError, DataError):
                 raise
             except NasError as error:
+                if processes.count > 1:
+                    raise  # the others may be in the midst of a step: all end, and go on together
                 log.warning("%s: %s", trial.key, error)
                 rows.append(row | {"failure": str(error)})
             else:
-                rows.append(row | (found or {}))
+                rows.append(row | found)
         told = FrontTraining(tuple(rows), _order(rows))
         if processes.first:
             write_file(run.path / "trained" / "front.json", json.dumps(told.to_dict(), indent=2) + "\n")
@@ -417,6 +458,8 @@ def _proxy(trial: Trial) -> float | None:
 
 def _order(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
     both = [row for row in rows if row["proxy"] is not None and "accuracy" in row]
+    if len({row["init"] == "scratch" for row in both}) > 1:  # which would be at a disadvantage
+        both = [row for row in both if row["init"] != "scratch"]
     if len(both) < FEWEST_COMPARED:
         return None
     proxy, final = [row["proxy"] for row in both], [row["accuracy"] for row in both]
