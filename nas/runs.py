@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
 import sys
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+WIDE = 0.05
+"""Half-width of a latency's interval, as a share, from which on people are told."""
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Attributes of the study that `nas.search.finish` writes."""
 MANIFEST = "manifest"
@@ -284,9 +287,9 @@ class Run:
         ]
 
     def verdicts(self) -> list[str]:
-        """How far the front can be trusted: its proxy, where that was calibrated, and the order of its latencies.
+        """How far the front can be trusted: its proxy, where that was calibrated, its order, its intervals.
 
-        The latter is what measuring again said, a line for each target and each further runtime.
+        Of the order of latencies, what measuring again said is a line for each target and each further runtime.
         """
         attributes, front = self.attributes, self.front(self.trials(remeasured=False))
         first = {t.key: t.scores for t in front}
@@ -296,7 +299,7 @@ class Run:
             seen = {key: figure for key, scores in first.items() if (figure := _figure(objective, scores)) is not None}
             again = _measured(attributes.get(REMEASURED, {}).get(target, {}))
             if again:
-                lines.append(f"{target}: {compare_orders(seen, again).verdict}")
+                lines.append(f"{target}, the front as the search saw it: {compare_orders(seen, again).verdict}")
         latency = OBJECTIVES["latency"]
         final = {t.key: figure for t in self.front() if (figure := _figure(latency, t.scores)) is not None}
         for target, entries in attributes.get(ELSEWHERE, {}).items():
@@ -310,7 +313,7 @@ class Run:
                 f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
                 + (f", rank correlation {rho:.2f}" if rho is not None else "")
             )
-        return lines
+        return lines + doubts(self.objectives, self.front(), int(self.manifest["data"]["num_holdout"]))
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
         """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
@@ -485,6 +488,33 @@ class Run:
         """Delete the weights of architectures; others may be of a worker whose trial is not known here yet."""
         for key in keys:
             self.weights_file(key).unlink(missing_ok=True)
+
+
+def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout: int) -> list[str]:
+    """What the width of a front's intervals says of it.
+
+    Args:
+        objectives: of the run.
+        front: its points.
+        num_holdout: images on which accuracy was measured.
+    """
+    lines = []
+    for objective in (o for o in objectives if o.is_latency):
+        figures = [(objective.read(t.scores), objective.interval(t.scores)) for t in front]
+        widest = max(((i[1] - i[0]) / 2 / ms for ms, i in figures if ms and i is not None), default=0.0)
+        if widest > WIDE:
+            lines.append(
+                f"{objective.label}: intervals of the front reach ±{widest:.0%}; on quieter cores, or with a longer "
+                "--latency-seconds, they are narrower"
+            )
+    errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
+    if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):
+        apart = 1.96 * math.sqrt(2) * max(errors)
+        lines.append(
+            f"accuracies less than {apart:.1f} points apart may differ by chance alone "
+            f"({num_holdout:,} held-out images)"
+        )
+    return lines
 
 
 def is_run(path: Path) -> bool:

@@ -17,10 +17,11 @@ import search_spaces
 from nas.errors import TrialFailure, UsageError
 from nas.measure import REST, agreement, measure
 from nas.models.zoo import check_network_name, create_network
-from nas.runs import ELSEWHERE, REMEASURED, STAGES, Run
+from nas.runs import ELSEWHERE, REMEASURED, STAGES, Run, Trial, doubts
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
 from nas.search import SearchConfig, finish, search
 from nas.search.conditions import evaluator_of
+from nas.search.objectives import Scores, parse_objectives
 from nas.search.pareto import near_front, non_dominated
 from nas.search.stability import compare_orders, rank_correlation
 from nas.targets import resolve_all
@@ -146,6 +147,21 @@ def test_baselines_are_scored_like_the_points_and_measured_with_them(run):
             and (t.scores.latency_ms, t.scores.proxy) != (scores.latency_ms, scores.proxy)
         ]
         assert run.beaten(front, scores) == beaten
+
+
+def test_wide_intervals_are_told():
+    objectives = parse_objectives(("latency", "accuracy"), "train", True, ("cpu-eager",))
+
+    def point(half: float, std: float) -> Trial:
+        timed = {"latency_ms": 2.0, "latency_low_ms": 2.0 - half, "latency_high_ms": 2.0 + half}
+        return Trial(0, "complete", None, Scores(**timed, accuracy=50.0, accuracy_std=std))
+
+    assert doubts(objectives, [point(0.09, 1.0)], 200) == [], "4.5 %, and nothing to compare"
+    wide, chance = doubts(objectives, [point(0.1, 1.0), point(0.5, 2.0)], 200)
+    assert "reach ±25%" in wide
+    assert "less than 5.5 points apart" in chance, "1.96 times the root of two times two points"
+    assert "(200 held-out images)" in chance
+    assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []
 
 
 def test_the_front_is_measured_in_onnxruntime_too(run):
