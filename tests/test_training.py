@@ -21,6 +21,7 @@ from scipy.stats import kendalltau
 
 from nas.data import load_data, open_split, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
+from nas.export import Settings, export_each
 from nas.models.zoo import create_network
 from nas.runs import Run
 from nas.search import SearchConfig, search
@@ -250,6 +251,24 @@ def test_what_is_tested_is_what_was_saved(images, file, tmp_path):
     result = trained.result
     assert result is not None
     assert result["test"]["accuracy"] == pytest.approx(100 * correct / len(files))
+
+
+@pytest.mark.parametrize("holdout", [0.25, 0.0])
+@pytest.mark.parametrize("source", ["images", "digits"])
+def test_what_was_trained_is_handed_over(images, file, tmp_path, source, holdout):
+    """Files are compared on images that were not trained on: held-out ones, else those of the test."""
+    data = str(images) if source == "images" else source
+    once = replace(TINY, epochs=1, warmup_epochs=0.0, holdout=holdout)
+    trained = train(config(file, data, tmp_path / "t", recipe=once))
+    (made,) = export_each(trained.path, (), False, tmp_path / "exports", Settings())
+    assert made.failures == {}
+    result = trained.result
+    assert result is not None
+    compared = result["holdout"] or result["test"]
+    readable = compared["num_images"] - (source == "images" and not holdout)  # one test image is broken
+    assert str(readable) in made.report["compared_on"]
+    told = made.report["files"]["timm"]["top1"]["accuracy"] * readable
+    assert told == pytest.approx(compared["accuracy"] * compared["num_images"])
 
 
 class Killed(BaseException):
