@@ -130,16 +130,19 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
     ]
 
 
-def near_trials(run: Run, trials: Sequence[Trial]) -> list[Trial]:
+def near_trials(run: Run, trials: Sequence[Trial], widened: float = 1.0) -> list[Trial]:
     """The front and what may belong to it, given the intervals of latency; the front first, then by what beats them.
 
     Args:
         run: whose objectives count.
         trials: complete ones.
+        widened: intervals are taken to be so many times as wide.
     """
     if not trials:
         return []
     best, worst = run.loss_intervals(trials)
+    more = (widened - 1) * (worst - best) / 2
+    best, worst = best - more, worst + more
     ranks = nondomination_ranks(run.losses(list(trials)))
     near = np.flatnonzero(near_front(best, worst)).tolist()
     return [trials[i] for i in sorted(near, key=lambda i: (ranks[i], *best[i]))]

@@ -45,6 +45,8 @@ MAX_FAILURES = 10
 WAIT_SECONDS = 1.0
 HANG_FACTOR = 2
 """Scoring has this times what training and measuring may take."""
+SURPRISE = 3.0
+"""Weights are kept of what would be near the front with intervals of latency so many times as wide."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
 
@@ -183,8 +185,9 @@ class Loop:
         if complete:
             self.front = self.run.front([*self.front, *complete])
             self.hypervolume = self.run.hypervolume(self.front)
-            # measuring again may bring what is near the front onto it, so its weights are kept too
-            before, self.near = self.near, near_trials(self.run, [*self.near, *complete])
+            # measuring again may bring what is near the front onto it, so its weights are kept too; on a machine that
+            # was busy at times it finds more than an interval allows
+            before, self.near = self.near, near_trials(self.run, [*self.near, *complete], SURPRISE)
             self.run.drop_weights({t.key for t in (*before, *complete)} - {t.key for t in self.near})
         return new
 
