@@ -147,7 +147,7 @@ def test_search_prints_the_front_and_what_to_type_next(capsys, tmp_path):
     code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"))
     assert code == 0
     assert "Pareto front of" in out
-    assert f"plot {tmp_path / 'run'}" in out
+    assert f"report {tmp_path / 'run'}" in out
     assert "[3/3]" in err
 
 
@@ -180,7 +180,7 @@ def test_names_with_brackets_are_printed_as_they_are(capsys, tmp_path):
     code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run[v2][/b] x"))
     assert code == 0
     assert "run[v2][/b] x" in out
-    assert f"plot '{tmp_path}/run[v2][/b] x'" in out
+    assert f"report '{tmp_path}/run[v2][/b] x'" in out
 
 
 def test_a_point_is_measured_under_its_runs_conditions(capsys, tmp_path):
@@ -323,9 +323,8 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
     assert code == 0, err
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
     command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]

@@ -419,7 +419,10 @@ def look(name: str, tmp_path: Path, before: str = "", **environment: str) -> Fin
     [
         ("torch", "torch", "problem", "ImportError: no libcudart"),
         ("torchvision and timm", "torchvision", "problem", "torchvision cannot be imported (no libcudart)"),
-        ("ONNX Runtime", "onnxruntime", "warning", "onnxruntime cannot be imported (no libcudart)"),
+        pytest.param(
+            *("ONNX Runtime", "onnxruntime", "warning", "onnxruntime cannot be imported (no libcudart)"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_broken_package_is_a_finding(tmp_path, check, module, state, words):

@@ -69,7 +69,7 @@ def brute_force_front(points: dict[str, tuple[float, float]]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_an_exhausted_space_gives_the_brute_force_front(tmp_path, sampler):
     run = search(analytic_config(tmp_path, trials=100, sampler=sampler))
     truth = {}
@@ -116,7 +116,7 @@ def test_the_main_job_scores_all_it_should(tmp_path):
     "objectives",
     [
         pytest.param(("latency", "params"), marks=pytest.mark.slow),
-        ("latency", "macs", "memory"),
+        pytest.param(("latency", "macs", "memory"), marks=pytest.mark.slow),
         ("flops", "params", "memory", "accuracy"),
     ],
 )
@@ -258,13 +258,13 @@ def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path):
         ({"space": MINI}, "space"),
         ({"objectives": ("macs", "params")}, "objectives"),
         ({"proxy": "macs"}, "proxy"),
-        ({"epochs": 7}, "epochs"),
         ({"input_size": 64}, "data"),
-        ({"dtype": "bf16"}, "dtype"),
-        ({"batch_size": 2}, "batch_size"),
-        ({"threads": 2}, "threads"),
-        ({"channels_last": True}, "channels_last"),
         ({"seed": 1}, "seed"),
+        pytest.param({"epochs": 7}, "epochs", marks=pytest.mark.slow),
+        pytest.param({"dtype": "bf16"}, "dtype", marks=pytest.mark.slow),
+        pytest.param({"batch_size": 2}, "batch_size", marks=pytest.mark.slow),
+        pytest.param({"threads": 2}, "threads", marks=pytest.mark.slow),
+        pytest.param({"channels_last": True}, "channels_last", marks=pytest.mark.slow),
         ({"budgets": {"macs": 1e12}}, "budgets"),
     ],
 )

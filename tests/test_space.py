@@ -274,6 +274,7 @@ def test_largest_has_the_most_parameters_with_its_mixers(space):
     assert max(tops) >= max(num_params(corner(space, max, n)) for n in range(4))
 
 
+@pytest.mark.slow
 def test_the_largest_of_mini_has_the_most_parameters_of_all():
     mini = search_spaces.load("mini")
     assert max(num_params(a) for a in mini.largest()) == max(num_params(a) for a in mini)
