@@ -53,6 +53,19 @@ CONFIG = {
     "latency_target?": POSITIVE,
     "latency_seconds?": POSITIVE,
 }
+DATA = {
+    "name": str,
+    "fingerprint": LINE,
+    "classes": [str],
+    "input_size": [range(3, 4), SIDE, SIDE],
+    "interpolation": LINE,
+    "mean": [FIGURE, FIGURE, FIGURE],
+    "std": [FIGURE, FIGURE, FIGURE],
+    "num_train": COUNT,
+    "num_holdout": COUNT,
+}
+"""What was trained on, in runs and full trainings."""
+MACHINE = {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE}
 RUN = {
     "study": str,
     "created": LINE,
@@ -63,25 +76,8 @@ RUN = {
     "trust?": ({**TRUST, "calibration": str}, None),
     "latency_references?": {str: POSITIVE},
     "conditions": {"device": LINE, "threads": range(1, 2**16)},
-    "data": {
-        "name": str,
-        "fingerprint": LINE,
-        "classes": [str],
-        "input_size": [range(3, 4), SIDE, SIDE],
-        "interpolation": LINE,
-        "mean": [FIGURE, FIGURE, FIGURE],
-        "std": [FIGURE, FIGURE, FIGURE],
-        "num_train": COUNT,
-        "num_holdout": COUNT,
-    },
-    "machine": {
-        "cpu": LINE,
-        "cores": COUNT,
-        "threads": range(1, 2**16),
-        "platform": LINE,
-        "device": LINE,
-        "gpu?": LINE,
-    },
+    "data": DATA,
+    "machine": {**MACHINE, "threads": range(1, 2**16)},
     "software": {str: (LINE, None)},
 }
 

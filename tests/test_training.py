@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
 
-from nas.data import load_data, open_split, search_split
+from nas.data import SPLIT_SEED, load_data, open_split, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
 from nas.models.zoo import create_network
@@ -490,6 +490,7 @@ def run(tmp_path_factory) -> Run:
             trials=6,
             sampler="random",
             budgets=parse_budgets(()),
+            seed=3,
             out=tmp_path_factory.mktemp("results") / "run",
         )
     )
@@ -497,6 +498,10 @@ def run(tmp_path_factory) -> Run:
 
 def test_a_front_is_trained_and_compared(run):
     points = []
+    of_search = search_split(open_split("digits").targets, 200, SPLIT_SEED)
+    data = load_data("digits", max_images=200)
+    assert data.fingerprint == run.manifest["data"]["fingerprint"], "so the search trained on these"
+    assert data.train.labels.tolist() == open_split("digits").targets[of_search[0]].tolist()
     asked = TrainConfig(str(run.path), replace(TINY, epochs=1, warmup_epochs=0.0), device="cpu", workers=0)
     told = train_front(asked, on_point=lambda *point: points.append(point))
     front = run.front()
@@ -506,6 +511,9 @@ def test_a_front_is_trained_and_compared(run):
         trained = Trained.open(run.path / "trained" / trial.key)
         assert trained.manifest["init"] == str(run.weights_file(trial.key))
         assert trained.manifest["data"]["held"] == {"share": 0.1, "seed": 0, "search": [200, 0]}
+        labels = open_split("digits").targets
+        held, _ = Held.from_dict(trained.manifest["data"]["held"]).split(labels)
+        assert not set(held) & set(of_search[0]), "whatever the seed of the search is"
         assert row["accuracy"] == final_accuracy(trained)["accuracy"]
         assert row["proxy"] == trial.scores.accuracy
     if len(front) >= work.FEWEST_COMPARED:

@@ -89,7 +89,7 @@ def calibrate(config: CalibrationConfig, path: Path, on_step: Step | None = None
         DataError: for an unusable data set.
         UsageError: where images are too small for the space.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images)
     reduction = config.space.largest()[0].reduction
     if data.input_size[1] < reduction:
         raise UsageError(f"images of {data.input_size[1]} pixels are too small: {reduction} or more are needed")

@@ -15,7 +15,7 @@ from ..data import MAX_IMAGES, ImageData, Images, load_data
 from ..errors import DataError, RunError, UsageError, unknown_name
 from ..models import create_backbone
 from ..runs import Run, Trial
-from ..training.folder import Trained, is_training
+from ..training.folder import Trained, is_training, load_weights
 from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
@@ -137,9 +137,6 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
     Raises:
         RunError: where the run keeps no weights for it, or they do not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = run.weights_file(trial.key)
     if not file.is_file():
         why = (
@@ -150,10 +147,7 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
         raise RunError(f"{run.path} keeps no trained weights for {trial.key}: {why}")
     assert trial.architecture is not None
     model = create_backbone(trial.architecture, len(run.manifest["data"]["classes"]))
-    try:
-        model.load_state_dict(load_file(file))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise RunError(f"{file} is damaged ({str(error).splitlines()[0]})") from None
+    load_weights(model, file)
     return model.eval()
 
 
@@ -233,4 +227,4 @@ def sample(count: int, most: int) -> torch.Tensor:
 @lru_cache(maxsize=2)
 def _load(name: str, side: int | None, data_root: str | None, max_images: int) -> ImageData:
     """Decoded once for all points of a front."""
-    return load_data(name, side, data_root, max_images, seed=0)
+    return load_data(name, side, data_root, max_images)

@@ -83,7 +83,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         log.info("accuracy is not an objective: nothing is trained")
     if config.only == MEASURE:
         log.info("this process only measures: nothing is drawn until a worker trains (mixnas worker --only train)")
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, seed=0)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images)
     if data.corrupt:
         shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
         log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)

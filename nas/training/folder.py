@@ -26,10 +26,10 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..errors import RunError
-from ..manifest import TRAINED
+from ..manifest import DATA, MACHINE, TRAINED
 from ..models import create_backbone
 from ..models.zoo import check_network_name, create_network
-from ..reading import COUNT, FIGURE, LINE, SIDE, Number, is_file, read_json
+from ..reading import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..runs import reading_manifest, write_file
 
 FORMAT = 1
@@ -50,17 +50,9 @@ _SHAPE = {
     "created": LINE,
     "recipe": {"name": LINE, "epochs": COUNT},
     "data": {
-        "name": str,
+        **DATA,
         "test": (str, None),
-        "fingerprint": LINE,
-        "classes": [str],
-        "input_size": [range(3, 4), SIDE, SIDE],
-        "interpolation": LINE,
-        "mean": [FIGURE, FIGURE, FIGURE],
-        "std": [FIGURE, FIGURE, FIGURE],
         "mirrored": bool,
-        "num_train": COUNT,
-        "num_holdout": COUNT,
         "held": {"share": Number(0, 0.5), "seed": range(2**32), "search": ([COUNT, COUNT], None)},
     },
     "asked": {
@@ -70,7 +62,7 @@ _SHAPE = {
         "seed": range(2**32),
         "init": str,
     },
-    "machine": {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE},
+    "machine": MACHINE,
     "software": {str: (LINE, None)},
 }
 
@@ -219,4 +211,4 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         model.load_state_dict(adapt(weights) if adapt else weights)
     except (SafetensorError, RuntimeError, OSError) as error:
         why = " ".join(str(error).split())[:200]
-        raise RunError(f"{file} does not hold the weights of this network ({why})") from None
+        raise RunError(f"{file} is damaged, or does not hold the weights of this network ({why})") from None

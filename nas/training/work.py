@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import distributed, nn
 
-from ..data import MAX_IMAGES
+from ..data import MAX_IMAGES, SPLIT_SEED
 from ..errors import DataError, NasError, RunError, UsageError
 from ..machine import describe_machine, describe_software, machine_name, resolve_device, seeded
 from ..models import create_backbone
@@ -235,13 +235,18 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
         return held
     if target.run:
         of_run = Run.open(target.folder).manifest["config"]
-        same = config.data == of_run["data"]
-        return replace(held, search=(of_run.get("max_images", MAX_IMAGES), of_run["seed"])) if same else held
+        search = of_run.get("max_images", MAX_IMAGES), SPLIT_SEED
+        return replace(held, search=search) if _same_data(config.data, of_run["data"]) else held
     if is_training(target.folder):
         before = Trained.open(target.folder).manifest["data"]
-        return Held.from_dict(before["held"]) if config.data == before["name"] else held
+        return Held.from_dict(before["held"]) if _same_data(config.data, before["name"]) else held
     log.warning("what %s was trained on is not known: its held-out images may be among that", target.name)
     return held
+
+
+def _same_data(name: str | None, other: str) -> bool:
+    """Whether two names are of one data set, however its path is spelled."""
+    return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _initial(config: TrainConfig, target: Target) -> Path | None:
