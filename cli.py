@@ -110,9 +110,10 @@ def _print_json(data: Any) -> None:
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    # in a pipe there is no width to keep to: never cut a figure
-    console = Console(markup=False) if sys.stdout.isatty() else Console(width=240, markup=False)
-    console.print(table)
+    # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
+    least, most = _widths(table)
+    width = max(least, shutil.get_terminal_size().columns) if sys.stdout.isatty() else max(most, 80)
+    Console(width=width, markup=False).print(table)
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -126,25 +127,45 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
+def _fits(table: Table) -> bool:
+    """Whether there is room for a table as it is, without breaking its cells: always, but on a terminal."""
+    return not sys.stdout.isatty() or _widths(table)[1] <= shutil.get_terminal_size().columns
+
+
+def _widths(table: Table) -> tuple[int, int]:
+    """The least columns in which no figure of a table is cut, and those in which no cell is broken."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(markup=False)
+    least, most = Measurement.get(console, console.options.update(max_width=10_000), table)
+    return least, most
+
+
 def _front_table(run: Run, front: list[Trial]) -> Table:
-    """The front, best first objective first, with spreads."""
+    """The front, best first objective first, with half its 95 % intervals; stages where there is room for them."""
+    whole = _front_columns(run, front, "\n" if sys.stdout.isatty() else ", ")
+    return whole if _fits(whole) else _front_columns(run, front, None)
+
+
+def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
     from nas.report.plots import describe_stages
     from nas.search.objectives import OBJECTIVES as ALL
     from nas.search.objectives import format_score
 
-    with_stages = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 100
+    points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
     table = _table(
         "key",
         *(f"{o.label}>" for o in shown),
-        *(["stages"] if with_stages else []),
-        title=f"Pareto front of {run.path}: {len(front)} points, hypervolume {run.hypervolume(front):.5g}",
+        *([] if between_stages is None else ["stages"]),
+        title=f"Pareto front of {run.path}: {points}, hypervolume {run.hypervolume(front):.5g}",
     )
     for trial in front:
         cells = [format_score(objective, trial.scores) for objective in shown]
         assert trial.architecture is not None
-        if with_stages:
-            cells.append(", ".join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
+        if between_stages is not None:
+            cells.append(between_stages.join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
         table.add_row(trial.key, *cells)
     if any(objective.is_latency for objective in shown):
         table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
@@ -155,12 +176,18 @@ def _print_front(run: Run, front: list[Trial]) -> None:
     """The front, the baselines with what beats them, and whether the order of latency held."""
     from nas.search.objectives import format_score
 
-    _print_table(_front_table(run, front))
+    table = _front_table(run, front)
+    _print_table(table)
+    if front and table.columns[-1].header != "stages":
+        click.echo(f"stages: in a wider terminal, or {_program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
     if baselines := run.baselines():
         table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
         for name, scores in baselines.items():
             cells = [format_score(objective, scores) for objective in run.objectives]
-            table.add_row(name, *cells, ", ".join(run.beaten(front, scores)) or "none of the front")
+            beaten = run.beaten(front, scores)
+            told = "all of the front" if len(beaten) == len(front) > 1 else ", ".join(beaten[:2]) or "none of the front"
+            more = f" and {len(beaten) - 2} more" if 2 < len(beaten) < len(front) else ""
+            table.add_row(name, *cells, told + more)
         _print_table(table)
     for line in run.verdicts():
         click.echo(line)
@@ -346,7 +373,8 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     except (KeyboardInterrupt, SystemExit):
         if display.run_path is not None:
             path = shlex.quote(str(display.run_path))
-            click.echo(f"interrupted; resume with: {_program()} search --out {path}", err=True)
+            click.echo(f"interrupted with {display.standing}", err=True)
+            click.echo(f"resume with: {_program()} search --out {path}", err=True)
         raise
     front = run.front()
     if as_json:
@@ -356,7 +384,7 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     path = shlex.quote(str(run.path))
     click.echo(f"next:\n  {_program()} report {path}")
     if front:
-        target = shlex.quote(f"{run.path}@{front[0].key}")
+        target = shlex.quote(f"{run.path}@{run.bend(front).key}")  # of a front's points often a good one
         click.echo(f"  {_program()} train {target} --recipe small\n  {_program()} export {path} --all")
 
 
@@ -595,11 +623,17 @@ def dashboard_command(run_path: Path, host: str, port: int) -> None:
     show_default=True,
     help="trained, proxy (the search's short training), or auto: trained where `train` has finished.",
 )
+@click.option(
+    "--batch",
+    type=int,
+    metavar="N",
+    help="Fix the images that a pass of torch, onnx and int8 takes, as some devices want.  [default: any number]",
+)
 @click.option("--data", help="Where the images lie now.  [default: where they lay]")
 @click.option("--data-root", help="Likewise, for torch/NAME and hfds/NAME sets.")
 @click.option("--measure/--no-measure", default=True, help="Time each file in its runtime.  [default: measure]")
 @click.option("--device", default="cpu", show_default=True, help="Where files are timed.")
-@click.option("--threads", type=int, help="CPU threads of the timed files.  [default: torch's own]")
+@click.option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
 @click.option("--latency-seconds", type=float, default=3.0, show_default=True, help="Time for a file's latency.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: exports in the folder given]"
@@ -611,6 +645,7 @@ def export(
     everything: bool,
     formats: str,
     weights: str,
+    batch: int | None,
     data: str | None,
     data_root: str | None,
     measure: bool,
@@ -626,10 +661,13 @@ def export(
     """
     from nas.export import Settings, export_each
     from nas.machine import resolve_device
+    from nas.runs import Run, is_run
     from nas.scoring.latency import LatencyConfig
 
+    if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
+        threads = Run.open(run).manifest["config"].get("threads")  # so that figures can be compared with the search's
     latency = LatencyConfig(device=resolve_device(device), threads=threads, max_seconds=latency_seconds)
-    settings = Settings(_names(formats), weights, data, data_root, latency if measure else None)
+    settings = Settings(_names(formats), weights, data, data_root, latency if measure else None, batch)
     done = []
     for made in export_each(path, keys, everything, out, settings):
         done.append(made)
@@ -650,7 +688,7 @@ def export(
 
 def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
     """What was written, how far it is from eager, and how fast it is."""
-    table = _table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>")
+    table = _table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
     for made, name, file in files:
         latency, top1 = file.get("latency", {}), file.get("top1")
         table.add_row(
@@ -661,6 +699,7 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
             f"{100 * file['top1_agreement']:.2f} %",
             "" if top1 is None else f"{top1['accuracy']:.2f}",
             f"{latency['ms']:.3f} ±{(latency['high_ms'] - latency['low_ms']) / 2:.2f}" if "ms" in latency else "",
+            "{runtime}, {device}, threads {threads}, batch {batch_size}".format(**latency) if "ms" in latency else "",
         )
     table.caption = "difference: of a logit, to the trained network in eager torch (int8: to onnx), on unseen images"
     return table
@@ -712,6 +751,8 @@ def measure(
 
 
 def _print_measured(rows: list[dict[str, Any]]) -> None:
+    from nas.measure import REST
+    from nas.pieces import part_in_words
     from nas.search.objectives import OBJECTIVES as ALL
     from nas.search.objectives import format_value
 
@@ -734,21 +775,27 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             for part in row["parts"]:
                 low, high = part.get("latency_low_ms"), part.get("latency_high_ms")
                 interval = "" if low is None else f"{low:.3f} to {high:.3f}"
-                parts.add_row(part["part"], f"{part['latency_ms']:.3f} ms", interval, f"{part['share']:.1%}")
+                parts.add_row(
+                    part_in_words(part["part"]), f"{part['latency_ms']:.3f} ms", interval, f"{part['share']:.1%}"
+                )
             parts.add_section()
             parts.add_row("whole", f"{row['latency_ms']:.3f} ms", "", "100.0%")
+            parts.caption = (
+                f"each part is timed alone; {REST} is the whole less all parts: what lies between them, less what each "
+                "costs as a call of its own, so that it may be negative"
+            )
             _print_table(parts)
     names = ("runtime", "dtype", "batch_size", "threads", "device", "machine", "folded")
     for *at, folded in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         form = "folded into convolutions" if folded else "as trained"
-        click.echo("measured with {}, {}, batch {}, {} threads, on {} ({}), batch norms ".format(*at) + form)
+        click.echo("measured with {}, {}, batch {}, threads {}, on {} ({}), batch norms ".format(*at) + form)
     for row in rows:
         if row["uncounted"]:
             click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
         if not row["within_target"]:
             click.echo(
-                f"{row['target']}: its time was over before its interval was as narrow as wanted "
-                f"(±{row['latency_spread']:.1%}); give it more with --latency-seconds"
+                f"{row['target']}: its time was over at ±{row['latency_spread']:.1%} from round to round, wider than "
+                "wanted (--latency-target); give it more with --latency-seconds"
             )
         if not 0.8 < row["drift"] < 1.25:
             click.echo(
@@ -818,7 +865,7 @@ def _print_trained(trained: Trained, as_json: bool) -> None:
         if share := result[part]:
             name = share.get("name", f"{share['num_images']} held-out training images")
             click.echo(f"top-1 {share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f}) on {name}")
-    click.echo(f"next:\n  {_program()} export {shlex.quote(str(trained.path))}")
+    click.echo(f"next:\n  {_program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
 
 
 def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
@@ -899,7 +946,7 @@ def profile_command(
     config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
     path = out or Path("results") / f"profile-{config.space.name}-{config.latency.label}-{input_size}".replace(":", "")
     with _bar("profiling", 60 * minutes) as advance:
-        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"{count} networks"))
+        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
     report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
     if held_out:
         with _bar("held-out networks", held_out) as advance:
@@ -909,7 +956,7 @@ def profile_command(
     if as_json:
         _print_json(report)
         return
-    click.echo(f"{path}: {report['networks']} networks profiled piece by piece")
+    click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
     if held_out:
         click.echo(
             f"{report['count']} others measured: predicted within 5 % of it {report['within_5']:.0%}, within 10 % "
@@ -1046,8 +1093,9 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
-    if any(estimate.low < estimate.high for estimate in found.itself.values()):
-        table.add_row("  by the model", *(change(o, found.itself) for o in objectives))
+    smoothed = any(estimate.low < estimate.high for estimate in found.itself.values())
+    if smoothed:
+        table.add_row("  to the model", *(change(o, found.itself) for o in objectives))
     table.add_section()
     for neighbour in found.neighbours[:limit]:
         chance = "" if neighbour.tried or neighbour.on_front is None else f"{neighbour.on_front:.0%}"
@@ -1056,7 +1104,12 @@ def _print_explanation(found: Explanation, limit: int) -> None:
             cells = (change(o, neighbour.measured) for o in objectives)
             table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
     shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
-    table.caption = f"{shown} of {all_of_them} one-knob changes" if shown < all_of_them else None
+    told = [f"{shown} of {all_of_them} one-knob changes"] if shown < all_of_them else []
+    told += ["changes are counted from `as it is`; in brackets or after ±: 95 % intervals"] if smoothed else []
+    told += [
+        "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
+    ] * smoothed
+    table.caption = "\n".join(told)
     _print_table(table)
     click.echo(found.summary)
     _print_parts(found)
@@ -1073,7 +1126,11 @@ def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estim
     def size(value: float) -> str:
         return format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
 
-    value, low, high = (("-" if v < origin else "+") + size(v - origin) for v in (score.value, score.low, score.high))
+    def signed(value: float) -> str:
+        text = size(value - origin)
+        return text if not float(text.split()[0]) else ("-" if value < origin else "+") + text
+
+    value, low, high = (signed(v) for v in (score.value, score.low, score.high))
     if low == high:
         return value
     return f"{value} ±{size((score.high - score.low) / 2)}" if brief else f"{value} ({low} to {high})"
@@ -1081,11 +1138,20 @@ def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estim
 
 def _print_parts(found: Explanation) -> None:
     """What each part of the network has to do, and how long it takes where the run has that."""
+    targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
+    table = _parts_table(found, targets, intervals=True)
+    _print_table(table if _fits(table) else _parts_table(found, targets, intervals=False))
+    if not targets:
+        of = shlex.quote(f"{found.run.path}@{found.trial.key}")
+        click.echo(f"its parts were not timed: {_program()} measure {of} --per-stage does")
+
+
+def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:
     from nas.search.objectives import OBJECTIVES as ALL
     from nas.search.objectives import format_value
 
-    targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
-    timed = [column for target in targets for column in (f"latency, {target}>", "95 % interval>", "share>")]
+    interval = ["95 % interval>"] if intervals else []
+    timed = [column for target in targets for column in (f"latency, {target}>", *interval, "share>")]
     table = _table("part", *timed, "MACs>", "share>", "parameters>", "share>")
     whole_ms = {target: sum(part.latency[target].value for part in found.parts) for target in targets}
     whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
@@ -1093,14 +1159,14 @@ def _print_parts(found: Explanation) -> None:
         cells = []
         for target, ms in ((target, part.latency[target]) for target in targets):
             share = f"{ms.value / whole_ms[target]:.0%}"
-            cells += [f"{ms.value:.3f} ms", f"{ms.low:.3f} to {ms.high:.3f}", share]
+            cells += [f"{ms.value:.3f} ms", *([f"{ms.low:.3f} to {ms.high:.3f}"] if intervals else []), share]
         for name, total in whole.items():
             cells += [format_value(ALL[name], getattr(part, name)), f"{getattr(part, name) / total:.0%}"]
         table.add_row(part.name, *cells)
-    _print_table(table)
-    if not targets:
-        of = shlex.quote(f"{found.run.path}@{found.trial.key}")
-        click.echo(f"its parts were not timed: {_program()} measure {of} --per-stage does")
+    table.caption = "head: all that follows the last stage, its norm included" + (
+        "; each part is timed alone, so that their sum need not be the whole" if targets else ""
+    )
+    return table
 
 
 @cli.command("calibrate")

@@ -3,7 +3,8 @@
     python benchmarks/explain.py [--sampler surrogate,random] [--trials 32,100] [--seeds 10]
 
 Every architecture of `mini` was really scored (`mini_scores.csv`). A run over some of these scores is made, as a search
-with that sampler would have drawn them, and each point of its front (at most `--points` of them) is explained.
+with that sampler would have drawn them, and each point of its front (at most `--points` of them) is explained. The
+width is that of accuracy's intervals, in points: no more in half of them, and in 90 %.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def main() -> None:
     table, space = mini(options.scores), search_spaces.load("mini")
     truth = {row["key"]: row for row in pd.read_csv(options.scores).to_dict("records")}
     print(
-        "| sampler | trials | figures | latency within | accuracy within | tried: within | "
+        "| sampler | trials | figures | latency within | accuracy within | its width | tried: within | "
         + " | ".join(f"said {low:.0%} to {min(high, 1):.0%}: came onto the front" for low, high in BANDS)
         + " |"
     )
-    print("|---" * (6 + len(BANDS)) + "|")
+    print("|---" * (7 + len(BANDS)) + "|")
     for sampler in options.sampler.split(","):
         for trials in map(int, options.trials.split(",")):
             rows, tried = [], np.zeros(2, dtype=int)
@@ -101,11 +102,13 @@ def verdict(neighbour: Any, row: dict[str, Any], run: Run) -> dict[str, Any]:
     losses = np.array([real["latency"], -real["accuracy"]])
     beaten = any((point <= losses).all() and (point < losses).any() for point in run.losses(run.front()))
     inside = {n: neighbour.predicted[n].low <= value <= neighbour.predicted[n].high for n, value in real.items()}
-    return inside | {"said": neighbour.on_front, "came": not beaten}
+    width = neighbour.predicted["accuracy"].high - neighbour.predicted["accuracy"].low
+    return inside | {"said": neighbour.on_front, "came": not beaten, "width": width}
 
 
 def line(sampler: str, trials: int, rows: pd.DataFrame, tried: np.ndarray) -> str:
     cells = [sampler, str(trials), str(len(rows)), f"{rows['latency'].mean():.1%}", f"{rows['accuracy'].mean():.1%}"]
+    cells.append(" / ".join(f"{rows['width'].quantile(share):.1f}" for share in (0.5, 0.9)))
     cells.append(f"{tried[0] / tried[1]:.1%} of {tried[1]}")
     for low, high in BANDS:
         band = rows[(rows["said"] >= low) & (rows["said"] < high)]

@@ -18,7 +18,7 @@ from search_quality import OBJECTIVES, Table, mini, nas_bench_201, stages
 
 from nas.search import optimize
 from nas.search.pareto import non_dominated
-from nas.search.surrogate.forecast import fitted, forecast
+from nas.search.surrogate.forecast import fitted, forecast, forecast_kinds
 from nas.search.surrogate.gp import Encoding, kinds_of_warp
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -40,14 +40,14 @@ def coverage(
     found = optimize(table.knobs, table.scores, OBJECTIVES, sampler, 100, seed)  # type: ignore[arg-type]
     rows = np.array([table.knobs.point(t.choices) for t in found.trials])
     losses = np.array([-t.values["accuracy"] for t in found.trials])
-    encoding, exact, kinds = Encoding(table.knobs), np.zeros(len(rows)), kinds_of_warp(minimize=False)
+    encoding, exact = Encoding(table.knobs), np.zeros(len(rows))
     rng, known, result = np.random.default_rng(seed), {tuple(row) for row in rows.tolist()}, {}
     for where, pool in held_out.items():
         chosen = rng.permutation(pool) if len(pool) < 1e6 else rng.choice(pool, 2 * count)
         points = np.stack(np.unravel_index(chosen[:count], tuple(table.knobs.sizes)), axis=1)
         unseen = np.array([tuple(point) not in known for point in points.tolist()])
         points, truth = points[unseen], table.losses[chosen[:count][unseen], 1]
-        for widened, predict in ((True, forecast), (False, fitted)):
+        for widened, predict, kinds in ((True, forecast, forecast_kinds(False)), (False, fitted, kinds_of_warp(False))):
             shares = predict(encoding, rows, losses, exact, kinds, points).share_below(truth)
             result[where, widened] = np.array([np.mean(np.abs(shares - 0.5) <= level / 2) for level in LEVELS])
     return result

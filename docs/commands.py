@@ -1,4 +1,4 @@
-"""Writes `docs/commands.md` from the command line itself: `python docs/commands.py`. A test compares the two."""
+"""Writes `docs/commands.md` from command line and recipes: `python docs/commands.py`. A test compares the two."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ PAGE = Path(__file__).with_suffix(".md")
 sys.path.insert(0, str(PAGE.parent.parent))
 
 from cli import cli  # noqa: E402
+from nas.training.recipes import RECIPES, Recipe  # noqa: E402
 
 HEAD = """\
-<!-- made by `python docs/commands.py`: change the texts in cli.py, then call it -->
+<!-- made by `python docs/commands.py`: change the texts in cli.py and nas/training/recipes.py, then call it -->
 
 # Commands
 
@@ -38,7 +39,7 @@ an exported folder. RUN is a run folder; [its format](../results/README.md).
 def page() -> str:
     """The whole page."""
     commands = cli.commands.values()
-    return "\n".join([HEAD, *("\n".join(_command(command)) for command in commands)])
+    return "\n".join([HEAD, *("\n".join(_command(command)) for command in commands), "\n".join(_recipes())])
 
 
 def _command(command: click.Command) -> Iterator[str]:
@@ -53,6 +54,25 @@ def _command(command: click.Command) -> Iterator[str]:
         said, default = _DEFAULT.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
         yield f"| {_names(names)} | {_text(said)} | {_text(default or '')} |"
     yield ""
+
+
+def _recipes() -> Iterator[str]:
+    """The keys of the recipes with what they mean, and their values in each."""
+    yield "## Recipes\n"
+    yield "What `train --recipe NAME` does; `--set KEY=VALUE` changes one key.\n"
+    yield f"| key | is | {' | '.join(f'`{name}`' for name in RECIPES)} |\n|---|---|{'---|' * len(RECIPES)}"
+    for key, said in re.findall(r"^ {8}(\w+): (.*(?:\n {10,}.*)*)", Recipe.__doc__ or "", re.MULTILINE):
+        if key != "name":
+            yield f"| `{key}` | {_text(said)} | {' | '.join(_value(getattr(r, key)) for r in RECIPES.values())} |"
+    yield ""
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 _DEFAULT = re.compile(r"(.*?)(?:\s*\[(?:default: )?([^]]*)])?", re.DOTALL)

@@ -4,10 +4,11 @@
 
 EXPORT is a folder made by `mixnas export … --format onnx`. IMAGES is a folder of class folders or a .tar of them, for
 top-1 accuracy; or an image, or a folder of images, whose classes are printed. Without arguments a small demonstration
-runs on the file that it makes itself (which takes torch, in another process).
+runs on the file that it makes itself, where mixnas is installed (which takes torch, in another process).
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import subprocess
@@ -68,14 +69,17 @@ def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> 
     """Print the class of each image, or how many are right."""
     told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
+    takes = session.get_inputs()[0].shape[0]  # a number, where it was exported with `--batch N`
+    fixed = takes if isinstance(takes, int) else 0
     right = labelled = count = 0
     waiting = []
 
     def run() -> None:
         nonlocal right, labelled, count
-        stack = np.stack([prepared for _, _, prepared in waiting])
+        empty = np.zeros_like(waiting[0][2])
+        stack = np.stack([prepared for _, _, prepared in waiting] + [empty] * (fixed - len(waiting)))
         (logits,) = session.run([told["output"]], {told["input"]: stack})
-        for (name, wanted, _), scores in zip(waiting, logits, strict=True):
+        for (name, wanted, _), scores in zip(waiting, logits, strict=False):
             found = told["class_names"][int(scores.argmax())]
             count += 1
             labelled += wanted in told["class_names"]
@@ -86,13 +90,13 @@ def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> 
 
     for name, wanted, image in read_images(images):
         waiting.append((name, wanted, prepare(image, told)))
-        if len(waiting) == batch:
+        if len(waiting) == (fixed or batch):
             run()
     if waiting:
         run()
     if labelled:
         print(f"top-1 {100 * right / labelled:.2f} % ({right} of {labelled} images, {file})")
-    print(f"{count} images without torch" if count else f"no images in {images}")
+    print(f"classified without torch: {count}" if count else f"no images in {images}")
     assert not {"torch", "timm"} & set(sys.modules)
 
 
@@ -117,7 +121,7 @@ for i, (pixels, label) in enumerate(zip(held.pixels, held.labels)):
 """
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if len(sys.argv) == 1 and importlib.util.find_spec("nas") is not None:
         with tempfile.TemporaryDirectory() as place:
             subprocess.run([sys.executable, "-c", DEMONSTRATION, place], check=True, capture_output=True)
             main(Path(place) / "export", Path(place) / "images", "model.onnx", each=False)

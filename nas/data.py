@@ -19,6 +19,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ MAX_IMAGES = 20_000
 SPLIT_SEED = 0
 """Of what every search holds out, whatever its own seed is."""
 MAX_INPUT_SIZE = 1024
-NOT_MIRRORED = ("digits", "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
+EMBEDDED = "digits"
+NOT_MIRRORED = (EMBEDDED, "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
 """Sets whose images mean something else when mirrored."""
 
 
@@ -135,6 +137,12 @@ def load_data(
         raise UsageError(f"--images {max_images}: at least 2 are needed")
     if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
+    # what is on disk may change, what is embedded does not; small, it is kept
+    load = _load_embedded if name == EMBEDDED and (input_size or 0) <= 64 else _load
+    return load(name, input_size, data_root, max_images, seed)
+
+
+def _load(name: str, input_size: int | None, data_root: str | Path | None, max_images: int, seed: int) -> ImageData:
     source = open_split(name, data_root)
     rest, held = search_split(source.targets, max_images, seed)
     # decoded in the order of the parts, so that both are views of one block of memory
@@ -172,6 +180,9 @@ def load_data(
         corrupt=tuple(file for _, file in corrupt),
         fingerprint=digest.hexdigest()[:16],
     )
+
+
+_load_embedded = lru_cache(maxsize=4)(_load)
 
 
 def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +264,7 @@ def open_split(name: str, data_root: str | Path | None = None, test: bool = Fals
         DataError: where the set is missing or unreadable, or has no such split.
         UsageError: where the name is not allowed.
     """
-    if name == "digits":
+    if name == EMBEDDED:
         return _digits(test)
     prefix = name.partition("/")[0].lower()
     if prefix in ("torch", "hfds"):
@@ -268,7 +279,7 @@ def open_split(name: str, data_root: str | Path | None = None, test: bool = Fals
 def has_test_split(name: str) -> bool:
     """Whether a data set comes with a test split; installed sets are taken to have one."""
     prefix = name.partition("/")[0].lower()
-    return name == "digits" or prefix in ("torch", "hfds") or _test_folder(Path(name).expanduser()) is not None
+    return name == EMBEDDED or prefix in ("torch", "hfds") or _test_folder(Path(name).expanduser()) is not None
 
 
 def test_split_name(name: str) -> str:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from .architecture import Architecture
 from .errors import RunError
-from .pieces import Pieces, count_pieces
-from .runs import STAGES, Run, Trial, damage_reported, storage_errors
+from .pieces import Pieces, count_pieces, part_in_words
+from .runs import Run, Trial, damage_reported, storage_errors
 from .search.beforehand import COUNTS, known_beforehand
 from .search.history import HANDED_ON, History, Reader
 from .search.knobs import Knobs, Point
@@ -29,8 +29,8 @@ from .search.pareto import hypervolume
 from .search.problem import Problem
 from .search.samplers import numeric_threads
 from .search.surrogate.acquisition import Known, Marginal, expected_improvement
-from .search.surrogate.forecast import FOLDS, fitted, widening
-from .search.surrogate.gp import Encoding, kinds_of_warp
+from .search.surrogate.forecast import FOLDS, fitted, forecast_kinds, widening
+from .search.surrogate.gp import Encoding
 from .search.surrogate.sampler import Surrogate
 from .space import Choice, SearchSpace
 
@@ -161,7 +161,16 @@ class Explanation:
         inside, of = self.hits()
         level = f"{100 * LEVEL:.0f} %"
         told = f"predicted from {self.observed} trials, with {level} intervals for what a measurement would say"
-        return told + (f"; {inside} of {of} figures measured of neighbours lie within theirs" if of else "")
+        told += f"; {inside} of {of} figures measured of neighbours lie within theirs" if of else ""
+        if same := [o.label for o in self.run.objectives if o.name in predicted and self._indistinct(o.name)]:
+            told += f"; so few trials cannot tell these changes apart in {' and '.join(same)}"
+        return told
+
+    def _indistinct(self, name: str) -> bool:
+        """Whether no predicted change in an objective is known to be more than what the model says of no change."""
+        estimates = [n.predicted[name] for n in self.neighbours if name in n.predicted]
+        here = self.itself.get(name)
+        return here is not None and bool(estimates) and all(e.low <= here.value <= e.high for e in estimates)
 
     def to_dict(self, limit: int | None = None) -> dict[str, Any]:
         """Plain data, with so many neighbours at most."""
@@ -363,7 +372,7 @@ class _Model:
                 found[name] = Known(problem.signs[column] * counted[name][0], counted[name][1])
             elif self.observed:
                 losses, noise = history.losses[:, column], history.noise[:, column]
-                kinds = kinds_of_warp(problem.minimize[column])
+                kinds = forecast_kinds(problem.minimize[column])
                 seen = (self._encoding, history.rows, losses, noise, kinds)
                 if name not in self._widths:
                     self._widths[name] = widening(*seen)
@@ -420,13 +429,9 @@ def _measured(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Estima
     """What was measured of a trial, with 95 % intervals where there are some; counts are left out."""
     found = {}
     for objective in objectives:
-        value, scores = objective.read(trial.scores), trial.scores
-        if value is None or objective.name in COUNTS:
-            continue
-        std = {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(objective.field) or 0.0
-        found[objective.name] = Estimate(
-            value, *(objective.interval(scores) or (value - 1.96 * std, value + 1.96 * std))
-        )
+        value = objective.read(trial.scores)
+        if value is not None and objective.name not in COUNTS:
+            found[objective.name] = Estimate(value, *(objective.interval(trial.scores) or (value, value)))
     return found
 
 
@@ -439,17 +444,10 @@ def _share(run: Run, trial: Trial, front: Sequence[Trial]) -> float | None:
 def _parts(run: Run, trial: Trial, pieces: Pieces) -> tuple[Part, ...]:
     """The network's parts with what is counted, and timed where the run has that."""
     timed: dict[str, dict[str, Estimate]] = {}
-    for target, entries in run.attributes.get(STAGES, {}).items():
-        for entry in entries.get(trial.key) or ():
-            timed.setdefault(entry["part"], {})[target] = Estimate(entry["ms"], entry["low_ms"], entry["high_ms"])
+    for entry in run.stage_latencies().get(trial.key, ()):
+        timed[entry["part"]] = {run.targets[0]: Estimate(entry["ms"], entry["low_ms"], entry["high_ms"])}
     names = ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
     return tuple(
         Part(part_in_words(name), macs, int(params), timed.get(name, {}))
         for name, macs, params in zip(names, pieces.macs_each, pieces.params, strict=True)
     )
-
-
-def part_in_words(name: str) -> str:
-    """`stages.0` as `stage 1`; others as they are."""
-    stem, _, number = name.partition(".")
-    return f"stage {int(number) + 1}" if stem == "stages" else name

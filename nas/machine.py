@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,7 @@ def _turn(device: str, lock: FileLock | _SharedLock) -> Iterator[None]:
         try:
             enter(timeout=0.2)
         except Timeout:
-            log.info("waiting for another process that measures or trains on %s", device)
+            log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
             WAITING.set()
             try:
                 enter(timeout=-1)
@@ -179,6 +180,18 @@ def _turn(device: str, lock: FileLock | _SharedLock) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _holder(file: Path) -> str:
+    """Which process holds a locked file, as `: process 17`; '' where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        found = file.stat()
+        of_file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+        lines = Path("/proc/locks").read_text(encoding="ascii")
+        for kind, pid, locked in re.findall(r"^\d+: (\w+) +\w+ +\w+ +(\d+) +(\S+)", lines, re.MULTILINE):
+            if (kind, locked) == ("FLOCK", of_file):
+                return f": process {pid}"  # no more, since its command may hold a secret
+    return ""
 
 
 class _SharedLock:

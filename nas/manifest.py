@@ -99,7 +99,7 @@ STUDY = {
     "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
     "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
-    "stages?": {str: {str: [{"part": LINE, **_INTERVAL}]}},
+    "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
 }
 """Attributes of the study as a whole."""
 TRIAL = {

@@ -55,7 +55,7 @@ def export_chain(chain: nn.Module, images: torch.Tensor, parts: int) -> list[byt
 
 
 def export_program(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:
-    """An ONNX model to give away, of a program whose batch is free: opset `OPSET`, input and output named as above.
+    """An ONNX model to give away: opset `OPSET`, input and output named as above, and the batch, where it is free.
 
     What the exporter notes for its own users, such as source files by their paths, is left out.
 
@@ -72,7 +72,7 @@ def export_program(program: torch.export.ExportedProgram, metadata: Mapping[str,
     free = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
+            if free and dim.dim_param:
                 dim.dim_param = dim.dim_param.replace(free, BATCH)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)

@@ -122,3 +122,9 @@ def _stage(
 def _head(architecture: Architecture, batch_size: int, num_classes: int, size: Size) -> _Count:
     head = pieces_of(create_backbone(architecture, num_classes, device="meta").eval())[-1]
     return _count(head, _map(architecture.stages[-1].width, batch_size, size))[0]
+
+
+def part_in_words(path: str) -> str:
+    """A part's path in a network for people: `stages.0` is `stage 1`, others are as they are."""
+    stem, _, number = path.partition(".")
+    return f"stage {int(number) + 1}" if stem == "stages" and number.isdecimal() else path

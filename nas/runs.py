@@ -48,7 +48,7 @@ from .search.objectives import (
     parse_objectives,
 )
 from .search.pareto import GrowingFront, hypervolume, non_dominated
-from .search.stability import Figure, as_figure, compare_orders, rank_correlation
+from .search.stability import Figure, as_figure, compare_orders, rank_correlation, ties
 from .space import SearchSpace
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ WIDE = 0.05
 """Half-width of a latency's interval, as a share, from which on people are told."""
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Attributes of the study that `nas.search.finish` writes."""
+WHOLE = "whole"
+"""Among measured parts, the network itself."""
 MANIFEST = "manifest"
 """The one with the content of `run.json`, for workers that have no more than the storage."""
 GRPC = "grpc://"
@@ -270,9 +272,11 @@ class Run:
         """Latency of each part of the front's networks on the first target: key -> `part`, `ms`, `low_ms`, `high_ms`.
 
         Parts are `stem`, `stages.N` and `head`, in the order in which they run. What could not be measured is left out.
+        The whole was timed with them, and what it is known to take now sets their scale.
         """
         measured = self.attributes.get(STAGES, {}).get(self.targets[0], {}) if self.targets else {}
-        return {key: list(parts) for key, parts in measured.items() if parts}
+        known = {t.key: t.scores.latency_ms for t in self.trials()} if measured else {}
+        return {key: to_scale(parts, known.get(key)) for key, parts in measured.items() if parts}
 
     def beaten(self, front: list[Trial], scores: Scores) -> list[str]:
         """Keys of the front's points that dominate a network with these scores."""
@@ -291,8 +295,8 @@ class Run:
 
         Of the order of latencies, what measuring again said is a line for each target and each further runtime.
         """
-        attributes, front = self.attributes, self.front(self.trials(remeasured=False))
-        first = {t.key: t.scores for t in front}
+        attributes, front = self.attributes, self.front()
+        first = {t.key: t.scores for t in self.front(self.trials(remeasured=False))}
         lines = [_trust(told)] if (told := self.manifest.get("trust")) else []
         for objective in (o for o in self.objectives if o.is_latency):
             target = objective.target or (self.targets[0] if self.targets else "")
@@ -300,8 +304,11 @@ class Run:
             again = _measured(attributes.get(REMEASURED, {}).get(target, {}))
             if again:
                 lines.append(f"{target}, the front as the search saw it: {compare_orders(seen, again).verdict}")
+            last = {t.key: figure for t in front if (figure := _figure(objective, t.scores)) is not None}
+            if tied := ties(last):
+                lines.append(f"{target}: statistically tied on this front, so in either order: {tied}")
         latency = OBJECTIVES["latency"]
-        final = {t.key: figure for t in self.front() if (figure := _figure(latency, t.scores)) is not None}
+        final = {t.key: figure for t in front if (figure := _figure(latency, t.scores)) is not None}
         for target, entries in attributes.get(ELSEWHERE, {}).items():
             there = _measured(entries)
             both = [key for key in final if key in there]
@@ -313,7 +320,7 @@ class Run:
                 f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
                 + (f", rank correlation {rho:.2f}" if rho is not None else "")
             )
-        return lines + doubts(self.objectives, self.front(), int(self.manifest["data"]["num_holdout"]))
+        return lines + doubts(self.objectives, front, int(self.manifest["data"]["num_holdout"]))
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
         """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
@@ -329,13 +336,23 @@ class Run:
         return np.array([[o.loss(_known(o.read(t.scores))) for o in self.objectives] for t in trials])
 
     def loss_intervals(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-        """Losses at their best and at their worst, each of shape (trials, objectives); only latency has an interval."""
+        """Losses at their best and at their worst, by the intervals of latency; each of shape (trials, objectives)."""
         best, worst = self.losses(list(trials)), self.losses(list(trials))
-        for column, objective in enumerate(self.objectives):
+        for column, objective in ((c, o) for c, o in enumerate(self.objectives) if o.is_latency):
             for row, trial in enumerate(trials):
                 if (interval := objective.interval(trial.scores)) is not None:
                     best[row, column], worst[row, column] = interval
         return best, worst
+
+    def bend(self, front: list[Trial]) -> Trial:
+        """The point of a front (not empty) that is nearest to the best in everything, in shares of the front's reach.
+
+        Of two that are as near the one that is better in the later objectives.
+        """
+        losses = self.losses(front)
+        reach = np.where(np.ptp(losses, axis=0) > 0, np.ptp(losses, axis=0), 1.0)
+        distances = np.linalg.norm((losses - losses.min(0)) / reach, axis=1).round(9)
+        return front[min(range(len(front)), key=lambda i: (distances[i], *losses[i][::-1]))]
 
     def hypervolume(self, front: list[Trial]) -> float:
         """Hypervolume of a front against the run's reference point, in the product of the objectives' units."""
@@ -515,6 +532,23 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
             f"({num_holdout:,} held-out images)"
         )
     return lines
+
+
+def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
+    """Latencies of parts such that the whole, measured with them, takes what it is known to; the whole is left out.
+
+    Its error is added to theirs: in squares, as logarithms.
+    """
+    whole = next((entry for entry in measured if entry["part"] == WHOLE), None)
+    parts = [dict(entry) for entry in measured if entry is not whole]
+    if whole is None or known_ms is None:  # of an earlier release
+        return parts
+    for part in parts:
+        ms = part["ms"] * known_ms / whole["ms"]
+        below = math.hypot(math.log(part["ms"] / part["low_ms"]), math.log(whole["high_ms"] / whole["ms"]))
+        above = math.hypot(math.log(part["high_ms"] / part["ms"]), math.log(whole["ms"] / whole["low_ms"]))
+        part |= {"ms": ms, "low_ms": ms * math.exp(-below), "high_ms": ms * math.exp(above)}
+    return parts
 
 
 def is_run(path: Path) -> bool:
@@ -730,9 +764,30 @@ def _check_database(path: Path, url: str | None) -> None:
         raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
 
 
+_CHECKED: set[tuple[str, int, int]] = set()
+"""SQLite files whose tables this process has seen to be there, in the version that Optuna reads."""
+
+
+def _identity(url: str) -> tuple[str, int, int] | None:
+    """Which file an address leads to; None for one that is not there."""
+    try:
+        found = os.stat(make_url(url).database or "")
+    except OSError:
+        return None
+    return url, found.st_dev, found.st_ino
+
+
 def _sqlite(url: str, writable: bool) -> optuna.storages.BaseStorage:
     """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    known = _identity(url) in _CHECKED  # to look at tables and their version takes ten times as long as the rest
+    storage = optuna.storages.RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        skip_compatibility_check=known,
+        skip_table_creation=known,
+    )
+    if (identity := _identity(url)) is not None:
+        _CHECKED.add(identity)
     if writable:
         storage.engine.dispose()  # connections from before
 

@@ -1304,7 +1304,10 @@ def check_cut_down(model) -> None:
     assert model.num_features == model.head_hidden_size == architecture.stages[1].width
 
 
-@each_network
+FEWER = every_network(POINTS // 5)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEWER else pytest.mark.slow) for n in EVERY])
 def test_every_network(name):
     model = EVERY[name](drop_rate=0.1)
     check_in_use(model)

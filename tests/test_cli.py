@@ -156,7 +156,7 @@ def test_resuming_takes_the_options_of_the_run(capsys, run_path):
     assert code == 0, err
     assert "3 of 5 scored" in err
     code, _, err = call(capsys, "search", "--out", run_path, "--epochs", "9")
-    assert (code, "another epochs" in err) == (1, True)
+    assert (code, "begun with epochs 4, not 9" in err) == (1, True)
 
 
 def test_front_as_table_csv_and_json_agree(capsys, run_path):

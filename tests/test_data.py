@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, load_data, reduced, stratified_split
+from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, _load_embedded, load_data, reduced, stratified_split
 from nas.errors import DataError, UsageError
 
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")
@@ -112,7 +112,9 @@ def test_digits_are_what_they_say(digits):
 
 
 def test_same_seed_same_data(digits):
+    _load_embedded.cache_clear()
     again, other = load_data("digits"), load_data("digits", seed=1)
+    assert again is not digits
     assert again.fingerprint == digits.fingerprint
     assert torch.equal(again.holdout.pixels, digits.holdout.pixels)
     assert torch.equal(again.train.labels, digits.train.labels)

@@ -286,7 +286,44 @@ def test_images_are_classified_without_torch(run, exported, pictures):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"top-1 {run.front()[0].scores.accuracy:.2f} %" in done.stdout
-    assert "images without torch" in done.stdout
+    assert "classified without torch" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_fixed_number_of_images_a_pass(run, pictures, tmp_path):
+    import onnx
+
+    latency = LatencyConfig(threads=1, max_seconds=0.1)
+    folder = export(run, run.front()[0].key, tmp_path / "out", replace(ALL_FORMATS, batch=3, latency=latency))
+    files = check_files(folder, set(FORMATS))["files"]
+    assert [told.get("batch") for told in files.values()] == [None, 3, 3, 3]
+    assert {told["latency"]["batch_size"] for told in files.values()} == {3}
+    for file in ("model.onnx", "model.int8.onnx"):
+        graph = onnx.load(folder / file).graph
+        shapes = [
+            [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.output)
+        ]
+        assert shapes == [[3, 3, 32, 32], [3, 10]]
+    program = torch.export.load(folder / "model.pt2").module()
+    with pytest.raises(Exception, match="3"):
+        program(torch.zeros(2, 3, 32, 32))
+    assert "3 images a pass" in (folder / "README.md").read_text()
+    command = [sys.executable, str(TESTS.parent / "examples" / "onnx_inference.py"), str(folder), str(pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f"top-1 {run.front()[0].scores.accuracy:.2f} %" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("formats", "batch", "words"),
+    [
+        (("timm",), 1, "formats torch, onnx, int8"),
+        (("onnx",), 0, "from 1 to 1024"),
+        (("onnx",), 9999, "from 1 to 1024"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_one_line(formats, batch, words):
+    with pytest.raises(UsageError, match=words):
+        Settings(formats, batch=batch)
 
 
 def test_the_metadata_is_what_hugging_face_reads(run, exported):

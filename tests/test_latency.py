@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import REFERENCE_SIZE
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
@@ -47,7 +48,7 @@ from nas.scoring.latency import (
 )
 from nas.scoring.latency.clocks import cpu_clock
 from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, MIN_ROUNDS, summarise
-from nas.scoring.latency.reference import INPUT_SIZE, ReferenceNetwork, references_file
+from nas.scoring.latency.reference import ReferenceNetwork, references_file
 from nas.scoring.latency.runtimes import TOLERANCE, Prepared
 from nas.scoring.latency.statistics import faster_half, ratio, ratio_interval
 
@@ -213,9 +214,15 @@ def test_sampling_goes_on_until_the_target_or_the_end_of_its_time(reference):
 
 @pytest.mark.parametrize(("ms", "passes"), [(0.01, MAX_PASSES), (10.0, 3), (500.0, MIN_PASSES)])
 def test_a_block_lasts_about_as_long_as_wanted(reference, ms, passes):
-    config = LatencyConfig(**QUICK | {"block_ms": 30.0, "target": 0.01})
+    config = LatencyConfig(**QUICK | {"block_ms": 30.0, "target": 0.01, "max_seconds": 20.0})
     (latency,) = measure_latencies([Scripted("a", [ms]).prepared()], config, 2.0)
     assert latency.passes == passes * latency.rounds
+
+
+def test_the_fewest_rounds_fit_into_little_time(reference):
+    config = LatencyConfig(**QUICK | {"block_ms": 30.0, "max_seconds": 0.08})
+    (latency,) = measure_latencies([Scripted("a", [1.0]).prepared()], config, 2.0)
+    assert (latency.rounds, latency.passes) == (MIN_ROUNDS, 10 * MIN_ROUNDS)
 
 
 def test_no_networks_no_latencies():
@@ -277,7 +284,7 @@ def test_a_damaged_file_is_measured_anew(content):
 def test_the_reference_network_does_not_change():
     """Every figure hangs on it: another network needs another VERSION."""
     network = ReferenceNetwork().eval()
-    cost = count_cost(network, INPUT_SIZE)
+    cost = count_cost(network, REFERENCE_SIZE)
     assert (cost.params, cost.uncounted) == (REFERENCE_PARAMS, ())
     assert (
         cost.macs
@@ -288,7 +295,7 @@ def test_the_reference_network_does_not_change():
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(0.01)
-        output = network(torch.ones(1, *INPUT_SIZE))
+        output = network(torch.ones(1, *REFERENCE_SIZE))
     torch.testing.assert_close(output, torch.full((1, 1000), PINNED), rtol=1e-4, atol=0)
 
 
@@ -698,6 +705,8 @@ def test_a_device_is_held_by_one_process_at_a_time(tmp_path, caplog):
         with caplog.at_level(logging.INFO, logger="nas.machine"), exclusive("cpu"):
             assert time.perf_counter() - start > 0.3
         assert "waiting for another process" in caplog.text
+        if Path("/proc/locks").exists():
+            assert f": process {holder.pid}\n" in caplog.text
         assert holder.wait() == 0
 
 

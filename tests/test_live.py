@@ -68,6 +68,33 @@ def test_it_fits_the_terminal(run, trials, size, times, workers):
     assert all(any(text.startswith(t.key) for text in lines) for t in (first, last)) or size[1] < 20
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once(number, capfd):
+    def end(*_):
+        raise SystemExit(9)
+
+    before = signal.signal(number, end)
+    try:
+        display = Display(Console(file=io.StringIO()))
+        with pytest.raises(SystemExit), display:
+            os.kill(os.getpid(), number)
+        assert capfd.readouterr().err == "interrupted: stopping, a moment\n"
+        assert signal.getsignal(number) is end, "the handler from before is back"
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_is_seen_in_the_view(run, trials):
+    view = View()
+    view.ending = True
+    assert shown(view, 80, 24) == ["interrupted: stopping, a moment"]
+    view.update(progress(run, trials, trials[9], 20))
+    lines = shown(view, 60, 12)
+    assert len(lines) < 12
+    assert lines[0].startswith("interrupted")
+    assert lines[1].startswith("scored 32 of 32")
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 32])
 def test_from_the_first_trial_on(run, trials, count):
     view = View()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -43,6 +44,17 @@ TRAINED = {
     "train_batch_size": 30,
 }
 """Trained for a moment."""
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> Run:
+    return search(analytic_config(tmp_path_factory.mktemp("scored"), trials=1))
+
+
+@pytest.fixture
+def single(scored, tmp_path) -> Run:
+    """A run of one architecture, to be changed at will."""
+    return Run.open(shutil.copytree(scored.path, tmp_path / "run"))
 
 
 def again(run: Run, **options):
@@ -217,16 +229,16 @@ def test_data_that_lies_elsewhere(capsys, tmp_path):
         (lambda m: m["conditions"]["space"].update(norm="ln"), "declared differently"),
     ],
 )
-def test_a_run_scored_by_other_rules_is_refused(tmp_path, change, words):
-    run = edit_manifest(search(analytic_config(tmp_path, trials=1)), change)
+def test_a_run_scored_by_other_rules_is_refused(single, change, words):
+    run = edit_manifest(single, change)
     with pytest.raises(RunError) as caught:
         again(run)
     assert words in str(caught.value)
     assert not (run.path / FILE).exists()
 
 
-def test_a_runtime_and_a_latency_protocol_matter_to_latency_alone(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_runtime_and_a_latency_protocol_matter_to_latency_alone(single):
+    run = single
     run = edit_manifest(run, lambda m: m["conditions"].update(latency_protocol=1, runtime="openvino"))
     assert not again(run).disagreeing
 
@@ -250,8 +262,8 @@ def test_nothing_to_replay(tmp_path):
         (b"trial,key,machine,accuracy,proxy,latency,counts,failure,scores\n0,abc,Abacus,,,,,,{}\n", "begun on Abacus"),
     ],
 )
-def test_a_foreign_replay_is_one_line(tmp_path, content, words):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_foreign_replay_is_one_line(single, content, words):
+    run = single
     (run.path / FILE).write_bytes(content)
     with pytest.raises(RunError, match="--anew") as caught:
         again(run)
@@ -260,20 +272,20 @@ def test_a_foreign_replay_is_one_line(tmp_path, content, words):
     assert not again(run, anew=True).disagreeing
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_folder_in_use_is_refused(single):
+    run = single
     with locked_folder(run.path), pytest.raises(RunError, match="another process works"):
         again(run)
 
 
-def test_a_limit_below_one_is_refused(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_limit_below_one_is_refused(single):
+    run = single
     with pytest.raises(UsageError, match="the limit is 0"):
         again(run, limit=0)
 
 
-def test_a_program_must_be_allowed(capsys, tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_program_must_be_allowed(capsys, single):
+    run = single
     edit_manifest(run, lambda m: m["config"].update(runtime="command", command="rm {model} {input} {output}"))
     code, out, err = call(capsys, "replay", str(run.path))
     assert (code, out) == (2, "")
@@ -306,7 +318,7 @@ def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     assert saved(run)[: len(before)] == before
 
 
-MOST_SLOW = [pytest.param(n, marks=() if n in ("random", "tpe", "surrogate") else pytest.mark.slow) for n in SAMPLERS]
+MOST_SLOW = [pytest.param(n, marks=() if n == "surrogate" else pytest.mark.slow) for n in SAMPLERS]
 
 
 @pytest.mark.parametrize("name", MOST_SLOW)
@@ -397,8 +409,8 @@ def test_mistakes_get_one_line(capsys, tmp_path, arguments, code, words):
         assert word in line
 
 
-def test_a_device_that_is_not_there_is_one_line(capsys, tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_device_that_is_not_there_is_one_line(capsys, single):
+    run = single
     code, _, err = call(capsys, "replay", str(run.path), "--device", "cuda:99")
     assert code == 2
     assert len(err.splitlines()) == 1

@@ -108,6 +108,7 @@ def test_every_architecture_is_there_with_its_values(run, page):
     on_front = [p["front"] for p in data["points"]]
     assert on_front == sorted(on_front, reverse=True)
     assert data["parts"][0].keys() == front
+    assert data["points"][data["opened"]]["key"] == run.bend(run.front()).key
 
 
 def test_every_point_is_drawn_once(run, page):

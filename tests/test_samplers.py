@@ -57,7 +57,7 @@ def quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_never_proposes_a_known_architecture_and_repeats_by_seed(name, count):
     keys, _ = draw(name, MINI, 14, seed=3, count=count)

@@ -192,6 +192,26 @@ def test_a_budget_nothing_meets_ends_with_its_own_error(tmp_path):
     assert caught.value.exit_code == 3
 
 
+def test_people_are_told_how_far_a_budget_is_off(tmp_path, caplog):
+    with pytest.raises(InfeasibleError):
+        search(analytic_config(tmp_path, budgets={"params": 10.0}))
+    (line,) = [r.getMessage() for r in caplog.records if "scored nothing" in r.getMessage()]
+    least = min(t.scores.params for t in Run.open(tmp_path / "run").trials()[:10])
+    assert line.startswith("the last 10 trials scored nothing")
+    assert f"the nearest is {100 * (least / 10 - 1):.0f} % above --max params" in line
+
+
+def test_the_bend_is_the_nearest_to_the_best_in_everything(tmp_path):
+    run = search(analytic_config(tmp_path, trials=12, sampler="random"))
+    front = run.front()
+    macs, params = (np.array([getattr(t.scores, name) for t in front], float) for name in ("macs", "params"))
+    shares = np.hypot((macs - macs.min()) / np.ptp(macs), (params.max() - params) / np.ptp(params))
+    assert len(front) > 2
+    assert run.bend(front) is front[int(shares.argmin())]
+    assert run.bend(front[:1]) is front[0]
+    assert run.bend([front[0], front[-1]]) is front[-1], "as near: the better in the later objective"
+
+
 def test_a_budget_is_the_reference_point(tmp_path):
     run = search(analytic_config(tmp_path, budgets={"macs": 1e9}))
     assert run.reference == {"macs": 1e9, "proxy_params": 0.0}
@@ -270,7 +290,7 @@ def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path):
 )
 def test_resuming_under_other_conditions_is_refused(tmp_path, change, named):
     search(analytic_config(tmp_path, trials=1))
-    with pytest.raises(RunError, match=f"with another {named} ") as caught:
+    with pytest.raises(RunError, match=f"begun with {named} |its {named} ") as caught:
         search(analytic_config(tmp_path, trials=2, **change))
     assert "\n" not in str(caught.value)
     assert len(Run.open(tmp_path / "run").trials()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -11,19 +12,20 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+from conftest import IN_ONNXRUNTIME_TOO
 from torch import nn
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
 from nas.measure import REST, agreement, measure
 from nas.models.zoo import check_network_name, create_network
-from nas.runs import ELSEWHERE, REMEASURED, STAGES, Run, Trial, doubts
+from nas.runs import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial, doubts, to_scale
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
 from nas.search import SearchConfig, finish, search
 from nas.search.conditions import evaluator_of
 from nas.search.objectives import Scores, parse_objectives
 from nas.search.pareto import near_front, non_dominated
-from nas.search.stability import compare_orders, rank_correlation
+from nas.search.stability import compare_orders, rank_correlation, ties
 from nas.targets import resolve_all
 
 
@@ -44,8 +46,16 @@ def test_an_order_that_does_not_hold_and_a_tie():
     assert held.held == 1  # b before c; a and b, c and d turned round
     assert held.tied == (("a", "b"),)
     assert held.held_apart == 1  # of b-c and c-d
-    assert "1 of the 2 that are not tied" in held.verdict
-    assert "statistically tied: a and b" in held.verdict
+    assert held.verdict.endswith(
+        "1 of 3 neighbouring pairs kept their order when measured again, 1 of 2 that are not statistically tied"
+    )
+
+
+def test_ties_in_words():
+    figures = {"c": (3.0, 0.01), "a": (1.0, 0.02), "b": (1.01, 0.02), "d": (3.02, 0.01)}
+    assert ties(figures) == "a and b, c and d"
+    assert ties(figures, most=1) == "a and b, 1 more"
+    assert ties(sure(a=1.0, b=2.0)) == ties({}) == ""
 
 
 def test_either_measurement_may_declare_a_tie():
@@ -59,7 +69,7 @@ def test_only_what_was_measured_twice_is_compared():
     assert compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": (1.0, 0.1), "c": (3.0, 0.1)}).pairs == 1
     for second in ({}, {"a": (1.0, 0.1)}):
         assert compare_orders(sure(a=1.0, b=2.0), second).pairs == 0
-    assert "nothing to compare" in compare_orders({}, {}).verdict
+    assert "fewer than two points" in compare_orders({}, {}).verdict
 
 
 @pytest.mark.parametrize(
@@ -109,8 +119,10 @@ def quick(tmp_path, **changes) -> SearchConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """A search with a baseline, and a network that no small image suits."""
-    config = quick(tmp_path_factory.mktemp("search"), baselines=("test_vit", "timm:mobilenetv3_small_050"))
-    return search(config)
+    config = quick(tmp_path_factory.mktemp("search"), trials=4, baselines=("test_vit", "timm:mobilenetv3_small_050"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "_onnxruntime", IN_ONNXRUNTIME_TOO)
+        return search(config)
 
 
 def test_the_front_is_that_of_the_second_measurement(run):
@@ -182,6 +194,16 @@ def test_the_stages_of_the_front_are_measured(run):
         assert all(p["low_ms"] <= p["ms"] <= p["high_ms"] for p in parts)
 
 
+def test_the_whole_sets_the_scale_of_its_parts(run):
+    whole = {"part": WHOLE, "ms": 4.0, "low_ms": 4.0 / 1.2, "high_ms": 4.0 * 1.2}
+    sure, vague = ({"part": p, "ms": 1.0, "low_ms": 1.0 / w, "high_ms": w} for p, w in (("stem", 1.0), ("head", 1.2)))
+    stem, head = to_scale([whole, sure, vague], 2.0)
+    assert (stem["part"], stem["ms"], head["ms"]) == ("stem", 0.5, 0.5)
+    assert (stem["low_ms"], stem["high_ms"]) == (pytest.approx(0.5 / 1.2), pytest.approx(0.5 * 1.2))
+    assert head["high_ms"] == pytest.approx(0.5 * 1.2 ** math.sqrt(2)), "both errors, in squares"
+    assert to_scale([sure], 2.0) == [sure], "of an earlier release"
+
+
 def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
     def refused(*_):
         raise TrialFailure("runtime", "no such operation")
@@ -237,7 +259,6 @@ def script(monkeypatch, figure) -> list[set[str]]:
         }
 
     monkeypatch.setattr(finish, "_measure", measured)
-    monkeypatch.setattr(finish, "_onnxruntime", lambda targets: None)
     return calls
 
 

@@ -9,14 +9,13 @@ from nas.search.knobs import Knobs
 from nas.search.pareto import hypervolume, non_dominated
 from nas.search.surrogate import gp
 from nas.search.surrogate.acquisition import Known, Predicted, expected_improvement
-from nas.search.surrogate.forecast import forecast
+from nas.search.surrogate.forecast import forecast, forecast_kinds
 from nas.search.surrogate.gp import (
     Encoding,
     Hyperparameters,
     Posterior,
     Warp,
     fit_hyperparameters,
-    kinds_of_warp,
 )
 
 KNOBS = Knobs(
@@ -187,7 +186,7 @@ def test_widened_intervals_hold_about_what_they_say(minimize):
         truth = np.exp(0.3 * (power + rng.normal(0, 0.3, len(points))))
         order = rng.permutation(len(points))
         seen, held = order[:80], order[80:]
-        kinds = kinds_of_warp(minimize)
+        kinds = forecast_kinds(minimize)
         found = forecast(Encoding(knobs), points[seen], truth[seen], np.zeros(80), kinds, points[held])
         shares.append(((found.quantile(0.05) <= truth[held]) & (truth[held] <= found.quantile(0.95))).mean())
     assert 0.85 <= np.mean(shares) <= 0.95

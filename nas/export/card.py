@@ -208,7 +208,7 @@ def _files(report: Mapping[str, Any]) -> str:
     for name, file in report["files"].items():
         cells = [
             f"`{file['file']}`",
-            FORMATS[name].note,
+            FORMATS[name].note + (_images_a_pass(file["batch"]) if "batch" in file else ""),
             f"{file['bytes'] / 1e6:.2f}",
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
@@ -219,6 +219,8 @@ def _files(report: Mapping[str, Any]) -> str:
     text = "\n".join(lines)
     machine, software = report["machine"], report["software"]
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    fixed = any(file.get("batch") for file in report["files"].values())
+    together = "Whatever is beside it in a pass, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
     text += f"\n\nCompared with the trained network in eager torch on {report['compared_on']}"
     if (int8 := report["files"].get("int8")) is not None:
         change = int8.get("change")
@@ -232,7 +234,7 @@ def _files(report: Mapping[str, Any]) -> str:
                 f"{change['high']:+.2f}, same {int8['num_images']:,} images)"
             )
     text += (
-        ". Batches of 1, 2 and 5 give each image the same logits (int8: nearly).\n"
+        f". {together} the same logits (int8: nearly).\n"
         f"{machine['cpu']}, {machine['cores']} cores{gpu}; "
         + ", ".join(f"{name} {software[name]}" for name in ("torch", "timm", "onnxruntime") if name in software)
         + f"; {report['created']}.\n"
@@ -240,6 +242,10 @@ def _files(report: Mapping[str, Any]) -> str:
     for name, why in report["failures"].items():
         text += f"\nNot written: {name} ({plain(why)}).\n"
     return text
+
+
+def _images_a_pass(batch: int | None) -> str:
+    return ", any number of images" if batch is None else f", {batch} image{'' if batch == 1 else 's'} a pass"
 
 
 def _top1(file: Mapping[str, Any]) -> str:
@@ -254,5 +260,5 @@ def _latency(told: Mapping[str, Any] | None) -> str:
         return "cannot be timed"
     return (
         f"{told['ms']:.3f} ms ({told['low_ms']:.3f} to {told['high_ms']:.3f}), {told['runtime']}, {told['device']}, "
-        f"threads: {told['threads']}"
+        f"threads: {told['threads']}" + (f", {told['batch_size']} images a pass" if told["batch_size"] > 1 else "")
     )

@@ -14,17 +14,17 @@ from ..scoring.accuracy.trust import share_of
 Call = Callable[[torch.Tensor], torch.Tensor]
 """Normalised images `(B, C, H, W)` to logits `(B, classes)`."""
 BATCHES = (1, 2, 5)
-"""Sizes of a batch that every file must take."""
+"""Sizes of a batch that must not matter; a file that takes another number gets them filled up."""
 AT_ONCE = 64
 ALLOWED_FLIPS = 1e-3
 """Share of the images whose class may change where only rounding differs: those with two nearly equal logits."""
 Z = 1.96
 
 
-def logits_of(call: Call, images: torch.Tensor) -> torch.Tensor:
-    """The output for all images, some at a time."""
+def logits_of(call: Call, images: torch.Tensor, batch: int | None = None) -> torch.Tensor:
+    """The output for all images, `batch` at a time."""
     with torch.inference_mode():
-        return torch.cat([call(chunk).float().cpu() for chunk in images.split(AT_ONCE)])
+        return torch.cat([call(chunk).float().cpu() for chunk in images.split(batch or AT_ONCE)])
 
 
 def check_batches(call: Call, images: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:

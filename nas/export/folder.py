@@ -36,6 +36,7 @@ SOURCES = ("architecture.py", "errors.py", "models")
 FORMAT = 1
 RANDOM_IMAGES = 64
 """On which files are compared where there are no others."""
+MAX_BATCH = 1024
 MAX_DROP = 5.0
 """Percent points of accuracy: a file that loses more is not handed over."""
 
@@ -50,9 +51,10 @@ class Settings:
         data: where the images lie; None for where they lay when the weights were trained.
         data_root: likewise, for sets by name.
         latency: under which conditions files are timed, each in its own runtime; None for not at all.
+        batch: images that a pass of every file but timm's takes; None for any number.
 
     Raises:
-        UsageError: where a format is not known, or its packages are not installed.
+        UsageError: where a format is not known, its packages are not installed, or none of them has a fixed batch.
     """
 
     formats: tuple[str, ...] = ("timm",)
@@ -60,12 +62,18 @@ class Settings:
     data: str | None = None
     data_root: str | None = None
     latency: LatencyConfig | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.formats:
             if name not in FORMATS:
                 raise unknown_name("format", name, FORMATS)
             FORMATS[name].check_installed(name)
+        if self.batch is not None and not 1 <= self.batch <= MAX_BATCH:
+            raise UsageError(f"a pass of {self.batch} images: from 1 to {MAX_BATCH} are allowed")
+        if self.batch is not None and not any(FORMATS[name].deployed for name in self.formats):
+            fixed = ", ".join(name for name, kind in FORMATS.items() if kind.deployed)
+            raise UsageError(f"--batch is for the formats {fixed}: name one by --format")
 
 
 @dataclass(frozen=True)
@@ -223,12 +231,13 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
             raise
         log.warning("%s; files are compared on random images instead (--data says where they are)", error)
         images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
-        return Material(subject, images, None, None), f"{RANDOM_IMAGES} random images"
+        return Material(subject, images, None, None, settings.batch), f"{RANDOM_IMAGES} random images"
     material = Material(
         subject,
         images=normalised(pictures.unseen.pixels, subject.data),
         labels=pictures.unseen.labels,
         calibration=normalised(pictures.calibration, subject.data),
+        batch=settings.batch,
     )
     return material, f"{len(pictures.unseen)} {pictures.name} images"
 
@@ -242,10 +251,12 @@ def _write_formats(
     for name, kind in FORMATS.items():
         if name != "timm" and name not in settings.formats:
             continue
-        log.info("%s: %s", material.subject.key, name)
+        log.info("%s: writing and checking %s", material.subject.key, name)
         try:
             kind.make(material, folder)
             files[name] = _describe(folder / kind.file) | _check(name, kind, material, folder)
+            if kind.deployed:
+                files[name]["batch"] = material.batch
         except Exception as error:  # exporters raise whatever they like
             if name == "timm" or isinstance(error, OSError):
                 raise
@@ -267,7 +278,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
         NasError: where that is too far.
     """
     call = kind.load(folder)
-    found = logits_of(call, material.images)
+    found = logits_of(call, material.images, material.batch)
     check_batches(call, material.images, found, kind.tolerance)
     figures = compare(found, material.onnx_logits if kind.lossy else material.expected, material.labels)
     if kind.lossy:
@@ -295,7 +306,7 @@ def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]],
             if FORMATS[name].runtime != runtime:
                 continue
             try:
-                at = replace(config, runtime=runtime)
+                at = replace(config, runtime=runtime, batch_size=material.batch or config.batch_size)
                 ready[name] = FORMATS[name].prepare(material, folder, at)
             except (TrialFailure, UsageError) as error:
                 files[name]["latency"] = {"failure": str(error)}

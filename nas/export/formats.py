@@ -43,12 +43,14 @@ class Material:
         images: normalised images to compare on.
         labels: their classes; None where the images are random.
         calibration: normalised images of the training; None where there are none.
+        batch: images that a pass of the deployed form takes; None for any number.
     """
 
     subject: Subject
     images: torch.Tensor
     labels: torch.Tensor | None
     calibration: torch.Tensor | None
+    batch: int | None = None
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -57,12 +59,13 @@ class Material:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The deployed form, batch norms folded, for any number of images."""
+        """The deployed form, batch norms folded."""
         folded = fold_batch_norms(self.subject.model, self.images[:2]).requires_grad_(False)
         # random, since a program keeps its example; two, since one would be taken for a constant
-        example = torch.randn(2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
+        example = torch.randn(self.batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
+        free = ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
         with _quiet():
-            program = torch.export.export(folded, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            program = torch.export.export(folded, (example,), dynamic_shapes=free)
         for module in program.graph_module.modules():
             if isinstance(module, torch.fx.GraphModule):
                 for node in module.graph.nodes:
@@ -78,7 +81,7 @@ class Material:
     @cached_property
     def onnx_logits(self) -> torch.Tensor:
         """What that gives for the images."""
-        return logits_of(_session(self.onnx), self.images)
+        return logits_of(_session(self.onnx), self.images, self.batch)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Format:
         note: what it is, in words.
         version: the package that runs it.
         packages: what must be installed, beside torch and timm.
+        deployed: whether it holds the deployed form, which may take a fixed number of images.
         tolerance: how far its logits may be from eager's, and from its own in another batch, as a share of the largest.
         lossy: whether it is meant to differ: then the tolerance is for batches alone, and accuracy decides.
     """
@@ -106,6 +110,7 @@ class Format:
     note: str
     version: str
     packages: tuple[str, ...] = ()
+    deployed: bool = True
     tolerance: float = 1e-3
     lossy: bool = False
 
@@ -187,8 +192,22 @@ def _make_torch(material: Material, folder: Path) -> None:
 
 def _load_torch(folder: Path) -> Call:
     with _quiet():
-        module: nn.Module = torch.export.load(folder / FORMATS["torch"].file).module()
-    return module
+        program = torch.export.load(folder / FORMATS["torch"].file)
+        module: nn.Module = program.module()
+    (images,) = (n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+    return _for_any_number(module, images.meta["val"].shape[0])
+
+
+def _for_any_number(call: Call, batch: Any) -> Call:
+    """What takes just so many images a time, for any number; where `batch` is no number it does so anyway."""
+    if not isinstance(batch, int):
+        return call
+
+    def filled_up(images: torch.Tensor) -> torch.Tensor:
+        missing = images.new_zeros(-len(images) % batch, *images.shape[1:])
+        return torch.cat([call(chunk) for chunk in torch.cat([images, missing]).split(batch)])[: len(images)]
+
+    return filled_up
 
 
 def _time_torch(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
@@ -220,7 +239,7 @@ def _make_int8(material: Material, folder: Path) -> None:
         quantize_static(
             prepared,
             done,
-            _Calibration(material.calibration),
+            _Calibration(material.calibration, material.batch or 32),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED),
             nodes_to_exclude=products,
@@ -238,8 +257,8 @@ def _make_int8(material: Material, folder: Path) -> None:
 class _Calibration:
     """What ONNX Runtime reads its calibration images from."""
 
-    def __init__(self, images: torch.Tensor) -> None:
-        self._chunks = iter(images.split(32))
+    def __init__(self, images: torch.Tensor, batch: int) -> None:
+        self._chunks = iter(images[torch.arange(-(-len(images) // batch) * batch) % len(images)].split(batch))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """A batch; None after the last one."""
@@ -257,7 +276,10 @@ def _session(model: bytes) -> Call:
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return _for_any_number(
+        lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]),
+        session.get_inputs()[0].shape[0],
+    )
 
 
 def _onnx_format(file: str, note: str, **options: Any) -> Format:
@@ -298,6 +320,7 @@ FORMATS: dict[str, Format] = {
         runtime="eager",
         note="for torch and timm; trainable, timed with batch norms folded",
         version="torch",
+        deployed=False,
         tolerance=1e-5,
     ),
     "torch": Format(
@@ -306,10 +329,10 @@ FORMATS: dict[str, Format] = {
         load=_load_torch,
         prepare=_time_torch,
         runtime="eager",
-        note="a program of torch.export: batch norms folded, any number of images",
+        note="a program of torch.export: batch norms folded",
         version="torch",
     ),
-    "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded, any number of images", make=_make_onnx),
+    "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded", make=_make_onnx),
     "int8": _onnx_format(
         "model.int8.onnx",
         "weights (by channel) and inputs of convolutions and linear layers in 8 bits (QDQ)",

@@ -18,7 +18,7 @@ from ..errors import RunError, one_line
 from ..manifest import TRAINED, TRAINED_FRONT
 from ..reading import is_file, read_json
 from ..runs import BASELINES, GRPC, Run, Trial
-from ..search.objectives import OBJECTIVES, Objective, format_figure, format_value
+from ..search.objectives import OBJECTIVES, Objective, format_figure, format_interval, format_value
 from .plots import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
@@ -37,8 +37,8 @@ def architectures(scored: Scored) -> dict[str, Any]:
     """Every scored architecture for the page's script, those of the fronts first; stages stand in a table of their own.
 
     Returns:
-        `points` (each with its run's place, trial, key, mixer, values), `stages`, and of each run `parts`: key ->
-        latencies of stem, stages and head.
+        `points` (each with its run's place, trial, key, mixer, values), the place in them of the one that is `opened`
+        first, `stages`, and of each run `parts`: key -> latencies of stem, stages and head.
     """
     stages: dict[tuple[Any, ...], int] = {}
     points = []
@@ -61,8 +61,10 @@ def architectures(scored: Scored) -> dict[str, Any]:
                 }
             )
     points.sort(key=lambda point: not point["front"])
+    bends = {(place, run.bend(front).number) for place, (run, _, front) in enumerate(scored) if front}
     return {
         "points": points,
+        "opened": next((i for i, p in enumerate(points) if (p["run"], p["trial"]) in bends), 0),
         "stages": {"fields": STAGE_FIELDS, "rows": list(stages)},
         "parts": [run.stage_latencies() for run, _, _ in scored],
     }
@@ -87,16 +89,13 @@ def _stages(architecture: Architecture, height: int, width: int) -> list[tuple[A
 
 
 def with_spread(objective: Objective, trial: Trial) -> str:
-    """A trial's value with its 95 % interval or its standard error, for people."""
+    """A trial's value with its 95 % interval, for people."""
     value = objective.read(trial.scores)
     if value is None:
         return "unknown"
     text = format_value(objective, value)
-    if (interval := objective.interval(trial.scores)) is not None:
-        return f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]"
-    if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
-        return f"{text} ± {trial.scores.accuracy_std:.2f}"
-    return text
+    interval = objective.interval(trial.scores)
+    return text if interval is None else f"{text} {format_interval(objective, interval)}"
 
 
 def growth(run: Run, trials: Sequence[Trial]) -> dict[str, Any]:

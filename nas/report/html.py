@@ -89,7 +89,9 @@ def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
         "scored": scored,
         "wanted": wanted,
         "figures": facts.key_figures(run, trials, front),
-        "reference": ", ".join(f"{o.label} {format_value(o, run.reference[o.name])}" for o in run.objectives),
+        "reference": ", ".join(
+            f"{o.label} {format_value(o, run.reference[o.name])}".replace(" ", "\u00a0") for o in run.objectives
+        ),
         "mixers": facts.mixers_by_stage(trials, front),
         "importance": facts.knob_importance(run),
         "trust": facts.trust(run),

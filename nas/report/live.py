@@ -5,12 +5,17 @@ The view is drawn from what the search tells after each trial; between trials on
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -35,7 +40,7 @@ LEAST_PLOT, MOST_PLOT = (24, 8), (100, 26)
 """Columns and lines below which there is no plot, and those it never exceeds."""
 REFRESHES = 2.0
 """Of the clock, a second. Whatever is drawn takes time from what is measured."""
-
+ENDING = "interrupted: stopping, a moment"
 
 UNICODE, ASCII = "●○│└─", "o.|+-"
 """Of a plot: a point of the front, any other one, the vertical axis, the corner, the horizontal axis."""
@@ -46,10 +51,13 @@ class Display:
 
     Attributes:
         run_path: of the run, once it is known.
+        standing: how far it has come, in words.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.run_path: Path | None = None
+        self.standing = ""
+        self._handlers: dict[int, Any] = {}
         self._places: set[str] = set()
         self._view = View()
         console = console or Console(stderr=True, markup=False, highlight=False)
@@ -63,15 +71,31 @@ class Display:
     def __enter__(self) -> Display:
         if self._live is not None:
             self._live.start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(handler := signal.getsignal(number)):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
         if self._live is not None:
             self._live.stop()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Say at once that a signal has come: until what is under way has been put in order, seconds may pass."""
+        if self._live is None:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{ENDING}\n".encode())  # a handler may not write to a stream that is being written to
+        self._view.ending = True  # drawn when the clock moves next
+        self._handlers[number](number, frame)
 
     def update(self, progress: Progress) -> None:
         """Show where the search stands."""
         self.run_path = progress.run.path
+        self.standing = f"{progress.scored} of {progress.target} scored, a front of {len(progress.front)}"
         if self._live is not None:
             self._view.update(progress)
             self._live.refresh()
@@ -110,9 +134,14 @@ def _ended(run: Run, trial: Trial) -> str:
 
 
 class View:
-    """What the terminal shows; the body is drawn once for each trial and size of the terminal."""
+    """What the terminal shows; the body is drawn once for each trial and size of the terminal.
+
+    Attributes:
+        ending: whether the search has been told to end.
+    """
 
     def __init__(self) -> None:
+        self.ending = False
         self._clock = Clock()
         self._progress: Progress | None = None
         self._drawn: tuple[object, list[list[Segment]]] | None = None
@@ -125,13 +154,16 @@ class View:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
         """The clock, and below it what has been found."""
         progress = self._progress
+        if self.ending:
+            yield Text(ENDING, no_wrap=True, overflow="ellipsis")
         if progress is None:
-            yield Text("getting ready")
+            if not self.ending:
+                yield Text("getting ready")
             return
         yield self._head(progress)
         of = (id(progress), options.max_width, console.height)
         if self._drawn is None or self._drawn[0] != of:
-            body = _body(progress, console, options, console.height - 2)
+            body = _body(progress, console, options, console.height - 3)
             lines = console.render_lines(body, options.update(height=None), pad=False)
             self._drawn = of, [[_ascii(s) for s in segments] for segments in lines] if options.ascii_only else lines
         for segments in self._drawn[1]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label
 from ..errors import RunError, UsageError
 from ..runs import Run, Trial, write_file
-from ..search.objectives import Objective, format_value
+from ..search.objectives import Objective, format_interval, format_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
 
     Returns the files `front.png`, `.svg` and `.html`, and `hypervolume.png` and `.svg`.
 
-    Colour is the dominant mixer (most blocks). Latency has its 95 % interval on the front. With more than two
+    Colour is the dominant mixer (most blocks). What has a 95 % interval has it on the front. With more than two
     objectives there is a panel for each against the first.
 
     Args:
@@ -128,7 +128,7 @@ def _title(scored: Scored) -> str:
     names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
     machine = run.manifest["conditions"]["device"]
     what = f"{run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}"
-    return f"{names}: {count} architectures of {what}\n{machine}"
+    return f"{names}: {count} fully scored architectures of {what}\n{machine}"
 
 
 def describe_stages(architecture: Architecture) -> list[str]:
@@ -158,18 +158,12 @@ def _values(objective: Objective, trials: list[Trial]) -> list[float]:
 
 
 def _errors(objective: Objective, trials: list[Trial]) -> list[list[float]] | None:
-    """How far each 95 % interval reaches below and above; None where the objective has none."""
-    known = [t for t in trials if objective.read(t.scores) is not None]
-    if not objective.is_latency or any(objective.interval(t.scores) is None for t in known):
+    """How far each 95 % interval reaches below and above; None where there is none at all."""
+    values = [(value, objective.interval(t.scores)) for t in trials if (value := objective.read(t.scores)) is not None]
+    if all(interval is None for _, interval in values):
         return None
-    below, above = [], []
-    for trial in known:
-        value, interval = objective.read(trial.scores), objective.interval(trial.scores)
-        assert value is not None
-        assert interval is not None
-        below.append(max(value - interval[0], 0.0))
-        above.append(max(interval[1] - value, 0.0))
-    return [below, above]
+    ends = [(value, interval or (value, value)) for value, interval in values]
+    return [[max(value - low, 0.0) for value, (low, _) in ends], [max(high - value, 0.0) for value, (_, high) in ends]]
 
 
 def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, float]]:
@@ -182,8 +176,13 @@ def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, f
 
 
 def _window(objective: Objective, scored: Scored) -> tuple[float, float]:
-    """The part of an axis that is shown: all architectures, and baselines that are not so far off as to crowd them."""
+    """The part of an axis that is shown.
+
+    All architectures, the intervals of the front, and baselines that are not so far off as to crowd them.
+    """
     own = _values(objective, [t for _, trials, _ in scored for t in trials])
+    ends = [objective.interval(t.scores) for _, _, front in scored for t in front]
+    own += [end for interval in ends if interval is not None for end in interval]
     low, high = min(own), max(own)
     reach = high - low or abs(high) or 1.0
     beside = [
@@ -243,8 +242,9 @@ def _draw(scored: Scored) -> Figure:
             (objectives[0], axes.set_xscale, axes.set_xlim),
             (objective, axes.set_yscale, axes.set_ylim),
         ):
-            if _use_log(_values(which, everything)):
+            if _use_log(values := _values(which, everything)):
                 set_scale("log")
+                set_limits(min(values) / 1.3, max(values) * 1.3)  # whatever its intervals, some of which reach 0
             elif any(run.baselines() for run, _, _ in scored):
                 set_limits(*_window(which, scored))
     present = dict.fromkeys(_mixer(t) for _, trials, _ in scored for t in trials)
@@ -260,7 +260,7 @@ def _draw(scored: Scored) -> Figure:
             Line2D([], [], color="#333333", marker=m, markerfacecolor="white", label=f"front of {run.name}")
             for (run, _, _), m in zip(scored, itertools.cycle(MARKERS), strict=False)
         ]
-    if any(run.baselines() for run, _, _ in scored):
+    if sum(len(run.baselines()) for run, _, _ in scored) > len(_far_off(scored)):
         handles.append(
             Line2D(
                 [],
@@ -273,10 +273,11 @@ def _draw(scored: Scored) -> Figure:
                 label="baseline",
             )
         )
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
-    figure.suptitle(_title(scored), fontsize="medium")
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
+    width = 50 + 55 * panels
+    title = "\n".join(textwrap.fill(line, width * 3 // 4) for line in _title(scored).splitlines())
+    figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     if summary := _summary(scored):
-        width = 50 + 55 * panels
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in summary.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color="#333333")
     return figure
@@ -299,7 +300,7 @@ def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]
     corner = ", ".join(f"{o.name} {format_value(o, runs[0].reference[o.name])}" for o in objectives)
     axes.set_xlabel("architectures scored")
     axes.set_ylabel("hypervolume, " + " x ".join(o.unit or o.name for o in objectives))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", loc="lower right")
@@ -333,7 +334,7 @@ def _draw_run(
         axes.plot(
             _values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2
         )
-    if front and (x.is_latency or y.is_latency):
+    if front:
         axes.errorbar(
             _values(x, front),
             _values(y, front),
@@ -405,9 +406,12 @@ def interactive(scored: Scored) -> Any:
                 shown.add("baseline")
         everything = [t for _, trials, _ in scored for t in trials]
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
-            scale = "log" if _use_log(_values(which, everything)) else "linear"
+            values = _values(which, everything)
+            scale = "log" if _use_log(values) else "linear"
             update(title_text=escape(axis_title(which, scored[0][0])), type=scale, row=1, col=column)
-            if scale == "linear" and any(run.baselines() for run, _, _ in scored):
+            if scale == "log":
+                update(range=[math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)], row=1, col=column)
+            elif any(run.baselines() for run, _, _ in scored):
                 update(range=_window(which, scored), row=1, col=column)
     return figure
 
@@ -489,9 +493,7 @@ def _hover(run: Run, trial: Trial) -> str:
         value = objective.read(trial.scores)
         spread = ""
         if (interval := objective.interval(trial.scores)) is not None:
-            spread = f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-        if objective.field == "accuracy" and trial.scores.accuracy_std is not None:
-            spread = f" ± {trial.scores.accuracy_std:.2f}"
+            spread = f" {format_interval(objective, interval)}"
         lines.append(
             f"{escape(objective.label)}: {format_value(objective, value if value is not None else math.nan)}{spread}"
         )

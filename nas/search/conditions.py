@@ -190,11 +190,11 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
     for name, values in changed_conditions(run, conditions).items():
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
         detail = (
-            f"it has {then}, asked for is {now}" if then != now else f"its {name} ({then}) was declared differently"
+            f"it was begun with {name} {then}, not {now}"
+            if then != now
+            else f"its {name} ({then}) is declared differently"
         )
-        raise RunError(
-            f"cannot resume {run.path} with another {name} ({detail}): scores would differ; give another --out"
-        )
+        raise RunError(f"cannot resume {run.path}: {detail}, so scores would differ; give another --out")
     if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 

@@ -109,8 +109,8 @@ class Result:
         Raises:
             UsageError: where fewer than 10 trials were scored, or for choices that the knobs do not have.
         """
-        from .surrogate.forecast import FOLDS, forecast
-        from .surrogate.gp import Encoding, kinds_of_warp
+        from .surrogate.forecast import FOLDS, forecast, forecast_kinds
+        from .surrogate.gp import Encoding
 
         if not 0 < level < 1:
             raise UsageError(f"level is {level}: a probability between 0 and 1 is needed")
@@ -123,7 +123,7 @@ class Result:
         for name, direction in self.objectives.items():
             sign = 1.0 if direction == "minimize" else -1.0
             losses = sign * np.array([t.values[name] for t in scored])
-            kinds = kinds_of_warp(direction == "minimize")
+            kinds = forecast_kinds(direction == "minimize")
             predicted = forecast(encoding, rows, losses, np.zeros(len(rows)), kinds, at)
             ends = sorted([(1 - level) / 2, (1 + level) / 2], reverse=sign < 0)
             low, high = (sign * predicted.quantile(share) for share in ends)

@@ -182,7 +182,7 @@ class Evaluator:
         counted = not cost.uncounted  # a foreign network may hold what no rule counts: better no figure than a low one
         assert counted or not isinstance(model, Backbone), f"MACs are incomplete: {cost.uncounted}"
         scores = Scores(params=cost.params, macs=cost.macs if counted else None, flops=cost.flops if counted else None)
-        if excess := self._excess(scores):
+        if excess := excesses(scores, self.budgets):
             return Evaluation(scores, excess)
         if MEASURED & wanted and MEASURE not in self.parts:
             return Evaluation(scores, {}, left=MEASURE)
@@ -192,11 +192,11 @@ class Evaluator:
                 turns.enter_context(exclusive(device))
             if "memory" in wanted:
                 scores = replace(scores, memory_mib=self._memory(model))
-                if excess := self._excess(scores):
+                if excess := excesses(scores, self.budgets):
                     return Evaluation(scores, excess)
             if "latency" in wanted:
                 scores = replace(scores, **self._latency(model))
-        return Evaluation(scores, self._excess(scores))
+        return Evaluation(scores, excesses(scores, self.budgets))
 
     def _with_proxy(
         self,
@@ -250,14 +250,15 @@ class Evaluator:
         others = {c.label: other_entry(vars(m)) for c, m in zip(self.latency[1:], measured[1:], strict=True)}
         return latency_fields(vars(measured[0])) | {"others": others}
 
-    def _excess(self, scores: Scores) -> dict[str, float]:
-        """Budgets that what is measured so far exceeds, and by which share."""
-        excess = {}
-        for name, budget in self.budgets.items():
-            value = OBJECTIVES[name].read(scores)
-            if value is not None and value > budget:
-                excess[name] = value / budget - 1
-        return excess
+
+def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:
+    """Budgets that what is measured so far exceeds, and by which share."""
+    excess = {}
+    for name, budget in budgets.items():
+        value = OBJECTIVES[name].read(scores)
+        if value is not None and value > budget:
+            excess[name] = value / budget - 1
+    return excess
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from ..errors import NasError, TrialFailure
 from ..models import Backbone
 from ..models.zoo import check_network_name, create_network
 from ..pieces import pieces_of
-from ..runs import BASELINES, ELSEWHERE, REMEASURED, STAGES, Run, Trial
+from ..runs import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial
 from ..scoring.latency import (
     RUNTIME_TRAITS,
     Latency,
@@ -111,13 +111,16 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
 
 
 def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConfig) -> list[dict[str, Any]]:
-    """Latency of each part in turns, in the order in which they run; empty where the runtime has none of them."""
+    """Latency of the whole and of each part in turns, in the order in which they run.
+
+    Empty where the runtime has none of them.
+    """
     reference = evaluator.references.get(config.label) or reference_ms(config)
-    names = ["stem", *(f"stages.{i}" for i in range(len(architecture.stages))), "head"]
+    names = [WHOLE, "stem", *(f"stages.{i}" for i in range(len(architecture.stages))), "head"]
     try:
         backbone = evaluator.build(architecture).eval()
         assert isinstance(backbone, Backbone)
-        _, *ready = prepare_modules(pieces_of(backbone), evaluator.data.input_size, config)
+        ready = list(prepare_modules(pieces_of(backbone), evaluator.data.input_size, config))
         measured = measure_latencies(ready, config, reference)
     except (TrialFailure, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):

@@ -25,7 +25,7 @@ from ..runs import Run, Trial, no_study, read_trial, storage_errors
 from ..scoring.accuracy import ESTIMATORS
 from .cluster import Cluster, Resources
 from .config import SearchConfig
-from .evaluate import ALL, MAX_TRIES, PARTS, TRAIN, Evaluation, Evaluator
+from .evaluate import ALL, MAX_TRIES, PARTS, TRAIN, Evaluation, Evaluator, excesses
 from .finish import finish, near_trials
 from .fleet import LEFT, RETRY, WORKER, Fleet, Member, Worker
 from .history import DIED, EARLY_STOPPING, ESTIMATES, HANDED_ON, NOISE, RELEASED, SPARED
@@ -39,6 +39,8 @@ from .stopping import Finished, Judge, best_final, costs_of
 log = logging.getLogger(__name__)
 
 MAX_OVER_BUDGET = 100
+HINTS = (10, 20, 40, 80)
+"""After so many trials that scored nothing, people are told."""
 """Architectures in a row that may be over budget (or fail) before a search gives up."""
 MAX_FAILURES = 10
 """Failures in a row before it gives up."""
@@ -157,6 +159,7 @@ class Loop:
         mine = [t for t in running if self.fleet is None or (t.user_attrs.get(WORKER) or {}).get("lead")]
         self.unfinished = mine if lead else []
         self.before = len(self.trials)  # what earlier processes did
+        self.hinted = 0
         self.trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
         self.judges = self.trains and config.early_stopping
         if self.fleet is not None:
@@ -468,15 +471,8 @@ class Loop:
 
     def _noise(self, scores: Scores) -> dict[str, float]:
         """Standard errors of the objectives that have one."""
-        found = {}
-        for objective in self.run.objectives:
-            interval = objective.interval(scores)
-            error = {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(objective.field)
-            if interval is not None:
-                error = (interval[1] - interval[0]) / (2 * 1.96)
-            if error is not None and math.isfinite(error):
-                found[objective.name] = float(error)
-        return found
+        errors = {objective.name: objective.error(scores) for objective in self.run.objectives}
+        return {name: float(error) for name, error in errors.items() if error is not None and math.isfinite(error)}
 
     def _estimates(self, scores: Scores) -> dict[str, tuple[float, float]]:
         """What a stopped training's objectives would probably have been, with standard errors."""
@@ -536,7 +532,25 @@ class Loop:
         streak = list(itertools.takewhile(lambda t: not t.scored, reversed(own)))
         if len(streak) >= MAX_FAILURES and {t.state for t in streak[:MAX_FAILURES]} == {"failed"}:
             raise NasError(f"the last {MAX_FAILURES} trials all failed, the last one with {streak[0].failure}")
+        if len(streak) in HINTS and len(streak) > self.hinted:
+            self._hint(streak)
+        self.hinted = len(streak)
         return len(streak) >= MAX_OVER_BUDGET
+
+    def _hint(self, streak: Sequence[Trial]) -> None:
+        """Say how far off the nearest of these trials is, by the budget that it exceeds most."""
+        over = [
+            max((share, name) for name, share in excess.items())
+            for trial in streak
+            if (excess := excesses(trial.scores, self.config.budgets))
+        ]
+        if over:
+            nearest, name = min(over)
+            log.warning(
+                "the last %d trials scored nothing; of those over budget the nearest is %.0f %% above --max %s: raise "
+                "it, or search a space of smaller networks; %d in a row end the search",
+                *(len(streak), 100 * nearest, name, MAX_OVER_BUDGET),
+            )
 
     def _raise_nothing_scored(self, tried_enough: bool) -> None:
         over = self._count("pruned")

@@ -126,13 +126,25 @@ class Objective:
         return None if value is None else float(value)
 
     def interval(self, scores: Scores) -> tuple[float, float] | None:
-        """The 95 % interval of a latency in `scores`; None where there is none."""
+        """The 95 % interval of the value in `scores`; None where it is exact, or its error is not known."""
         if self.target:
             there = scores.others.get(self.target)
             return None if there is None else (there["low_ms"], there["high_ms"])
-        if not self.is_latency or scores.latency_low_ms is None or scores.latency_high_ms is None:
+        if self.is_latency:
+            low, high = scores.latency_low_ms, scores.latency_high_ms
+            return None if low is None or high is None else (low, high)
+        value, std = self.read(scores), self.error(scores)
+        if value is None or not std:
             return None
-        return scores.latency_low_ms, scores.latency_high_ms
+        low, high = value - 1.96 * std, value + 1.96 * std
+        return (max(low, 0.0), min(high, 100.0)) if self.field == "accuracy" else (low, high)
+
+    def error(self, scores: Scores) -> float | None:
+        """The standard error of the value in `scores`; None where nothing is known of it."""
+        if not self.is_latency:
+            return {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(self.field)
+        interval = self.interval(scores)
+        return None if interval is None else (interval[1] - interval[0]) / (2 * 1.96)
 
     @property
     def is_latency(self) -> bool:
@@ -246,22 +258,33 @@ def format_figure(figure: Mapping[str, float] | None) -> str:
 
 
 def format_score(objective: Objective, scores: Scores) -> str:
-    """A score for people, with `±` and what is known of its error; '' where it was not measured."""
-    value, interval = objective.read(scores), objective.interval(scores)
+    """A score for people, with `±` and half its 95 % interval, where it has one; '' where it was not measured."""
+    value, error, interval = objective.read(scores), objective.error(scores), objective.interval(scores)
     if value is None:
         return ""
     text = format_value(objective, value)
-    if interval is not None:
-        text += f" ±{(interval[1] - interval[0]) / 2:.2f}"
-    if objective.field == "accuracy" and scores.accuracy_std is not None:
-        text += f" ±{scores.accuracy_std:.2f}"
-    return text
+    if not error or interval is None:
+        return text
+    if not objective.unit:
+        return f"{text} {format_interval(objective, interval)}"
+    return f"{text} ±{1.96 * error:.{_decimals(objective, value)}f}"
+
+
+def _decimals(objective: Objective, value: float) -> int:
+    """Of a value with a unit; a latency below a millisecond has one more."""
+    return 3 if objective.is_latency and abs(value) < 1 else 2
+
+
+def format_interval(objective: Objective, interval: tuple[float, float]) -> str:
+    """An interval for people, in brackets and without its unit."""
+    low, high = (format_value(objective, end).removesuffix(objective.unit).rstrip() for end in interval)
+    return f"[{low}, {high}]"
 
 
 def format_value(objective: Objective, value: float) -> str:
     """A value for people: three or four digits and its unit."""
     if objective.unit:
-        return f"{value:.2f} {objective.unit}"
+        return f"{value:.{_decimals(objective, value)}f} {objective.unit}"
     for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= scale * 0.999995:
             return f"{value / scale:.2f} {suffix}"

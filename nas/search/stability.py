@@ -28,14 +28,14 @@ class Stability:
     def verdict(self) -> str:
         """One line for people."""
         if not self.pairs:
-            return "order stability: nothing to compare"
+            return "order stability: it has fewer than two points, so there is no order to compare"
+        text = f"order stability: {self.held} of {self.pairs} neighbouring pairs kept their order when measured again"
+        if not self.tied:
+            return text
         apart = self.pairs - len(self.tied)
-        text = f"order stability: {self.held} of {self.pairs} neighbouring pairs keep their order when measured again"
-        if apart and self.tied:
-            text += f" ({self.held_apart} of the {apart} that are not tied)"
-        if self.tied:
-            text += "; statistically tied: " + ", ".join(f"{a} and {b}" for a, b in self.tied)
-        return text
+        return text + (
+            f", {self.held_apart} of {apart} that are not statistically tied" if apart else ", all of them tied"
+        )
 
 
 Figure = tuple[float, float]
@@ -65,6 +65,14 @@ def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) ->
         if close:
             tied.append((fast, slow))
     return Stability(max(len(order) - 1, 0), held, tuple(tied), held_apart)
+
+
+def ties(figures: Mapping[str, Figure], most: int = 6) -> str:
+    """In words the neighbours, so many at most, that cannot be told apart; '' where there are none."""
+    order = sorted(figures, key=lambda n: figures[n][0])
+    tied = [f"{a} and {b}" for a, b in pairwise(order) if indistinct(figures[a], figures[b])]
+    more = [f"{len(tied) - most} more"] if len(tied) > most else []
+    return ", ".join(tied[:most] + more)
 
 
 def indistinct(a: Figure, b: Figure) -> bool:

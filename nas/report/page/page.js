@@ -272,7 +272,7 @@
     growth.setAttribute("aria-label", `Hypervolume over ${title}. ${ends.join("; ")}`);
     Plotly.react(growth, traces, {
       ...look(), showlegend: several, legend: { orientation: "h", y: 1.12 },
-      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" }, rangemode: "tozero" }),
+      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" }, range: [0, 1.05 * Math.max(1e-9, ...data.growth.flatMap((run) => run.volumes))] }),
     }, CONFIG);
   };
   const draw = () => {
@@ -337,7 +337,7 @@
   const theme = remembered();
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
   applyFilter();
-  choose(data.points[0], true);
+  choose(data.points[data.opened], true);
   showTheme();
   plot.on("plotly_click", ({ points }) => {
     const [run, trial] = points[0].customdata || [];

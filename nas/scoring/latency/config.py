@@ -75,7 +75,7 @@ class LatencyConfig:
         max_seconds: time for a network's rounds; the fewest rounds are always made.
         warmup_seconds: the most time for running untimed until the time of a pass is steady.
         block_ms: how long a network runs before the next has its turn, about: short against drift, long against caches
-            that hold the network before.
+            that hold the network before; less where `max_seconds` has no room for the fewest rounds of it.
         seed: of the random input, and of the order in which networks take turns.
 
     Raises:

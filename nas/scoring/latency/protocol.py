@@ -296,7 +296,8 @@ def _warm_up(time_block: TimeBlock, config: LatencyConfig) -> int:
 
 
 def _block_passes(pass_ms: float, config: LatencyConfig) -> int:
-    return min(max(round(config.block_ms / max(pass_ms, 1e-3)), MIN_PASSES), MAX_PASSES)
+    block_ms = min(config.block_ms, 1e3 * config.max_seconds / MIN_ROUNDS)
+    return min(max(round(block_ms / max(pass_ms, 1e-3)), MIN_PASSES), MAX_PASSES)
 
 
 @contextmanager

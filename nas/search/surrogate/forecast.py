@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 
 from ..knobs import Points
 from .acquisition import Predicted, hardly_below
-from .gp import MEMBERS, Encoding, Posterior, fit_hyperparameters
+from .gp import MEMBERS, Encoding, Posterior, fit_hyperparameters, kinds_of_warp
 
 Floats = NDArray[np.float64]
 
 FOLDS = 5
+
+
+def forecast_kinds(minimize: bool) -> tuple[str, ...]:
+    """The warps to choose from; with the `soft` one alone, a few scores give intervals that reach down to nothing."""
+    return kinds_of_warp(minimize) if minimize else ("soft", "linear")
 
 
 def forecast(
@@ -31,7 +36,7 @@ def forecast(
         rows: observed points of shape (n, knobs), at least `2 * FOLDS` of them.
         losses: of shape (n,).
         noise: standard errors of the losses, of shape (n,).
-        kinds: warps to choose from.
+        kinds: warps to choose from, as `forecast_kinds` has them.
         at: points of shape (m, knobs).
     """
     width = widening(encoding, rows, losses, noise, kinds)
@@ -71,6 +76,14 @@ def fitted(
     for p in posteriors:
         mean, std = p.predict(at)
         measured = error * np.exp(p.warp.log_slope(p.warp.to_loss(mean)))
-        # a score has the noise that scores have
-        members.append((p.warp, mean, width * np.sqrt(std**2 + p.fitted_noise + measured**2)))
+        own = np.sqrt(std**2 + p.fitted_noise + measured**2)  # a score has the noise that scores have
+        # widened no further than one is sure who knows the observed losses alone
+        members.append((p.warp, mean, np.maximum(own, np.minimum(width * own, _spread(len(losses))))))
     return Predicted(members, hardly_below(losses))
+
+
+def _spread(count: int) -> float:
+    """Of one more draw from what so many of standard deviation 1 came from; with room for what they do not say."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 0.975) / 1.96 * np.sqrt(1 + 1 / count))
