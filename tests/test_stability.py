@@ -21,7 +21,7 @@ from nas.measure import REST, agreement, measure
 from nas.models.zoo import check_network_name, create_network
 from nas.runs import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial, doubts, to_scale
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
-from nas.search import SearchConfig, finish, search
+from nas.search import SearchConfig, evaluate, finish, search
 from nas.search.conditions import evaluator_of
 from nas.search.objectives import Scores, parse_objectives
 from nas.search.pareto import near_front, non_dominated
@@ -262,15 +262,20 @@ def script(monkeypatch, figure) -> list[set[str]]:
     return calls
 
 
-def test_what_comes_onto_the_front_is_measured_again_too(unfinished, monkeypatch):
+def test_what_comes_onto_the_front_is_measured_again_too(tmp_path, monkeypatch):
+    def the_larger_the_faster(model, *_):
+        ms = 1e6 / sum(p.numel() for p in model.parameters())
+        return Latency(ms, ms, ms, 0.0, ms, ms, ms, ms, 8, 16, True)
+
+    monkeypatch.setattr(evaluate, "measure_latency", the_larger_the_faster)
     monkeypatch.setattr(finish, "MAX_REMEASURED", 0)
     calls = script(monkeypatch, lambda name, call: 1000.0 if call == 1 else 500.0)
-    first = {t.key for t in unfinished.front(unfinished.trials(remeasured=False))}
-    search(SearchConfig.from_run(unfinished))
-    assert calls[0] == first | set(unfinished.baselines())
-    assert len(calls) > 1, "the first front got slower, so others came onto it"
-    assert all(t.scores.latency_search_ms is not None for t in unfinished.front())
-    assert not calls[0] & calls[1]
+    run = search(quick(tmp_path, trials=4))
+    sizes = {t.key: t.scores.params for t in run.trials()}
+    assert len(set(sizes.values())) == 4
+    largest, second, third, fourth = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    assert calls == [{largest}, {second}, {third}, {fourth}], "each came onto the front when the one before got slower"
+    assert {t.key for t in run.front()} == {largest, second}
 
 
 def test_what_is_over_the_budget_after_all_leaves_the_front(unfinished, monkeypatch):
