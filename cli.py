@@ -775,11 +775,10 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             for part in row["parts"]:
                 low, high = part.get("latency_low_ms"), part.get("latency_high_ms")
                 interval = "" if low is None else f"{low:.3f} to {high:.3f}"
-                parts.add_row(
-                    part_in_words(part["part"]), f"{part['latency_ms']:.3f} ms", interval, f"{part['share']:.1%}"
-                )
+                share = f"{100 * part['share']:.1f} %"
+                parts.add_row(part_in_words(part["part"]), f"{part['latency_ms']:.3f} ms", interval, share)
             parts.add_section()
-            parts.add_row("whole", f"{row['latency_ms']:.3f} ms", "", "100.0%")
+            parts.add_row("whole", f"{row['latency_ms']:.3f} ms", "", "100.0 %")
             parts.caption = (
                 f"each part is timed alone; {REST} is the whole less all parts: what lies between them, less what each "
                 "costs as a call of its own, so that it may be negative"
@@ -794,8 +793,8 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
         if not row["within_target"]:
             click.echo(
-                f"{row['target']}: its time was over at ±{row['latency_spread']:.1%} from round to round, wider than "
-                "wanted (--latency-target); give it more with --latency-seconds"
+                f"{row['target']}: its time was over at ±{100 * row['latency_spread']:.1f} % from round to round, "
+                "wider than wanted (--latency-target); give it more with --latency-seconds"
             )
         if not 0.8 < row["drift"] < 1.25:
             click.echo(
@@ -959,8 +958,8 @@ def profile_command(
     click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
     if held_out:
         click.echo(
-            f"{report['count']} others measured: predicted within 5 % of it {report['within_5']:.0%}, within 10 % "
-            f"{report['within_10']:.0%}; mean absolute error {report['mape']:.1f} %"
+            f"{report['count']} others measured: predicted within 5 % of it {100 * report['within_5']:.0f} %, within "
+            f"10 % {100 * report['within_10']:.0f} %; mean absolute error {report['mape']:.1f} %"
             + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
         )
 
@@ -1098,7 +1097,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
         table.add_row("  to the model", *(change(o, found.itself) for o in objectives))
     table.add_section()
     for neighbour in found.neighbours[:limit]:
-        chance = "" if neighbour.tried or neighbour.on_front is None else f"{neighbour.on_front:.0%}"
+        chance = "" if neighbour.tried or neighbour.on_front is None else f"{100 * neighbour.on_front:.0f} %"
         table.add_row(neighbour.change, *(change(o, neighbour.predicted) for o in objectives), chance)
         if neighbour.tried:
             cells = (change(o, neighbour.measured) for o in objectives)
@@ -1158,10 +1157,10 @@ def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) ->
     for part in found.parts:
         cells = []
         for target, ms in ((target, part.latency[target]) for target in targets):
-            share = f"{ms.value / whole_ms[target]:.0%}"
+            share = f"{100 * ms.value / whole_ms[target]:.0f} %"
             cells += [f"{ms.value:.3f} ms", *([f"{ms.low:.3f} to {ms.high:.3f}"] if intervals else []), share]
         for name, total in whole.items():
-            cells += [format_value(ALL[name], getattr(part, name)), f"{getattr(part, name) / total:.0%}"]
+            cells += [format_value(ALL[name], getattr(part, name)), f"{100 * getattr(part, name) / total:.0f} %"]
         table.add_row(part.name, *cells)
     table.caption = "head: all that follows the last stage, its norm included" + (
         "; each part is timed alone, so that their sum need not be the whole" if targets else ""
@@ -1235,7 +1234,7 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
             *(format_figure(row[name]) for name in ("kendall", "spearman", "top_recall")),
             *(format_figure(row["bands"][band]) if "bands" in row else "" for band in bands),
             f"{row['seconds']:.2f}" if "seconds" in row else f"{report['truth_seconds']:.0f}",
-            f"{row['share_of_truth']:.1%}" if "seconds" in row else "",
+            f"{100 * row['share_of_truth']:.1f} %" if "seconds" in row else "",
         )
     table.caption = "95 % intervals; fast, middle and slow: Kendall within thirds by latency"
     _print_table(table)
@@ -1340,7 +1339,7 @@ def describe(target: str, input_size: int | None, profile_path: Path | None, as_
     _print_table(table)
     if "predicted" in data:
         told = data["predicted"]
-        click.echo(f"predicted latency {told['latency_ms']:.2f} ms ± {told['std']:.0%} ({told['profile']})")
+        click.echo(f"predicted latency {told['latency_ms']:.2f} ms ± {100 * told['std']:.0f} % ({told['profile']})")
     if data["note"]:
         click.echo(f"{data['target']}: {data['note']}")
     if data["uncounted"]:

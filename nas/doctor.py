@@ -483,8 +483,8 @@ def _clock(_: Subject) -> Finding:
     tenth, half, most = (times[int(share * (len(times) - 1))] for share in (0.1, 0.5, 0.9))
     variation = (most - tenth) / half
     text = (
-        f"the same work took {1e3 * tenth:.2f} to {1e3 * most:.2f} ms (eight times of ten), {variation:.0%} apart; "
-        f"the clock's step is {1e9 * resolution:.0f} ns"
+        f"the same work took {1e3 * tenth:.2f} to {1e3 * most:.2f} ms (eight times of ten), "
+        f"{100 * variation:.0f} % apart; the clock's step is {1e9 * resolution:.0f} ns"
     )
     if resolution > 1e-5:
         return _problem(text, "too coarse to time a network with")

@@ -243,7 +243,7 @@ class Run:
         if trial.state != "complete" or not over:
             return replace(trial, scores=scores)
         assert scores.latency_ms is not None
-        failure = f"over budget when measured again: latency by {scores.latency_ms / budget - 1:.1%}"
+        failure = f"over budget when measured again: latency by {100 * (scores.latency_ms / budget - 1):.1f} %"
         return replace(trial, scores=scores, state="pruned", failure=failure)
 
     def _with_second(self, name: str, scores: Scores, again: Mapping[str, Any]) -> Scores:
@@ -521,8 +521,8 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
         widest = max(((i[1] - i[0]) / 2 / ms for ms, i in figures if ms and i is not None), default=0.0)
         if widest > WIDE:
             lines.append(
-                f"{objective.label}: intervals of the front reach ±{widest:.0%}; on quieter cores, or with a longer "
-                "--latency-seconds, they are narrower"
+                f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; on quieter cores, or with a "
+                "longer --latency-seconds, they are narrower"
             )
     errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
     if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):

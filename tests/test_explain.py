@@ -190,7 +190,7 @@ def test_trials_that_ended_otherwise(tmp_path):
     changed = {
         stopped.key: {"state": "PRUNED", "scores": part, "failure": "stopped early", "estimates": estimates},
         failed.key: {"state": "FAIL", "scores": Scores(), "failure": "diverged: it is not finite"},
-        over.key: {"state": "PRUNED", "scores": Scores(latency_ms=9.0), "failure": "over budget: latency by 80.0%"},
+        over.key: {"state": "PRUNED", "scores": Scores(latency_ms=9.0), "failure": "over budget: latency by 80.0 %"},
         lost.key: {"state": "FAIL", "scores": Scores(), "failure": "killed: its worker died"},
     }
     drawn = list(dict.fromkeys([*drawn, stopped, failed, over, lost]))

@@ -185,7 +185,7 @@ def test_failures_by_reason_and_budgets(tmp_path):
     (run.path / "run.json").write_text(json.dumps(manifest))
     run = Run.open(run.path)
     endings = (("FAIL", "out_of_memory: one"), ("FAIL", "out_of_memory: two"), ("FAIL", "timeout: three"))
-    endings += (("PRUNED", "over budget: latency by 12.0%, params by 3.0%"),)
+    endings += (("PRUNED", "over budget: latency by 12.0 %, params by 3.0 %"),)
     for state, failure in endings:
         trial = optuna.trial.create_trial(state=optuna.trial.TrialState[state], user_attrs={"failure": failure})
         study_of(run).add_trial(trial)

@@ -170,7 +170,7 @@ def test_wide_intervals_are_told():
 
     assert doubts(objectives, [point(0.09, 1.0)], 200) == [], "4.5 %, and nothing to compare"
     wide, chance = doubts(objectives, [point(0.1, 1.0), point(0.5, 2.0)], 200)
-    assert "reach ±25%" in wide
+    assert "reach ±25 %" in wide
     assert "less than 5.5 points apart" in chance, "1.96 times the root of two times two points"
     assert "(200 held-out images)" in chance
     assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []
@@ -288,7 +288,7 @@ def test_what_is_over_the_budget_after_all_leaves_the_front(unfinished, monkeypa
     script(monkeypatch, lambda name, call: 1000.0 if name == slow else 1.0)
     search(SearchConfig.from_run(run))
     (trial,) = [t for t in run.trials() if t.key == slow]
-    assert (trial.state, trial.failure) == ("pruned", "over budget when measured again: latency by 11.1%")
+    assert (trial.state, trial.failure) == ("pruned", "over budget when measured again: latency by 11.1 %")
     assert slow not in {t.key for t in run.front()}
 
 

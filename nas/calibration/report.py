@@ -220,8 +220,9 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     row = next(row for row in report["rows"] if row["estimator"] == name)
     again = report["ceiling"]["kendall"]
     lines = [
-        f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {row['share_of_truth']:.1%} of a truth's "
-        f"time; choosing on some architectures and looking at the others gives {choice['kendall']['value']:.2f}",
+        f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {100 * row['share_of_truth']:.1f} % "
+        f"of a truth's time; choosing on some architectures and looking at the others gives "
+        f"{choice['kendall']['value']:.2f}",
         f"truth against truth with another seed ({report['ceiling']['count']} architectures): {format_figure(again)}"
         + (f"; a score without noise could reach about {noiseless(again['value']):.2f}" if _above_0(again) else ""),
     ]

@@ -437,8 +437,8 @@ class Loop:
             if value is not None:
                 trial.set_constraint(name, value / budget - 1)
         if evaluation.excess:
-            over = "over budget: " + ", ".join(f"{name} by {share:.1%}" for name, share in evaluation.excess.items())
-            self._tell(trial, TrialState.PRUNED, failure=over)
+            over = ", ".join(f"{name} by {100 * share:.1f} %" for name, share in evaluation.excess.items())
+            self._tell(trial, TrialState.PRUNED, failure=f"over budget: {over}")
             return
         if evaluation.chunks > 1:
             trial.set_user_attr("train_chunks", evaluation.chunks)
