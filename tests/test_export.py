@@ -26,7 +26,7 @@ import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
 from nas.data import load_data
 from nas.errors import NasError, RunError, UsageError
-from nas.export import FORMATS, Settings, export, export_each, export_subject, load_trained, of_training
+from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.checks import check_batches, paired_interval
 from nas.models import PRESETS
 from nas.runs import Run
@@ -332,6 +332,20 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
     (result,) = data.eval_results
     assert result.dataset_name == "digits"
     assert result.metric_value == pytest.approx(run.front()[0].scores.accuracy / 100, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("/x/photos/val", "photos"),
+        ("photos/train", "photos"),
+        ("/x/photos", "photos"),
+        ("val", "val"),
+        ("torch/CIFAR100", "CIFAR100"),
+    ],
+)
+def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(name, called):
+    assert card._data_set(name) == called
 
 
 def test_it_loads_from_a_hub(run, exported, tmp_path):

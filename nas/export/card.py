@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import resolutions
+from ..data import TEST_FOLDERS
 from ..search.objectives import OBJECTIVES, format_value
 from .formats import FORMATS
 from .subject import Subject
@@ -57,9 +58,16 @@ def plain(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
 
+def _data_set(name: str) -> str:
+    """What a data set is called: of the folders `photos/train` and `photos/val` it is `photos`."""
+    path = Path(name)
+    split = path.name.lower() in ("train", *TEST_FOLDERS)
+    return plain(path.parent.name if split and path.parent.name else path.name)
+
+
 def _metadata(subject: Subject) -> str:
     """YAML, written as JSON, which it contains: no name can break out of it."""
-    data = plain(Path(subject.data["name"]).name)
+    data = _data_set(subject.data["name"])
     fields: dict[str, Any] = {
         "library_name": "timm",
         **({} if _foreign(subject) else {"license": "apache-2.0"}),
@@ -74,7 +82,7 @@ def _metadata(subject: Subject) -> str:
                 "results": [
                     {
                         "task": {"type": "image-classification", "name": "Image Classification"},
-                        "dataset": {"type": data, "name": plain(Path(share.get("name", data)).name), "split": split},
+                        "dataset": {"type": data, "name": _data_set(share.get("name", data)), "split": split},
                         "metrics": [{"type": "accuracy", "name": "top-1", "value": round(share["accuracy"] / 100, 6)}],
                     }
                     for split, share in found.items()
@@ -107,7 +115,7 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
 
 
 def _what(subject: Subject) -> str:
-    data = plain(Path(subject.data["name"]).name)
+    data = _data_set(subject.data["name"])
     architecture, (_, height, width) = subject.architecture, subject.input_size
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
