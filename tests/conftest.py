@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # each process of the tests has its own place for what is fixed for the reference network and for the devices' locks
 tempfile.tempdir = os.environ["TMPDIR"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mixnas-tests-")
 
+import hypothesis
 import pytest
+import torch
 
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.scoring.latency import protocol, reference
@@ -28,6 +30,17 @@ protocol.FIX_SECONDS = 0.2
 finish.PART = finish.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 # to bring each network of a front to ONNX takes seconds: where a test wants that, it puts this back
 IN_ONNXRUNTIME_TOO, finish._onnxruntime = finish._onnxruntime, lambda targets: None
+
+
+# the same examples each time, however slow the machine is
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def the_same_weights() -> None:
+    """Whatever ran before in this process."""
+    torch.manual_seed(0)
 
 
 def tiny_architecture(mixer_name: str) -> Architecture:
@@ -71,11 +84,11 @@ class Cluster:
         self._folder = tempfile.mkdtemp(prefix="mixnas-postgres-", dir="/tmp")
         if self._owner:
             shutil.chown(self._folder, "postgres")
+        self._call("initdb", "-A", "trust", "-U", "mixnas", "-N", "-E", "UTF8")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self.url = f"postgresql://mixnas@127.0.0.1:{self._port}/"
-        self._call("initdb", "-A", "trust", "-U", "mixnas", "-N", "-E", "UTF8")
         self.start()
 
     def start(self) -> None:
@@ -117,7 +130,7 @@ def database(postgres: Cluster, request: pytest.FixtureRequest) -> str:
     """URL of an empty database."""
     import psycopg
 
-    name = f"test_{abs(hash(request.node.name))}"
+    name = f"test_{abs(hash(request.node.nodeid))}"
     with psycopg.connect(f"{postgres.url}postgres", autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name}")
         connection.execute(f"CREATE DATABASE {name}")

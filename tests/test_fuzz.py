@@ -210,6 +210,8 @@ def command(*arguments: str) -> tuple[int, str]:
 @pytest.fixture(autouse=True, scope="module")
 def loaded() -> None:
     """What is imported at first use is no part of a case."""
+    import matplotlib.figure  # noqa: F401 - it looks at all fonts of the machine the first time
+
     import nas.export
     import nas.report.plots
     import nas.search.study  # noqa: F401

@@ -54,13 +54,13 @@ def of_width(width):
 
 @pytest.fixture
 def troubled():
-    isolated = IsolatedEvaluator(evaluator(Troubled), seconds=2)
+    isolated = IsolatedEvaluator(evaluator(Troubled), seconds=6)
     yield isolated
     isolated.close()
 
 
 def test_hangs_deaths_and_bugs_end_one_trial_and_not_the_next(troubled):
-    with pytest.raises(TrialFailure, match=r"took longer than 0\.0333 minutes") as failure:
+    with pytest.raises(TrialFailure, match=r"took longer than 0\.1 minutes") as failure:
         troubled.evaluate(of_width(8))
     assert failure.value.reason == "timeout"
     with pytest.raises(TrialFailure, match=r"died \(signal 9\)") as failure:
@@ -77,7 +77,7 @@ def test_waiting_for_the_device_is_not_held_against_it(troubled):
         done = []
         thread = threading.Thread(target=lambda: done.append(troubled.evaluate(of_width(48))))
         thread.start()
-        time.sleep(4)
+        time.sleep(12)
     thread.join()
     assert done
 

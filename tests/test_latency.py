@@ -26,7 +26,7 @@ from conftest import REFERENCE_SIZE
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
-from nas.machine import exclusive, shared
+from nas.machine import WAITING, exclusive, shared
 from nas.models import Backbone
 from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
@@ -695,37 +695,58 @@ def test_one_export_of_modules_has_the_operations_of_an_export_of_each(tiny):
 
 def test_a_device_is_held_by_one_process_at_a_time(tmp_path, caplog):
     code = (
-        "import sys, time\nfrom nas.machine import exclusive\n"
-        "with exclusive('cpu'):\n    print('held', flush=True); time.sleep(1.0)\n"
+        "import sys\nfrom nas.machine import exclusive\n"
+        "with exclusive('cpu'):\n    print('held', flush=True); sys.stdin.readline()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as holder:
+        assert holder.stdin is not None
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "held"
-        start = time.perf_counter()
+        release = threading.Thread(target=lambda: WAITING.wait(60) and holder.stdin.close())
+        release.start()
         with caplog.at_level(logging.INFO, logger="nas.machine"), exclusive("cpu"):
-            assert time.perf_counter() - start > 0.3
+            assert holder.wait() == 0, "it let go by its end"
+        release.join()
         assert "waiting for another process" in caplog.text
         if Path("/proc/locks").exists():
             assert f": process {holder.pid}\n" in caplog.text
-        assert holder.wait() == 0
 
 
 def test_a_measurement_waits_for_trainings_that_share_and_is_not_overtaken():
     order: list[str] = []
+    inside, leave = ({name: threading.Event() for name in ("a", "b", "alone", "c")} for _ in range(2))
 
-    def hold(how, name: str, seconds: float) -> None:
+    def hold(how, name: str) -> None:
         with how("cpu"):
             order.append(f"{name} in")
-            time.sleep(seconds)
+            inside[name].set()
+            leave[name].wait(60)
             order.append(f"{name} out")
 
-    begun = []
-    for how, name, seconds in ((shared, "a", 1.0), (shared, "b", 1.5), (exclusive, "alone", 0.3), (shared, "c", 0.1)):
-        begun.append(threading.Thread(target=hold, args=(how, name, seconds)))
-        begun[-1].start()
-        time.sleep(0.4)
-    for thread in begun:
+    def begin(how, name: str) -> threading.Thread:
+        thread = threading.Thread(target=hold, args=(how, name))
+        thread.start()
+        return thread
+
+    def end(name: str, thread: threading.Thread) -> None:
+        leave[name].set()
         thread.join()
+
+    first = begin(shared, "a")
+    assert inside["a"].wait(60)
+    second = begin(shared, "b")
+    assert inside["b"].wait(60)
+    third = begin(exclusive, "alone")
+    assert WAITING.wait(60)
+    time.sleep(0.3)  # it says that it waits a moment before it stands at the gate again
+    fourth = begin(shared, "c")
+    end("a", first)
+    end("b", second)
+    assert inside["alone"].wait(60)
+    assert not inside["c"].is_set()
+    end("alone", third)
+    end("c", fourth)
     assert order == ["a in", "b in", "a out", "b out", "alone in", "alone out", "c in", "c out"]
 
 

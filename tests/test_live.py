@@ -183,7 +183,8 @@ def test_a_dumb_terminal_gets_plain_lines(run, trials, capsys, monkeypatch):
     assert "32 of 32 scored" in capsys.readouterr().err
 
 
-def test_the_live_view_leaves_nothing_behind(run, trials):
+def test_the_live_view_leaves_nothing_behind(run, trials, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, height=24, markup=False)
     with Display(console) as display:

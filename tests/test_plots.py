@@ -52,7 +52,7 @@ def test_files_that_open(run, tmp_path):
     assert "Proxy params (untrained)" in page
     assert "the front dominates 0 of 1 baselines" in page
     assert "baselines outside the picture: mobilenetv3_small_050" in page
-    assert "neighbouring pairs" in page
+    assert "order stability" in page
     assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
 
 

@@ -140,7 +140,7 @@ def test_a_profile_keeps_what_was_measured(profiled):
         assert Architecture.from_dict(record["architecture"]) == next(draws)
         assert len(record["pieces_ms"]) == 5
         assert all(ms > 0 for ms in record["pieces_ms"])
-        assert 0.3 < record["ms"] / sum(record["pieces_ms"]) < 3
+        assert 0.05 < record["ms"] / sum(record["pieces_ms"]) < 20, "of a hundredth of a second each"
     again = Profile.open(profiled.path)
     assert (again.path, again.reference_ms, again.config.space) == (profiled.path, profiled.reference_ms, MINI)
     assert again.config.to_dict() | {"latency": 0} == CONFIG.to_dict() | {"latency": 0}

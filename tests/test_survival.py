@@ -134,7 +134,7 @@ def test_an_export_that_is_killed(tmp_path):
     for _ in range(8):
         shutil.rmtree(folder)
         process = subprocess.Popen(full, stdout=subprocess.DEVNULL)
-        time.sleep(length * rng.uniform(0.6, 1.0))
+        time.sleep(length * rng.uniform(0.2, 1.0))
         process.kill()
         process.wait()
         outcomes[folder.exists()] += 1

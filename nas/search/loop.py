@@ -173,9 +173,9 @@ class Loop:
         if seconds is not None:
             self.isolated = IsolatedEvaluator(evaluator, seconds)
 
-    def _refresh(self) -> list[Trial]:
-        """Take in what ended since the last time, here or elsewhere."""
-        self._found = self.study.get_trials(deepcopy=False)
+    def _refresh(self, found: list[FrozenTrial] | None = None) -> list[Trial]:
+        """Take in what ended since the last time, here or elsewhere, by what was just read or is read now."""
+        self._found = self.study.get_trials(deepcopy=False) if found is None else found
         ended = [t for t in self._found if t.state.is_finished() and t.number not in self._read]
         new = [read_trial(t) for t in ended]
         self._read.update(t.number for t in ended)
@@ -218,7 +218,7 @@ class Loop:
                 if expects_too_little(self.study, self.config.until):
                     log.warning("stopped: a further architecture is expected to add less than --until asks for")
                     break
-                enough = begun and not waiting and self._scored() + begun >= self.config.trials
+                enough = not waiting and self._scored() + begun >= self.config.trials
                 if self.cluster is not None:
                     self._feed(self.cluster, new=not exhausted)
                     self._collect(self.cluster)
@@ -298,7 +298,10 @@ class Loop:
             if len(self.known) < self.knobs.size:
                 return 0, 0  # the queue comes first anyway
             return 0, len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-        trials = [t for t in self.fleet.bury() if not t.state.is_finished()]
+        found = self.fleet.bury()
+        for ended in self._refresh(found):  # or what ended since the last time would be neither scored nor under way
+            self._report(ended)
+        trials = [t for t in found if not t.state.is_finished()]
         waiting = sum(t.state == TrialState.WAITING and self.fleet.worker.does(t) for t in trials)
         return len(trials) - waiting - len(self.unfinished), waiting
 
@@ -450,7 +453,7 @@ class Loop:
             self._tell(trial, TrialState.PRUNED, failure=str(evaluation.stopped))
             return
         done = Trial(trial.number, "complete", architecture, evaluation.scores)
-        if evaluation.weights is not None and done in near_trials(self.run, [*self.near, done]):
+        if evaluation.weights is not None and done in near_trials(self.run, [*self.near, done], SURPRISE):
             self.run.save_weights(done.key, evaluation.weights)
         self._tell(trial, TrialState.COMPLETE, values)
 
