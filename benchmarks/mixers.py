@@ -209,7 +209,9 @@ def profile(name: str, device: str, dtype: torch.dtype) -> None:
         def own(event: object, device: str = device) -> float:
             return event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
 
-        events = record.key_averages(group_by_input_shape=True)
+        # on CUDA an operation and the kernels it starts both have the kernels' time
+        of_device = torch.profiler.DeviceType.CUDA if device == "cuda" else torch.profiler.DeviceType.CPU
+        events = [e for e in record.key_averages(group_by_input_shape=True) if e.device_type == of_device]
         whole = sum(own(event) for event in events)
         for event in sorted(events, key=own, reverse=True)[:3]:
             shapes = [s for s in event.input_shapes if s][:2]

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,23 +145,35 @@ def exclusive(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shared(device: str) -> Iterator[None]:
+def shared(device: str, unless: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold a device beside others that share it, such as trainings of one search, while nobody holds it alone.
+
+    Args:
+        device: which.
+        unless: asked while it waits; where it says so, it goes on without.
 
     Raises:
         NasError: where the lock file cannot be made.
     """
-    with _turn(device, _SharedLock(_lock_file(device))):
+    with _turn(device, _SharedLock(_lock_file(device)), unless):
         yield
 
 
 @contextlib.contextmanager
-def _turn(device: str, lock: FileLock | _SharedLock) -> Iterator[None]:
+def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object] | None = None) -> Iterator[None]:
     gate = FileLock(_lock_file(device).with_suffix(".gate"), mode=0o666)  # who waits at it is overtaken by nobody
 
     def enter(timeout: float) -> None:
         with gate.acquire(timeout):
             lock.acquire(timeout)
+
+    def wait() -> None:
+        if unless is None:
+            return enter(timeout=-1)
+        while not unless():
+            with contextlib.suppress(Timeout):
+                return enter(timeout=0.5)
+        return None
 
     try:
         try:
@@ -170,7 +182,7 @@ def _turn(device: str, lock: FileLock | _SharedLock) -> Iterator[None]:
             log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
             WAITING.set()
             try:
-                enter(timeout=-1)
+                wait()
             finally:
                 WAITING.clear()
     except OSError as error:
@@ -234,9 +246,22 @@ class _SharedLock:
     def release(self) -> None:
         """Nothing happens where it is not held."""
         if self._file is not None:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open, too
             os.close(self._file)
             self._file = None
         self._alone.release()
+
+
+def multiplies_bf16(device: Any) -> bool:
+    """Whether it is a GPU whose units multiply in bf16; for older ones, which can hold it, libraries lack kernels."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _lock_file(device: str) -> Path:
@@ -276,5 +301,5 @@ def _gpu_clock_mhz(device: str) -> int | None:
 
     try:
         return int(torch.cuda.clock_rate(device))
-    except (ModuleNotFoundError, RuntimeError):
+    except Exception:  # the package has errors of its own, of GPUs that say nothing
         return None

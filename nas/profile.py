@@ -30,6 +30,7 @@ from .scoring.latency import (
     measure_latency,
     prepare_modules,
     reference_ms,
+    reference_of,
 )
 from .scoring.latency.model import LatencyModel
 from .search.stability import rank_correlation
@@ -339,7 +340,7 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     there = {"input_size": run.manifest["data"]["input_size"][1], "machine": run.manifest["conditions"]["device"]}
     there |= {name: run.manifest["config"].get(name) for name in SHARED}
     found.check(there | {"threads": run.manifest["conditions"]["threads"]}, f"{run.path} was measured")
-    reference = run.manifest.get("latency_references", {}).get(found.config.latency.label)
+    reference = reference_of(run.manifest.get("latency_references", {}), found.config.latency.label)
     if reference is None:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference

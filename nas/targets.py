@@ -19,7 +19,7 @@ from .models.presets import NOTES, PRESETS
 from .models.zoo import check_network_name, create_network
 from .reading import FIGURE, LINE, SIDE, is_file, read_json, read_text
 from .runs import Run, Trial, is_run
-from .scoring.latency import LatencyConfig
+from .scoring.latency import LatencyConfig, reference_of
 from .training.folder import MAX_CLASSES, WEIGHTS, Trained, is_training
 
 EXPORT = "export.json"
@@ -67,7 +67,7 @@ class Target:
         names = ("dtype", "batch_size", "threads", "channels_last", "command")
         same = all(getattr(config, name) == self.conditions.get(name) for name in names)
         here = same and self.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
-        return self.references.get(config.label) if here else None
+        return reference_of(self.references, config.label) if here else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from nas.scoring.latency import (
     RUNTIMES,
     Latency,
     LatencyConfig,
+    clocks,
     forget_references,
     measure_latencies,
     measure_latency,
@@ -45,6 +46,7 @@ from nas.scoring.latency import (
     protocol,
     random_images,
     reference_ms,
+    reference_of,
 )
 from nas.scoring.latency.clocks import cpu_clock
 from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, MIN_ROUNDS, summarise
@@ -748,6 +750,69 @@ def test_a_measurement_waits_for_trainings_that_share_and_is_not_overtaken():
     end("alone", third)
     end("c", fourth)
     assert order == ["a in", "b in", "a out", "b out", "alone in", "alone out", "c in", "c out"]
+
+
+def test_who_shares_a_device_waits_only_as_long_as_it_wants_to():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive("cpu"):
+            inside.set()
+            leave.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(60)
+    answers = iter([False, True])
+    with shared("cpu", unless=lambda: next(answers)):
+        assert not leave.is_set(), "it went on without"
+    leave.set()
+    holder.join()
+    with exclusive("cpu"):
+        pass  # nobody holds it
+
+
+@pytest.mark.parametrize(
+    ("label", "ms"),
+    [
+        ("cuda:0-eager", 2.0),
+        ("cuda:1-eager", 3.0),
+        ("cuda:2-eager", 2.0),
+        ("cuda-eager", 2.0),
+        ("cpu-eager", 1.0),
+        ("cpu-onnxruntime", None),
+        ("cuda:2-compile", None),
+    ],
+)
+def test_the_reference_of_a_gpu_is_that_of_its_like(label, ms):
+    assert reference_of({"cpu-eager": 1.0, "cuda:0-eager": 2.0, "cuda:1-eager": 3.0}, label) == ms
+
+
+def test_a_gpu_is_kept_busy_only_so_long(monkeypatch):
+    """Where a pass always waits for the GPU, no time is enough to issue it beforehand."""
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    for name, stand_in in (("Event", Event), ("_sleep", slept.append), ("synchronize", lambda _: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(clocks, "_CYCLES", {})
+    block = clocks.cuda_clock(lambda: time.sleep(0.15), torch.device("cuda"))
+    assert block(5) == [1.0] * 5
+    per_ms = 1e7  # as the first two sleeps said
+    assert max(slept) == clocks.MAX_LEAD_MS * clocks.MAX_LEAD * per_ms
+    assert len(slept) == 2 + 3 + 5
 
 
 @pytest.mark.gpu

@@ -325,7 +325,10 @@ def test_the_dashboard_answers_until_interrupted(run):
         with urllib.request.urlopen(f"{url}api/studies/{study['study_id']}?after=0", timeout=30) as answer:
             assert json.load(answer)["objective_names"] == ["latency", "accuracy"]
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)[1]
+        try:
+            rest = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in rest
 

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from scipy.stats import kendalltau
 from nas.data import SPLIT_SEED, load_data, open_split, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
+from nas.machine import WAITING, exclusive
 from nas.models.zoo import create_network
 from nas.runs import Run
 from nas.search import SearchConfig, search
@@ -289,6 +292,30 @@ def test_a_training_that_is_killed_again_and_again_ends_the_same(images, file, t
         with pytest.raises(Killed):
             train(config(file, images, tmp_path / "cut", recipe=recipe), stop)
     assert_same(train(TrainConfig(str(tmp_path / "cut"), device="cpu", workers=2)), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_measures_comes_in_between(images, file, tmp_path, workers):
+    """Between two epochs, though the processes that read images have open what their parent had."""
+    steps, measured = [], []
+
+    def measure() -> None:
+        with exclusive("cpu"):
+            measured.append(len(steps))
+
+    beside = threading.Thread(target=measure)
+
+    def on_step(step):
+        steps.append(step)
+        if len(steps) == 1:
+            beside.start()
+            assert WAITING.wait(60), "the training has the device"
+            time.sleep(0.3)
+
+    train(config(file, images, tmp_path / "out", workers=workers, recipe=replace(TINY, epochs=4)), on_step)
+    beside.join(60)
+    assert len(measured) == 1
+    assert measured[0] < len(steps)
 
 
 def test_another_seed_is_another_training(images, file, tmp_path):

@@ -21,6 +21,7 @@ T = TypeVar("T")
 _SHORTAGES = (
     *("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"),
     "Storage size calculation overflowed",
+    "unable to find an engine to execute this computation",  # what cuDNN makes of a workspace that does not fit
 )
 """What torch's allocators and libraries say, in the several types of error they raise."""
 

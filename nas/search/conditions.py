@@ -24,7 +24,7 @@ from ..runs import (
 )
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.accuracy.training import RECIPE
-from ..scoring.latency import RUNTIME_TRAITS, LatencyConfig
+from ..scoring.latency import RUNTIME_TRAITS, LatencyConfig, reference_of
 from ..space import SearchSpace
 from .config import SearchConfig
 from .evaluate import ALL, PARTS, TRAIN, Evaluator
@@ -51,9 +51,16 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"
         )
-    evaluator = replace(make_evaluator(config, data), references=run.manifest.get("latency_references", {}))
+    evaluator = make_evaluator(config, data)
+    evaluator = replace(evaluator, references=references_of(run, evaluator))
     conditions = training_conditions(config, data, evaluator)
     return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
+
+
+def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
+    """What a run fixed for the reference network on each target, by the targets' labels in this process."""
+    known = run.manifest.get("latency_references", {})
+    return {c.label: ms for c in evaluator.latency if (ms := reference_of(known, c.label)) is not None}
 
 
 def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:

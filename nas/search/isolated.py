@@ -178,5 +178,10 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
             answer = ("failure", failure)
         except Exception:  # the search must end with it, and with where it happened
             answer = ("error", traceback.format_exc())
+        if answer[0] != "done" and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(1)  # an error that stays: nothing runs on the GPU in this process any more
         busy.clear()
         sender.send(*answer)

@@ -34,7 +34,14 @@ from ..runs import (
 from ..scoring.accuracy import ESTIMATORS
 from ..scoring.latency import reference_ms
 from .beforehand import known_beforehand
-from .conditions import check_same, evaluator_of, make_evaluator, measuring_conditions, training_conditions
+from .conditions import (
+    check_same,
+    evaluator_of,
+    make_evaluator,
+    measuring_conditions,
+    references_of,
+    training_conditions,
+)
 from .config import SearchConfig, check_storage
 from .evaluate import MEASURE, TRAIN, Evaluator
 from .fleet import local_workers
@@ -104,7 +111,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         else:
             evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, data, evaluator, conditions)
-        evaluator = replace(evaluator, references=run.manifest.get("latency_references", {}))
+        evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0
         with storage_errors(run.path), local_workers(run, processes):

@@ -358,7 +358,14 @@ def _collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.T
 
 
 def training_batches(
-    data: TrainingData, recipe: Recipe, seed: int, first_step: int, rank: int, ranks: int, workers: int
+    data: TrainingData,
+    recipe: Recipe,
+    seed: int,
+    first_step: int,
+    rank: int,
+    ranks: int,
+    workers: int,
+    pin: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches from a step of the training to its end: uint8 images and labels, of this process.
 
@@ -370,6 +377,7 @@ def training_batches(
         rank: of this process.
         ranks: of all; each has its share of each batch.
         workers: processes that read and augment; 0 for none.
+        pin: whether they go to a GPU.
     """
     steps, size = steps_per_epoch(data, recipe), batch_size(data, recipe)
 
@@ -380,27 +388,27 @@ def training_batches(
                 yield [(epoch, int(i)) for i in order[step * size : (step + 1) * size][rank::ranks]]
 
     images = _Augmented(data.train, training_transform(recipe, data), seed)
-    return iter(_loader(images, workers, batch_sampler=places()))
+    return iter(_loader(images, workers, pin, batch_sampler=places()))
 
 
 def evaluation_batches(
-    part: Part, data: TrainingData, size: int, rank: int, ranks: int, workers: int
+    part: Part, data: TrainingData, size: int, rank: int, ranks: int, workers: int, pin: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A part's images in order, once: this process's share of them."""
     transform = evaluation_transform(data.input_size[1], data.interpolation)
     places = np.arange(len(part))[rank::ranks]
     batches = [chunk.tolist() for chunk in np.split(places, range(size, len(places), size))] if len(places) else []
-    return iter(_loader(_Plain(part, transform, data.input_size[1]), workers, batch_sampler=batches))
+    return iter(_loader(_Plain(part, transform, data.input_size[1]), workers, pin, batch_sampler=batches))
 
 
-def _loader(images: Dataset[Any], workers: int, batch_sampler: Any) -> DataLoader[Any]:
+def _loader(images: Dataset[Any], workers: int, pin: bool, batch_sampler: Any) -> DataLoader[Any]:
     more: dict[str, Any] = {"multiprocessing_context": "fork", "prefetch_factor": PREFETCH} if workers else {}
     return DataLoader(
         images,
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         worker_init_fn=_begin_worker,
         **more,
     )

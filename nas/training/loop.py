@@ -33,7 +33,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from ..errors import NasError, RunError, UsageError
-from ..machine import seeded
+from ..machine import multiplies_bf16, seeded, shared
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
@@ -190,7 +190,7 @@ class Loop:
         )
         self.erase = RandomErasing(recipe.erase, mode="pixel", device=str(self.device)) if recipe.erase else None
         self.teacher = teacher
-        self.amp = recipe.amp == "on" or (recipe.amp == "auto" and self.device.type == "cuda")
+        self.amp = recipe.amp == "on" or (recipe.amp == "auto" and multiplies_bf16(self.device))
         self._constants = {
             "mean": self._channels(data.mean) * 255,
             "std": self._channels(data.std) * 255,
@@ -234,11 +234,18 @@ class Loop:
             return
         total = self.recipe.epochs * self.steps
         batches = training_batches(
-            self.data, self.recipe, self.seed, self.step, self.processes.rank, self.processes.count, self.workers
+            *(self.data, self.recipe, self.seed, self.step, self.processes.rank, self.processes.count, self.workers),
+            pin=self.device.type == "cuda",
         )
         begun, saved, done = time.monotonic(), time.monotonic(), 0
         before = self.seconds
-        with seeded(0), _own_randomness(), _one_end(self.processes.count == 1) as stopped:
+        with (
+            seeded(0),
+            _own_randomness(),
+            _one_end(self.processes.count == 1) as stopped,
+            contextlib.ExitStack() as turn,
+        ):
+            self._take_turn(turn, stopped)
             while self.step < total:
                 try:
                     self._train(*next(batches))
@@ -256,6 +263,8 @@ class Loop:
                 self.seconds = before + time.monotonic() - begun
                 if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
+                    turn.close()  # who measures on the device comes in between
+                    self._take_turn(turn, stopped)
                     saved = time.monotonic()
                 if on_step is not None:
                     speed = done / (time.monotonic() - begun)
@@ -263,7 +272,12 @@ class Loop:
                 if number := stopped():
                     self._save()
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self._finish()
+            self._finish()
+
+    def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object]) -> None:
+        """Hold the device beside others that train; several processes wait for each other, and not for it."""
+        if self.processes.count == 1:
+            turn.enter_context(shared(str(self.device), unless=stopped))
 
     def _told(self, speed: float, left: float) -> Step:
         epoch, step = divmod(self.step, self.steps)
@@ -360,8 +374,9 @@ class Loop:
                 distributed.broadcast(tensor, 0)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         ranks = (self.processes.rank, self.processes.count, self.workers)
+        pin = self.device.type == "cuda"
         with torch.inference_mode():
-            for pixels, labels in evaluation_batches(part, self.data, EVALUATION_BATCH, *ranks):
+            for pixels, labels in evaluation_batches(part, self.data, EVALUATION_BATCH, *ranks, pin):
                 target = labels.to(self.device)
                 logits = model(self._normalised(pixels.to(self.device)))
                 readable = target >= 0

@@ -43,7 +43,7 @@ class Recipe:
         color_jitter: of brightness, contrast and saturation, where there is no policy.
         erase: probability of random erasing.
         scales: sides of the images a step, as shares of the input size, drawn anew each step.
-        amp: bf16 autocast: auto (on CUDA), on or off.
+        amp: bf16 autocast: auto (on a GPU that multiplies in bf16), on or off.
         channels_last: memory format.
         sync_batch_norm: statistics over all processes.
         holdout: share of the training split that is held out to watch the training.

@@ -157,11 +157,9 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
         return
     if place != "cpu":
         torch.cuda.set_device(place)
-    distributed.init_process_group(backend)
-    try:
-        yield processes, place
-    finally:
-        distributed.destroy_process_group()
+    distributed.init_process_group(backend, device_id=None if place == "cpu" else torch.device(place))
+    yield processes, place
+    distributed.destroy_process_group()  # not after an error: it may wait for others that wait for this one
 
 
 def _train(

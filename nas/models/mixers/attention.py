@@ -20,6 +20,8 @@ def attend(
     width took 1.1 to 3.4 times as long (`benchmarks/mixers.py`).
     """
     if q_BGND.device.type != "cpu" and q_BGND.shape[3] == v_BGME.shape[3]:
+        # the fused kernels want a head's channels side by side; heads split off a map in NCHW have its pixels so
+        q_BGND, k_BGMD, v_BGME = (x if x.stride(3) == 1 else x.contiguous() for x in (q_BGND, k_BGMD, v_BGME))
         return F.scaled_dot_product_attention(
             q_BGND, k_BGMD, v_BGME, attn_mask=None if bias is None else bias.to(q_BGND.dtype)
         )

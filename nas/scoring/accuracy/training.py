@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...data import ImageData, Images
 from ...errors import TrialFailure
-from ...machine import seeded
+from ...machine import multiplies_bf16, seeded
 from .estimate import Estimate, Fidelity, Rung
 
 RECIPE = 2
@@ -122,6 +122,7 @@ class Training:
         self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str, chunks: int = 1
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
+        self.amp = multiplies_bf16(self.device)
         train_part = _on_device(data.train, device)
         self.pixels, self.labels = train_part.pixels, train_part.labels
         self.normalise = normaliser(data, device)
@@ -166,7 +167,7 @@ class Training:
             images = self.normalise(_augment(self.pixels[index], self.data.mirrored, generator))
             self.optimizer.zero_grad(set_to_none=True)
             for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     loss = F.cross_entropy(self.network(part), labels, label_smoothing=LABEL_SMOOTHING)
                 loss = loss * (len(labels) / len(index))
                 loss.backward()

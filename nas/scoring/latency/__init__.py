@@ -6,7 +6,7 @@ Timed is the form in which networks are deployed, with batch norms folded into c
 asked otherwise.
 """
 
-from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig
+from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig, reference_of
 from .protocol import (
     measure_latencies,
     measure_latency,
@@ -37,4 +37,5 @@ __all__ = [
     "prepare_parts",
     "random_images",
     "reference_ms",
+    "reference_of",
 ]

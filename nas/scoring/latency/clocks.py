@@ -12,6 +12,10 @@ import torch
 
 TimeBlock = Callable[[int], list[float]]
 """Runs that many passes and returns the milliseconds of each."""
+MAX_LEAD_MS = 100.0
+"""How long a GPU is kept busy at first, at most, while the host issues a pass."""
+MAX_LEAD = 8
+"""So many times as long at the end."""
 
 
 def cpu_clock(run: Callable[[], object]) -> TimeBlock:
@@ -83,14 +87,14 @@ def cuda_clock(run: Callable[[], object], device: torch.device) -> TimeBlock:
         return start.elapsed_time(end), led
 
     def time_block(passes: int) -> list[float]:
-        cycles = int(1.5 * issue_seconds() * 1e3 * _cycles_per_ms(device))
+        first = cycles = int(min(1.5e3 * issue_seconds(), MAX_LEAD_MS) * _cycles_per_ms(device))
         times_ms = []
         for _ in range(passes):
             elapsed_ms, led = timed(cycles)
-            for _ in range(4):
-                if led:
-                    break
-                cycles *= 2  # the device had finished waiting before the host had issued everything
+            # the device had finished waiting before the host had issued everything; a network that waits for its own
+            # results, or one of more kernels than a queue takes, is never led
+            while not led and cycles < MAX_LEAD * first:
+                cycles *= 2
                 elapsed_ms, led = timed(cycles)
             times_ms.append(elapsed_ms)
         return times_ms

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +135,18 @@ class LatencyConfig:
     def label(self) -> str:
         """Device and runtime in short, such as `cpu-onnxruntime`."""
         return f"{self.device}-{self.runtime}"
+
+
+def reference_of(references: Mapping[str, float], label: str) -> float | None:
+    """The latency fixed for the reference network on a target, by its `label`.
+
+    Where there is none, that of a GPU under another number: whoever asks has seen that the machines are alike.
+    """
+
+    def kind(name: str) -> str:
+        return re.sub(r"^cuda(:\d+)?-", "cuda-", name)
+
+    return references.get(label, next((ms for name, ms in references.items() if kind(name) == kind(label)), None))
 
 
 def _check_command(command: str) -> None:
