@@ -106,6 +106,7 @@ def test_four_at_a_time_while_processes_are_killed(nodes, tmp_path):
     assert set(check(Run.open(tmp_path / "run"), 60)) == {"complete"}, "each was repeated"
 
 
+@pytest.mark.long
 def test_what_is_lost_twice_is_a_failed_trial(nodes, tmp_path):
     log = tmp_path / "log"
     search = start(nodes, tmp_path / "run", log, *CHEAP, "--trials", "40")
@@ -119,6 +120,7 @@ def test_what_is_lost_twice_is_a_failed_trial(nodes, tmp_path):
     assert check(Run.open(tmp_path / "run"), 40)["failed"] >= 1
 
 
+@pytest.mark.long
 def test_deadly_measurements_leave_the_actor_alive(nodes, tmp_path):
     """Ten in a row end the search, as anywhere; each says how it died, and none died of another's."""
     log = tmp_path / "log"
@@ -167,6 +169,7 @@ def test_an_interrupted_search_leaves_the_cluster_and_goes_on(nodes, tmp_path):
     assert set(check(Run.open(out), 30)) == {"complete"}
 
 
+@pytest.mark.long
 def test_what_cannot_be_had_is_one_line(nodes, tmp_path):
     for options, words in (
         (("--address", "ray://localhost:1"), "must be on a node of its cluster"),

@@ -279,6 +279,7 @@ def test_parts_are_refused_where_there_is_but_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_workers_on_postgresql(tmp_path, database, start):
     first = lead(start, tmp_path / "run", database, 160)
     join = ("worker", "--storage", database, "--study", "run", "--out")
@@ -436,7 +437,7 @@ def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proxied", [False, True])
+@pytest.mark.parametrize("proxied", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_storage_that_is_gone_for_a_while(tmp_path, postgres, database, start, proxied):
     """Longer than a trial may be silent: nobody ends, and nobody is thought dead."""
     url = database

@@ -575,7 +575,14 @@ def quick(file: Path | str, images: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+    ],
+)
 def test_a_command_that_is_stopped_twice_ends_the_same(images, file, tmp_path, number, code):
     whole = subprocess.run(command(*quick(file, images, tmp_path / "whole")), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
