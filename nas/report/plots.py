@@ -40,7 +40,7 @@ MIXER_SYMBOLS = dict(zip(MIXER_TYPES, itertools.cycle(PLOTLY_MARKERS), strict=Fa
 RUN_STYLES = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
 """How the interactive page tells runs apart: the symbols' filling, the front's line."""
 STYLE_WORDS = ("filled", "hollow", "filled with a dot", "hollow with a dot")
-INK, PAPER = "#333333", "#ffffff"
+INK, PAPER, WHISKER = "#333333", "#ffffff", "#9a9a9a"
 """Of outlines and of what is hollow; a page in another theme puts its own in their place."""
 
 Scored = list[tuple[Run, list[Trial], list[Trial]]]
@@ -254,10 +254,10 @@ def _draw(scored: Scored) -> Figure:
         if name in present
     ]
     if len(scored) == 1:
-        handles.append(Line2D([], [], color="#333333", marker="o", markerfacecolor="white", label="Pareto front"))
+        handles.append(Line2D([], [], color=INK, marker="o", markerfacecolor="white", label="Pareto front"))
     else:
         handles += [
-            Line2D([], [], color="#333333", marker=m, markerfacecolor="white", label=f"front of {run.name}")
+            Line2D([], [], color=INK, marker=m, markerfacecolor="white", label=f"front of {run.name}")
             for (run, _, _), m in zip(scored, itertools.cycle(MARKERS), strict=False)
         ]
     if sum(len(run.baselines()) for run, _, _ in scored) > len(_far_off(scored)):
@@ -268,7 +268,7 @@ def _draw(scored: Scored) -> Figure:
                 linestyle="",
                 marker="*",
                 markersize=9,
-                markeredgecolor="#333333",
+                markeredgecolor=INK,
                 color="white",
                 label="baseline",
             )
@@ -279,7 +279,7 @@ def _draw(scored: Scored) -> Figure:
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     if summary := _summary(scored):
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in summary.splitlines())
-        figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color="#333333")
+        figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure
 
 
@@ -331,9 +331,7 @@ def _draw_run(
         )
     if outline:
         # best x first: holding y until the next x bounds what the front dominates, whatever the directions
-        axes.plot(
-            _values(x, front), _values(y, front), color="#333333", linewidth=1.1, drawstyle="steps-post", zorder=2
-        )
+        axes.plot(_values(x, front), _values(y, front), color=INK, linewidth=1.4, drawstyle="steps-post", zorder=2)
     if front:
         axes.errorbar(
             _values(x, front),
@@ -341,10 +339,9 @@ def _draw_run(
             xerr=_errors(x, front),
             yerr=_errors(y, front),
             fmt="none",
-            ecolor="#333333",
-            elinewidth=1.2,
-            capsize=3,
-            zorder=2.5,
+            ecolor=WHISKER,
+            elinewidth=0.8,
+            zorder=1.5,  # beneath the line of the front, which is what one looks for
         )
     for name, chosen in _by_mixer(front):
         axes.scatter(
@@ -353,13 +350,13 @@ def _draw_run(
             s=60,
             marker=marker,
             color=MIXER_COLOURS[name],
-            edgecolors="#333333",
+            edgecolors=INK,
             linewidths=1,
             zorder=3,
         )
     for label, at_x, at_y in _baselines(run, x, y):
-        axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors="#333333", linewidths=1, zorder=4)
-        style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": "#333333"}
+        axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors=INK, linewidths=1, zorder=4)
+        style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": INK}
         axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)
 
 
@@ -379,7 +376,7 @@ def interactive(scored: Scored) -> Any:
         for place, (run, trials, front) in enumerate(scored):
             filling, dash = RUN_STYLES[place % len(RUN_STYLES)]
             if panels == 1:
-                line = {"color": INK, "width": 1.2, "shape": "hv", "dash": dash}
+                line = {"color": INK, "width": 1.8, "shape": "hv", "dash": dash}
                 x, y = _values(objectives[0], front), _values(objective, front)
                 name = escape(f"front of {run.name}")
                 figure.add_trace(
@@ -423,15 +420,15 @@ def _page(scored: Scored) -> str:
         title={"text": escape(title).replace("\n", "<br>"), "font": {"size": 16}},
         hoverlabel={"align": "left", "font": {"family": "monospace"}},
         legend={"itemsizing": "constant"},
-        margin={"t": 90},
+        margin={"t": 90, "b": 60},
         autosize=True,
     )
     notes = "".join(f"<p>{escape(line)}</p>\n" for line in _summary(scored).splitlines())
-    body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="90vh", config={"responsive": True})
+    body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="75vh", config={"responsive": True})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title.splitlines()[0])}</title>\n"
-        "<style>body { margin: 0; font-family: sans-serif; } p { margin: 0.4em 1em; font-size: 14px; }</style>\n"
+        "<style>html { overflow-y: scroll; } body { margin: 0; font-family: sans-serif; } p { margin: 0.4em 1em; font-size: 14px; }</style>\n"
         "</head>\n<body>\n"
         f"{body}\n{notes}</body>\n</html>\n"
     )
@@ -449,8 +446,9 @@ def _points(run: Run, trials: list[Trial], x: Objective, y: Objective, mixer: st
                 "symmetric": False,
                 "array": above,
                 "arrayminus": below,
-                "thickness": 1.2,
-                "color": INK,
+                "thickness": 1,
+                "width": 0,
+                "color": WHISKER,
             }
     return go.Scatter(
         x=_values(x, trials),

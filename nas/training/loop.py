@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 300.0
 """A checkpoint is written after each epoch, and within one that is longer, this often."""
 EVALUATION_BATCH = 256
+"""Images at a time, where as many are trained on at a time: what fits with gradients fits without."""
 SIDE_STEP = 32
 """Sides of images that change from step to step are multiples of this."""
 
@@ -272,9 +273,11 @@ class Loop:
                 if number := stopped():
                     self._save()
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        with contextlib.ExitStack() as turn:  # Ctrl-C ends the final test at once
+            self._take_turn(turn, None)
             self._finish()
 
-    def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object]) -> None:
+    def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object] | None) -> None:
         """Hold the device beside others that train; several processes wait for each other, and not for it."""
         if self.processes.count == 1:
             turn.enter_context(shared(str(self.device), unless=stopped))
@@ -374,9 +377,9 @@ class Loop:
                 distributed.broadcast(tensor, 0)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         ranks = (self.processes.rank, self.processes.count, self.workers)
-        pin = self.device.type == "cuda"
+        size, pin = min(EVALUATION_BATCH, self.size // self.processes.count), self.device.type == "cuda"
         with torch.inference_mode():
-            for pixels, labels in evaluation_batches(part, self.data, EVALUATION_BATCH, *ranks, pin):
+            for pixels, labels in evaluation_batches(part, self.data, size, *ranks, pin):
                 target = labels.to(self.device)
                 logits = model(self._normalised(pixels.to(self.device)))
                 readable = target >= 0
