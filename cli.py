@@ -710,7 +710,11 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
 @_conditions
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
 @click.option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
-@click.option("--refix", is_flag=True, help="Fix the reference network's latency on this machine anew.")
+@click.option(
+    "--refix",
+    is_flag=True,
+    help="Forget what was fixed for the reference network on this machine, in all runtimes, and begin anew.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def measure(
@@ -912,7 +916,7 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
     metavar="RUN",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A run on the same device, runtime and image size, whose trials teach the model too; repeatable.",
+    help="With --held-out: a run on this device, runtime and image size whose trials teach the model too; repeatable.",
 )
 @click.option(
     "--out",

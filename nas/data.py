@@ -351,6 +351,12 @@ def _files(name: str, test: bool = False) -> Source:
         raise DataError(
             f"--data {name}: no images could be read from it as class folders ({_one_line(error)})"
         ) from None
+    above = {part for i in range(len(reader)) for part in Path(reader.filename(i)).parts[:-2]}
+    if splits := sorted(above.intersection(TEST_FOLDERS)):
+        raise DataError(
+            f"--data {name} holds {' and '.join(splits)} images too, which a search must not see: give the training "
+            "images alone, and the others by --test-data"
+        )
     in_tar = hasattr(reader, "targets")
     targets = reader.targets if in_tar else [target for _, target in reader.samples]
     by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx

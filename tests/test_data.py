@@ -347,6 +347,16 @@ def test_missing_path(tmp_path):
     refused(DataError, "digits", "digit")
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_test_images_among_the_others_are_refused(tmp_path, split, packed):
+    """A class is called by its innermost folder, in an archive too, whatever that lies in."""
+    place = tmp_path / "all"
+    for name in ("training", split):
+        fill(place / name, COUNTS)
+    refused(DataError, f"holds {split} images too", pack(place, tmp_path / "x.tar") if packed else place)
+
+
 def test_text_file_named_tar(tmp_path):
     path = tmp_path / "x.tar"
     path.write_text("no archive", encoding="utf-8")

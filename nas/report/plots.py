@@ -428,7 +428,8 @@ def _page(scored: Scored) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title.splitlines()[0])}</title>\n"
-        "<style>html { overflow-y: scroll; } body { margin: 0; font-family: sans-serif; } p { margin: 0.4em 1em; font-size: 14px; }</style>\n"
+        "<style>html { overflow-y: scroll; } "
+        "body { margin: 0; font-family: sans-serif; } p { margin: 0.4em 1em; font-size: 14px; }</style>\n"
         "</head>\n<body>\n"
         f"{body}\n{notes}</body>\n</html>\n"
     )
