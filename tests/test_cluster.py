@@ -158,6 +158,7 @@ def test_it_trains_and_measures_and_is_resumed_after_a_kill(nodes, tmp_path):
     assert all((out / "weights" / f"{t.key}.safetensors").is_file() for t in run.front(run.trials(remeasured=False)))
 
 
+@pytest.mark.long
 def test_an_interrupted_search_leaves_the_cluster_and_goes_on(nodes, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     search = start(nodes, out, log, *CHEAP, "--trials", "30")
