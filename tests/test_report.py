@@ -181,7 +181,7 @@ def test_the_knob_that_decides_is_the_most_important(run, tmp_path):
 def test_failures_by_reason_and_budgets(tmp_path):
     run = example(tmp_path / "run")
     manifest = json.loads((run.path / "run.json").read_text())
-    manifest["config"]["budgets"] = {"latency": 2.5, "params": 1e6}
+    manifest["config"]["budgets"] = {"latency": 1e3, "params": 1e9}
     (run.path / "run.json").write_text(json.dumps(manifest))
     run = Run.open(run.path)
     endings = (("FAIL", "out_of_memory: one"), ("FAIL", "out_of_memory: two"), ("FAIL", "timeout: three"))
