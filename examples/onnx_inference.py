@@ -30,8 +30,8 @@ def read_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
     if path.suffix.lower() in SUFFIXES:
         yield path.name, "", Image.open(path)
         return
-    if (path / "train").is_dir():
-        sys.exit(f"{path} holds several splits: give one of them, such as {path / 'val'}")
+    if splits := [split for split in ("train", "validation", "val", "test") if (path / split).is_dir()]:
+        sys.exit(f"{path} holds a split: give it alone, such as {path / splits[-1]}")
     if path.is_file():
         with tarfile.open(path) as archive:
             for member in archive:
@@ -67,6 +67,8 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
 
 def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> None:
     """Print the class of each image, or how many are right."""
+    if not (export / "preprocessing.json").is_file():
+        sys.exit(f"{export} is no export: give the folder that `mixnas export` printed, such as RUN/exports/KEY")
     told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
     takes = session.get_inputs()[0].shape[0]  # a number, where it was exported with `--batch N`
@@ -96,7 +98,9 @@ def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> 
         run()
     if labelled:
         print(f"top-1 {100 * right / labelled:.2f} % ({right} of {labelled} images, {file})")
-    print(f"classified without torch: {count}" if count else f"no images in {images}")
+    if not count:
+        sys.exit(f"no images in {images}")
+    print(f"classified without torch: {count}")
     assert not {"torch", "timm"} & set(sys.modules)
 
 

@@ -351,13 +351,15 @@ def _files(name: str, test: bool = False) -> Source:
         raise DataError(
             f"--data {name}: no images could be read from it as class folders ({_one_line(error)})"
         ) from None
-    above = {part for i in range(len(reader)) for part in Path(reader.filename(i)).parts[:-2]}
-    if splits := sorted(above.intersection(TEST_FOLDERS)):
-        raise DataError(
-            f"--data {name} holds {' and '.join(splits)} images too, which a search must not see: give the training "
-            "images alone, and the others by --test-data"
-        )
     in_tar = hasattr(reader, "targets")
+    folders = {os.path.dirname(file) for file in reader.filenames(absolute=True)}
+    within = [set((f if in_tar else os.path.relpath(f, path)).lower().split("/")[:-1]) for f in folders]
+    splits = sorted(set().union(*within).intersection(TEST_FOLDERS))
+    if splits and not all(parts.intersection(splits) for parts in within):
+        raise DataError(
+            f"--data {name} holds {' and '.join(splits)} images beside others, which a search must not see: give the "
+            "training images alone, and these by --test-data"
+        )
     targets = reader.targets if in_tar else [target for _, target in reader.samples]
     by_name = reader.class_name_to_idx if in_tar else reader.class_to_idx
 

@@ -354,7 +354,16 @@ def test_test_images_among_the_others_are_refused(tmp_path, split, packed):
     place = tmp_path / "all"
     for name in ("training", split):
         fill(place / name, COUNTS)
-    refused(DataError, f"holds {split} images too", pack(place, tmp_path / "x.tar") if packed else place)
+    refused(DataError, f"holds {split} images beside others", pack(place, tmp_path / "x.tar") if packed else place)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_test_images_alone_are_images_like_others(tmp_path, packed):
+    """As `--test-data` gets them, whatever they lie in."""
+    place = tmp_path / "all"
+    fill(place / "test", COUNTS)
+    data = load_data(str(pack(place, tmp_path / "x.tar") if packed else place), input_size=32)
+    assert data.classes == tuple(COUNTS)
 
 
 def test_text_file_named_tar(tmp_path):

@@ -340,11 +340,15 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
         ("/x/photos/val", "photos"),
         ("photos/train", "photos"),
         ("/x/photos", "photos"),
-        ("val", "val"),
+        ("val", "pets"),
+        ("../pets/train", "pets"),
+        ("hfds/user/test", "test"),
         ("torch/CIFAR100", "CIFAR100"),
     ],
 )
-def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(name, called):
+def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(name, called, tmp_path, monkeypatch):
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path / "pets")
     assert card._data_set(name) == called
 
 

@@ -219,12 +219,12 @@ def test_stages_are_measured_for_so_long_and_then_later(run, monkeypatch):
     study = optuna.create_study(directions=["minimize", "maximize"])
     monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [architecture.key])
     monkeypatch.setattr(finish, "PARTS_SECONDS", -1.0)
-    finish._attribute(study, front, evaluator)
+    finish._attribute(study, front, evaluator, "cpu-eager")
     assert STAGES not in study.user_attrs
     monkeypatch.setattr(finish, "PARTS_SECONDS", 60.0)
-    finish._attribute(study, front[:1], evaluator)
+    finish._attribute(study, front[:1], evaluator, "cpu-eager")
     monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [])
-    finish._attribute(study, front, evaluator)
+    finish._attribute(study, front, evaluator, "cpu-eager")
     first, *others = [t.key for t in front]
     assert study.user_attrs[STAGES] == {"cpu-eager": {first: [first], **{key: [] for key in others}}}
 

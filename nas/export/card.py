@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def plain(text: str) -> str:
 
 def _data_set(name: str) -> str:
     """What a data set is called: of the folders `photos/train` and `photos/val` it is `photos`."""
-    path = Path(name)
-    split = path.name.lower() in ("train", *TEST_FOLDERS)
+    path = Path(name if name.startswith(("torch/", "hfds/")) else os.path.abspath(name))
+    split = path.is_absolute() and path.name.lower() in ("train", *TEST_FOLDERS)
     return plain(path.parent.name if split and path.parent.name else path.name)
 
 

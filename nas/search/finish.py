@@ -64,34 +64,36 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     wanted = [t for t in near if t.key in first]
     wanted += [t for t in near if t.key not in first][: max(0, MAX_REMEASURED - len(wanted))]
     networks = {t.key: _builder(evaluator, t) for t in wanted}
-    _remeasure(study, evaluator, networks | {name: _baseline_builder(evaluator, name) for name in scored})
+    _remeasure(study, run, evaluator, networks | {name: _baseline_builder(evaluator, name) for name in scored})
     # what was measured slower the second time may let others onto the front, with their first figures: again for these
     while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
         more = {t.key: _builder(evaluator, t) for t in new}
         networks |= more
-        _remeasure(study, evaluator, more)
+        _remeasure(study, run, evaluator, more)
     front = {t.key: _builder(evaluator, t) for t in run.front()}
     other = _onnxruntime(evaluator.latency)
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
         log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
         study.set_user_attr(ELSEWHERE, {other.label: _measure(front, evaluator, other)})
-    _attribute(study, run.front(), evaluator)
+    _attribute(study, run.front(), evaluator, run.targets[0])
 
 
-def _remeasure(study: optuna.Study, evaluator: Evaluator, networks: Builders) -> None:
+def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Builders) -> None:
     """Measure networks on every target in turns, unless all of them are measured again already."""
     done: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
-    if all(set(networks) <= set(done.get(config.label, {})) for config in evaluator.latency):
+    # by the run's own names: on another GPU of the same kind this process has another one
+    targets = list(zip(run.targets, evaluator.latency, strict=True))
+    if all(set(networks) <= set(done.get(name, {})) for name, _ in targets):
         return
     log.info("measuring the front and what is near it again, in turns: %d networks", len(networks))
-    found = {c.label: done.get(c.label, {}) | _measure(networks, evaluator, c) for c in evaluator.latency}
+    found = {name: done.get(name, {}) | _measure(networks, evaluator, c) for name, c in targets}
     study.set_user_attr(REMEASURED, found)
 
 
-def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator) -> None:
+def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: str) -> None:
     """Measure stem, stages and head of the front's networks on the first target, unless that is done."""
     config, start = evaluator.latency[0], time.monotonic()
-    known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(config.label, {}))
+    known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(target, {}))
     left = [t.architecture for t in front if t.architecture is not None and t.key not in known]
     if not left:
         return
@@ -107,7 +109,7 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
             )
             return
         known[architecture.key] = _parts(architecture, evaluator, quick)
-        study.set_user_attr(STAGES, {config.label: known})
+        study.set_user_attr(STAGES, {target: known})
 
 
 def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConfig) -> list[dict[str, Any]]:

@@ -178,10 +178,13 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
             answer = ("failure", failure)
         except Exception:  # the search must end with it, and with where it happened
             answer = ("error", traceback.format_exc())
-        if answer[0] != "done" and torch.cuda.is_initialized():
+        if answer[0] != "done":
             try:
-                torch.cuda.synchronize()
-            except RuntimeError:
-                os._exit(1)  # an error that stays: nothing runs on the GPU in this process any more
+                for device in {evaluator.device, *(c.device for c in evaluator.latency)}:
+                    if device.startswith("cuda"):
+                        torch.cuda.synchronize(device)
+            except RuntimeError:  # an error that stays: nothing runs on that GPU in this process any more
+                sender.send("log", (logging.WARNING, "%s", f"the process that scores begins anew after: {answer[1]}"))
+                os._exit(1)
         busy.clear()
         sender.send(*answer)

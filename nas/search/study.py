@@ -111,6 +111,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         else:
             evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, data, evaluator, conditions)
+            log.info("a new run in %s: space %s, images %s", run.path, config.space.name, data.name)
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0

@@ -238,8 +238,7 @@ class Loop:
             *(self.data, self.recipe, self.seed, self.step, self.processes.rank, self.processes.count, self.workers),
             pin=self.device.type == "cuda",
         )
-        begun, saved, done = time.monotonic(), time.monotonic(), 0
-        before = self.seconds
+        before, done = self.seconds, 0
         with (
             seeded(0),
             _own_randomness(),
@@ -247,7 +246,13 @@ class Loop:
             contextlib.ExitStack() as turn,
         ):
             self._take_turn(turn, stopped)
-            while self.step < total:
+            begun = saved = time.monotonic()
+            while True:
+                if number := stopped():
+                    self._save()
+                    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+                if self.step == total:
+                    break
                 try:
                     self._train(*next(batches))
                 except (RuntimeError, MemoryError) as error:
@@ -265,22 +270,24 @@ class Loop:
                 if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
                     turn.close()  # who measures on the device comes in between
-                    self._take_turn(turn, stopped)
+                    begun += self._take_turn(turn, stopped)
                     saved = time.monotonic()
                 if on_step is not None:
                     speed = done / (time.monotonic() - begun)
                     on_step(self._told(speed, (total - self.step) / speed))
-                if number := stopped():
-                    self._save()
-                    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         with contextlib.ExitStack() as turn:  # Ctrl-C ends the final test at once
             self._take_turn(turn, None)
             self._finish()
 
-    def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object] | None) -> None:
-        """Hold the device beside others that train; several processes wait for each other, and not for it."""
+    def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object] | None) -> float:
+        """Hold the device beside others that train; returns the seconds waited for it.
+
+        Several processes wait for each other, and not for it.
+        """
+        start = time.monotonic()
         if self.processes.count == 1:
             turn.enter_context(shared(str(self.device), unless=stopped))
+        return time.monotonic() - start
 
     def _told(self, speed: float, left: float) -> Step:
         epoch, step = divmod(self.step, self.steps)
@@ -422,7 +429,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
         }
         self.trained.save_checkpoint(state)
-        if self.step % self.steps == 0:
+        if self.rows and self.step % self.steps == 0:
             self._write_log()
 
     def _write_log(self) -> None:

@@ -368,10 +368,11 @@ def _check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
         if there.get(name) != manifest[name]:
             raise RunError(f"{trained.path} is a training with another {name}: give another --out")
     for name, value in manifest["recipe"].items():
-        if there["recipe"].get(name) != value:
-            name = "recipe" if name == "name" else name
+        if (before := there["recipe"].get(name)) != value:
+            what = f"recipe {before}" if name == "name" else f"{name}={before}"
             raise RunError(
-                f"{trained.path} was begun with {name}={there['recipe'].get(name)}, not {value}: give another --out"
+                f"{trained.path} was begun with {what}, not {value}: `mixnas train {trained.path}` goes on with it; "
+                "another training needs another --out"
             )
     for name in ("fingerprint", "input_size"):
         if there["data"][name] != manifest["data"][name]:

@@ -34,9 +34,9 @@ from .clocks import TimeBlock, cpu_clock, cuda_clock
 from .config import DTYPES, LatencyConfig
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
+"""How far a runtime's output may be from eager's: max|a - b| / max|b|."""
 TOLERANCE_TF32 = 5e-3
 """On CUDA convolutions in fp32 multiply in TF32, as PyTorch has it, whose ten bits alone make a difference of 1e-3."""
-"""How far a runtime's output may be from eager's: max|a - b| / max|b|."""
 COMMAND_TRIES = 3
 
 
