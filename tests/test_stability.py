@@ -292,6 +292,17 @@ def test_what_is_over_the_budget_after_all_leaves_the_front(unfinished, monkeypa
     assert slow not in {t.key for t in run.front()}
 
 
+def test_a_run_that_names_no_references_is_measured_again(unfinished, monkeypatch):
+    path = unfinished.path / "run.json"
+    manifest = json.loads(path.read_text())
+    del manifest["latency_references"]
+    path.write_text(json.dumps(manifest))
+    calls = script(monkeypatch, lambda name, call: 1.0)
+    run = search(SearchConfig.from_run(Run.open(unfinished.path)))
+    assert calls
+    assert set(run.attributes[REMEASURED]) == {"cpu-eager"}
+
+
 def test_failures_in_the_second_measurement_keep_the_first_figures(unfinished, monkeypatch):
     before = unfinished.front(unfinished.trials(remeasured=False))
     script(monkeypatch, lambda name, call: None)

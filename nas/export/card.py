@@ -83,7 +83,11 @@ def _metadata(subject: Subject) -> str:
                 "results": [
                     {
                         "task": {"type": "image-classification", "name": "Image Classification"},
-                        "dataset": {"type": data, "name": _data_set(share.get("name", data)), "split": split},
+                        "dataset": {
+                            "type": data,
+                            "name": _data_set(share["name"]) if "name" in share else data,
+                            "split": split,
+                        },
                         "metrics": [{"type": "accuracy", "name": "top-1", "value": round(share["accuracy"] / 100, 6)}],
                     }
                     for split, share in found.items()

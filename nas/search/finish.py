@@ -75,14 +75,19 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
         log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
         study.set_user_attr(ELSEWHERE, {other.label: _measure(front, evaluator, other)})
-    _attribute(study, run.front(), evaluator, run.targets[0])
+    _attribute(study, run.front(), evaluator, _targets(run, evaluator)[0][0])
+
+
+def _targets(run: Run, evaluator: Evaluator) -> list[tuple[str, LatencyConfig]]:
+    """What latency is measured on, by the names in the run: on another GPU of the same kind this process has others."""
+    own = tuple(config.label for config in evaluator.latency)
+    return list(zip(run.targets if len(run.targets) == len(own) else own, evaluator.latency, strict=True))
 
 
 def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Builders) -> None:
     """Measure networks on every target in turns, unless all of them are measured again already."""
     done: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
-    # by the run's own names: on another GPU of the same kind this process has another one
-    targets = list(zip(run.targets, evaluator.latency, strict=True))
+    targets = _targets(run, evaluator)
     if all(set(networks) <= set(done.get(name, {})) for name, _ in targets):
         return
     log.info("measuring the front and what is near it again, in turns: %d networks", len(networks))

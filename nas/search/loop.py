@@ -39,9 +39,9 @@ from .stopping import Finished, Judge, best_final, costs_of
 log = logging.getLogger(__name__)
 
 MAX_OVER_BUDGET = 100
+"""Architectures in a row that may be over budget (or fail) before a search gives up."""
 HINTS = (10, 20, 40, 80)
 """After so many trials that scored nothing, people are told."""
-"""Architectures in a row that may be over budget (or fail) before a search gives up."""
 MAX_FAILURES = 10
 """Failures in a row before it gives up."""
 WAIT_SECONDS = 1.0

@@ -251,7 +251,7 @@ class Loop:
                 if number := stopped():
                     self._save()
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-                if self.step == total:
+                if self.step >= total:
                     break
                 try:
                     self._train(*next(batches))
