@@ -247,6 +247,18 @@ def _conditions(command: Any, several: bool = False) -> Any:
     return command
 
 
+def _classes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return _names(value or "")
+
+
+_CLASSES = click.option(
+    "--classes",
+    metavar="NAME,…",
+    callback=_classes,
+    help="The class folders of --data, by name, where it is not clear which they are.  [default: all]",
+)
+
+
 def _images(command: Any) -> Any:
     """The options that say of which space, and on which images."""
     for option in (
@@ -259,6 +271,7 @@ def _images(command: Any) -> Any:
             help="Of a larger training split, a stratified sample of this many.",
         ),
         click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie."),
+        _CLASSES,
         click.option(
             "--data",
             default="digits",
@@ -816,6 +829,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
 @click.option("--data", help="The training split, as for `search`.  [default: the run's, else digits]")
 @click.option("--test-data", help="Images of the final test.  [default: the split beside --data, if any]")
 @click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
+@_CLASSES
 @click.option("--input-size", type=int, help="Side of the images.  [default: the run's, else the data's own]")
 @click.option(
     "--init", default="auto", show_default=True, help="auto (trained weights, where there are), scratch or a file."
@@ -1248,12 +1262,24 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
 
 @cli.command()
 @click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--data", help="Show what a folder or an archive of images holds, and nothing else.")
+@click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
+@_CLASSES
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(run_path: Path | None, as_json: bool) -> None:
+def doctor(
+    run_path: Path | None, data: str | None, data_root: str | None, classes: tuple[str, ...], as_json: bool
+) -> None:
     """Check this machine and what is installed and, with RUN, whether that run folder is sound.
+
+    With --data: which classes, splits and images a data set has, and what would be left out. No image is opened.
 
     Nothing is changed. Exit status 0 where there is no problem (warnings are none), else 1.
     """
+    if data is not None:
+        if run_path is not None:
+            raise UsageError("RUN and --data exclude each other")
+        _doctor_data(data, data_root, classes, as_json)
+        return
     from nas.doctor import examine
 
     found = []
@@ -1266,6 +1292,28 @@ def doctor(run_path: Path | None, as_json: bool) -> None:
     problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]
     if problems:
         raise NasError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found: {', '.join(problems)}")
+
+
+def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_json: bool) -> None:
+    """The listing of a data set."""
+    from nas.data import open_split
+
+    listing = open_split(name, data_root, classes).listing
+    if as_json:
+        _print_json({"data": name, "classes": list(listing.classes), **listing.to_dict()})
+        return
+    table = _table("class", "images>", title=f"{name}{f', {listing.split}' if listing.split else ''}")
+    for label, count in zip(listing.classes, listing.images, strict=True):
+        table.add_row(one_line(label), f"{count:,}")
+    table.add_section()
+    table.add_row(f"{len(listing.classes)} classes", f"{sum(listing.images):,}")
+    _print_table(table)
+    for other, count in listing.others.items():
+        click.echo(f"other split, never searched: {other}, {count:,} images")
+    for reason, count in listing.skipped.items():
+        click.echo(f"skipped: {count:,} {reason}")
+    for note in listing.notes:
+        click.echo(note)
 
 
 @contextmanager

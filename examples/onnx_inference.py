@@ -11,43 +11,79 @@ import argparse
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SPLITS = ("train", "training", "val", "valid", "validation", "test")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def read_images(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
-    """Name, class ('' where there is none) and image of each file."""
+def class_name(folder: str) -> str:
+    """A folder's name as class names are written in the export: composed Unicode, undecodable bytes as escapes."""
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "backslashreplace"))
+
+
+def read_images(path: Path, classes: list[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Name, class ('' where there is none) and content of each file; the class is the first folder below `path`."""
     if path.suffix.lower() in SUFFIXES:
-        yield path.name, "", Image.open(path)
-        return
-    if splits := [split for split in ("train", "validation", "val", "test") if (path / split).is_dir()]:
-        sys.exit(f"{path} holds a split: give it alone, such as {path / splits[-1]}")
-    if path.is_file():
+        yield path.name, "", path.read_bytes()
+    elif path.is_file():
         with tarfile.open(path) as archive:
             for member in archive:
-                name = PurePosixPath(member.name)
-                if member.isfile() and name.suffix.lower() in SUFFIXES:
-                    content = archive.extractfile(member).read()
-                    yield member.name, name.parent.name, Image.open(io.BytesIO(content))
-        return
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in SUFFIXES:
-            yield str(file), "" if file.parent == path else file.parent.name, Image.open(file)
+                parts = [part for part in PurePosixPath(member.name).parts if part != "."]
+                if member.isfile() and is_image(parts):
+                    yield (
+                        member.name,
+                        class_name(parts[0]) if len(parts) > 1 else "",
+                        archive.extractfile(member).read(),
+                    )
+    else:
+        found = [f for f in sorted(path.rglob("*")) if f.is_file() and is_image(f.relative_to(path).parts)]
+        folders = {class_name(f.relative_to(path).parts[0]) for f in found if f.parent != path}
+        if splits := sorted(name for name in folders - set(classes) if name.lower() in SPLITS):
+            sys.exit(f"{path} holds a split: give it alone, such as {path / splits[-1]}")
+        for file in found:
+            parts = file.relative_to(path).parts
+            yield str(file), class_name(parts[0]) if len(parts) > 1 else "", file.read_bytes()
+
+
+def is_image(parts: Sequence[str]) -> bool:
+    """Whether a path is an image's, with nothing hidden on the way."""
+    return not any(part.startswith(".") for part in parts) and Path(parts[-1]).suffix.lower() in SUFFIXES
+
+
+def decode(content: bytes, told: dict) -> Image.Image:
+    """An image in RGB as a viewer shows it, as `preprocessing.json` tells: turned, on its background, in 8 bits."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        whites = [65535.0] if image.mode.startswith("I;16") else [1.0] * (image.mode == "F") + [255.0, 65535.0]
+        white = next((white for white in whites if values.min() >= 0 and values.max() <= white), None)
+        low, high = (0.0, white) if white else (values.min(), values.max())
+        grey = np.rint((values - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    seen = Image.new("RGB", image.size, tuple(told["decoding"]["background"]))
+    seen.paste(image, mask=image)
+    return seen
 
 
 def prepare(image: Image.Image, told: dict) -> np.ndarray:
-    """An image as the network takes it, as `preprocessing.json` tells."""
-    image = image.convert("RGB")
+    """An RGB image as the network takes it, as `preprocessing.json` tells."""
     side = told["input_size"][1]
     filter_ = Image.Resampling[told["interpolation"].upper()]
     width, height = image.size
@@ -90,8 +126,8 @@ def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> 
                 print(f"{name}: {found}")
         waiting.clear()
 
-    for name, wanted, image in read_images(images):
-        waiting.append((name, wanted, prepare(image, told)))
+    for name, wanted, content in read_images(images, told["class_names"]):
+        waiting.append((name, wanted, prepare(decode(content, told), told)))
         if len(waiting) == (fixed or batch):
             run()
     if waiting:

@@ -39,6 +39,7 @@ CONFIG = {
     "start?": [dict],
     "data": str,
     "data_root": (str, None),
+    "classes?": [str],
     "input_size": (SIDE, None),
     "max_images?": COUNT,
     "trials?": COUNT,
@@ -63,6 +64,7 @@ DATA = {
     "std": [FIGURE, FIGURE, FIGURE],
     "num_train": COUNT,
     "num_holdout": COUNT,
+    "listing?": {"split": str, "images": [COUNT], "others": {str: COUNT}, "skipped": {str: COUNT}, "notes": [str]},
 }
 """What was trained on, in runs and full trainings."""
 MACHINE = {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, _load_embedded, load_data, reduced, stratified_split
+from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, load_data, reduced, stratified_split
 from nas.errors import DataError, UsageError
 
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")
@@ -112,8 +112,8 @@ def test_digits_are_what_they_say(digits):
 
 
 def test_same_seed_same_data(digits):
-    _load_embedded.cache_clear()
-    again, other = load_data("digits"), load_data("digits", seed=1)
+    # another bound on images, which does not bind: the set that is kept is not what is returned
+    again, other = load_data("digits", max_images=10**6), load_data("digits", seed=1)
     assert again is not digits
     assert again.fingerprint == digits.fingerprint
     assert torch.equal(again.holdout.pixels, digits.holdout.pixels)
@@ -345,25 +345,6 @@ def test_all_images_corrupt(tmp_path):
 def test_missing_path(tmp_path):
     refused(DataError, "no such file", tmp_path / "absent")
     refused(DataError, "digits", "digit")
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_test_images_among_the_others_are_refused(tmp_path, split, packed):
-    """A class is called by its innermost folder, in an archive too, whatever that lies in."""
-    place = tmp_path / "all"
-    for name in ("training", split):
-        fill(place / name, COUNTS)
-    refused(DataError, f"holds {split} images beside others", pack(place, tmp_path / "x.tar") if packed else place)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_test_images_alone_are_images_like_others(tmp_path, packed):
-    """As `--test-data` gets them, whatever they lie in."""
-    place = tmp_path / "all"
-    fill(place / "test", COUNTS)
-    data = load_data(str(pack(place, tmp_path / "x.tar") if packed else place), input_size=32)
-    assert data.classes == tuple(COUNTS)
 
 
 def test_text_file_named_tar(tmp_path):

@@ -40,6 +40,7 @@ class CalibrationConfig:
         space: whose architectures.
         data: a data set as `nas.data` names it.
         data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        classes: of a folder or an archive of images, the class folders; empty to find them.
         input_size: side of the images; None takes the data's own.
         max_images: of a larger training split, a stratified sample of this many is used.
         device: trains and times.
@@ -53,6 +54,7 @@ class CalibrationConfig:
     space: SearchSpace
     data: str = "digits"
     data_root: str | None = None
+    classes: tuple[str, ...] = ()
     input_size: int | None = None
     max_images: int = MAX_IMAGES
     device: str = "cpu"
@@ -89,7 +91,7 @@ def calibrate(config: CalibrationConfig, path: Path, on_step: Step | None = None
         DataError: for an unusable data set.
         UsageError: where images are too small for the space.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     reduction = config.space.largest()[0].reduction
     if data.input_size[1] < reduction:
         raise UsageError(f"images of {data.input_size[1]} pixels are too small: {reduction} or more are needed")
@@ -280,6 +282,7 @@ def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> C
         return found
     manifest = same | {
         "format": FORMAT,
+        "listing": data.listing.to_dict(),
         "reference_ms": reference_ms(LatencyConfig(device=config.device)),
         "conditions": describe_machine(config.device),
         "software": describe_software(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import resolutions
-from ..data import TEST_FOLDERS
+from ..data import split_kind
 from ..search.objectives import OBJECTIVES, format_value
 from .formats import FORMATS
 from .subject import Subject
@@ -62,7 +62,7 @@ def plain(text: str) -> str:
 def _data_set(name: str) -> str:
     """What a data set is called: of the folders `photos/train` and `photos/val` it is `photos`."""
     path = Path(name if name.startswith(("torch/", "hfds/")) else os.path.abspath(name))
-    split = path.is_absolute() and path.name.lower() in ("train", *TEST_FOLDERS)
+    split = path.is_absolute() and split_kind(path.name.removesuffix(".tar")) is not None
     return plain(path.parent.name if split and path.parent.name else path.name)
 
 
@@ -155,6 +155,27 @@ import {package}  # registers the network; timm itself runs no code from a folde
 import timm
 {register}model = timm.create_model("local-dir:{folder}", pretrained=True)
 backbone = timm.create_model("local-dir:{folder}", pretrained=True, features_only=True)
+```
+
+Images were read as a viewer shows them: turned by their EXIF orientation, transparent parts on white, 16-bit values
+scaled (`preprocessing.json` says it in full). Read them likewise before timm's transform:
+
+```python
+from PIL import Image, ImageOps
+
+def read(path):
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value / 257).convert("L").convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    seen = Image.new("RGB", image.size, "white")
+    seen.paste(image, mask=image)
+    return seen
+
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+logits = model.eval()(transform(read("photo.jpg")).unsqueeze(0))
 ```
 
 Uploaded to the Hugging Face Hub as it is, the folder is `hf-hub:NAME/REPOSITORY`, a model {hub}.

@@ -21,6 +21,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..architecture import resolutions
+from ..data import BACKGROUND
 from ..errors import NasError, UsageError
 from ..folding import fold_batch_norms
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
@@ -29,6 +30,16 @@ from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_mod
 from .checks import Call, logits_of
 from .subject import Subject
 
+DECODING = {
+    "frame": "first",
+    "orientation": "EXIF",
+    "background": list(BACKGROUND),
+    "grey": (
+        "16-bit values are divided by 257; of other integer and float images white is the least of 1 (floats only), "
+        "255 and 65535 that no value exceeds; with values beyond these black and white are the image's extremes"
+    ),
+}
+"""How an encoded image becomes RGB of 8 bits (`nas.data.decoding`), for people and programs."""
 QUANTISED = ("Conv", "Gemm", "MatMul")
 """ONNX operations in 8 bits, where they have weights: products of two activations, as in attention, stay in float32.
 With those in 8 bits too, a network of `mini` agreed with itself on 30 % of its images instead of 94 %."""
@@ -132,6 +143,7 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "input": INPUT,
         "output": OUTPUT,
         "layout": "NCHW, RGB, float32",
+        "decoding": DECODING,
         "input_size": list(data["input_size"]),
         # in a search the largest central square is scaled; in a full training the image, by its shorter side, then cut
         "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],

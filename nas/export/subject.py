@@ -175,7 +175,8 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | No
 def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
     config = run.manifest["config"]
     root, most = data_root or config["data_root"], config.get("max_images", MAX_IMAGES)
-    data = _load(name or config["data"], config["input_size"], root, most)
+    classes = tuple(config.get("classes", ()))
+    data = _load(name or config["data"], config["input_size"], root, most, classes)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(_other_data(data.name, f"run {run.name}"))
     chosen = sample(len(data.holdout), MAX_CHECKED)
@@ -198,6 +199,7 @@ def _pictures_of_training(trained: Trained, name: str | None, data_root: str | N
         Held.from_dict(told["held"]),
         (tuple(told["mean"]), tuple(told["std"])),
         with_test=not told["num_holdout"],
+        classes=asked.get("classes", ()),
     )
     if data.fingerprint != told["fingerprint"]:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
@@ -225,6 +227,6 @@ def sample(count: int, most: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, side: int | None, data_root: str | None, max_images: int) -> ImageData:
+def _load(name: str, side: int | None, data_root: str | None, max_images: int, classes: tuple[str, ...]) -> ImageData:
     """Decoded once for all points of a front."""
-    return load_data(name, side, data_root, max_images)
+    return load_data(name, side, data_root, max_images, classes=classes)

@@ -330,6 +330,7 @@ def particulars(run: Run) -> dict[str, dict[str, str]]:
     config = {name: value for name, value in manifest["config"].items() if name not in ("storage", "start")}
     data, space = dict(manifest["data"]), manifest["space"]
     data["classes"] = len(data["classes"])
+    data |= {name: value for name, value in data.pop("listing", {}).items() if name != "images"}
     groups = {
         "Search": config | {"storage": storage_for_people(manifest["config"]["storage"])},
         "Space": {"name": space["name"], "description": space.get("description")},

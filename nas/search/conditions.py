@@ -46,7 +46,7 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     Raises:
         RunError: where the data is not the run's.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"

@@ -38,6 +38,7 @@ class SearchConfig:
         baselines: networks by name (timm's and presets) that are scored beside the search, as its points are.
         data: a data set as `nas.data` names it.
         data_root: where `torch/NAME` and `hfds/NAME` sets lie.
+        classes: of a folder or an archive of images, the class folders; empty to find them.
         max_images: of a larger training split, a stratified sample of this many is used.
         input_size: side of the images; None takes the data's own.
         proxy: a row of `ESTIMATORS`; what `accuracy` is read from.
@@ -89,6 +90,7 @@ class SearchConfig:
     baselines: tuple[str, ...] = ()
     data: str = "digits"
     data_root: str | None = None
+    classes: tuple[str, ...] = ()
     max_images: int = MAX_IMAGES
     input_size: int | None = None
     proxy: str = "train"
@@ -197,6 +199,7 @@ class SearchConfig:
             "objectives": list(self.objectives),
             "budgets": dict(self.budgets),
             "baselines": list(self.baselines),
+            "classes": list(self.classes),
             "start": [architecture.to_dict() for architecture in self.start],
             "also": [list(target) for target in self.also],
         }
@@ -208,6 +211,7 @@ class SearchConfig:
             values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
+            values["classes"] = tuple(values.get("classes", ()))
             values["start"] = tuple(Architecture.from_dict(data) for data in values.get("start", ()))
             values["also"] = tuple((str(device), str(runtime)) for device, runtime in values.get("also", ()))
             return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)

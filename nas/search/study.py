@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,10 +91,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         log.info("accuracy is not an objective: nothing is trained")
     if config.only == MEASURE:
         log.info("this process only measures: nothing is drawn until a worker trains (mixnas worker --only train)")
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images)
-    if data.corrupt:
-        shown = ", ".join(data.corrupt[:3]) + (", …" if len(data.corrupt) > 3 else "")
-        log.warning("%d images of %s could not be read and are left out: %s", len(data.corrupt), data.name, shown)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     evaluator = make_evaluator(config, data)
     largest = config.space.largest()[0]
     evaluator.build(largest)  # refuses images that are too small, before anything is written
@@ -169,7 +167,8 @@ def work(
 def _absolute(data: str) -> str:
     """A path as it is found from anywhere; names of embedded and installed sets as they are."""
     embedded = data == "digits" or data.lower().startswith(("torch/", "hfds/"))
-    return data if embedded else str(Path(data).expanduser().resolve())
+    # links stay as they are named: what lies beside them says which split they are
+    return data if embedded else os.path.abspath(Path(data).expanduser())
 
 
 def _absolute_folder(path: str | None) -> str | None:
@@ -313,6 +312,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
             "num_train": len(data.train),
             "num_holdout": len(data.holdout),
             "corrupt": list(data.corrupt),
+            "listing": data.listing.to_dict(),
         },
         "machine": describe_machine(config.device),
         "software": describe_software(),

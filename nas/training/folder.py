@@ -58,6 +58,7 @@ _SHAPE = {
     "asked": {
         "target": str,
         **dict.fromkeys(("data", "test_data", "data_root", "teacher", "teacher_weights"), (str, None)),
+        "classes?": [str],
         "input_size": (SIDE, None),
         "seed": range(2**32),
         "init": str,

@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,18 +27,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ..data import (
-    DECODE_ERRORS,
     NOT_MIRRORED,
+    Listing,
     Source,
-    as_image,
+    UnreadableImage,
     channel_statistics,
-    has_test_split,
     match_classes,
     native_size,
-    open_split,
+    open_data_set,
+    open_test_set,
+    quiet,
     search_split,
     stratified_split,
-    test_split_name,
 )
 from ..errors import DataError, UsageError
 from .recipes import Recipe
@@ -121,6 +120,7 @@ class TrainingData:
         test: those of the final test; None where there is none.
         held: how `holdout` was drawn.
         fingerprint: short hash of names, labels and parts: it tells data sets apart.
+        listing: what was found where the images lie.
     """
 
     name: str
@@ -136,6 +136,7 @@ class TrainingData:
     test: Part | None
     held: Held
     fingerprint: str
+    listing: Listing
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
@@ -152,6 +153,7 @@ class TrainingData:
             "num_train": len(self.train),
             "num_holdout": len(self.holdout),
             "held": {"share": self.held.share, "seed": self.held.seed, "search": self.held.search},
+            "listing": self.listing.to_dict(),
         }
 
 
@@ -163,8 +165,9 @@ def open_data(
     held: Held,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     with_test: bool = True,
+    classes: Sequence[str] = (),
 ) -> TrainingData:
-    """Open a training split and the test split that goes with it; no more than a sample is decoded.
+    """Open a training split and the test split that goes with it, and log what was found; a sample is decoded at most.
 
     Args:
         name: of the training split, see `nas.data`.
@@ -174,12 +177,17 @@ def open_data(
         held: what is held out.
         normalisation: mean and deviation of the channels; None takes them from a sample.
         with_test: whether the test split is opened too.
+        classes: of a folder or an archive, the class folders; empty to find them.
 
     Raises:
         DataError: where a set is missing or cannot be used.
         UsageError: where a name or number is not allowed.
     """
-    source = open_split(name, data_root)
+    opened = open_data_set(name, data_root, classes)
+    source = opened.train
+    if source is None:
+        raise DataError(f"--data {name}: {opened.why_no_train}")
+    log.info("%s", source.listing.line(name))
     labels = source.targets
     if len(np.unique(labels)) < 2:
         raise DataError(f"{name}: images of one class, classification needs at least 2")
@@ -187,18 +195,23 @@ def open_data(
     aside, rest = held.split(labels)
     if len(rest) < 2:
         raise DataError(f"{name}: {len(labels)} images are too few to train on")
-    test, test_source = None, _test_source(name, test_name, data_root) if with_test else None
-    if test_source is not None:
-        of_test = match_classes(test_source, source.classes, test_name or f"the test split of {name}")
-        test = Part(test_source, np.arange(len(of_test)), of_test)
+    test = None
+    if with_test and test_name is not None:
+        test = _test_part(_named_test(test_name, data_root, classes, source), source, test_name)
+    elif with_test and opened.test is not None:
+        try:
+            found = opened.test()
+        except DataError as error:
+            log.warning("there will be no final test: %s", error)
+        else:
+            test = _test_part(found, source, found.place or f"the test split of {name}")
+    elif with_test and opened.why_no_test:
+        log.warning("there will be no final test: %s", opened.why_no_test)
     if normalisation is None:
         normalisation = _statistics(source, rest, side)
-    source.close()  # worker processes open it for themselves
-    if test_source is not None:
-        test_source.close()
     return TrainingData(
         name=name,
-        test_name=None if test is None else test_name or test_split_name(name),
+        test_name=None if test is None else test_name or test.source.place or f"the test split of {name}",
         classes=source.classes,
         input_size=(3, side, side),
         interpolation=source.interpolation,
@@ -210,28 +223,32 @@ def open_data(
         test=test,
         held=held,
         fingerprint=_fingerprint(source, rest),
+        listing=source.listing,
     )
 
 
-def _test_source(name: str, test_name: str | None, data_root: str | None) -> Source | None:
-    """The test split of a set; None where it has none.
+def _named_test(test_name: str, data_root: str | None, classes: Sequence[str], training: Source) -> Source:
+    """The images that a user named for the final test.
 
     Raises:
-        UsageError: where it is what is trained on.
+        UsageError: where images are trained on too.
     """
-    if test_name is None:
-        if not has_test_split(name):
-            return None
-        try:
-            return open_split(name, data_root, test=True)
-        except DataError as error:
-            log.warning("there will be no final test: %s", error)
-            return None
-    if has_test_split(test_name):
-        return open_split(test_name, data_root, test=True)
-    if test_name == name or Path(test_name).expanduser().resolve() == Path(name).expanduser().resolve():
-        raise UsageError(f"--test-data {test_name}: these are the images that are trained on")
-    return open_split(test_name, data_root)
+    found = open_test_set(test_name, data_root, classes)
+    shared = 0
+    if found.identity is not None and training.identity is not None:
+        trained = {training.identity(i) for i in range(len(training.targets))}
+        shared = sum(found.identity(i) in trained for i in range(len(found.targets)))
+    if shared:
+        raise UsageError(
+            f"--test-data {test_name}: {shared:,} of its {len(found.targets):,} images are trained on; give others"
+        )
+    return found
+
+
+def _test_part(test: Source, training: Source, name: str) -> Part:
+    labels = match_classes(test, training.classes, name)
+    log.info("final test on %s", test.listing.line(name))
+    return Part(test, np.arange(len(labels)), labels)
 
 
 def _fingerprint(source: Source, rest: np.ndarray) -> str:
@@ -245,7 +262,8 @@ def _fingerprint(source: Source, rest: np.ndarray) -> str:
 def _statistics(source: Source, indices: np.ndarray, side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     chosen = indices[:: max(1, len(indices) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
     fit = evaluation_transform(side, source.interpolation)
-    images = [fit(image) for i in chosen if (image := _read(source, int(i))) is not None]
+    with quiet():
+        images = [fit(image) for i in chosen if (image := _read(source, int(i))) is not None]
     if not images:
         raise DataError(f"none of {len(chosen)} images could be read, the first is {source.name(int(chosen[0]))}")
     return channel_statistics(torch.from_numpy(np.stack(images)))
@@ -254,8 +272,8 @@ def _statistics(source: Source, indices: np.ndarray, side: int) -> tuple[tuple[f
 def _read(source: Source, index: int) -> Image.Image | None:
     """An image in RGB; None where it cannot be read."""
     try:
-        return as_image(source.read(index))
-    except DECODE_ERRORS:
+        return source.image(index)
+    except UnreadableImage:
         return None
 
 

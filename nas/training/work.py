@@ -49,6 +49,7 @@ class TrainConfig:
         data: the training split, see `nas.data`; None takes that of the target's run, or digits.
         test_data: another set whose images are the final test; None takes the split beside `data`, if any.
         data_root: where installed sets lie.
+        classes: of a folder or an archive of images, the class folders; empty takes the run's, else finds them.
         input_size: side of the images; None takes the run's, else the data's own.
         seed: of all that is random.
         device: auto, cpu, cuda or cuda:i; of several processes each has its own GPU.
@@ -65,6 +66,7 @@ class TrainConfig:
     data: str | None = None
     test_data: str | None = None
     data_root: str | None = None
+    classes: tuple[str, ...] = ()
     input_size: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -135,7 +137,10 @@ def _as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     )
 
 
-_ASKED = ("target", "data", "test_data", "data_root", "input_size", "seed", "init", "teacher", "teacher_weights")
+_ASKED = (
+    *("target", "data", "test_data", "data_root", "classes", "input_size"),
+    *("seed", "init", "teacher", "teacher_weights"),
+)
 
 
 @contextlib.contextmanager
@@ -179,7 +184,10 @@ def _train(
     if weights is None and config.init == "auto" and target.run:
         log.warning("%s: its run keeps no weights of it, so it begins from scratch", target.name)
     held = _held(config, target, weights)
-    data = open_data(config.data, config.test_data, config.data_root, config.input_size, held, normalisation)
+    data = open_data(
+        *(config.data, config.test_data, config.data_root, config.input_size, held, normalisation),
+        classes=config.classes,
+    )
     anew = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
     if anew:
         log.info("other classes than its weights were trained on: the classifier begins anew")
@@ -222,6 +230,7 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
         of_run = Run.open(target.folder).manifest["config"]
         if config.data is None:
             config = replace(config, data=of_run["data"], data_root=config.data_root or of_run["data_root"])
+            config = replace(config, classes=config.classes or tuple(of_run.get("classes", ())))
     size = target.data["input_size"][1] if "input_size" in target.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
 
