@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from images import build
 
 import cli
 
@@ -342,3 +343,49 @@ def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, cod
     assert "Traceback" not in rest
     assert f"search --out {tmp_path / 'run'}" in rest
     assert (tmp_path / "run" / "front.csv").is_file()
+
+
+# Images
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return build(tmp_path / "photos", ["train/cat/*8.png", "train/dog/*8.png", "train/cat/a.txt", "test/cat/*2.png"])
+
+
+FOUND = "photos: 2 classes (cat, dog), 16 images in train; other splits: test (2 images); skipped: 1 .txt"
+
+
+def test_a_listing_without_training(capsys, photos):
+    code, out, err = call(capsys, "doctor", "--data", str(photos))
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["cat", "8"] in rows
+    assert ["2", "classes", "16"] in rows
+    assert "skipped: 1 .txt" in out
+    assert "never searched: test, 2 images" in out
+    code, out, _ = call(capsys, "doctor", "--data", str(photos), "--classes", "dog", "--json")
+    assert code == 0
+    assert json.loads(out)["images"] == [8]
+    code, _, err = call(capsys, "doctor", "--data", str(photos / "nothing"))
+    assert code == 1
+    assert "no such file" in err
+
+
+def test_what_was_found_is_said_once_and_first(capsys, caplog, photos, tmp_path):
+    def said(*arguments: str) -> list[str]:
+        caplog.clear()
+        code, _, _ = call(capsys, *arguments)
+        assert code == 0
+        assert sum(message.endswith(FOUND) for message in caplog.messages) == 1
+        return caplog.messages
+
+    run = tmp_path / "run"
+    options = ("--trials", "2", "--epochs", "1", "--device", "cpu", "--input-size", "32", "--out", str(run))
+    assert said("search", "--objective", "macs,accuracy", "--data", str(photos), *options)[0].endswith(FOUND)
+    listing = json.loads((run / "run.json").read_text())["data"]["listing"]
+    assert (listing["images"], listing["others"], listing["skipped"]) == ([8, 8], {"test": 2}, {".txt": 1})
+    said("export", str(run), "--all", "--no-measure")
+    key = json.loads((run / "front.json").read_text())["points"][0]["key"]
+    of_train = said("train", f"{run}@{key}", "--recipe", "quick", "--epochs", "1", "--workers", "0")
+    assert any(message.startswith("final test on") for message in of_train)

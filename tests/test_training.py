@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
 
-from nas.data import SPLIT_SEED, load_data, open_split, search_split
+from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
 from nas.machine import WAITING, exclusive
@@ -172,7 +172,7 @@ def test_what_a_search_trained_on_is_not_held_out(images, seed):
 
 
 def test_the_test_digits_are_the_others():
-    ours, theirs = open_split("digits"), open_split("digits", test=True)
+    ours, theirs = open_split("digits"), open_test_set("digits")
     assert len(ours.targets) + len(theirs.targets) == 1797
     assert not {ours.name(i) for i in range(len(ours.targets))} & {theirs.name(i) for i in range(len(theirs.targets))}
 
@@ -400,6 +400,16 @@ def test_images_that_are_trained_on_are_no_test(images, file, tmp_path):
     data = open_data(str(images), str(images), None, 32, Held(0.0, 0))
     assert data.test is not None
     assert len(data.test) == 12
+
+
+def test_some_images_that_are_trained_on_are_no_test_either(images, tmp_path):
+    for colour in ("blue", "red"):
+        (tmp_path / "t" / colour).mkdir(parents=True)
+        chosen = next((images / "train" / colour).iterdir())
+        (tmp_path / "t" / colour / "linked.png").symlink_to(chosen)
+        Image.new("RGB", (32, 32)).save(tmp_path / "t" / colour / "new.png")
+    with pytest.raises(UsageError, match="2 of 4 of these are the images that are trained on"):
+        open_data(str(images), str(tmp_path / "t"), None, 32, Held(0.0, 0))
 
 
 def test_a_loss_that_is_not_finite_ends_it(images, file, tmp_path):

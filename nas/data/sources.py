@@ -129,12 +129,14 @@ class Opened:
         test: opens the split for a final test; None where there is none with classes of the training split.
         why_no_train: a sentence where there is no training split, else empty.
         why_no_test: a sentence where an evaluation split cannot serve as a test, else empty.
+        pointed_at: whether the user pointed at the evaluation split itself.
     """
 
     train: Source | None
     test: Callable[[], Source] | None
     why_no_train: str = ""
     why_no_test: str = ""
+    pointed_at: bool = False
 
 
 def open_data_set(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Opened:
@@ -246,13 +248,14 @@ def _files(name: str, classes: Sequence[str]) -> Opened:
     splits, base = find_splits(place.top, f"--data {readable(name)}", classes, place.name), readable(name)
     own = split_kind(place.name)
     why_no_train = f"{listed(s.name for s in splits)} in it is for evaluation: give the training images"
+    pointed_at = False
     if not splits[0].name and own is not None and place.beside:  # the user pointed at one of several splits
         base = os.path.dirname(base.rstrip("/")) or "."
         training = next((other for other in place.beside if split_kind(other) == TRAIN), None)
         if own == TRAIN:
             splits += [_beside(other, place) for other in place.beside if split_kind(other) != TRAIN]
         elif training is not None:
-            splits = [replace(splits[0], name=readable(place.name), kind=own)]
+            splits, pointed_at = [replace(splits[0], name=readable(place.name), kind=own)], True
             why_no_train = f"it is the evaluation split beside {readable(training)}: give {base} for its training split"
     train_split = next((split for split in splits if split.kind == TRAIN), None)
     others = {split.name: sum(1 for _ in _distinct(split)) for split in splits if split.kind != TRAIN}
@@ -264,7 +267,8 @@ def _files(name: str, classes: Sequence[str]) -> Opened:
     labelled = [s for s in tests if any(train is None or label in train.classes for label, f in s.classes.items() if f)]
     if labelled:
         where = f"{base}/{labelled[0].name}"
-        return Opened(train, lambda: _source(labelled[0], where, Counter()), why_no_train if train is None else "")
+        why_no_train = why_no_train if train is None else ""
+        return Opened(train, lambda: _source(labelled[0], where, Counter()), why_no_train, pointed_at=pointed_at)
     why_no_test = f"{listed(s.name for s in tests)} holds no folders of the training split's classes" if tests else ""
     return Opened(train, None, why_no_train if train is None else "", why_no_test)
 

@@ -15,6 +15,7 @@ from .study import work
 def main(path: str, parent: int) -> int:
     """Work until the run is done; 143 where it was asked to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("nas.data").setLevel(logging.ERROR)  # the search says what its images are, once for all
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

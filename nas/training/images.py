@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -185,6 +185,8 @@ def open_data(
     """
     opened = open_data_set(name, data_root, classes)
     source = opened.train
+    if source is None and opened.pointed_at and opened.test is not None:
+        source, opened = opened.test(), replace(opened, test=None)  # who says so by name may train on it
     if source is None:
         raise DataError(f"--data {name}: {opened.why_no_train}")
     log.info("%s", source.listing.line(name))
@@ -239,9 +241,8 @@ def _named_test(test_name: str, data_root: str | None, classes: Sequence[str], t
         trained = {training.identity(i) for i in range(len(training.targets))}
         shared = sum(found.identity(i) in trained for i in range(len(found.targets)))
     if shared:
-        raise UsageError(
-            f"--test-data {test_name}: {shared:,} of its {len(found.targets):,} images are trained on; give others"
-        )
+        many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
+        raise UsageError(f"--test-data {test_name}: {many}these are the images that are trained on; give others")
     return found
 
 
