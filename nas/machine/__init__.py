@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import NasError, UsageError
+from ..errors import NasError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def describe_software() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent.parent
+        here = Path(__file__).resolve().parents[2]
         if (here / ".git").exists():
             command = ["git", "-C", str(here), "rev-parse", "HEAD"]
             result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
