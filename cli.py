@@ -251,6 +251,11 @@ def _classes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     return _names(value or "")
 
 
+_SHARE_DEVICE = click.option(
+    "--share-device",
+    is_flag=True,
+    help="Train without waiting for other processes that use the device; latency is still measured alone.",
+)
 _CLASSES = click.option(
     "--classes",
     metavar="NAME,…",
@@ -365,6 +370,7 @@ def _images(command: Any) -> Any:
     "--gpus-per-trial", type=float, default=1.0, show_default=True, help="Share of a GPU a training asks for."
 )
 @click.option("--train-device", metavar="DEVICE", help="Where networks are trained.  [default: as --device]")
+@_SHARE_DEVICE
 @click.option("--only", metavar="PART", default="all", help="measure: let `worker --only train` do the training.")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 @click.pass_context
@@ -840,6 +846,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
 @click.option("--workers", type=int, help="Processes that read and augment images.  [default: one a core]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
 @click.option("--tensorboard", is_flag=True, help="Write logs for TensorBoard too.")
+@_SHARE_DEVICE
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: RUN/trained/KEY]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was reached as JSON.")
 def train_command(
@@ -1192,6 +1199,7 @@ def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) ->
 @click.option("--count", type=int, default=40, show_default=True, help="Architectures to train.")
 @click.option("--epochs", type=int, default=16, show_default=True, help="Of a training that counts as the truth.")
 @click.option("--repeats", type=int, default=12, show_default=True, help="Of these, trained again with another seed.")
+@_SHARE_DEVICE
 @click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every draw and training.")
 @click.option(

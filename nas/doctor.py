@@ -33,6 +33,7 @@ from urllib.parse import quote
 
 from . import __version__
 from .errors import NasError, RunError
+from .machine.limits import free_memory, usable_cores
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -372,40 +373,8 @@ def _cores(_: Subject) -> Finding:
     return _ok(there)
 
 
-def usable_cores() -> float:
-    """Cores that this process may use: what its affinity and its control group leave of the machine's."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for folder in _control_groups("cpu"):
-        with contextlib.suppress(OSError, ValueError):  # version 2
-            quota, period = (folder / "cpu.max").read_text().split()
-            cores = min(cores, int(quota) / int(period))
-        with contextlib.suppress(OSError, ValueError):  # version 1; -1 is no limit
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if int(quota) > 0:
-                cores = min(cores, int(quota) / int(period))
-    return cores
-
-
-def _control_groups(controller: str) -> Iterator[Path]:
-    """Folders of the control groups this process is in, its own first; none elsewhere than on Linux."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup") / (controller if controllers else "")
-        group = root / name.lstrip("/")
-        while group != root:
-            yield group
-            group = group.parent
-        yield root
-
-
 def _memory(_: Subject) -> Finding:
-    free = _free_memory()
+    free = free_memory()
     if free is None:
         return _ok("this system does not say how much is free")
     text, advice = (
@@ -415,20 +384,6 @@ def _memory(_: Subject) -> Finding:
     if free < 256 * MIB:
         return _problem(text, advice)
     return _warning(text, advice) if free < GIB else _ok(text)
-
-
-def _free_memory() -> int | None:
-    """Bytes that this process could still use."""
-    free = []
-    with contextlib.suppress(OSError):
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            free.append(1024 * int(found.group(1)))
-    for folder in _control_groups("memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with contextlib.suppress(OSError, ValueError):
-                free.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, min(free)) if free else None
 
 
 def _disk(subject: Subject) -> Finding:

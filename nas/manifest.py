@@ -25,6 +25,7 @@ CONFIG = {
     "engine?": LINE,
     "address?": LINE,
     "gpus_per_trial?": POSITIVE,
+    "share_device?": bool,
     "only?": LINE,
     "runtime": LINE,
     "dtype": LINE,

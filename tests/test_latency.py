@@ -695,24 +695,42 @@ def test_one_export_of_modules_has_the_operations_of_an_export_of_each(tiny):
 # one at a time
 
 
-def test_a_device_is_held_by_one_process_at_a_time(tmp_path, caplog):
+class Heard(logging.Handler):
+    """Sets an event when words are logged."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.event = words, threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            self.event.set()
+
+
+def test_a_device_is_held_by_one_process_at_a_time(caplog, monkeypatch):
     code = (
         "import sys\nfrom nas.machine import exclusive\n"
         "with exclusive('cpu'):\n    print('held', flush=True); sys.stdin.readline()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr("nas.machine.REMINDER_SECONDS", 0.01)
+    reminded = Heard("still waiting")
+    logging.getLogger("nas.machine").addHandler(reminded)
     with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "held"
-        release = threading.Thread(target=lambda: WAITING.wait(60) and holder.stdin.close())
+        release = threading.Thread(target=lambda: reminded.event.wait(60) and holder.stdin.close())
         release.start()
         with caplog.at_level(logging.INFO, logger="nas.machine"), exclusive("cpu"):
             assert holder.wait() == 0, "it let go by its end"
         release.join()
-        assert "waiting for another process" in caplog.text
-        if Path("/proc/locks").exists():
-            assert f": process {holder.pid}\n" in caplog.text
+    logging.getLogger("nas.machine").removeHandler(reminded)
+    assert "waiting for another process" in caplog.text
+    assert "for 0 min now" in caplog.text
+    assert "--share-device" in caplog.text
+    if Path("/proc/locks").exists():
+        assert f": process {holder.pid}\n" in caplog.text
 
 
 def test_a_measurement_waits_for_trainings_that_share_and_is_not_overtaken():

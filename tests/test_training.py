@@ -412,6 +412,23 @@ def test_some_images_that_are_trained_on_are_no_test_either(images, tmp_path):
         open_data(str(images), str(tmp_path / "t"), None, 32, Held(0.0, 0))
 
 
+def test_who_shares_the_device_does_not_wait_for_its_turn(images, file, tmp_path):
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive("cpu"):
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    assert train(config(file, images, tmp_path / "t", share_device=True)).result
+    assert holder.is_alive()
+    done.set()
+    holder.join()
+
+
 def test_a_loss_that_is_not_finite_ends_it(images, file, tmp_path):
     wild = replace(TINY, learning_rate=1e3, clip_norm=0.0, optimizer="sgd", warmup_epochs=0.0, batch_size=4, epochs=9)
     with pytest.raises(NasError, match="set a smaller learning_rate"):

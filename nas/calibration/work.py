@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
 from ..machine import describe_machine, describe_software, exclusive, machine_name, seeded
+from ..machine.limits import training_threads
 from ..models import create_backbone
 from ..runs import locked_folder, write_file
 from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
@@ -49,6 +51,7 @@ class CalibrationConfig:
         repeats: of the architectures, so many are trained in full with a second seed, for the noise of truths.
         batch_size: images a training step.
         seed: of the architectures, the initial weights and the training; the second seed is the next.
+        share_device: train without waiting for other processes that use the device.
     """
 
     space: SearchSpace
@@ -63,6 +66,7 @@ class CalibrationConfig:
     repeats: int = 12
     batch_size: int = Fidelity.batch_size
     seed: int = 0
+    share_device: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("count", FEWEST), ("epochs", 2), ("repeats", 3), ("batch_size", 1)):
@@ -201,7 +205,7 @@ class _Work:
         training = Training(self._build(architecture, seed), self.data, config.batch_size, seed, config.device)
         if checkpoint.is_file():
             training.load(_load(checkpoint))
-        with exclusive(config.device):
+        with self._turn(), training_threads(config.device):
             estimate = train(
                 training.network,
                 self.data,
@@ -236,9 +240,12 @@ class _Work:
             self.found.write("scores", self.scores)
         self._step(f"scores of {architecture.key}")
 
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.config.share_device else exclusive(self.config.device)
+
     def _estimate(self, name: str, model: nn.Module, seed: int) -> Estimate:
         fidelity = Fidelity(batch_size=self.config.batch_size)
-        with exclusive(self.config.device):
+        with self._turn(), training_threads(self.config.device):
             return ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
 
 

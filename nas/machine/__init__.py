@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 WAITING = threading.Event()
 """Set while this process waits for its turn on a device."""
+REMINDER_SECONDS = 60.0
+"""After so long people are told how long it has waited, and then each time that it is four times as long."""
 _HELD = threading.local()
 """The devices that a thread holds alone."""
 
@@ -179,12 +181,8 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
         try:
             enter(timeout=0.2)
         except Timeout:
-            log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
-            WAITING.set()
-            try:
+            with _told_while_waiting(device):
                 wait()
-            finally:
-                WAITING.clear()
     except OSError as error:
         where = _lock_file(device)
         raise NasError(f"cannot lock {device} with {where}: {error.strerror or error}; free or remove it") from None
@@ -192,6 +190,32 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _told_while_waiting(device: str) -> Iterator[None]:
+    """Say that this process waits for its turn, by `WAITING` and in the log: at once, and later how long it has."""
+    begun, ended = time.monotonic(), threading.Event()
+
+    def remind() -> None:
+        after = REMINDER_SECONDS
+        while not ended.wait(begun + after - time.monotonic()):
+            log.info(
+                "still waiting for %s, for %.0f min now%s; a search or training with --share-device takes no turns",
+                *(device, after / 60, _holder(_lock_file(device))),
+            )
+            after *= 4
+
+    log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
+    reminder = threading.Thread(target=remind, daemon=True)
+    reminder.start()
+    WAITING.set()
+    try:
+        yield
+    finally:
+        WAITING.clear()
+        ended.set()
+        reminder.join()
 
 
 def _holder(file: Path) -> str:

@@ -122,6 +122,7 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
         device=config.train_device or config.device,
         parts=PARTS if config.only == ALL else (config.only,),
         shares=config.workers > 1,
+        share_device=config.share_device,
         training_threads=max(1, torch.get_num_threads() // config.workers),
     )
 

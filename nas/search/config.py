@@ -79,6 +79,7 @@ class SearchConfig:
         engine: `local`, or `ray` for a Ray cluster.
         address: of the cluster, as `Resources` has it.
         gpus_per_trial: as `Resources` has it.
+        share_device: train without waiting for other processes that use the device; latency is still measured alone.
         only: of a trial's two parts, the one that this process does, `measure` or `train`; or `all`.
     """
 
@@ -126,6 +127,7 @@ class SearchConfig:
     engine: str = "local"
     address: str = "auto"
     gpus_per_trial: float = 1.0
+    share_device: bool = False
     only: str = ALL
 
     @property

@@ -18,7 +18,8 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import TrialFailure, UsageError
-from ..machine import device_id, exclusive, seeded, shared, threads
+from ..machine import device_id, exclusive, seeded, shared
+from ..machine.limits import training_threads
 from ..models import Backbone, create_backbone
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
@@ -77,7 +78,8 @@ class Evaluator:
         device: where networks are trained.
         parts: of `PARTS`, what is done here.
         shares: whether other trainings may be on the device at the same time. A measurement is alone in any case.
-        training_threads: CPU threads of a training; None for torch's own number.
+        training_threads: CPU threads of a training on a quiet machine; None for torch's own number.
+        share_device: train without waiting for other processes that use the device.
     """
 
     data: ImageData
@@ -94,6 +96,7 @@ class Evaluator:
     parts: tuple[str, ...] = PARTS
     shares: bool = False
     training_threads: int | None = None
+    share_device: bool = False
 
     def build(self, architecture: Architecture) -> nn.Module:
         """The architecture's module for the data's classes, with initial weights that depend on the seed alone.
@@ -235,7 +238,8 @@ class Evaluator:
     @contextmanager
     def _training(self) -> Iterator[None]:
         """The device and the threads of one training."""
-        with (shared if self.shares else exclusive)(self.device), threads(self.training_threads):
+        turn = nullcontext() if self.share_device else (shared if self.shares else exclusive)(self.device)
+        with turn, training_threads(self.device, self.training_threads):
             yield
 
     def _memory(self, model: nn.Module) -> float:

@@ -184,6 +184,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
             "engine",
             "address",
             "gpus_per_trial",
+            "share_device",
             "only",
             "train_device",
             "sampler",

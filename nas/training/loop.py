@@ -34,6 +34,7 @@ from torch import distributed, nn
 
 from ..errors import NasError, RunError, UsageError
 from ..machine import multiplies_bf16, seeded, shared
+from ..machine.limits import threads_beside_others
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
@@ -197,6 +198,7 @@ class Loop:
             "std": self._channels(data.std) * 255,
         }
         self.tensorboard = tensorboard and processes.first
+        self.share_device, self.threads = False, torch.get_num_threads()
         self.step = 0
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
@@ -280,13 +282,15 @@ class Loop:
             self._finish()
 
     def _take_turn(self, turn: contextlib.ExitStack, stopped: Callable[[], object] | None) -> float:
-        """Hold the device beside others that train; returns the seconds waited for it.
+        """Hold the device beside others that train, with threads for free cores; returns the seconds waited.
 
         Several processes wait for each other, and not for it.
         """
         start = time.monotonic()
-        if self.processes.count == 1:
+        if self.processes.count == 1 and not self.share_device:
             turn.enter_context(shared(str(self.device), unless=stopped))
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads_beside_others(self.threads))
         return time.monotonic() - start
 
     def _told(self, speed: float, left: float) -> Step:

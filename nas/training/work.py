@@ -58,6 +58,7 @@ class TrainConfig:
         teacher: a trained folder, an exported folder or `timm:NAME`, to learn from.
         teacher_weights: a safetensors file with those of `timm:NAME`.
         tensorboard: write logs for TensorBoard too.
+        share_device: train without waiting for other processes that use the device.
         out: the folder; None makes `trained/KEY` in the run folder, for others one in `results`.
     """
 
@@ -75,6 +76,7 @@ class TrainConfig:
     teacher: str | None = None
     teacher_weights: str | None = None
     tensorboard: bool = False
+    share_device: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -216,6 +218,7 @@ def _train(
         if teacher is not None and isinstance(model, Backbone):
             model.set_distilled_training()
         loop = Loop(trained, model, data, recipe, config.seed, device, processes, workers, teacher, config.tensorboard)
+        loop.share_device = config.share_device
         if loop.step and processes.first:
             log.info("%s goes on at step %d of %d", out, loop.step, recipe.epochs * loop.steps)
         loop.run(on_step if processes.first else None)
