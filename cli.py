@@ -1319,7 +1319,7 @@ def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_
     for other, count in listing.others.items():
         click.echo(f"other split, never searched: {other}, {count:,} images")
     for reason, count in listing.skipped.items():
-        click.echo(f"skipped: {count:,} {reason}")
+        click.echo(f"skipped: {reason} ({count:,})")
     for note in listing.notes:
         click.echo(note)
 

@@ -383,7 +383,7 @@ def test_what_is_no_image_file_is_counted_and_named(tmp_path):
     line = source.listing.line(str(pets))
     assert "\n" not in line
     assert all(
-        text in line for text in ("2 classes (cat, dog), 4 images", "3 .txt", "1 .heic", "without images: empty")
+        text in line for text in ("2 classes (cat, dog), 4 images", ".txt (3)", ".heic (1)", "without images: empty")
     )
 
 

@@ -65,7 +65,7 @@ class Listing:
         text = f"{readable(name)}: {len(self.classes)} classes ({listed(self.classes)}), {total:,} images"
         text += f" in {self.split}" if self.split else ""
         others = [f"{other} ({count:,} images)" for other, count in self.others.items()]
-        skipped = [f"{count:,} {reason}" for reason, count in self.skipped.items()]
+        skipped = [f"{reason} ({count:,})" for reason, count in self.skipped.items()]
         text += f"; other splits: {', '.join(others)}" if others else ""
         text += f"; skipped: {', '.join(skipped)}" if skipped else ""
         return one_line("; ".join([text, *self.notes]))
