@@ -30,7 +30,7 @@ import numpy as np
 import optuna
 from filelock import FileLock, Timeout
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from .architecture import Architecture
@@ -711,7 +711,8 @@ def open_storage(path: Path, url: str | None, wait: bool = True) -> optuna.stora
     """
     if url is None:
         file = (path / "study.db").resolve()
-        return _sqlite(f"sqlite:///{file}", writable=not file.exists() or os.access(file, os.W_OK))
+        url = URL.create("sqlite", database=str(file)).render_as_string()  # a path may hold what means something in it
+        return _sqlite(url, writable=not file.exists() or os.access(file, os.W_OK))
     return _waiting_server(url) if wait else _server(url)
 
 

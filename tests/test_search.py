@@ -330,6 +330,16 @@ def test_a_creation_cut_short_is_taken_over(tmp_path):
     assert len(search(analytic_config(tmp_path, trials=2)).trials()) == 2
 
 
+@pytest.mark.parametrize("name", ["50% of a?b", "run#2", "a%2Fb", "{SCHEMA_VERSION}", "a&b=c;d", "übung 1"])
+def test_a_folder_may_be_called_anything(tmp_path, name):
+    """Much of it means something else in the URL of a database."""
+    for trials in (1, 2):
+        run = search(analytic_config(tmp_path, trials=trials, out=tmp_path / name))
+        assert len(run.trials()) == trials
+    assert [f.name for f in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "study.db").stat().st_size
+
+
 @pytest.mark.parametrize(("name", "trials"), [("thesis", 0), ("run", 1)])
 def test_a_study_of_somebody_else_is_kept(tmp_path, name, trials):
     (tmp_path / "run").mkdir()
