@@ -610,12 +610,13 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 @_run_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on.")
-def dashboard_command(run_path: Path, host: str, port: int) -> None:
+@click.option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
+def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> None:
     """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
     from nas.report.dashboard import serve
     from nas.runs import Run
 
-    serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; Ctrl-C ends it", err=True))
+    serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; Ctrl-C ends it", err=True), writable)
 
 
 @cli.command()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ import numpy as np
 import optuna
 import pytest
 from conftest import required
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from test_search import analytic_config
 
 import search_spaces
 from nas.errors import RunError, UsageError
 from nas.report import facts
-from nas.report.dashboard import serve
+from nas.report.dashboard import ReadOnlyStorage, guarded, serve
 from nas.report.html import report
 from nas.report.plots import differences
 from nas.runs import STAGES, Run
@@ -312,6 +315,60 @@ def test_a_dashboard_where_none_can_be(run, host, port):
         serve(run, host, port, print)
 
 
+def test_the_dashboard_shows_one_study_for_reading(run):
+    with run.study() as study:
+        storage = ReadOnlyStorage(study._storage, study.study_name)
+        other = study._storage.create_new_study([StudyDirection.MINIMIZE], "another")
+        try:
+            assert [s.study_name for s in storage.get_all_studies()] == [study.study_name]
+        finally:
+            study._storage.delete_study(other)
+        assert len(storage.get_all_trials(study._study_id)) == len(study.trials)
+    for refused in (
+        lambda: storage.delete_study(0),
+        lambda: storage.set_study_user_attr(0, "a", 1),
+        lambda: storage.create_new_trial(0),
+        lambda: storage.set_trial_state_values(0, TrialState.FAIL),
+    ):
+        with pytest.raises(RuntimeError, match="for reading"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("listens", "asked", "origin", "method", "writable", "answered"),
+    [
+        ("127.0.0.1", "127.0.0.1:8080", None, "GET", False, True),
+        ("127.0.0.1", "localhost:8080", "http://localhost:8080", "GET", False, True),
+        ("127.0.0.1", "[::1]:8080", None, "GET", False, True),
+        ("board.lan", "board.lan:8080", None, "GET", False, True),
+        ("0.0.0.0", "192.0.2.7:8080", None, "GET", False, True),
+        ("127.0.0.1", "localhost:8080", "http://localhost:8080", "DELETE", True, True),
+        # a name that somebody else has made to lead here
+        ("127.0.0.1", "evil.example:8080", None, "GET", False, False),
+        ("0.0.0.0", "evil.example:8080", None, "GET", False, False),
+        ("127.0.0.1", "192.0.2.7:8080", None, "GET", False, False),
+        ("127.0.0.1", "localhost", None, "GET", False, False),
+        ("127.0.0.1", "", None, "GET", False, False),
+        ("127.0.0.1", "[::1", None, "GET", False, False),
+        # a page of another site
+        ("127.0.0.1", "localhost:8080", "https://evil.example", "GET", False, False),
+        ("127.0.0.1", "localhost:8080", "null", "POST", True, False),
+        ("127.0.0.1", "localhost:8080", "http://localhost:3000", "DELETE", True, False),
+        # a change that was not asked for
+        ("127.0.0.1", "localhost:8080", "http://localhost:8080", "DELETE", False, False),
+        ("127.0.0.1", "localhost:8080", None, "POST", False, False),
+        ("127.0.0.1", "localhost:8080", None, "PUT", False, False),
+    ],
+)
+def test_the_dashboard_answers_its_own_pages_alone(listens, asked, origin, method, writable, answered):
+    environment = {"HTTP_HOST": asked, "REQUEST_METHOD": method} | ({"HTTP_ORIGIN": origin} if origin else {})
+    started = []
+    guard = guarded(lambda *_: [b"the study"], listens, 8080, writable)
+    told = b"".join(guard(environment, lambda *of: started.append(of)))
+    assert (told == b"the study") == answered
+    assert answered or started[0][0].startswith("403")
+
+
 @pytest.mark.slow
 def test_the_dashboard_answers_until_interrupted(run):
     command = [sys.executable, str(ROOT / "cli.py"), "dashboard", str(run.path), "--port", "0"]
@@ -324,6 +381,12 @@ def test_the_dashboard_answers_until_interrupted(run):
             (study,) = json.load(answer)["study_summaries"]
         with urllib.request.urlopen(f"{url}api/studies/{study['study_id']}?after=0", timeout=30) as answer:
             assert json.load(answer)["objective_names"] == ["latency", "accuracy"]
+        delete = urllib.request.Request(f"{url}api/studies/{study['study_id']}", method="DELETE")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(delete, timeout=30)
+        elsewhere = urllib.request.Request(f"{url}api/studies", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(elsewhere, timeout=30)
         process.send_signal(signal.SIGINT)
         try:
             rest = process.communicate(timeout=30)[1]
