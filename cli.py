@@ -25,6 +25,7 @@ import click
 
 from nas import __version__
 from nas.errors import NasError, UsageError, one_line
+from nas.machine.children import ending_signals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
     logging.getLogger("nas").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in set(ending_signals()) - {signal.SIGINT}:
+        signal.signal(number, _on_signal)
     try:
         if any("\0" in argument for argument in arguments or ()):
             raise UsageError("an argument holds a NUL character, which no name or path may")
@@ -89,8 +91,8 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _on_sigterm(*_: object) -> NoReturn:
-    raise SystemExit(143)
+def _on_signal(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _program() -> str:

@@ -325,7 +325,7 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
     command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]

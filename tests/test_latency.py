@@ -584,6 +584,9 @@ def test_the_example_program_measures_a_network():
         ("print('{\"latency_ms\": [1, NaN]}')", "its last line must be JSON"),
         ("import time; time.sleep(60)", "it took longer than 0.5 s"),
         ("print('{\"latency_ms\": 3}')", "wrote no NumPy array"),
+        ("while True: print('x' * 2**20)", "printed more than 67,108,864 bytes"),
+        ("import os; [os.write(2, b'x' * 2**20) for _ in range(99)]", "printed more than 67,108,864 bytes"),
+        ("print('x' * 2**21); print('{\"latency_ms\": 0}')", "its last line must be JSON"),
     ],
 )
 def test_a_program_that_fails_is_a_failure_with_its_reason(program, words):

@@ -26,6 +26,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..machine.children import ending_signals
 from ..runs import Run, Trial
 from ..search.objectives import Objective, format_score, format_value
 
@@ -72,7 +73,7 @@ class Display:
         if self._live is not None:
             self._live.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ending_signals():
                 if callable(handler := signal.getsignal(number)):
                     self._handlers[number] = handler
                     signal.signal(number, self._interrupt)

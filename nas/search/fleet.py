@@ -20,19 +20,21 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from ..errors import one_line
+from ..machine.children import python_module
 from ..patience import OUTAGES
 from ..runs import Run
 from .evaluate import ALL, MEASURE, TRAIN
@@ -360,18 +362,33 @@ def _deaths(trial: FrozenTrial) -> int:
 def local_workers(run: Run, count: int) -> Iterator[None]:
     """Further processes on this machine that work on a run; they end with this one's search.
 
-    What they log is in `workers/N.log` of the run folder.
+    What they log is in `workers/N.log` of the run folder. Of one that dies the search says so, and goes on.
     """
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
+    ending = threading.Event()
+
+    def watch(process: subprocess.Popen[bytes], log_file: Path) -> None:
+        status = process.wait()
+        if status and not ending.is_set():
+            how = f"signal {-status}" if status < 0 else f"status {status}"
+            last = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            why = f": {one_line(last[0], 200)}" if last else ""
+            log.warning("a worker of this search died (%s), see %s%s", how, log_file, why)
+
     try:
         for number in range(1, count + 1):
             file = run.path / "workers" / f"{number}.log"
             file.parent.mkdir(exist_ok=True)
+            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()))
             with file.open("a", encoding="utf-8") as output:
-                command = [sys.executable, "-m", "nas.search.worker", str(run.path), str(os.getpid())]
-                processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output))
+                nothing = subprocess.DEVNULL
+                processes.append(
+                    subprocess.Popen(command, stdin=nothing, stdout=output, stderr=output, env=environment)
+                )
+            threading.Thread(target=watch, args=(processes[-1], file), daemon=True).start()
         yield
     finally:
+        ending.set()
         for process in processes:
             process.terminate()
         for process in processes:

@@ -24,6 +24,7 @@ import torch
 from ..architecture import Architecture
 from ..errors import NasError, TrialFailure
 from ..machine import WAITING
+from ..machine.children import end_with_parent
 from .evaluate import Evaluation, Evaluator
 from .objectives import Scores
 from .stopping import Judge
@@ -31,6 +32,8 @@ from .stopping import Judge
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+START_SECONDS = 300.0
+"""How long the process may take to start: torch alone may take a minute from a slow disk."""
 SIGN_SECONDS = 1.0
 """How often the process says whether it waits for its turn on the device, which is not held against it."""
 
@@ -104,6 +107,9 @@ class IsolatedEvaluator:
         finally:
             theirs.close()
         self._process, self._connection = process, connection
+        if not self._connection.poll(START_SECONDS):
+            self.close()
+            raise TrialFailure("killed", f"the process to score it in was not ready after {START_SECONDS:.0f} s")
         if self._connection.recv_bytes() != b"ready":
             raise EOFError
         return self._connection
@@ -149,6 +155,7 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
     """The process: answers until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL, parent)
     torch.set_num_threads(threads)
     sender = _Sender(connection)
     logging.getLogger("nas").addHandler(sender)

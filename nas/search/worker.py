@@ -7,6 +7,7 @@ import signal
 import sys
 
 from ..errors import NasError
+from ..machine.children import end_with_parent, ending_signals
 from ..runs import Run
 from .config import SearchConfig
 from .study import work
@@ -16,8 +17,10 @@ def main(path: str, parent: int) -> int:
     """Work until the run is done; 143 where it was asked to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("nas.data").setLevel(logging.ERROR)  # the search says what its images are, once for all
+    for number in ending_signals():
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends its workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_with_parent(signal.SIGTERM, parent)  # hands its trial back, even in the midst of a training
     try:
         run = Run.open(path)
         work(run, SearchConfig.from_run(run), parent=parent)

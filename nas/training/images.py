@@ -6,7 +6,6 @@ it was killed, with any number of worker processes.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import math
@@ -41,6 +40,7 @@ from ..data import (
     stratified_split,
 )
 from ..errors import DataError, UsageError
+from ..machine.children import end_with_parent
 from .recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,6 @@ STATISTICS_IMAGES = 1024
 """Images from which mean and deviation are taken, where nothing else says them."""
 PREFETCH = 4
 """Steps that a worker process prepares ahead."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux' `prctl`: the signal that a process gets when the one that made it dies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -436,8 +434,7 @@ def _loader(images: Dataset[Any], workers: int, pin: bool, batch_sampler: Any) -
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     # a killed training leaves nobody behind: what it has open, its folder's lock among it, is open here too
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -34,6 +34,7 @@ from torch import distributed, nn
 
 from ..errors import NasError, RunError, UsageError
 from ..machine import multiplies_bf16, seeded, shared
+from ..machine.children import ending_signals
 from ..machine.limits import threads_beside_others
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
@@ -486,7 +487,7 @@ def _own_randomness() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_end(deferred: bool) -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM wait for the end of a step; called, it says which of them came, or 0.
+    """Ctrl-C, SIGTERM and SIGHUP wait for the end of a step; called, it says which of them came, or 0.
 
     Several processes cannot agree on a last step in time: they end at once, and go on from the last checkpoint.
     """
@@ -500,7 +501,7 @@ def _one_end(deferred: bool) -> Iterator[Callable[[], int]]:
         if len(came) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in ending_signals()}
     try:
         yield lambda: came[0] if came else 0
     finally:

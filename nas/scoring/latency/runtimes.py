@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import selectors
 import shlex
 import shutil
 import signal
@@ -38,6 +39,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 TOLERANCE_TF32 = 5e-3
 """On CUDA convolutions in fp32 multiply in TF32, as PyTorch has it, whose ten bits alone make a difference of 1e-3."""
 COMMAND_TRIES = 3
+MAX_PRINTED, KEPT_BYTES = 2**26, 2**20
+"""Bytes that a call of the command may print, and how many of the last ones are read."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,7 @@ def _command(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepa
         time_block(1)
         try:
             return torch.from_numpy(np.load(places["output"], allow_pickle=False)).float()
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, MemoryError) as error:
             raise TrialFailure("runtime", f"the command wrote no NumPy array to {{output}}: {error}") from None
 
     return Prepared(lambda: time_block(1), time_block, output)
@@ -372,16 +375,44 @@ def _call_command(words: list[str], timeout: float) -> list[float]:
 
 
 def _run_program(words: list[str], timeout: float) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error; with a time-out it goes with all that it started."""
+    """Exit status, and the end of standard output and standard error.
+
+    After the timeout, or once it has printed `MAX_PRINTED` bytes, it is ended with all that it started.
+
+    Raises:
+        subprocess.TimeoutExpired: at the timeout.
+        OSError: where it cannot be run.
+        TrialFailure: where it prints too much.
+    """
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+    deadline, printed = time.monotonic() + timeout, 0
+    with (
+        selectors.DefaultSelector() as waiting,
+        subprocess.Popen(words, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True) as process,
+    ):
+        ends: dict[Any, bytes] = {process.stdout: b"", process.stderr: b""}
+        for stream in ends:
+            waiting.register(stream, selectors.EVENT_READ)
         try:
-            printed, complaints = process.communicate(timeout=timeout)
+            while waiting.get_map():
+                ready = waiting.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise subprocess.TimeoutExpired(words, timeout)
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 2**16)
+                    printed += len(chunk)
+                    ends[key.fileobj] = (ends[key.fileobj] + chunk)[-KEPT_BYTES:]
+                    if not chunk:
+                        waiting.unregister(key.fileobj)
+                if printed > MAX_PRINTED:
+                    raise TrialFailure("runtime", f"the command printed more than {MAX_PRINTED:,} bytes")
+            process.wait(max(0.0, deadline - time.monotonic()))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
-    return process.returncode, printed.decode(errors="replace"), complaints.decode(errors="replace")
+    output, complaints = (end.decode(errors="replace") for end in ends.values())
+    return process.returncode, output, complaints
 
 
 def _read_times(printed: str) -> list[float]:
