@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from nas import __version__
+from nas import __version__, consent
 from nas.errors import NasError, UsageError, one_line
 from nas.machine.children import ending_signals
 
@@ -253,6 +253,17 @@ def _classes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     return _names(value or "")
 
 
+def _allow_storage(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    consent.allow(storage=value)
+
+
+_STORAGE = click.option(
+    "--storage",
+    metavar="URL",
+    expose_value=False,
+    callback=_allow_storage,
+    help="Of a run whose study is in a database: its URL, said again to allow connecting to it.",
+)
 _SHARE_DEVICE = click.option(
     "--share-device",
     is_flag=True,
@@ -446,10 +457,9 @@ def worker_command(
     from nas.search.study import join, work
 
     run = join(storage, study, out)
-    config = SearchConfig.from_run(run)
-    if config.command != command and only != "train":
-        asks = f"runs the program {config.command!r}" if config.command else "runs no program"
-        raise UsageError(f"this search {asks}: say the same by --command to allow it")
+    consent.allow(command)
+    config = SearchConfig.from_run(run, measures=only != "train")
+    _check_command(command, config.command)
     if only == "train":
         if device is not None:
             raise UsageError("--device says where to measure, which this worker does not: give --train-device")
@@ -465,7 +475,7 @@ def worker_command(
 @cli.command("serve-storage")
 @click.option("--storage", metavar="URL", required=True, help="The database.")
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=int, default=13000, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=13000, show_default=True, help="Port to listen on.")
 def serve_storage(storage: str, host: str, port: int) -> None:
     """Stand between a database and workers, which join by grpc://HOST:PORT."""
     from nas.runs import serve_storage as serve
@@ -479,12 +489,13 @@ _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout"
 def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
     """The options as a `SearchConfig`; those not typed come from the run that is resumed, if there is one."""
     import search_spaces
-    from nas.runs import Run, is_run
+    from nas.runs import Run, find_run
     from nas.search import SearchConfig
     from nas.search.objectives import parse_budgets
 
+    consent.allow(options["command"], options["storage"])
     out: Path | None = options["out"]
-    resumed = out is not None and is_run(out)
+    resumed = out is not None and find_run(out)
     taken = {name: value for name, value in options.items() if name in typed or not resumed}
     values: dict[str, Any] = {}
     for name, value in taken.items():
@@ -519,6 +530,13 @@ def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
         first, *also = [(device, runtime) for device in devices for runtime in runtimes]
         values |= {"device": first[0], "runtime": first[1], "also": tuple(also)}
     return SearchConfig(**values) if before is None else replace(before, **values)
+
+
+def _check_command(typed: str | None, command: str | None) -> None:
+    """Refuse a program for a run that has another one, or none."""
+    if typed is not None and typed != command:
+        asks = f"runs the program {command!r}" if command else "runs no program"
+        raise UsageError(f"this run {asks}, not {typed!r}: leave --command out, or say the same")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -558,6 +576,7 @@ _run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_t
 
 @cli.command()
 @_run_argument
+@_STORAGE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
@@ -578,6 +597,7 @@ def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
 
 @cli.command()
 @click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_STORAGE
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: the first run's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the files' paths as JSON.")
 def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
@@ -594,6 +614,7 @@ def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 @cli.command("report")
 @click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_STORAGE
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: RUN/report.html]")
 @click.option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
 def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
@@ -610,6 +631,7 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 
 @cli.command("dashboard")
 @_run_argument
+@_STORAGE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
 @click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on.")
 @click.option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
@@ -623,6 +645,7 @@ def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> N
 
 @cli.command()
 @click.argument("path", metavar="RUN|TRAINING", type=click.Path(path_type=Path))
+@_STORAGE
 @click.option(
     "--arch",
     "keys",
@@ -729,6 +752,7 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
 
 @cli.command()
 @click.argument("targets", metavar="TARGET…", nargs=-1, required=True)
+@_STORAGE
 @_conditions
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
 @click.option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
@@ -831,6 +855,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
 
 @cli.command("train")
 @click.argument("target")
+@_STORAGE
 @click.option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
 @click.option("--recipe", default="standard", show_default=True, help="standard, small, quick or finetune.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
@@ -914,6 +939,7 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
 
 
 @cli.command("profile")
+@_STORAGE
 @click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
 @_conditions
 @click.option("--input-size", type=int, default=224, show_default=True, help="Side of the images in pixels.")
@@ -994,6 +1020,7 @@ def profile_command(
 
 @cli.command("replay")
 @_run_argument
+@_STORAGE
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N architectures.")
 @click.option("--front", "only_front", is_flag=True, help="Only the points of the front.")
 @click.option(
@@ -1031,10 +1058,9 @@ def replay_command(
     from nas.search import SearchConfig
 
     run = Run.open(run_path)
-    config = SearchConfig.from_run(run)
-    if latency is not False and config.command != command:
-        asks = f"runs the program {config.command!r}" if config.command else "runs no program"
-        raise UsageError(f"this run {asks}: say the same by --command to allow it, or leave it out by --no-latency")
+    consent.allow(command)
+    config = SearchConfig.from_run(run, measures=latency is not False)
+    _check_command(command, config.command)
     train_device = train_device or device
     local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
     config = replace(config, **{name: value for name, value in local.items() if value is not None})
@@ -1085,6 +1111,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 @cli.command("explain")
 @click.argument("target", metavar="RUN@KEY")
+@_STORAGE
 @click.option(
     "--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]"
 )
@@ -1273,6 +1300,7 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
 
 @cli.command()
 @click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@_STORAGE
 @click.option("--data", help="Show what a folder or an archive of images holds, and nothing else.")
 @click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
 @_CLASSES
@@ -1341,6 +1369,7 @@ def _bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
 
 @cli.command()
 @click.argument("target")
+@_STORAGE
 @click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
 @click.option(
     "--profile",

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from . import __version__
+from . import __version__, consent
 from .errors import NasError, RunError
 from .machine.limits import free_memory, usable_cores
 
@@ -134,6 +134,10 @@ class Subject:
         storage = self.run.manifest["config"]["storage"]
         if storage is None:
             return self.path / "study.db"
+        try:
+            consent.check_storage(storage, str(self.path))
+        except NasError as refused:
+            raise NotChecked(f"the study lies at {storage}", "say so by --storage to have it looked at") from refused
         url = make_url(storage)
         return Path(url.database) if url.drivername.startswith("sqlite") and url.database else None
 
@@ -480,7 +484,7 @@ def _manifest(subject: Subject) -> Finding:
 
     try:
         run = Run.open(subject.path)
-        config = SearchConfig.from_run(run)
+        config = SearchConfig.from_run(run, measures=False)
     except NasError as error:
         return _problem(str(error), "bring run.json back from a copy, if this is a run")
     made = run.manifest["created"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from . import consent
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .machine import describe_machine, machine_name, resolve_device
@@ -77,11 +78,8 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     inherited = target.conditions.keys() - conditions.keys()
     if at.get("runtime") != "command" and "command" in inherited:
         at["command"] = None
-    elif at.get("command") is not None and "command" in inherited:
-        # a folder that came from somewhere must not decide what is run here
-        raise UsageError(
-            f"{target.name} was timed by the program {at['command']!r}: say it again by --command to allow it"
-        )
+    elif "command" in inherited:
+        consent.check_command(at.get("command"), target.name)
     if traits is not None and not traits.channels_last and "channels_last" in inherited:
         at["channels_last"] = False
     return LatencyConfig(**at | {"device": resolve_device(at["device"])})

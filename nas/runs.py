@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sqlite3
@@ -31,8 +32,9 @@ import optuna
 from filelock import FileLock, Timeout
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from . import consent
 from .architecture import Architecture
 from .errors import NasError, RunError, UsageError, one_line
 from .manifest import RUN, STUDY, TRIAL
@@ -53,6 +55,8 @@ from .space import SearchSpace
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 WIDE = 0.05
@@ -124,7 +128,10 @@ class Run:
         manifest = folder / "run.json"
         if not is_run(folder):
             raise RunError(
-                f"{folder} is not a run folder: it has no run.json" if folder.is_dir() else f"no run folder at {folder}"
+                f"{folder} is not a run folder: it has no run.json"
+                + (f" (mixnas search --out {folder} finds it in its study)" if (folder / "study.db").is_file() else "")
+                if folder.is_dir()
+                else f"no run folder at {folder}"
             )
         with reading_manifest(manifest, FORMAT, "run", RUN) as data:
             run = cls(folder, data)
@@ -188,8 +195,13 @@ class Run:
         return {name: names[name] for name in dict.fromkeys([*first, *names])}
 
     def storage(self) -> optuna.storages.BaseStorage:
-        """The study's storage."""
-        return open_storage(self.path, self.manifest["config"]["storage"])
+        """The study's storage.
+
+        Raises:
+            RunError: where it is not the folder's own file, and the user did not name it (`nas.consent`).
+        """
+        consent.check_storage(self.manifest["config"]["storage"], str(self.path))
+        return open_storage(self.path, self.manifest["config"]["storage"], create=False)
 
     @contextlib.contextmanager
     def study(self) -> Iterator[optuna.Study]:
@@ -226,6 +238,7 @@ class Run:
     @contextlib.contextmanager
     def _study(self) -> Iterator[tuple[optuna.storages.BaseStorage, int]]:
         with storage_errors(self.path):
+            consent.check_storage(self.manifest["config"]["storage"], str(self.path))
             with damage_reported(self.path):
                 _check_database(self.path, self.manifest["config"]["storage"])
                 storage = self.storage()
@@ -650,13 +663,40 @@ def remove_unfinished_study(path: Path) -> None:
     """
     if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
         with storage_errors(path):
-            storage = open_storage(path, None)
+            storage = open_storage(path, None, create=False)
             studies = storage.get_all_studies()
             others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
         if others:
             raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another --out")
     for name in STUDY_FILES:
         (path / name).unlink(missing_ok=True)
+
+
+def find_run(path: Path) -> bool:
+    """Whether a folder holds a run; where only its manifest is lost, the study's copy of it is written again.
+
+    Raises:
+        RunError: where the study is damaged.
+    """
+    if is_run(path):
+        return True
+    file = path / "study.db"
+    if not is_file(file, RunError) or not file.stat().st_size:
+        return False
+    with storage_errors(path), damage_reported(path):
+        _check_database(path, None)
+        storage = open_storage(path, None, create=False)
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+    found = studies.get(path.resolve().name)
+    manifest = found.user_attrs.get(MANIFEST) if found is not None else None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    check(manifest, RUN, f"the study of {path}", RunError)
+    if manifest["config"]["storage"] is not None:
+        return False
+    Run.create(path, {name: value for name, value in manifest.items() if name != "format"})
+    log.warning("%s had lost its run.json: it is written again from the study", path)
+    return True
 
 
 def join_run(path: Path, url: str, study: str) -> Run:
@@ -670,8 +710,9 @@ def join_run(path: Path, url: str, study: str) -> Run:
     Raises:
         RunError: where the storage has no such study, or the folder is another run's.
     """
+    consent.allow(storage=url)
     with storage_errors(path):
-        storage = open_storage(path, url)
+        storage = open_storage(path, url, create=False)
         try:
             study_id = storage.get_study_id_from_name(study)
         except KeyError:
@@ -697,7 +738,7 @@ def join_run(path: Path, url: str, study: str) -> Run:
     return Run.create(path, manifest)
 
 
-def open_storage(path: Path, url: str | None, wait: bool = True) -> optuna.storages.BaseStorage:
+def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = True) -> optuna.storages.BaseStorage:
     """The SQLite storage in a run folder, or the one at `url`.
 
     Args:
@@ -705,6 +746,7 @@ def open_storage(path: Path, url: str | None, wait: bool = True) -> optuna.stora
         url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
             of `mixnas serve-storage`.
         wait: for a server that is out of reach for a while; not for one that cannot be reached at the beginning.
+        create: make Optuna's tables where they are not there. Who reads writes nothing, into nobody's database.
 
     Raises:
         RunError: where the database's driver is not installed.
@@ -712,17 +754,23 @@ def open_storage(path: Path, url: str | None, wait: bool = True) -> optuna.stora
     if url is None:
         file = (path / "study.db").resolve()
         url = URL.create("sqlite", database=str(file)).render_as_string()  # a path may hold what means something in it
-        return _sqlite(url, writable=not file.exists() or os.access(file, os.W_OK))
-    return _waiting_server(url) if wait else _server(url)
+        return _sqlite(url, not file.exists() or os.access(file, os.W_OK), create)
+    if not wait:
+        return _server(url, create)
+    if create:
+        created = _server(url, create=True)
+        if isinstance(created, optuna.storages.RDBStorage):
+            created.engine.dispose()  # its connections
+    return _waiting_server(url)
 
 
 @lru_cache(maxsize=8)
 def _waiting_server(url: str) -> optuna.storages.BaseStorage:
     """One for each process: it keeps connections open."""
-    return patient(optuna.storages.get_storage(_server(url)))
+    return patient(optuna.storages.get_storage(_server(url, create=False)))
 
 
-def _server(url: str) -> optuna.storages.BaseStorage:
+def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
     try:
         if url.startswith(GRPC):
             return _proxy(*grpc_address(url))
@@ -730,9 +778,12 @@ def _server(url: str) -> optuna.storages.BaseStorage:
         if driver in ("postgresql", "postgres"):
             driver = "postgresql+psycopg"
         if driver.startswith("sqlite"):
-            return _sqlite(url, writable=True)
+            return _sqlite(url, True, create)
         # a connection that the server has dropped meanwhile is made again
-        return optuna.storages.RDBStorage(driver + separator + rest, engine_kwargs={"pool_pre_ping": True})
+        pre_ping = {"pool_pre_ping": True}
+        return optuna.storages.RDBStorage(
+            driver + separator + rest, engine_kwargs=pre_ping, skip_table_creation=not create
+        )
     except ImportError as error:
         extra = "grpc" if url.startswith(GRPC) else "postgres"
         raise RunError(
@@ -778,14 +829,14 @@ def _identity(url: str) -> tuple[str, int, int] | None:
     return url, found.st_dev, found.st_ino
 
 
-def _sqlite(url: str, writable: bool) -> optuna.storages.BaseStorage:
+def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStorage:
     """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
     known = _identity(url) in _CHECKED  # to look at tables and their version takes ten times as long as the rest
     storage = optuna.storages.RDBStorage(
         url,
         engine_kwargs={"connect_args": {"timeout": 60}},
         skip_compatibility_check=known,
-        skip_table_creation=known,
+        skip_table_creation=known or not create,
     )
     if (identity := _identity(url)) is not None:
         _CHECKED.add(identity)
@@ -826,6 +877,24 @@ def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
     return proxy
 
 
+def check_storage(url: str) -> None:
+    """Refuse what is no URL of a storage, and one that holds a password."""
+    allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
+    if url.startswith(GRPC):
+        grpc_address(url)
+        return
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise UsageError(f"the storage must be {allowed}") from None
+    secrets = {"password", "passwd", "pwd", "sslpassword", "odbc_connect"} & {name.lower() for name in parsed.query}
+    if parsed.password is not None or secrets:
+        raise UsageError(
+            "the storage URL holds a password, which would end up in run.json and in the list of processes: leave it "
+            "out and let the driver read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
+        )
+
+
 def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) -> None:
     """Pass a database on to workers, until interrupted; `on_ready` is called once it is open.
 
@@ -842,6 +911,7 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
         ) from None
     if url.startswith(GRPC) or "://" not in url:
         raise UsageError("serve-storage needs the URL of a database, such as postgresql://host/database")
+    check_storage(url)  # who lists the processes of this machine would see a password in it
     with storage_errors(Path(".")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.get_storage(open_storage(Path("."), url, wait=False))

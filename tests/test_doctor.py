@@ -19,7 +19,7 @@ import pytest
 from test_cli import call
 from test_search import analytic_config
 
-from nas import doctor
+from nas import consent, doctor
 from nas.doctor import ENVIRONMENT, FOLDER, Finding, Subject, examine
 from nas.errors import RunError
 from nas.export import export
@@ -211,8 +211,8 @@ DAMAGES = {
     "server away": (
         manifest(lambda m: m["config"].update(storage="postgresql://me@127.0.0.1:9/x")),
         "storage",
-        "problem",
-        ["nothing answers at 127.0.0.1:9"],
+        "warning",
+        ["at postgresql://me@127.0.0.1:9/x", "--storage"],  # a server that a folder names is not asked
     ),
     "manifest cut": (truncate("run.json", 0.7), "manifest", "problem", ["run.json", "from a copy"]),
     "manifest missing": (delete("run.json"), "manifest", "problem", ["no run.json"]),
@@ -375,6 +375,14 @@ def test_a_run_that_trains_nothing_on_a_storage_of_its_own(tmp_path):
     assert {f.state for f in found.values()} == {"ok"}, found
     assert "shared.db is sound and holds 3 trials" in found["storage"].text
     assert "trains nothing" in found["weights"].text
+
+
+def test_a_server_that_is_away(tmp_path):
+    url = "postgresql://me@127.0.0.1:9/away"
+    run = search(analytic_config(tmp_path, trials=1))
+    manifest(lambda m: m["config"].update(storage=url))(run.path)
+    consent.allow(storage=url)
+    assert "nothing answers at 127.0.0.1:9" in findings(run.path)["storage"].text
 
 
 def test_a_run_on_postgres(tmp_path, database):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # runs, pieces < the folders of calibrations and trainings, profile < search < users of runs < cli
 RANKS = {
     "nas.errors": 0,
+    "nas.consent": 1,
     "nas.architecture": 1,
     "nas.folding": 1,
     "nas.machine": 1,

@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .. import consent
 from ..architecture import Architecture
 from ..data import MAX_IMAGES
 from ..errors import RunError, UsageError, unknown_name
 from ..models.zoo import check_network_name
-from ..runs import (
-    GRPC,
-    Run,
-    grpc_address,
-)
+from ..runs import Run, check_storage
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
 from ..space import SearchSpace
@@ -207,8 +204,19 @@ class SearchConfig:
         }
 
     @classmethod
-    def from_run(cls, run: Run) -> SearchConfig:
-        """The configuration a run was created with."""
+    def from_run(cls, run: Run, measures: bool = True) -> SearchConfig:
+        """The configuration a run was created with.
+
+        Args:
+            run: the run.
+            measures: whether networks will be timed by it, perhaps by a program that the run names.
+
+        Raises:
+            RunError: where it is damaged.
+            UsageError: where the run names a program, and the user did not (`nas.consent`).
+        """
+        if measures:
+            consent.check_command(run.manifest["config"].get("command"), str(run.path))
         try:
             values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
             values["objectives"] = tuple(values["objectives"])
@@ -219,24 +227,3 @@ class SearchConfig:
             return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
-
-
-def check_storage(url: str) -> None:
-    """Refuse what is no URL of a storage, and one that holds a password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
-    if url.startswith(GRPC):
-        grpc_address(url)
-        return
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise UsageError(f"the storage must be {allowed}") from None
-    secrets = {"password", "passwd", "pwd", "sslpassword", "odbc_connect"} & {name.lower() for name in parsed.query}
-    if parsed.password is not None or secrets:
-        raise UsageError(
-            "the storage URL holds a password, which would end up in run.json: leave it out and let the driver "
-            "read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
-        )

@@ -379,7 +379,8 @@ def local_workers(run: Run, count: int) -> Iterator[None]:
         for number in range(1, count + 1):
             file = run.path / "workers" / f"{number}.log"
             file.parent.mkdir(exist_ok=True)
-            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()))
+            allowed = (run.manifest["config"].get(name) or "" for name in ("storage", "command"))  # here, so there
+            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()), *allowed)
             with file.open("a", encoding="utf-8") as output:
                 nothing = subprocess.DEVNULL
                 processes.append(

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import torch
 
+from .. import consent
 from ..calibration.folder import FILE as CALIBRATION_FILE
 from ..calibration.folder import find_trust
 from ..data import ImageData, load_data
@@ -25,6 +26,8 @@ from ..runs import (
     FORMAT,
     MANIFEST,
     Run,
+    check_storage,
+    find_run,
     is_run,
     join_run,
     locked_folder,
@@ -43,7 +46,7 @@ from .conditions import (
     references_of,
     training_conditions,
 )
-from .config import SearchConfig, check_storage
+from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
 from .fleet import local_workers
 from .loop import Loop, Progress
@@ -70,6 +73,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         NasError: where one trial after the other fails.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    consent.allow(config.command, config.storage)
     if config.only == TRAIN:
         raise UsageError("--only train is for workers: the search itself measures, so start it on the target")
     device = resolve_device(config.device)
@@ -85,7 +89,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         out=_new_folder(config) if config.out is None else config.out,
     )
     assert config.out is not None
-    if is_run(config.out):
+    if find_run(config.out):
         Run.open(config.out)  # a damaged one is refused before data is read
     if "accuracy" not in config.objectives:
         log.info("accuracy is not an objective: nothing is trained")
