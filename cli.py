@@ -25,6 +25,8 @@ import click
 
 from nas import __version__
 from nas.errors import NasError, UsageError, one_line
+from nas.repeats import REPEATS
+from nas.streams import encodable, guarded_streams
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +51,7 @@ def cli() -> None:
     """
 
 
+@guarded_streams()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
@@ -57,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         if any("\0" in argument for argument in arguments or ()):
             raise UsageError("an argument holds a NUL character, which no name or path may")
-        cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+        with REPEATS.summarised(logging.getLogger("nas")):
+            cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
         sys.stdout.flush()
     except NasError as error:
         _fail(str(error), error.exit_code)
@@ -70,9 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     sys.exit(0)
 
 
@@ -117,11 +118,20 @@ def _print_table(table: Table) -> None:
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE, Box
     from rich.table import Table
 
-    table = Table(box=SIMPLE, title=title, title_justify="left", caption_justify="left")
-    for column in columns:
+    encoded = partial(encodable, encoding=sys.stdout.encoding)
+
+    class Printed(Table):
+        """Its cells are as they will be printed, so that its columns are as wide as these."""
+
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*map(encoded, cells), **options)
+
+    box = Box(encoded(str(SIMPLE)), ascii=True)  # rich would draw a grid instead where lines cannot be encoded
+    table = Printed(box=box, title=title, title_justify="left", caption_justify="left")
+    for column in map(encoded, columns):
         name, right = column.removesuffix(">"), column.endswith(">")
         table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "key", overflow="fold")
     return table

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import NasError, UsageError
+from .repeats import REPEATS
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,8 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
         try:
             enter(timeout=0.2)
         except Timeout:
-            log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
+            told = f"waiting for another process that measures or trains on {device}{_holder(_lock_file(device))}"
+            REPEATS.tell(log, f"waits for other processes on {device}", told, level=logging.INFO)
             WAITING.set()
             try:
                 wait()

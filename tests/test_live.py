@@ -134,7 +134,7 @@ def test_ascii_terminals_get_ascii(run, trials):
     text = "\n".join(shown(view, 80, 24, "ascii"))
     assert "o front  . scored" in text
     fastest = run.front(trials)[0].scores
-    assert f"{fastest.latency_ms:.2f} ms ~{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
+    assert f"{fastest.latency_ms:.2f} ms +-{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
     assert "Latency (ms)" in text
 
 

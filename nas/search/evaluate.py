@@ -20,6 +20,7 @@ from ..data import ImageData
 from ..errors import TrialFailure, UsageError
 from ..machine import device_id, exclusive, seeded, shared, threads
 from ..models import Backbone, create_backbone
+from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
@@ -171,7 +172,8 @@ class Evaluator:
             except TrialFailure as failure:
                 if failure.reason != "out_of_memory":
                     raise
-                log.warning("training ran out of memory (%s): once more with less at a time", failure)
+                told = f"A training ran out of memory ({failure}). It is repeated with less memory."
+                REPEATS.tell(log, "trainings out of memory", told)
         evaluator, fidelity = tries[-1]
         return evaluator._with_proxy(scores, model, create, judge, fidelity)
 

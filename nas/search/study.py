@@ -20,6 +20,7 @@ from ..data import ImageData, load_data
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
 from ..profile import SHARED, Profile
+from ..repeats import REPEATS
 from ..runs import (
     FORMAT,
     MANIFEST,
@@ -115,7 +116,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0
-        with storage_errors(run.path), local_workers(run, processes):
+        with storage_errors(run.path), local_workers(run, processes), REPEATS.summarised(log):
             return Loop(run, config, problem, evaluator, on_trial).run_trials()
 
 
@@ -160,7 +161,7 @@ def work(
         config = replace(config, profile=None)
     evaluator, conditions = evaluator_of(run, config)
     check_same(run, conditions)
-    with storage_errors(run.path):
+    with storage_errors(run.path), REPEATS.summarised(log):
         profile = _open_profile(config, evaluator)
         problem = _problem(run, config, evaluator, profile)
         return Loop(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()

@@ -42,6 +42,7 @@ from ..data import (
     test_split_name,
 )
 from ..errors import DataError, UsageError
+from ..repeats import REPEATS
 from .recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def _test_source(name: str, test_name: str | None, data_root: str | None) -> Sou
         try:
             return open_split(name, data_root, test=True)
         except DataError as error:
-            log.warning("there will be no final test: %s", error)
+            REPEATS.tell(log, "trainings without a final test", f"there will be no final test: {error}")
             return None
     if has_test_split(test_name):
         return open_split(test_name, data_root, test=True)
