@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from .errors import NasError
+from .errors import NasError, escaped
 
 STAND_INS = {
     **{"±": "+-", "…": "...", "≥": ">=", "≤": "<=", "≈": "~", "\u00d7": "x", "→": "->", "µ": "u"},
@@ -37,13 +37,7 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wrong = error.object[error.start : error.end]
-    return "".join(STAND_INS.get(c) or _escaped(c) for c in wrong), error.end
-
-
-def _escaped(character: str) -> str:
-    # Python holds a byte of a path that is no text as one of these characters: show that byte
-    byte = ord(character) - 0xDC00
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("ascii", "backslashreplace").decode()
+    return "".join(STAND_INS.get(c) or escaped(c) for c in wrong), error.end
 
 
 codecs.register_error("nas.stand_in", _stand_in)

@@ -89,6 +89,12 @@ def required(part: str, missing: str) -> None:
     pytest.skip(missing)
 
 
+def as_windows_writes(file: Path) -> None:
+    """Give a text file a byte-order mark and carriage returns, as some editors do."""
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(line + b"\r\n" for line in lines))
+
+
 class Cluster:
     """A private PostgreSQL cluster on loopback, as its user may run it."""
 
