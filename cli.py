@@ -49,6 +49,10 @@ def cli() -> None:
 
     TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
     """
+    try:
+        Path.cwd()
+    except OSError:  # torch's libraries would end the process
+        raise NasError("the current folder is gone: change to one that exists") from None
 
 
 @guarded_streams()
@@ -114,26 +118,39 @@ def _print_table(table: Table) -> None:
     # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
     least, most = _widths(table)
     width = max(least, shutil.get_terminal_size().columns) if sys.stdout.isatty() else max(most, 80)
-    Console(width=width, markup=False).print(table)
+    # with no height rich takes 80 columns on a dumb terminal
+    Console(width=width, height=shutil.get_terminal_size().lines, markup=False).print(table)
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
     from rich.box import SIMPLE, Box
+    from rich.cells import cell_len
     from rich.table import Table
 
     encoded = partial(encodable, encoding=sys.stdout.encoding)
 
     class Printed(Table):
-        """Its cells are as they will be printed, so that its columns are as wide as these."""
+        """Its cells are as they will be printed, and what is not to be broken keeps its width."""
 
         def add_row(self, *cells: Any, **options: Any) -> None:
-            super().add_row(*map(encoded, cells), **options)
+            cells = tuple(map(encoded, cells))
+            super().add_row(*cells, **options)
+            for column, cell in zip(self.columns, cells, strict=False):
+                if column.no_wrap:
+                    column.min_width = max(column.min_width or 0, cell_len(cell))
 
     box = Box(encoded(str(SIMPLE)), ascii=True)  # rich would draw a grid instead where lines cannot be encoded
     table = Printed(box=box, title=title, title_justify="left", caption_justify="left")
     for column in map(encoded, columns):
         name, right = column.removesuffix(">"), column.endswith(">")
-        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "key", overflow="fold")
+        whole = right or name == "key"
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            no_wrap=whole,
+            overflow="fold",
+            min_width=cell_len(name) if whole else None,
+        )
     return table
 
 
@@ -1266,11 +1283,13 @@ def doctor(run_path: Path | None, as_json: bool) -> None:
     """
     from nas.doctor import examine
 
+    coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     found = []
     for name, finding in examine(run_path):
         found.append({"name": name, **vars(finding)})
         if not as_json:
-            click.secho(finding.line(name), fg={"problem": "red", "warning": "yellow"}.get(finding.state))
+            colour = {"problem": "red", "warning": "yellow"}.get(finding.state) if coloured else None
+            click.echo(click.style(finding.line(name), fg=colour) if colour else finding.line(name))
     if as_json:
         _print_json(found)
     problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]

@@ -611,7 +611,7 @@ def _copy_database(file: Path, copy: Path) -> bool:
         if time.monotonic() > deadline:
             raise NotChecked("another process writes to the study all the time", "try again")
 
-    url = f"file:{quote(str(file.resolve()))}?mode=ro"
+    url = f"file:{quote(os.fsencode(file.resolve()))}?mode=ro"
     with contextlib.closing(sqlite3.connect(url, uri=True, timeout=CONNECT_SECONDS)) as original:
         try:
             with contextlib.closing(sqlite3.connect(copy)) as to:

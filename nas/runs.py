@@ -50,6 +50,7 @@ from .search.objectives import (
 from .search.pareto import GrowingFront, hypervolume, non_dominated
 from .search.stability import Figure, as_figure, compare_orders, rank_correlation, ties
 from .space import SearchSpace
+from .streams import encodable
 
 if TYPE_CHECKING:
     import torch
@@ -174,8 +175,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.path.resolve().name
+        """The folder's name; bytes of it that are no text are escaped."""
+        return encodable(self.path.resolve().name, "utf-8")
 
     def columns(self) -> dict[str, str]:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
@@ -598,6 +599,13 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
         RunError: where it cannot be made or written, holds something else, or another process has it.
     """
     try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:  # SQLite and safetensors take no other path
+        raise RunError(
+            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (where it is, set "
+            "PYTHONUTF8=1)"
+        ) from None
+    try:
         path.mkdir(parents=True, exist_ok=True)
         ours = (path / manifest).is_file()
         foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
@@ -936,8 +944,8 @@ def _known(value: float | None) -> float:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # a path that is no text in this system's encoding may stand in it
-    data = content.encode(errors="replace") if isinstance(content, str) else content
+    # it may hold a path with bytes that are no text
+    data = encodable(content, "utf-8").encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
