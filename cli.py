@@ -471,7 +471,7 @@ def worker_command(
 @cli.command("serve-storage")
 @click.option("--storage", metavar="URL", required=True, help="The database.")
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=int, default=13000, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=13000, show_default=True, help="Port to listen on.")
 def serve_storage(storage: str, host: str, port: int) -> None:
     """Stand between a database and workers, which join by grpc://HOST:PORT."""
     from nas.runs import serve_storage as serve
@@ -617,7 +617,7 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 @cli.command("dashboard")
 @_run_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on.")
 def dashboard_command(run_path: Path, host: str, port: int) -> None:
     """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
     from nas.report.dashboard import serve

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import cli
+from nas.doctor import Finding, examine
+from nas.errors import RunError
+from nas.runs import locked_folder
 from nas.streams import encodable
 
 EXAMPLE = str(Path(__file__).parents[1] / "results" / "example")
@@ -92,6 +95,68 @@ def test_names_of_any_bytes_are_printed_escaped(monkeypatch, tmp_path):
         code, out, err = call(monkeypatch, encoding, "front", path + "x")
         assert code == 1
         assert r"donn\xe9esx" in err
+
+
+def test_a_run_of_any_name_can_be_looked_at(monkeypatch, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + "/日本 donn".encode() + b"\xe9es"))
+    shutil.copytree(EXAMPLE, path)
+    assert call(monkeypatch, "utf-8", "plot", str(path))[::2] == (0, "")
+    assert r"donn\xe9es" in (path / "front.html").read_text(encoding="utf-8")
+    assert dict(examine(path))["tables"].state == "ok"
+    with (
+        pytest.raises(RunError, match=r"\\xe9esx: its path is not UTF-8; give another --out"),
+        locked_folder(Path(f"{path}x")),
+    ):
+        pass
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_narrow_terminal_cuts_no_figure(monkeypatch, kind):
+    for name, value in {"COLUMNS": "20", "LINES": "5", "TERM": kind, "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    told = {
+        ("front", EXAMPLE): ["ce0b65a6118b", "2.24 ms ±0.06", "Top-1 accuracy", "66.34 K", "resnet10t"],
+        ("describe", "cas_vit_xs"): ["stem", "norm", "additi", "compression", "parameters", "546.78 M"],
+    }
+    for arguments, words in told.items():
+        stream = Terminal(io.BytesIO(), encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert status(*arguments) == 0
+        stream.flush()
+        text = stream.buffer.getvalue().decode()
+        assert not [word for word in words if word not in text], text
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
+def test_a_terminal_without_colours_gets_none(monkeypatch, variable, value):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("nas.doctor.examine", lambda _: [("a", Finding("ok", "b")), ("c", Finding("warning", "d"))])
+    with monkeypatch.context() as patch:
+        stream = Terminal(io.BytesIO(), encoding="utf-8")
+        patch.setattr(sys, "stdout", stream)
+        assert status("doctor") == 0
+    stream.flush()
+    fine, warned = stream.buffer.getvalue().decode().splitlines()
+    assert "\x1b" not in fine
+    assert ("\x1b" in warned) == (value == "xterm")
+
+
+def test_a_folder_that_is_gone_is_one_line(monkeypatch, capsys, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert status("--help") == 0
+    capsys.readouterr()
+    assert status("describe", "mini") == 1
+    assert capsys.readouterr().err == "error: the current folder is gone: change to one that exists\n"
 
 
 @contextlib.contextmanager
