@@ -65,15 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if any("\0" in argument for argument in arguments or ()):
             raise UsageError("an argument holds a NUL character, which no name or path may")
         with REPEATS.summarised(logging.getLogger("nas")):
-            cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+            try:
+                cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+            except click.exceptions.NoArgsIsHelpError as error:
+                click.echo(error.format_message())
+                sys.exit(2)
         sys.stdout.flush()
     except NasError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -178,7 +178,7 @@ BROKEN = {"closed": "it is closed", "full": "No space left on device", "a pipe":
 
 
 @pytest.mark.parametrize("how", BROKEN)
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["spaces"], ["front", EXAMPLE, "--csv"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["spaces"], ["front", EXAMPLE, "--csv"]])
 def test_output_that_cannot_be_written_ends_in_one_line(monkeypatch, capsys, how, arguments):
     with broken_stream(how) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
