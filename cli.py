@@ -131,7 +131,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     encoded = partial(encodable, encoding=sys.stdout.encoding)
 
     class Printed(Table):
-        """Its cells are as they will be printed, and what is not to be broken keeps its width."""
+        """Encodes its cells as standard output will, and never shrinks a column that must not wrap."""
 
         def add_row(self, *cells: Any, **options: Any) -> None:
             cells = tuple(map(encoded, cells))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ from .samplers import SAMPLERS, expects_too_little, suggest
 
 MAX_FAILURES = 50
 """Failures in a row after which an optimisation gives up."""
+
+MAX_NUMBER = sys.float_info.max
 
 Floats = NDArray[np.float64]
 Evaluate = Callable[[dict[str, Choice]], Mapping[str, float]]
@@ -254,7 +257,8 @@ def _numbers(values: Mapping[str, float], what: str) -> dict[str, float]:
         raise UsageError(f"{what} is {values!r}: a mapping is needed, from a name to a number")
     for name, value in values.items():
         check_name(name, f"a {what}")
-        if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not math.isfinite(value):
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not number or not -MAX_NUMBER <= value <= MAX_NUMBER:
             raise UsageError(f"{what} {name} is {value!r}: a finite number is needed")
     return {name: float(value) for name, value in values.items()}
 
@@ -346,7 +350,7 @@ def _score(
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"evaluate gave {name} {value!r}: a number is needed") from None
 
 

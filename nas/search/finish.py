@@ -19,7 +19,7 @@ import optuna
 from torch import nn
 
 from ..architecture import Architecture
-from ..errors import NasError, TrialFailure, one_line
+from ..errors import NasError, TrialFailure
 from ..models import Backbone
 from ..models.zoo import check_network_name, create_network
 from ..pieces import pieces_of
@@ -133,7 +133,8 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
     except (TrialFailure, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
-        told = f"The stages of {architecture.key} cannot be measured: {one_line(str(error), 300)}"
+        why = str(error).partition("\n")[0]
+        told = f"The stages of {architecture.key} cannot be measured: {why}"
         REPEATS.tell(log, "networks whose stages cannot be measured", told)
         return []
     return [
