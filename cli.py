@@ -26,6 +26,8 @@ import click
 from nas import __version__, consent
 from nas.errors import NasError, UsageError, one_line
 from nas.machine.children import ending_signals
+from nas.repeats import REPEATS
+from nas.streams import encodable, guarded_streams
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +50,13 @@ def cli() -> None:
 
     TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
     """
+    try:
+        Path.cwd()
+    except OSError:  # torch's libraries would end the process
+        raise NasError("the current folder is gone: change to one that exists") from None
 
 
+@guarded_streams()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
@@ -59,22 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         if any("\0" in argument for argument in arguments or ()):
             raise UsageError("an argument holds a NUL character, which no name or path may")
-        cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+        with REPEATS.summarised(logging.getLogger("nas")):
+            try:
+                cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
+            except click.exceptions.NoArgsIsHelpError as error:
+                click.echo(error.format_message())
+                sys.exit(2)
         sys.stdout.flush()
     except NasError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     sys.exit(0)
 
 
@@ -115,17 +121,39 @@ def _print_table(table: Table) -> None:
     # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
     least, most = _widths(table)
     width = max(least, shutil.get_terminal_size().columns) if sys.stdout.isatty() else max(most, 80)
-    Console(width=width, markup=False).print(table)
+    # with no height rich takes 80 columns on a dumb terminal
+    Console(width=width, height=shutil.get_terminal_size().lines, markup=False).print(table)
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE, Box
+    from rich.cells import cell_len
     from rich.table import Table
 
-    table = Table(box=SIMPLE, title=title, title_justify="left", caption_justify="left")
-    for column in columns:
+    encoded = partial(encodable, encoding=sys.stdout.encoding)
+
+    class Printed(Table):
+        """Encodes its cells as standard output will, and never shrinks a column that must not wrap."""
+
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            cells = tuple(map(encoded, cells))
+            super().add_row(*cells, **options)
+            for column, cell in zip(self.columns, cells, strict=False):
+                if column.no_wrap:
+                    column.min_width = max(column.min_width or 0, cell_len(cell))
+
+    box = Box(encoded(str(SIMPLE)), ascii=True)  # rich would draw a grid instead where lines cannot be encoded
+    table = Printed(box=box, title=title, title_justify="left", caption_justify="left")
+    for column in map(encoded, columns):
         name, right = column.removesuffix(">"), column.endswith(">")
-        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "key", overflow="fold")
+        whole = right or name == "key"
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            no_wrap=whole,
+            overflow="fold",
+            min_width=cell_len(name) if whole else None,
+        )
     return table
 
 
@@ -633,7 +661,7 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 @_run_argument
 @_STORAGE
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=int, default=8080, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on.")
 @click.option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
 def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> None:
     """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
@@ -1321,11 +1349,13 @@ def doctor(
         return
     from nas.doctor import examine
 
+    coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     found = []
     for name, finding in examine(run_path):
         found.append({"name": name, **vars(finding)})
         if not as_json:
-            click.secho(finding.line(name), fg={"problem": "red", "warning": "yellow"}.get(finding.state))
+            colour = {"problem": "red", "warning": "yellow"}.get(finding.state) if coloured else None
+            click.echo(click.style(finding.line(name), fg=colour) if colour else finding.line(name))
     if as_json:
         _print_json(found)
     problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]

@@ -33,6 +33,13 @@ an exported folder. RUN is a run folder; [its format](../results/README.md).
 | 2 | wrong usage |
 | 3 | nothing meets the budgets |
 | 130, 143 | interrupted, terminated; the same command goes on |
+
+The output may have any encoding. A character that it lacks becomes ASCII (`+-`, `...`, `>=`) or is escaped (`\\xe9`),
+and so is a byte of a path that is no text. `--json` and `front --csv` are always ASCII. If standard output is closed or
+full, a command ends with one line and status 1, and keeps what it stored. If standard error is closed or full, only
+messages are lost. A warning that would come with every trial is printed once and counted at the end.
+
+JSON and CSV files are read as UTF-8, with or without a byte-order mark, and with any line ends.
 """
 
 

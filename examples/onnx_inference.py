@@ -103,9 +103,10 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
 
 def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> None:
     """Print the class of each image, or how many are right."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class may have any name
     if not (export / "preprocessing.json").is_file():
         sys.exit(f"{export} is no export: give the folder that `mixnas export` printed, such as RUN/exports/KEY")
-    told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8"))
+    told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8-sig"))
     session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
     takes = session.get_inputs()[0].shape[0]  # a number, where it was exported with `--batch N`
     fixed = takes if isinstance(takes, int) else 0

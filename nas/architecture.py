@@ -508,7 +508,7 @@ def parse_json(text: str, what: str, most: int = MAX_JSON_CHARS) -> Any:
     if len(text) > most:
         raise UsageError(f"{what} in {len(text):,} characters is too long: at most {most:,}")
     try:
-        data = json.loads(text)
+        data = json.loads(text.removeprefix("\ufeff"))  # a byte-order mark
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not the JSON of {what}: {error}") from None
     if is_too_deep(data):

@@ -34,6 +34,7 @@ from urllib.parse import quote
 from . import __version__, consent
 from .errors import NasError, RunError
 from .machine.limits import free_memory, usable_cores
+from .reading import MAX_TABLE_BYTES, is_file, read_json, read_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -569,7 +570,7 @@ def _copy_database(file: Path, copy: Path) -> bool:
         if time.monotonic() > deadline:
             raise NotChecked("another process writes to the study all the time", "try again")
 
-    url = f"file:{quote(str(file.resolve()))}?mode=ro"
+    url = f"file:{quote(os.fsencode(file.resolve()))}?mode=ro"
     with contextlib.closing(sqlite3.connect(url, uri=True, timeout=CONNECT_SECONDS)) as original:
         try:
             with contextlib.closing(sqlite3.connect(copy)) as to:
@@ -743,10 +744,11 @@ def _in_table(file: Path, derived: str) -> list[str]:
     """Where a table differs from what the study says."""
     wanted = list(csv.DictReader(io.StringIO(derived)))
     try:
-        rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
-    except FileNotFoundError:
-        return ["is missing"]
-    except (OSError, ValueError, csv.Error) as error:
+        if not is_file(file, RunError):
+            return ["is missing"]
+        text = read_text(file, MAX_TABLE_BYTES + 2 * len(derived), RunError)
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except (RunError, csv.Error) as error:
         return [f"cannot be read ({error})"]
     if len(rows) != len(wanted):
         return [f"has {len(rows)} rows, the study gives {len(wanted)}"]
@@ -763,14 +765,12 @@ def _in_table(file: Path, derived: str) -> list[str]:
 def _in_document(file: Path, derived: Mapping[str, Any]) -> list[str]:
     """Where a document differs from what the study says."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ["is missing"]
-    except (OSError, ValueError, RecursionError) as error:
+        if not is_file(file, RunError):
+            return ["is missing"]
+        document = read_json(file, "a front", dict, RunError, MAX_TABLE_BYTES)
+    except RunError as error:
         return [f"cannot be read ({error})"]
     names = ("objectives", "reference", "hypervolume", "baselines", "points")
-    if not isinstance(document, dict):
-        return ["holds no front"]
     truth = json.loads(json.dumps(derived))
     return [f"its {name} are not those of the study" for name in names if not _alike(document.get(name), truth[name])]
 
@@ -847,7 +847,7 @@ def _expected_shapes(run: Run, trial: Trial) -> dict[str, list[int]]:
 def _exports(subject: Subject) -> Finding:
     from safetensors import SafetensorError
 
-    from .architecture import Architecture
+    from .architecture import MAX_JSON_CHARS, Architecture
     from .export import PACKAGE, SOURCES, broken_file, read_config
 
     names = ("config.json", "model.safetensors", "architecture.json", f"{PACKAGE}/__init__.py")
@@ -860,9 +860,9 @@ def _exports(subject: Subject) -> Finding:
         try:
             read_config(folder)
             _tensor_shapes(folder / "model.safetensors")
-            key = Architecture.from_json((folder / "architecture.json").read_text(encoding="utf-8")).key
+            key = Architecture.from_json(read_text(folder / "architecture.json", 4 * MAX_JSON_CHARS, RunError)).key
             broken = broken_file(folder)
-        except (NasError, SafetensorError, OSError, UnicodeDecodeError) as error:
+        except (NasError, SafetensorError, OSError) as error:
             return _problem(f"{folder} is damaged ({str(error).splitlines()[0]})", again)
         if broken:
             return _problem(f"{folder / broken} is not what was exported: its checksum differs, or it is gone", again)

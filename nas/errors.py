@@ -8,9 +8,16 @@ from collections.abc import Iterable
 MAX_MESSAGE = 800
 
 
+def escaped(character: str) -> str:
+    r"""A character in ASCII, as `\xe9`. A lone surrogate stands for a byte of a path that is no text: that byte."""
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("ascii", "backslashreplace").decode()
+
+
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:
     """The text in one line, without what a terminal would act on; of a long one the beginning and the end."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    shown = (c if c.isprintable() else escaped(c) if "\ud800" <= c <= "\udfff" else " " for c in text)
+    line = " ".join("".join(shown).split())
     return line if len(line) <= most else f"{line[: most // 2]} … {line[3 - most // 2 :]}"
 
 

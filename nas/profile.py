@@ -22,7 +22,7 @@ from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
 from .models import create_backbone
 from .pieces import count_pieces, pieces_of
-from .reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_text
+from .reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_json, read_text
 from .runs import Run, locked_folder, reading_manifest, write_file
 from .scoring.latency import (
     LatencyConfig,
@@ -381,7 +381,7 @@ def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
     now = json.loads(json.dumps(config.to_dict()))
     if (path / "profile.json").is_file():
         found = Profile.open(path)
-        before = json.loads((path / "profile.json").read_text(encoding="utf-8"))
+        before = read_json(path / "profile.json", "a profile's manifest", MANIFEST, RunError)
         for name, value in now.items():
             if before.get(name) != value:
                 raise RunError(f"{path} is a profile with another {name}: give another --out")

@@ -8,6 +8,7 @@ one that may be missing; `{str: shape}` has any names. `[shape]` is a list of an
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .errors import NasError, one_line
 MAX_MANIFEST_BYTES = 2**23
 MAX_TABLE_BYTES = 2**26
 MAX_LINE = 300
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what Windows calls "Unicode"; UTF-32 begins so too
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def is_file(path: Path, error: type[NasError]) -> bool:
 
 
 def read_text(path: Path, most: int, error: type[NasError]) -> str:
-    """The content of a regular file of at most `most` bytes; anything else raises `error`."""
+    """The UTF-8 text of a regular file of at most `most` bytes; anything else raises `error`."""
     try:
         if not path.is_file():  # a pipe or a device may have no end
             raise error(f"cannot read {path}: it is not there, or no file")
@@ -60,7 +63,9 @@ def read_text(path: Path, most: int, error: type[NasError]) -> str:
             content = file.read(most + 1)
         if len(content) > most:
             raise error(f"{path} is too large: at most {most:,} bytes are read")
-        return content.decode()
+        if content.startswith(_UTF_16):
+            raise error(f"cannot read {path}: it is UTF-16; save it as UTF-8")
+        return content.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
     except OSError as why:
         raise error(f"cannot read {path}: {why.strerror or why}") from None
     except UnicodeDecodeError as why:

@@ -21,6 +21,7 @@ import torch
 
 from .errors import NasError, RunError, TrialFailure, UsageError
 from .machine import describe_software, machine_name, resolve_device
+from .reading import MAX_TABLE_BYTES, is_file, read_text
 from .runs import Run, Trial, held_folder, write_file
 from .search import SearchConfig
 from .search.conditions import changed_conditions, evaluator_of
@@ -419,12 +420,12 @@ def _read(file: Path, machine: str) -> _Known:
     Raises:
         RunError: where that was under other conditions, or the file is damaged.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not is_file(file, RunError):
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot read {file} ({error}): --anew starts over") from None
+    try:
+        text = read_text(file, MAX_TABLE_BYTES, RunError)
+    except RunError as error:
+        raise RunError(f"{error}: --anew starts over") from None
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
         known = {

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -52,6 +53,7 @@ from .search.objectives import (
 from .search.pareto import GrowingFront, hypervolume, non_dominated
 from .search.stability import Figure, as_figure, compare_orders, rank_correlation, ties
 from .space import SearchSpace
+from .streams import encodable
 
 if TYPE_CHECKING:
     import torch
@@ -181,8 +183,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.path.resolve().name
+        """The folder's name; bytes of it that are no text are escaped."""
+        return encodable(self.path.resolve().name, "utf-8")
 
     def columns(self) -> dict[str, str]:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
@@ -611,6 +613,13 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
         RunError: where it cannot be made or written, holds something else, or another process has it.
     """
     try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:  # SQLite and safetensors take no other path
+        raise RunError(
+            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (where it is, set "
+            "PYTHONUTF8=1)"
+        ) from None
+    try:
         path.mkdir(parents=True, exist_ok=True)
         ours = (path / manifest).is_file()
         foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
@@ -753,8 +762,7 @@ def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = 
     """
     if url is None:
         file = (path / "study.db").resolve()
-        url = URL.create("sqlite", database=str(file)).render_as_string()  # a path may hold what means something in it
-        return _sqlite(url, not file.exists() or os.access(file, os.W_OK), create)
+        return _sqlite(_sqlite_url(file), not file.exists() or os.access(file, os.W_OK), create)
     if not wait:
         return _server(url, create)
     if create:
@@ -762,6 +770,17 @@ def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = 
         if isinstance(created, optuna.storages.RDBStorage):
             created.engine.dispose()  # its connections
     return _waiting_server(url)
+
+
+def _sqlite_url(file: Path) -> str:
+    """The URL of an SQLite file, whose path may hold what means something in a URL, and bytes that are no text."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return URL.create(
+            "sqlite", database=f"file:{quote(os.fsencode(file))}", query={"uri": "true"}
+        ).render_as_string()
+    return URL.create("sqlite", database=str(file)).render_as_string()
 
 
 @lru_cache(maxsize=8)
@@ -1007,8 +1026,8 @@ def _known(value: float | None) -> float:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # a path that is no text in this system's encoding may stand in it
-    data = content.encode(errors="replace") if isinstance(content, str) else content
+    # it may hold a path with bytes that are no text
+    data = encodable(content, "utf-8").encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ import pytest
 import torch
 
 from nas.architecture import MIXER_TYPES, Architecture, Stage
+from nas.repeats import REPEATS
 from nas.scoring.latency import protocol, reference
 from nas.search import finish
 
@@ -46,6 +48,13 @@ hypothesis.settings.load_profile("suite")
 def the_same_weights() -> None:
     """Whatever ran before in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before() -> Iterator[None]:
+    """A message that is logged once in a process is logged once in a test."""
+    with REPEATS.summarised(logging.getLogger("tests")):
+        yield
 
 
 def tiny_architecture(mixer_name: str) -> Architecture:
@@ -78,6 +87,12 @@ def required(part: str, missing: str) -> None:
     if part in os.environ.get("MIXNAS_REQUIRE", "").split(","):
         pytest.fail(f"{part} is required here: {missing}")
     pytest.skip(missing)
+
+
+def as_windows_writes(file: Path) -> None:
+    """Give a text file a byte-order mark and carriage returns, as some editors do."""
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(line + b"\r\n" for line in lines))
 
 
 class Cluster:

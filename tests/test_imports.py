@@ -21,6 +21,8 @@ RANKS = {
     "nas.folding": 1,
     "nas.machine": 1,
     "nas.reading": 1.5,
+    "nas.repeats": 0,
+    "nas.streams": 1,
     "nas.onnx": 1,
     "nas.space": 2,
     "nas.models": 3,

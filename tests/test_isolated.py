@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from test_search import analytic_config
 from nas.data import load_data
 from nas.errors import TrialFailure
 from nas.machine import exclusive
+from nas.repeats import REPEATS
 from nas.scoring.accuracy import Fidelity
 from nas.search import search
 from nas.search.evaluate import Evaluator
@@ -23,6 +25,8 @@ from nas.search.objectives import parse_objectives
 from nas.search.stopping import Finished, Judge
 
 pytestmark = pytest.mark.slow
+
+log = logging.getLogger("nas")
 
 
 class Troubled(Evaluator):
@@ -39,6 +43,9 @@ class Troubled(Evaluator):
         if width == 48:
             with exclusive("cpu"):
                 pass
+        if width == 56:
+            for severity in (0.1, 0.3, 0.2):
+                REPEATS.tell(log, "busy measurements", f"busy: {severity}", severity)
         return super().evaluate(architecture, judge, measured)
 
 
@@ -69,6 +76,14 @@ def test_hangs_deaths_and_bugs_end_one_trial_and_not_the_next(troubled):
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'a bug'"):
         troubled.evaluate(of_width(40))
     assert troubled.evaluate(of_width(16)).scores.params > 0
+
+
+def test_what_repeats_is_counted_by_the_search(troubled, caplog):
+    with REPEATS.summarised(log):
+        troubled.evaluate(of_width(56))
+        troubled.close()
+        troubled.evaluate(of_width(56))
+    assert caplog.messages == ["busy: 0.1", "6 busy measurements, the worst: busy: 0.3"]
 
 
 def test_waiting_for_the_device_is_not_held_against_it(troubled):

@@ -21,6 +21,8 @@ from nas.runs import Run
 from nas.search.fleet import Member
 from nas.search.loop import Progress
 from nas.search.objectives import OBJECTIVES
+from nas.training.display import TrainingDisplay
+from nas.training.loop import Step
 
 EXAMPLE = Path(__file__).parents[1] / "results" / "example"
 
@@ -134,7 +136,7 @@ def test_ascii_terminals_get_ascii(run, trials):
     text = "\n".join(shown(view, 80, 24, "ascii"))
     assert "o front  . scored" in text
     fastest = run.front(trials)[0].scores
-    assert f"{fastest.latency_ms:.2f} ms ~{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
+    assert f"{fastest.latency_ms:.2f} ms +-{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
     assert "Latency (ms)" in text
 
 
@@ -226,3 +228,17 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert "Traceback" not in text
     assert f"search --out {tmp_path / 'run'}" in text.rpartition("\x1b[?25h")[2].replace("\r\n", "")
+
+
+@pytest.mark.parametrize(("kind", "lines"), [("dumb", ["epoch 1/2: loss 0.5000, 10 images/s"]), ("xterm", [])])
+def test_a_training_tells_lines_where_it_has_no_bar(monkeypatch, caplog, kind, lines):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with caplog.at_level("INFO", "nas"), TrainingDisplay() as display:
+        display.update(Step(0, 3, 4, 2, 10.0, None, {}))
+        display.update(Step(1, 0, 4, 2, 10.0, None, {"train_loss": 0.5}))
+    assert caplog.messages == lines

@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from conftest import as_windows_writes
 from torch import nn
 
 import search_spaces
@@ -153,6 +154,8 @@ def test_a_profile_goes_on_and_survives_a_torn_line(profiled, tmp_path):
     shutil.copytree(profiled.path, path)
     lines = (path / "networks.jsonl").read_text().splitlines()[:3]
     (path / "networks.jsonl").write_text("\n".join([*lines, lines[0][:40]]))
+    as_windows_writes(path / "networks.jsonl")
+    as_windows_writes(path / "profile.json")
     spent = sum(json.loads(line)["seconds"] for line in lines)
     seen = []
     more = profile(CONFIG, path, spent / 60 + 1e-6, lambda count, seconds: seen.append(count))

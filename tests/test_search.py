@@ -551,7 +551,7 @@ def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, 
         scores = evaluator.evaluate_network(lambda: Hungry(16)).scores
     assert scores.accuracy is not None
     assert [epoch for epoch, _ in scores.curve] == [1, 2]
-    assert "once more with less at a time" in caplog.text
+    assert "repeated with less memory" in caplog.text
     with pytest.raises(TrialFailure, match="out of memory") as failure:
         evaluator.evaluate_network(lambda: Hungry(15))
     assert failure.value.reason == "out_of_memory"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..errors import DataError, UsageError
+from ..repeats import REPEATS
 from .decoding import UnreadableImage, quiet
 from .sampling import MAX_IMAGES, SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, Listing, Source, open_split
@@ -123,7 +124,7 @@ def _load(
     classes: tuple[str, ...],
 ) -> ImageData:
     source = open_split(name, data_root, classes)
-    log.info("%s", source.listing.line(name))
+    REPEATS.once(log, source.listing.line(name))
     rest, held = search_split(source.targets, max_images, seed)
     # decoded in the order of the parts, so that both are views of one block of memory
     ordered = np.concatenate((rest, held))

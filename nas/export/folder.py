@@ -20,6 +20,7 @@ import torch
 from ..errors import DataError, NasError, RunError, TrialFailure, UsageError, one_line, unknown_name
 from ..machine import describe_machine, describe_software
 from ..reading import LINE, read_json
+from ..repeats import REPEATS
 from ..runs import Run, is_run, write_file
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
@@ -229,7 +230,8 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
     except (DataError, UsageError) as error:
         if settings.data is not None:
             raise
-        log.warning("%s; files are compared on random images instead (--data says where they are)", error)
+        told = f"{error}; files are compared on random images instead (--data says where they are)"
+        REPEATS.tell(log, "exports compared on random images", told)
         images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
         return Material(subject, images, None, None, settings.batch), f"{RANDOM_IMAGES} random images"
     material = Material(

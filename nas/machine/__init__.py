@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import NasError, UsageError
+from ..repeats import REPEATS
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,8 @@ def _told_while_waiting(device: str) -> Iterator[None]:
             )
             after *= 4
 
-    log.info("waiting for another process that measures or trains on %s%s", device, _holder(_lock_file(device)))
+    told = f"waiting for another process that measures or trains on {device}{_holder(_lock_file(device))}"
+    REPEATS.tell(log, f"waits for other processes on {device}", told, level=logging.INFO)
     reminder = threading.Thread(target=remind, daemon=True)
     reminder.start()
     WAITING.set()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -29,6 +29,7 @@ from rich.text import Text
 from ..machine.children import ending_signals
 from ..runs import Run, Trial
 from ..search.objectives import Objective, format_score, format_value
+from ..streams import encodable
 
 if TYPE_CHECKING:
     from ..search import Progress
@@ -165,8 +166,7 @@ class View:
         of = (id(progress), options.max_width, console.height)
         if self._drawn is None or self._drawn[0] != of:
             body = _body(progress, console, options, console.height - 3)
-            lines = console.render_lines(body, options.update(height=None), pad=False)
-            self._drawn = of, [[_ascii(s) for s in segments] for segments in lines] if options.ascii_only else lines
+            self._drawn = of, console.render_lines(body, options.update(height=None), pad=False)
         for segments in self._drawn[1]:
             yield from segments
             yield Segment.line()
@@ -183,12 +183,6 @@ class View:
         bar = ProgressBar(progress.target, min(progress.scored, progress.target))
         grid.add_row(done, bar, _minutes(self._clock.passed(now)) + when)
         return grid
-
-
-def _ascii(segment: Segment) -> Segment:
-    """The same for a terminal that has no other characters."""
-    plain = segment.text.translate({ord("±"): "~", ord("…"): "."})
-    return segment._replace(text=plain.encode("ascii", "replace").decode())
 
 
 class Clock:
@@ -228,22 +222,23 @@ def _body(progress: Progress, console: Console, options: ConsoleOptions, height:
     fleet = [f"also at work: {member}" for member in progress.fleet]
     most = max(3, height // 4)
     lines += fleet if len(fleet) <= most else [*fleet[: most - 1], f"and {len(fleet) - most + 1} more at work"]
-    top = [Text(text, no_wrap=True, overflow="ellipsis") for text in lines]
+    cut: Literal["crop", "ellipsis"] = "crop" if options.ascii_only else "ellipsis"
+    top = [Text(encodable(text, options.encoding), no_wrap=True, overflow=cut) for text in lines]
     room = height - len(top)
     if not progress.front:
         return Group(*top)
     if width >= WIDE:
-        table = front_table(progress, room)
+        table = front_table(progress, room, options.encoding)
         beside = width - Measurement.get(console, options, table).maximum - 3
         plot = scatter(progress, beside, room, marks)
         grid = Table.grid(padding=(0, 3, 0, 0))
         grid.add_row(table, plot)
         return Group(*top, grid)
     rows = min(len(progress.front) + 2, room // 2)
-    return Group(*top, front_table(progress, rows), scatter(progress, width, room - rows, marks))
+    return Group(*top, front_table(progress, rows, options.encoding), scatter(progress, width, room - rows, marks))
 
 
-def front_table(progress: Progress, height: int) -> Group:
+def front_table(progress: Progress, height: int, encoding: str = "utf-8") -> Group:
     """The front in so many lines at most; of a longer one, points from end to end."""
     front, objectives = progress.front, progress.run.objectives
     most = max(1, height - 2)
@@ -255,7 +250,7 @@ def front_table(progress: Progress, height: int) -> Group:
     for objective in objectives:
         table.add_column(objective.label, justify="right", no_wrap=True)
     for trial in shown:
-        table.add_row(trial.key, *(format_score(o, trial.scores) for o in objectives))
+        table.add_row(trial.key, *(encodable(format_score(o, trial.scores), encoding) for o in objectives))
     return Group(title, table)
 
 

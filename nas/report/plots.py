@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label
 from ..errors import RunError, UsageError
 from ..runs import Run, Trial, write_file
 from ..search.objectives import Objective, format_interval, format_value
+from ..streams import encodable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +110,9 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     files = []
     for suffix in ("png", "svg"):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=160)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in a script without a font
+            figure.savefig(buffer, format=suffix, dpi=160)
         files.append(path.with_name(f"{path.name}.{suffix}"))
         write_file(files[-1], buffer.getvalue())
     return files
@@ -127,7 +131,8 @@ def _title(scored: Scored) -> str:
     count = sum(len(trials) for _, trials, _ in scored)
     names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
     machine = run.manifest["conditions"]["device"]
-    what = f"{run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}"
+    data = encodable(Path(run.manifest["data"]["name"]).name, "utf-8")
+    what = f"{run.manifest['space']['name']} on {data}"
     return f"{names}: {count} fully scored architectures of {what}\n{machine}"
 
 

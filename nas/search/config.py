@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..architecture import Architecture
 from ..data import MAX_IMAGES
 from ..errors import RunError, UsageError, unknown_name
 from ..models.zoo import check_network_name
+from ..reading import POSITIVE
 from ..runs import Run, check_storage
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
@@ -20,6 +20,9 @@ from ..space import SearchSpace
 from .evaluate import ALL, MEASURED, PARTS
 from .objectives import parse_objectives
 from .samplers import SAMPLERS
+
+MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
+"""Bounds that a run's manifest has, too."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,19 @@ class SearchConfig:
             "input_size",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name in ("timeout_minutes", "trial_timeout_minutes", "latency_target", "latency_seconds", "gpus_per_trial"):
+            most = MAX_WORKERS if name == "workers" else MAX_COUNT
+            if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
+                raise UsageError(f"{name} is {value!r}: it must be a whole number from 1 to {most:,}")
+        for name in (
+            "timeout_minutes",
+            "trial_timeout_minutes",
+            "latency_target",
+            "latency_seconds",
+            "command_timeout",
+            "gpus_per_trial",
+        ):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not POSITIVE.low <= value <= POSITIVE.high:
                 raise UsageError(f"{name} is {value!r}: it must be a number above 0")
         if self.until is not None and not (0 < self.until < 1):
             raise UsageError(f"until is {self.until}: a share of the hypervolume below 1 is needed, such as 0.1%")

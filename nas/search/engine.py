@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +19,11 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import TrialFailure, UsageError, unknown_name
 from ..space import Choice
-from .knobs import Choices, Knobs, Point
+from .knobs import Choices, Knobs, Point, check_name
 from .objectives import MAX_OBJECTIVES
 from .pareto import GrowingFront, non_dominated
 from .problem import Cheap, Problem
@@ -29,6 +31,8 @@ from .samplers import SAMPLERS, expects_too_little, suggest
 
 MAX_FAILURES = 50
 """Failures in a row after which an optimisation gives up."""
+
+MAX_NUMBER = sys.float_info.max
 
 Floats = NDArray[np.float64]
 Evaluate = Callable[[dict[str, Choice]], Mapping[str, float]]
@@ -154,7 +158,8 @@ def optimize(
     an interrupted call that is made again goes on.
 
     Args:
-        knobs: knob -> its choices. Numbers are ordered, anything else is a category; a `Knobs` can say otherwise.
+        knobs: knob -> its choices, each once: finite numbers, texts, true or false. Knobs of numbers alone are ordered,
+            the others are categories; a `Knobs` can say otherwise.
         evaluate: gives the value of every objective (and of every constraint) for some choices. May raise
             `nas.errors.TrialFailure`, or give a value that is not finite: that trial failed, and the search goes on.
         objectives: two to four names, with what is wanted of each.
@@ -176,9 +181,10 @@ def optimize(
         UsageError: for arguments that do not fit together.
         TrialFailure: where the first 50 trials, or 50 in a row, fail.
     """
-    table = knobs if isinstance(knobs, Knobs) else Knobs({n: tuple(choices) for n, choices in knobs.items()})
-    limits, fixed = dict(constraints or {}), dict(reference or {})
-    _check(objectives, sampler, trials, fixed, until)
+    table = knobs if isinstance(knobs, Knobs) else Knobs(knobs)  # type: ignore[arg-type]  # it makes tuples of lists
+    limits, fixed = _numbers(constraints or {}, "constraint"), _numbers(reference or {}, "reference")
+    _check(objectives, sampler, trials, seed, fixed, until)
+    check_name(name, "the study")
     problem = Problem(tuple(objectives), tuple(d == "minimize" for d in objectives.values()), fixed, cheap, limits)
     known: set[Point] = set()
     quiet = optuna.logging.get_verbosity()
@@ -186,7 +192,11 @@ def optimize(
     try:
         draws = SAMPLERS[sampler](table, problem, known, seed)
         study = optuna.create_study(
-            storage=storage, study_name=name, sampler=draws, directions=list(objectives.values()), load_if_exists=True
+            storage=_opened(storage),
+            study_name=name,
+            sampler=draws,
+            directions=list(objectives.values()),
+            load_if_exists=True,
         )
         if [d.name.lower() for d in study.directions] != list(objectives.values()):
             raise UsageError(f"the storage has a study {name!r} with other objectives: give another name")
@@ -210,8 +220,17 @@ def optimize(
 
 
 def _check(
-    objectives: Mapping[str, str], sampler: str, trials: int, reference: Mapping[str, float], until: float | None
+    objectives: Mapping[str, str],
+    sampler: str,
+    trials: int,
+    seed: int,
+    reference: Mapping[str, float],
+    until: float | None,
 ) -> None:
+    if not isinstance(objectives, Mapping):
+        raise UsageError(f"objectives are {objectives!r}: a mapping is needed, from a name to minimize or maximize")
+    for objective in objectives:
+        check_name(objective, "an objective")
     if not 2 <= len(objectives) <= MAX_OBJECTIVES:
         raise UsageError(f"{len(objectives)} objectives: name two to {MAX_OBJECTIVES}")
     for objective, direction in objectives.items():
@@ -219,16 +238,40 @@ def _check(
             raise UsageError(
                 f"objective {objective}: its direction is {direction!r}, allowed are minimize and maximize"
             )
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise unknown_name("sampler", sampler, SAMPLERS)
-    if trials < 1:
-        raise UsageError(f"trials is {trials}: it must be at least 1")
+    for what, number, least in (("trials", trials, 1), ("seed", seed, 0)):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < least:
+            raise UsageError(f"{what} is {number!r}: it must be a whole number, at least {least}")
     if unknown := sorted(set(reference) - set(objectives)):
         raise UsageError(f"the reference point has {', '.join(unknown)}, which is no objective")
-    if until is not None and not (0 < until < 1):
-        raise UsageError(f"until is {until}: a share of the hypervolume between 0 and 1 is needed, such as 0.001")
+    if until is not None and not (isinstance(until, int | float) and 0 < until < 1):
+        raise UsageError(f"until is {until!r}: a share of the hypervolume between 0 and 1 is needed, such as 0.001")
     if until is not None and sampler != "surrogate":
         raise UsageError(f"until needs the sampler surrogate: {sampler} does not say what it expects")
+
+
+def _numbers(values: Mapping[str, float], what: str) -> dict[str, float]:
+    """Finite numbers by name, as floats."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{what} is {values!r}: a mapping is needed, from a name to a number")
+    for name, value in values.items():
+        check_name(name, f"a {what}")
+        number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not number or not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise UsageError(f"{what} {name} is {value!r}: a finite number is needed")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _opened(storage: str | optuna.storages.BaseStorage | None) -> optuna.storages.BaseStorage | None:
+    """The storage at a URL; its errors do not name the URL, which may hold a password."""
+    if not isinstance(storage, str):
+        return storage
+    try:
+        return optuna.storages.get_storage(storage)
+    except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UsageError(f"the storage cannot be opened ({cause}): give a URL such as sqlite:///study.db") from None
 
 
 def _run(
@@ -287,9 +330,11 @@ def _score(
     wanted = {*problem.objectives, *problem.limits}
     try:
         told: Mapping[str, Any] = evaluate(choices)
+        if not isinstance(told, Mapping):
+            raise UsageError(f"evaluate gave {told!r}: a mapping is needed, from a name to a number")
         if missing := sorted(wanted - set(told)):
             raise UsageError(f"evaluate gave no {', '.join(missing)}")
-        values = {n: float(value) for n, value in told.items() if n in wanted}
+        values = {n: _number(n, value) for n, value in told.items() if n in wanted}
         if bad := sorted(n for n, value in values.items() if not math.isfinite(value)):
             raise TrialFailure("non_finite", f"{', '.join(bad)} is not finite")
     except TrialFailure as failure:
@@ -300,6 +345,13 @@ def _score(
         trial.set_constraint(n, values[n] - limit)
     trial.set_user_attr("values", values)
     study.tell(trial, [values[n] for n in problem.objectives])
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"evaluate gave {name} {value!r}: a number is needed") from None
 
 
 def _evaluated(trial: FrozenTrial, problem: Problem, front: GrowingFront | None) -> Evaluated:

@@ -21,6 +21,7 @@ from ..errors import TrialFailure, UsageError
 from ..machine import device_id, exclusive, seeded, shared
 from ..machine.limits import training_threads
 from ..models import Backbone, create_backbone
+from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
@@ -174,7 +175,8 @@ class Evaluator:
             except TrialFailure as failure:
                 if failure.reason != "out_of_memory":
                     raise
-                log.warning("training ran out of memory (%s): once more with less at a time", failure)
+                told = f"A training ran out of memory ({failure}). It is repeated with less memory."
+                REPEATS.tell(log, "trainings out of memory", told)
         evaluator, fidelity = tries[-1]
         return evaluator._with_proxy(scores, model, create, judge, fidelity)
 

@@ -23,6 +23,7 @@ from ..errors import NasError, TrialFailure
 from ..models import Backbone
 from ..models.zoo import check_network_name, create_network
 from ..pieces import pieces_of
+from ..repeats import REPEATS
 from ..runs import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial
 from ..scoring.latency import (
     RUNTIME_TRAITS,
@@ -132,7 +133,9 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
     except (TrialFailure, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
-        log.warning("the stages of %s cannot be measured: %s", architecture.key, str(error).partition("\n")[0])
+        why = str(error).partition("\n")[0]
+        told = f"The stages of {architecture.key} cannot be measured: {why}"
+        REPEATS.tell(log, "networks whose stages cannot be measured", told)
         return []
     return [
         {"part": name, "ms": part.ms, "low_ms": part.low_ms, "high_ms": part.high_ms}
@@ -200,7 +203,8 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
         try:
             ready[name] = prepare_model(build(), evaluator.data.input_size, config)
         except TrialFailure as failure:
-            log.warning("%s cannot be measured: %s", name, failure)
+            told = f"{name} cannot be measured in {config.runtime}: {failure}"
+            REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", told)
             found[name] = {"failure": f"{failure.reason}: {failure}"}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

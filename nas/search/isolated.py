@@ -25,6 +25,7 @@ from ..architecture import Architecture
 from ..errors import NasError, TrialFailure
 from ..machine import WAITING
 from ..machine.children import end_with_parent
+from ..repeats import REPEATS
 from .evaluate import Evaluation, Evaluator
 from .objectives import Scores
 from .stopping import Judge
@@ -123,6 +124,8 @@ class IsolatedEvaluator:
                     waiting = content
                 elif kind == "log":
                     log.log(*content)
+                elif kind == "repeat":
+                    REPEATS.tell(log, *content)
                 else:
                     return kind, content
             now = time.monotonic()
@@ -160,6 +163,8 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
     sender = _Sender(connection)
     logging.getLogger("nas").addHandler(sender)
     logging.getLogger("nas").setLevel(logging.INFO)
+    # the search counts repeats, since this process may end at any time
+    REPEATS.forward = lambda *message: sender.send("repeat", message)
     evaluator: Evaluator = pickle.loads(pickled)
     connection.send_bytes(b"ready")
     busy = threading.Event()
@@ -191,7 +196,11 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
                     if device.startswith("cuda"):
                         torch.cuda.synchronize(device)
             except RuntimeError:  # an error that stays: nothing runs on that GPU in this process any more
-                sender.send("log", (logging.WARNING, "%s", f"the process that scores begins anew after: {answer[1]}"))
+                REPEATS.tell(
+                    log,
+                    "errors of a GPU that end the scoring process",
+                    f"The scoring process is restarted, because its GPU keeps failing after this: {answer[1]}",
+                )
                 os._exit(1)
         busy.clear()
         sender.send(*answer)

@@ -17,21 +17,62 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
+from ..reading import MAX_LINE
 from ..space import Choice, SearchSpace
 
 Choices = Mapping[str, Choice]
 Point = tuple[int, ...]
 Points = NDArray[np.int64]
 
+MAX_WHOLE = 2**53
+"""Storages hold numbers as floats, which have all whole numbers up to this one."""
+
 
 def _same(choices: Choices) -> Choices:
     return choices
 
 
-def _plain(choice: Any) -> Choice:
-    plain: Choice = choice.item() if isinstance(choice, np.generic) else choice
-    return plain
+def check_name(name: object, what: str) -> None:
+    """Refuse a name that a storage may not take, or that would not fit in a line."""
+    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LINE:
+        raise UsageError(f"{what} is named {_shown(name)}: a name is a line of 1 to {MAX_LINE} characters")
+
+
+def _checked(name: str, choices: Any) -> tuple[Choice, ...]:
+    """A knob's choices as Optuna stores them and reads them back: plain, and each once."""
+    listed = isinstance(choices, Sequence) and not isinstance(choices, str | bytes)
+    if not listed and not (isinstance(choices, np.ndarray) and choices.ndim == 1):
+        raise UsageError(f"knob {name!r} is {_shown(choices)}: its choices must be a list, such as [1, 2, 4]")
+    if not len(choices):
+        raise UsageError(f"knob {name!r} has no choices: name at least one")
+    found: dict[Choice, Any] = {}
+    for choice in choices:
+        plain = choice.item() if isinstance(choice, np.generic) else choice
+        if fault := _fault(plain):
+            raise UsageError(
+                f"knob {name!r}: {_shown(choice)} {fault}; a choice is a finite number, a text, true or false"
+            )
+        if plain in found:
+            same = "" if repr(found[plain]) == repr(choice) else f" (as {_shown(found[plain])}, which is equal)"
+            raise UsageError(f"knob {name!r} has the choice {_shown(choice)} twice{same}: name each once")
+        found[plain] = choice
+    return tuple(found)
+
+
+def _fault(choice: object) -> str:
+    """Why something is no choice; empty where it is one."""
+    if isinstance(choice, str):
+        return ""
+    if not isinstance(choice, int | float):
+        return "is no choice" if choice is None else f"is no choice but a {type(choice).__name__}"
+    if isinstance(choice, float):
+        return "" if math.isfinite(choice) else "is not finite"
+    return "" if abs(choice) <= MAX_WHOLE else f"is above {MAX_WHOLE} (2 ** 53), where whole numbers lose digits"
+
+
+def _shown(value: object) -> str:
+    return one_line(repr(value), 80)
 
 
 @dataclass(frozen=True)
@@ -39,7 +80,7 @@ class Knobs:
     """What may be chosen.
 
     Args:
-        choices: knob -> its choices, each once.
+        choices: knob -> its choices, each once: finite numbers, texts, true or false.
         ordered: the knobs whose choices have an order; None takes those of numbers only.
         canonical: the choices that stand for others with the same meaning; must give itself for what it returns.
         distinct: how many meanings there are; None where every combination has its own.
@@ -51,16 +92,13 @@ class Knobs:
     distinct: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.choices, Mapping):
+            raise UsageError(f"knobs are {_shown(self.choices)}: a mapping is needed, from a name to its choices")
         if not self.choices:
             raise UsageError("there are no knobs to turn")
-        object.__setattr__(
-            self, "choices", {name: tuple(map(_plain, choices)) for name, choices in self.choices.items()}
-        )
-        for name, choices in self.choices.items():
-            if not choices or len(set(choices)) != len(choices):
-                raise UsageError(f"knob {name!r} has no choices, or one of them twice: {choices!r}"[:200])
-            if not all(isinstance(c, str) or (isinstance(c, int | float) and math.isfinite(c)) for c in choices):
-                raise UsageError(f"knob {name!r}: a choice must be a finite number or a word, not {choices!r}"[:200])
+        for name in self.choices:
+            check_name(name, "a knob")
+        object.__setattr__(self, "choices", {name: _checked(name, choices) for name, choices in self.choices.items()})
         numeric = frozenset(
             name
             for name, choices in self.choices.items()
@@ -101,12 +139,15 @@ class Knobs:
         Raises:
             UsageError: where a knob is missing or unknown, or a choice is none of its choices.
         """
+        if not isinstance(choices, Mapping):
+            raise UsageError(f"a point is {_shown(choices)}: a mapping is needed, from each knob to its choice")
         if set(choices) != set(self.choices):
-            odd = sorted(set(choices) ^ set(self.choices))
+            odd = sorted(map(str, set(choices) ^ set(self.choices)))
             raise UsageError(f"missing or unknown knobs {', '.join(odd)}; there are {', '.join(self.choices)}")
         for name, index in zip(self.names, self._index, strict=True):
-            if choices[name] not in index:
-                raise UsageError(f"{name} is {choices[name]!r}, allowed are {', '.join(map(str, index))}")
+            choice = choices[name]
+            if _fault(choice.item() if isinstance(choice, np.generic) else choice) or choice not in index:
+                raise UsageError(f"{name} is {_shown(choice)}, allowed are {', '.join(map(str, index))}")
         return self._point(choices)
 
     def _point(self, choices: Choices) -> Point:

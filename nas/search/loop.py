@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..architecture import Architecture
 from ..errors import InfeasibleError, NasError, TrialFailure
 from ..patience import OUTAGES
+from ..repeats import REPEATS
 from ..runs import Run, Trial, no_study, read_trial, storage_errors
 from ..scoring.accuracy import ESTIMATORS
 from .cluster import Cluster, Resources
@@ -340,7 +341,8 @@ class Loop:
             else:
                 self._wait()
         except optuna.exceptions.UpdateFinishedTrialError:
-            log.warning("a trial was given to another worker, since this one did not answer")
+            told = "A trial was given to another worker, because this one did not answer in time."
+            REPEATS.tell(log, "trials given to another worker", told)
             self._refresh()
 
     def _go_through(self, trial: optuna.Trial, attempts: int, point: Point) -> None:

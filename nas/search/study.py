@@ -22,6 +22,7 @@ from ..data import ImageData, load_data
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..machine import describe_machine, describe_software, machine_name, resolve_device
 from ..profile import SHARED, Profile
+from ..repeats import REPEATS
 from ..runs import (
     FORMAT,
     MANIFEST,
@@ -107,7 +108,9 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         if is_run(config.out):
             run = Run.open(config.out)
             if config.storage != run.manifest["config"]["storage"]:
-                raise RunError(f"{config.out} keeps its study elsewhere: leave --storage out, or give another --out")
+                there = run.manifest["config"]["storage"]
+                instead = "leave --storage out" if there is None else f"give --storage {there}"
+                raise RunError(f"{config.out} keeps its study elsewhere: {instead}, or give another --out")
             check_same(run, conditions)
             run = _update(run, config)
         else:
@@ -117,7 +120,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0
-        with storage_errors(run.path), local_workers(run, processes):
+        with storage_errors(run.path), local_workers(run, processes), REPEATS.summarised(log):
             return Loop(run, config, problem, evaluator, on_trial).run_trials()
 
 
@@ -162,7 +165,7 @@ def work(
         config = replace(config, profile=None)
     evaluator, conditions = evaluator_of(run, config)
     check_same(run, conditions)
-    with storage_errors(run.path):
+    with storage_errors(run.path), REPEATS.summarised(log):
         profile = _open_profile(config, evaluator)
         problem = _problem(run, config, evaluator, profile)
         return Loop(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()

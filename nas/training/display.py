@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -18,12 +17,13 @@ class TrainingDisplay:
     """Shows each step it is told of; a context."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+        console = Console(stderr=True)
+        self._live = console.is_terminal and not console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[told]}"),
-            console=Console(stderr=True),
+            console=console,
             disable=not self._live,
         )
         self._task = self._bar.add_task("reading images", total=None, told="")

@@ -41,6 +41,7 @@ from ..data import (
 )
 from ..errors import DataError, UsageError
 from ..machine.children import end_with_parent
+from ..repeats import REPEATS
 from .recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def open_data(
         source, opened = opened.test(), replace(opened, test=None)  # who says so by name may train on it
     if source is None:
         raise DataError(f"--data {name}: {opened.why_no_train}")
-    log.info("%s", source.listing.line(name))
+    REPEATS.once(log, source.listing.line(name))
     labels = source.targets
     if len(np.unique(labels)) < 2:
         raise DataError(f"{name}: images of one class, classification needs at least 2")
@@ -202,11 +203,11 @@ def open_data(
         try:
             found = opened.test()
         except DataError as error:
-            log.warning("there will be no final test: %s", error)
+            REPEATS.once(log, f"there will be no final test: {error}", logging.WARNING)
         else:
             test = _test_part(found, source, found.place or f"the test split of {name}")
     elif with_test and opened.why_no_test:
-        log.warning("there will be no final test: %s", opened.why_no_test)
+        REPEATS.once(log, f"there will be no final test: {opened.why_no_test}", logging.WARNING)
     if normalisation is None:
         normalisation = _statistics(source, rest, side)
     return TrainingData(
@@ -246,7 +247,7 @@ def _named_test(test_name: str, data_root: str | None, classes: Sequence[str], t
 
 def _test_part(test: Source, training: Source, name: str) -> Part:
     labels = match_classes(test, training.classes, name)
-    log.info("final test on %s", test.listing.line(name))
+    REPEATS.once(log, f"final test on {test.listing.line(name)}")
     return Part(test, np.arange(len(labels)), labels)
 
 

@@ -25,6 +25,7 @@ from ..models import create_backbone
 from ..models.backbone import Backbone
 from ..models.zoo import create_network
 from ..reading import SIDE, is_file
+from ..repeats import REPEATS
 from ..runs import Run, Trial, locked_folder, write_file
 from ..scoring.accuracy import trust
 from ..targets import Target, resolve
@@ -184,7 +185,8 @@ def _train(
         known = timm.get_pretrained_cfg(target.model, allow_unregistered=True).to_dict()
     normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
     if weights is None and config.init == "auto" and target.run:
-        log.warning("%s: its run keeps no weights of it, so it begins from scratch", target.name)
+        told = f"The run keeps no weights of {target.name}, so its training begins from scratch."
+        REPEATS.tell(log, "trainings that begin from scratch, without weights in the run", told)
     held = _held(config, target, weights)
     data = open_data(
         *(config.data, config.test_data, config.data_root, config.input_size, held, normalisation),
@@ -192,7 +194,8 @@ def _train(
     )
     anew = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
     if anew:
-        log.info("other classes than its weights were trained on: the classifier begins anew")
+        told = "other classes than its weights were trained on: the classifier begins anew"
+        REPEATS.tell(log, "classifiers that begin from scratch, for other classes", told, level=logging.INFO)
     out = config.out or _place(config, target)
     manifest = _manifest(config, target, data, weights, device)
     with contextlib.ExitStack() as folder:

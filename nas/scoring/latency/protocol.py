@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...machine import exclusive, threads
+from ...repeats import REPEATS
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig
 from .reference import fix_reference_ms, fixed_reference_ms, prepared_reference
@@ -189,7 +190,10 @@ def _reference_ms(config: LatencyConfig) -> float:
     while len(times_ms) < MIN_ROUNDS or time.perf_counter() < stop:
         times_ms += network.time_block(passes)
     if (waiting.seconds() - waited_before) / (time.perf_counter() - start) > BUSY:
-        log.warning("other programs were busy meanwhile: fix it anew (measure --refix) when this machine is quiet")
+        log.warning(
+            "Other programs were busy while the reference network was timed. Fix its latency again when this machine "
+            "is idle (mixnas measure --refix)."
+        )
     ms = float(faster_half(np.array(times_ms)))
     fix_reference_ms(config, ms)
     return ms
@@ -223,11 +227,12 @@ def _measure(
     seconds = time.perf_counter() - start
     waited = (waiting.seconds() - waited_before) / seconds
     if waited > BUSY and torch.get_num_threads() > 1:
-        log.warning(
-            "other programs held this machine's cores for %.0f %% of the time: with %d threads such a latency says "
-            "little; wait, or measure with --threads 1",
-            100 * waited,
-            torch.get_num_threads(),
+        REPEATS.tell(
+            log,
+            "latency measurements beside busy programs",
+            f"Other programs used {100 * waited:.0f} % of the CPU, so latencies with {torch.get_num_threads()} threads "
+            "are unreliable. Wait until the machine is idle, or set threads to 1.",
+            severity=waited,
         )
     return [
         replace(

@@ -23,6 +23,7 @@ from torch import nn
 
 from ...errors import NasError
 from ...machine import machine_name, seeded
+from ...reading import read_json
 from .config import LatencyConfig
 from .runtimes import Prepared, prepare, random_images
 
@@ -140,14 +141,13 @@ def references_file() -> Path:
 
 def _read() -> dict[str, dict[str, Any]]:
     """The entries that make sense; a missing or damaged file is as good as an empty one: it is measured again."""
-    with contextlib.suppress(OSError, ValueError):
-        data = json.loads(references_file().read_text(encoding="utf-8"))
-        if isinstance(data, dict):
-            return {
-                key: entry
-                for key, entry in data.items()
-                if isinstance(entry, dict) and isinstance(ms := entry.get("ms"), int | float) and 0 < ms < 1e6
-            }
+    with contextlib.suppress(NasError):
+        data = read_json(references_file(), "reference latencies", dict, NasError)
+        return {
+            key: entry
+            for key, entry in data.items()
+            if isinstance(entry, dict) and isinstance(ms := entry.get("ms"), int | float) and 0 < ms < 1e6
+        }
     return {}
 
 
