@@ -184,12 +184,14 @@ class _Counter(TorchDispatchMode):
 
 def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int | None:
     """MACs of one call by the module's own method or by thop's rule for its layer; None where there is neither."""
-    if callable(extra := getattr(module, "extra_macs", None)):
+    extra: Any = getattr(module, "extra_macs", None)
+    if extra is not None:
         return int(extra(*args, **kwargs))
     if type(module) not in LAYERS:
         return None
-    (images, *_) = (*args, *kwargs.values())
-    if not isinstance(module, nn.Linear) and images.dim() < module.weight.dim():
+    (images, *_), weight = (*args, *kwargs.values()), module.weight
+    assert isinstance(weight, torch.Tensor)
+    if not isinstance(module, nn.Linear) and images.dim() < weight.dim():
         images, output = images[None], output[None]  # thop takes the first two dimensions for batch and channels
     module.total_ops = 0  # type: ignore[assignment]
     _layer_rules()[type(module)](module, (images,), output)
