@@ -249,7 +249,12 @@ def _conditions(command: Any, several: bool = False) -> Any:
             help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
         ),
         click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
-        click.option("--fold/--no-fold", "folded", default=True, help="Time with batch norms folded.  [default: fold]"),
+        click.option(
+            "--fold/--no-fold",
+            "folded",
+            default=True,
+            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.  [default: fold]",
+        ),
         click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
         click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),

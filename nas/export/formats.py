@@ -334,7 +334,7 @@ FORMATS: dict[str, Format] = {
         load=_load_torch,
         prepare=_time_torch,
         runtime="eager",
-        note="a program of torch.export: batch norms folded",
+        note="a program of torch.export in the deployed form: batch norms folded",
         version="torch",
     ),
     "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded", make=_make_onnx),
