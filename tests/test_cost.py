@@ -361,6 +361,34 @@ def test_nested_sharing():
     assert (cost.parts["stages.1"], cost.parts["never"]) == ((0, 2 * once), (9, 0))
 
 
+def test_a_call_that_fails_ends_there():
+    class Breaks(nn.Module):
+        def forward(self, x):
+            raise ValueError(x @ x)
+
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Breaks(), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            try:
+                return self.first(x)
+            except ValueError:
+                return self.second(x)
+
+    cost = count_cost(Tries(), (3, 8, 8))
+    assert cost.parts == {"first": (0, 3 * 8 * 8 * 8), "second": (16, 64 * 3 * 4)}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls scripts a thing of the past
+def test_scripted_and_compiled_parts_are_counted():
+    inside = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    for part in (torch.jit.trace(inside, torch.zeros(1, 3, 8, 8)), torch.compile(inside, backend="eager")):
+        cost = count_cost(nn.Sequential(part, nn.Conv2d(4, 2, 1)), (3, 8, 8))
+        assert (cost.macs, cost.uncounted) == (64 * 3 * 4 + 64 * 4 * 2, ())
+
+
 def test_coat_shares_its_position_encoding_between_blocks():
     cost = count_cost(timm.create_model("coat_tiny"), (3, 224, 224))
     assert (cost.macs, cost.uncounted, cost.disputed) == (4_316_447_208, (), ())

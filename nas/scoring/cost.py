@@ -148,8 +148,9 @@ class _Counter(TorchDispatchMode):
             for module, name in self._names.items()
         }
         for module in self._names:
-            module.register_forward_pre_hook(self._enter)
-            module.register_forward_hook(self._leave, with_kwargs=True)
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks: its work is its caller's
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         above = self._running[-1]
@@ -157,8 +158,10 @@ class _Counter(TorchDispatchMode):
         self._running.append(_Call(module, part))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._running[-1].module is not module:  # another hook raised before the call began
+            return
         counted = self._running.pop().macs
-        told = _told(module, args, kwargs, output)
+        told = None if output is None else _told(module, args, kwargs, output)
         if told is not None and told != counted:
             line = f"{self._names[module] or WHOLE}: {told:,} MACs by its rule, {counted:,} by its operations"
             (self.uncounted if told > counted else self.disputed).add(line)
