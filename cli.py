@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nas.explain import Estimate, Explanation
     from nas.replay import Replay
     from nas.runs import Run, Trial
-    from nas.search.objectives import Objective
+    from nas.search.objectives import Objective, Scores
     from nas.targets import Target
     from nas.training.folder import Trained
     from nas.training.work import FrontTraining
@@ -210,17 +210,42 @@ def _print_front(run: Run, front: list[Trial]) -> None:
     _print_table(table)
     if front and table.columns[-1].header != "stages":
         click.echo(f"stages: in a wider terminal, or {_program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
-    if baselines := run.baselines():
+    baselines, failed = run.baselines(), run.failed_baselines()
+    if baselines or failed:
         table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
         for name, scores in baselines.items():
             cells = [format_score(objective, scores) for objective in run.objectives]
-            beaten = run.beaten(front, scores)
-            told = "all of the front" if len(beaten) == len(front) > 1 else ", ".join(beaten[:2]) or "none of the front"
-            more = f" and {len(beaten) - 2} more" if 2 < len(beaten) < len(front) else ""
-            table.add_row(name, *cells, told + more)
+            table.add_row(name, *cells, _dominated_by(run, front, scores))
+        for name in failed:
+            table.add_row(name, *[""] * len(run.objectives), "could not be scored")
         _print_table(table)
+        for name, why in failed.items():
+            click.echo(f"{name} could not be scored: {why}")
+        for name, scores in baselines.items():
+            _print_uncounted(name, scores.uncounted)
+        for form in dict.fromkeys(scores.form for scores in baselines.values() if scores.form):
+            names = ", ".join(name for name, scores in baselines.items() if scores.form == form)
+            click.echo(f"counted and measured {form}: {names}")
     for line in run.verdicts():
         click.echo(line)
+
+
+def _dominated_by(run: Run, front: list[Trial], scores: Scores) -> str:
+    """The points of the front that dominate a baseline, as far as that can be told."""
+    beaten = run.beaten(front, scores)
+    if beaten is None:
+        return f"cannot be told: {', '.join(run.unknowns(scores))}"
+    if len(beaten) == len(front) > 1:
+        return "all of the front"
+    more = f" and {len(beaten) - 2} more" if len(beaten) > 2 else ""
+    return (", ".join(beaten[:2]) or "none of the front") + more
+
+
+def _print_uncounted(name: str, uncounted: Sequence[str]) -> None:
+    """Why a network's MACs are only a lower bound."""
+    if uncounted:
+        more = f" and {len(uncounted) - 3} more" if len(uncounted) > 3 else ""
+        click.echo(f"not counted in {name}, so its MACs are a lower bound: {', '.join(uncounted[:3])}{more}")
 
 
 def _typed(context: click.Context, options: dict[str, Any]) -> set[str]:
@@ -254,7 +279,12 @@ def _conditions(command: Any, several: bool = False) -> Any:
             help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
         ),
         click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
-        click.option("--fold/--no-fold", "folded", default=True, help="Time with batch norms folded.  [default: fold]"),
+        click.option(
+            "--fold/--no-fold",
+            "folded",
+            default=True,
+            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.  [default: fold]",
+        ),
         click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
         click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
@@ -842,7 +872,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             f"{row['latency_ms']:.3f} ms",
             f"{row['latency_low_ms']:.3f} to {row['latency_high_ms']:.3f}",
             f"{row['images_per_second']:.1f}",
-            format_value(ALL["macs"], row["macs"]) + (" at least" if row["uncounted"] else ""),
+            format_value(ALL["macs"], row["macs"], row["macs_at_least"]),
             format_value(ALL["params"], row["params"]),
             format_value(ALL["memory"], row["memory_mib"]),
         )
@@ -867,8 +897,11 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
         form = "folded into convolutions" if folded else "as trained"
         click.echo("measured with {}, {}, batch {}, threads {}, on {} ({}), batch norms ".format(*at) + form)
     for row in rows:
-        if row["uncounted"]:
-            click.echo(f"not counted in {row['target']}: {', '.join(row['uncounted'])}")
+        if row["form"]:
+            click.echo(f"{row['target']}: counted and measured {row['form']}")
+        _print_uncounted(row["target"], row["uncounted"])
+        if row["disputed"]:
+            click.echo(f"counted by what ran in {row['target']}, more than the rules say: {', '.join(row['disputed'])}")
         if not row["within_target"]:
             click.echo(
                 f"{row['target']}: its time was over at ±{100 * row['latency_spread']:.1f} % from round to round, "
@@ -1456,7 +1489,10 @@ def describe(target: str, input_size: int | None, profile_path: Path | None, as_
         table.add_row(*cells, format_value(ALL["macs"], part["macs"]), format_value(ALL["params"], part["params"]))
     table.add_section()
     table.add_row(
-        "whole", *[""] * 7, format_value(ALL["macs"], data["macs"]), format_value(ALL["params"], data["params"])
+        "whole",
+        *[""] * 7,
+        format_value(ALL["macs"], data["macs"], data["macs_at_least"]),
+        format_value(ALL["params"], data["params"]),
     )
     _print_table(table)
     if "predicted" in data:
@@ -1464,8 +1500,9 @@ def describe(target: str, input_size: int | None, profile_path: Path | None, as_
         click.echo(f"predicted latency {told['latency_ms']:.2f} ms ± {100 * told['std']:.0f} % ({told['profile']})")
     if data["note"]:
         click.echo(f"{data['target']}: {data['note']}")
-    if data["uncounted"]:
-        click.echo(f"not counted: {', '.join(data['uncounted'])}")
+    if data["form"]:
+        click.echo(f"{data['target']}: counted {data['form']}")
+    _print_uncounted(data["target"], data["uncounted"])
 
 
 def _describe_space(name: str, as_json: bool) -> None:

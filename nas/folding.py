@@ -1,4 +1,7 @@
-"""The form in which a network is deployed: batch norms folded into neighbouring convolutions.
+"""The form in which a network is deployed: training branches fused, batch norms folded into neighbouring convolutions.
+
+Some networks (MobileOne, RepVGG, FastViT, …) train with parallel branches and norms that one layer can do afterwards.
+timm knows how to fuse each of them (`reparameterize_model`); here that is done on a copy and its output compared.
 
 In eval mode a batch norm is one multiplication and one addition a channel, which the convolution before it (or, where
 it pads nothing, the one after it) can do on the side. Works on any module, ours or not: what feeds what is read off one
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +31,98 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WAY_OUT = "measure it as it is with --no-fold (folded=False)"
+FUSING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which modules of timm fuse their training branches."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A network and what was done about its training branches.
+
+    Args:
+        model: the network without training branches, a copy in eval mode; the caller's own where there is none to fuse,
+            or they could not be fused.
+        done: whether training branches were fused.
+        problem: why they could not be fused; empty otherwise.
+    """
+
+    model: nn.Module
+    done: bool = False
+    problem: str = ""
+
+    @property
+    def form(self) -> str:
+        """The form for people; empty for a network that has no training branches."""
+        if self.problem:
+            return f"with training branches, which cannot be fused ({self.problem})"
+        return "with training branches fused, as deployed" if self.done else ""
+
+
+def deploy(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A copy of `model` as it is deployed: training branches fused where possible, then batch norms folded.
+
+    Args:
+        model: any module that takes `images`; stays as it is.
+        images: an example input, on the model's device and of its type.
+
+    Raises:
+        NasError: as `fold_batch_norms`.
+    """
+    return fold_batch_norms(fuse_branches(model, images).model, images)
+
+
+def fuse_branches(model: nn.Module, images: torch.Tensor) -> Fused:
+    """The network without the parallel branches and norms that only its training needs, by timm's own methods.
+
+    Outputs are equal up to rounding, which is checked on `images` as `fold_batch_norms` does it. A network whose
+    branches cannot be fused, or whose output that would change, is given back as it is, with the reason.
+
+    Args:
+        model: any module that takes `images`; stays as it is.
+        images: an example input, on the model's device and of its type.
+    """
+    branching = Counter(child for m in model.modules() for child in m._modules.values() if _fusible(child))
+    if not branching and not _fusible(model):
+        return Fused(model)
+    if max(branching.values(), default=1) > 1:  # each of its places would get a copy of its own
+        return Fused(model, problem="a module that has them is used in several places")
+    result, error = _fuse_all(model, images)
+    allowed = _tolerance(images)
+    if isinstance(result, nn.Module) and allowed < error < math.inf:  # rounding, perhaps: as for batch norms
+        exact = images.double()
+        _, error = _fuse_all(copy.deepcopy(model).double(), exact)
+        allowed = _tolerance(exact)
+    if isinstance(result, str):
+        return Fused(model, problem=result)
+    if not error <= allowed:
+        return Fused(model, problem=f"that would change the output by {error:.2g} of its largest value")
+    return Fused(result, done=True)
+
+
+def _fusible(module: nn.Module | None) -> bool:
+    return module is not None and any(callable(getattr(module, name, None)) for name in FUSING)
+
+
+def _fuse_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module | str, float]:
+    """The fused copy, or why there is none, and the largest difference of its outputs over the largest output."""
+    holder = nn.Sequential(copy.deepcopy(model).eval())  # timm fuses what is inside a module, not the module itself
+    dtype = torch.get_default_dtype()
+    with torch.no_grad():
+        expected = holder(images)
+        try:
+            torch.set_default_dtype(images.dtype)  # some methods make layers of the default type and device
+            with torch.device(images.device):
+                reparameterize_model(holder, inplace=True)
+            found = holder.eval()(images)
+            if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(found)):
+                return "its outputs lie in objects, so they cannot be compared", math.inf
+            return holder[0], _largest_difference(expected, found)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # other people's code, stopped half-way
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", math.inf
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:

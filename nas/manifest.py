@@ -94,6 +94,8 @@ _BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool |
 SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {
     "latency_ms?": (POSITIVE, None),
     "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
+    "uncounted?": [LINE],
+    "form?": LINE,
     "curve?": [[COUNT, FIGURE]],
 }
 _FAILURE = {"failure": str}

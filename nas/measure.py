@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import consent
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
+from .folding import Fused, fuse_branches
 from .machine import describe_machine, machine_name, resolve_device
 from .reading import MAX_SIDE
 from .scoring.cost import Cost, count_cost
@@ -54,7 +56,7 @@ def measure(
     configs = []
     for target in targets:
         configs.append(_config(target, conditions))
-    networks = [_Network(target, input_size) for target in targets]
+    networks = [_Network(t, input_size, c.folded) for t, c in zip(targets, configs, strict=True)]
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, (target, config) in enumerate(zip(targets, configs, strict=True)):
         groups[config, target.reference_ms(config)].append(i)
@@ -86,13 +88,13 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
 
 
 class _Network:
-    """A target, built and counted."""
+    """A target, built and counted in the form that is timed."""
 
-    def __init__(self, target: Target, input_size: int | None) -> None:
+    def __init__(self, target: Target, input_size: int | None, deployed: bool) -> None:
         self.target = target
         self.size = _image(target, input_size)
         self.model = target.build().eval()
-        self.cost = _count(target, self.model, self.size)
+        self.fused, self.cost = _count(target, self.model, self.size, deployed)
 
     @property
     def parts(self) -> list[str]:
@@ -139,10 +141,12 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
         "images_per_second": config.batch_size * 1e3 / latency.ms,
         "macs": cost.macs,
         "flops": cost.flops,
+        "macs_at_least": cost.at_least,
         "uncounted": list(cost.uncounted),
+        "disputed": list(cost.disputed),
         "params": cost.params,
         "memory_mib": measure_memory_mib(
-            network.model, network.size, config.batch_size, config.device, DTYPES[config.dtype]
+            network.fused.model, network.size, config.batch_size, config.device, DTYPES[config.dtype]
         ),
         "device": config.device,
         "runtime": config.runtime,
@@ -151,6 +155,8 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
         "threads": latency.threads,
         "channels_last": config.channels_last,
         "folded": config.folded,
+        "reparameterised": network.fused.done,
+        "form": network.fused.form,
         "machine": machine_name(config.device),
         **{name: machine[name] for name in state if name in machine},
     }
@@ -200,7 +206,7 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
     """The network part by part: what each stage is, its map, MACs for one image and parameters."""
     size = _image(target, input_size)
     ours = target.architecture is not None
-    cost = _count(target, target.build(device="meta") if ours else target.build(), size)
+    fused, cost = _count(target, target.build(device="meta") if ours else target.build(), size)
     stages = {}
     if target.architecture is not None:
         maps = resolutions(target.architecture, size[1], size[2])
@@ -218,9 +224,11 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
     return {
         "target": target.name,
         "note": target.note,
+        "form": fused.form,
         "input_size": size[1],
         "architecture": target.architecture.to_dict() if target.architecture else None,
         "macs": cost.macs,
+        "macs_at_least": cost.at_least,
         "params": cost.params,
         "uncounted": list(cost.uncounted),
         "parts": [
@@ -231,11 +239,13 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
     }
 
 
-def _count(target: Target, model: nn.Module, size: tuple[int, int, int]) -> Cost:
-    if target.architecture is not None:  # whatever its size, nothing is computed
-        return count_cost(copy.deepcopy(model).to("meta"), size)
+def _count(target: Target, model: nn.Module, size: tuple[int, int, int], deployed: bool = True) -> tuple[Fused, Cost]:
+    """The network, as it is deployed where that is asked for, and what it takes."""
+    if target.architecture is not None:  # whatever its size, nothing is computed; it has no training branches
+        return Fused(model), count_cost(copy.deepcopy(model).to("meta"), size)
     try:
-        return count_cost(model, size)
+        fused = fuse_branches(model, torch.zeros(1, *size)) if deployed else Fused(model)
+        return fused, count_cost(fused.model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise UsageError(f"{target.name} does not take images of {size[1]}x{size[2]} ({reason})") from None

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+UNLISTED = ("others", "curve", "uncounted", "form")
+"""Fields of `Scores` that are no columns of the tables as they are, or that no point of a run has."""
 WIDE = 0.05
 """Half-width of a latency's interval, as a share, from which on people are told."""
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
@@ -189,7 +191,7 @@ class Run:
     def columns(self) -> dict[str, str]:
         """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
         proxy = f"proxy_{self.manifest['config']['proxy']}"
-        names = {name: name for name in Scores.__dataclass_fields__ if name not in ("others", "curve")}
+        names = {name: name for name in Scores.__dataclass_fields__ if name not in UNLISTED}
         names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
         first = [o.field for o in self.objectives] + [
             OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")
@@ -293,17 +295,47 @@ class Run:
         known = {t.key: t.scores.latency_ms for t in self.trials()} if measured else {}
         return {key: to_scale(parts, known.get(key)) for key, parts in measured.items() if parts}
 
-    def beaten(self, front: list[Trial], scores: Scores) -> list[str]:
-        """Keys of the front's points that dominate a network with these scores."""
-        values = [o.read(scores) for o in self.objectives]
-        if any(value is None for value in values):
+    def beaten(self, front: list[Trial], scores: Scores) -> list[str] | None:
+        """Keys of the front's points that certainly dominate a network with these scores.
+
+        A score that is missing, or known as a lower bound alone, may be as bad as can be: a point that beats a lower
+        bound beats the network. None where no point certainly does, but for all that is known one may.
+        """
+        if not front:
             return []
-        losses = np.array([o.loss(_known(v)) for o, v in zip(self.objectives, values, strict=True)])
-        return [
-            t.key
-            for t, point in zip(front, self.losses(front) if front else (), strict=True)
-            if (point <= losses).all() and (point < losses).any()
-        ]
+        values = [o.read(scores) for o in self.objectives]
+        exact = np.array(
+            [v is not None and not o.at_least(scores) for o, v in zip(self.objectives, values, strict=True)]
+        )
+        best = np.array([-np.inf if v is None else o.loss(v) for o, v in zip(self.objectives, values, strict=True)])
+        points = self.losses(front)
+        certain = (points <= best).all(1) & (points < best).any(1)
+        possible = (points <= best)[:, exact].all(1) & ((points < best)[:, exact].any(1) | ~exact.all())
+        if possible.any() and not certain.any():
+            return None
+        return [front[i].key for i in np.flatnonzero(certain)]
+
+    def unknowns(self, scores: Scores) -> list[str]:
+        """What keeps a network with these scores from being compared, a clause each; empty where all is known."""
+        missing = [f"{o.name} was not measured" for o in self.objectives if o.read(scores) is None]
+        return missing + [f"{o.label} are a lower bound" for o in self.objectives if o.at_least(scores)]
+
+    def failed_baselines(self) -> dict[str, str]:
+        """Named networks that could not be scored -> why."""
+        entries = self.attributes.get(BASELINES, {})
+        return {name: one_line(entry["failure"]) for name, entry in entries.items() if "failure" in entry}
+
+    def _baselines_dict(self, front: list[Trial]) -> dict[str, Any]:
+        """Baselines as plain data; `dominated_by` is null where it cannot be told, with `unknowns` or a `failure`."""
+        found: dict[str, Any] = {}
+        for name, scores in self.baselines().items():
+            beaten = self.beaten(front, scores)
+            found[name] = self._flat(scores) | {"dominated_by": beaten}
+            if beaten is None:
+                found[name]["unknowns"] = self.unknowns(scores)
+        return found | {
+            name: {"failure": failure, "dominated_by": None} for name, failure in self.failed_baselines().items()
+        }
 
     def verdicts(self) -> list[str]:
         """How far the front can be trusted: its proxy, where that was calibrated, its order, its intervals.
@@ -469,10 +501,7 @@ class Run:
             "reference": self.reference,
             "hypervolume": self.hypervolume(front),
             "verdicts": self.verdicts(),
-            "baselines": {
-                name: self._flat(scores) | {"dominated_by": self.beaten(front, scores)}
-                for name, scores in self.baselines().items()
-            },
+            "baselines": self._baselines_dict(front),
             "points": [
                 {
                     "key": t.key,
@@ -489,7 +518,8 @@ class Run:
         columns, data = self.columns(), scores.to_dict()
         others = data.pop("others", {})
         further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
-        return {columns.get(name, name): value for name, value in data.items()} | further
+        flags = {"macs_at_least": True} if scores.uncounted else {}
+        return {columns.get(name, name): value for name, value in data.items()} | further | flags
 
     def find(self, key: str, trials: list[Trial] | None = None) -> Trial:
         """The scored trial whose architecture's key is, or starts with, `key`; among `trials` where they are read.

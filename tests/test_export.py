@@ -21,6 +21,7 @@ import torch
 from conftest import tiny_architecture
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 
 import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
@@ -513,6 +514,21 @@ def test_a_training_of_another_family(run, tmp_path):
         list(export_each(folder.path, ["abc"], False, None, Settings()))
     with pytest.raises(UsageError, match="for the points of a run"):
         list(export_each(folder.path, [], False, None, Settings(weights="proxy")))
+
+
+def test_training_branches_are_fused_in_deployed_files_alone(run, tmp_path):
+    folder = trained(tmp_path / "train", run, model="mobileone_s0")
+    (made,) = export_each(folder.path, [], False, None, Settings(formats=("torch", "onnx")))
+    check_files(made.folder, {"timm", "torch", "onnx"})
+    program = torch.export.load(made.folder / "model.pt2")
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    told, trainable = made.report["deployed"], resolve(str(made.folder)).build()
+    assert told["params"] == sum(p.numel() for p in program.parameters())
+    assert told["params"] < 0.5 * sum(p.numel() for p in trainable.parameters())
+    state = load_file(made.folder / "model.safetensors")
+    assert state.keys() == trainable.state_dict().keys()
+    card = (made.folder / "README.md").read_text()
+    assert f"MACs at 32x32, with training branches fused, as deployed | {told['macs']:,} |" in card
 
 
 def test_images_that_are_gone(run, tmp_path, caplog):

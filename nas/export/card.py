@@ -44,7 +44,7 @@ Class names lie in `config.json`; `preprocessing.json` says how an image becomes
 
 | | |
 |---|---|
-{chr(10).join(_figures(subject))}
+{chr(10).join(_figures(subject, report.get("deployed")))}
 
 {_training(subject)}
 Trained on: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"]}. Software: {software}.
@@ -182,13 +182,17 @@ Uploaded to the Hugging Face Hub as it is, the folder is `hf-hub:NAME/REPOSITORY
 """
 
 
-def _figures(subject: Subject) -> list[str]:
-    """Rows of a table."""
-    rows = [f"| parameters | {sum(p.numel() for p in subject.model.parameters()):,} |"]
+def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
+    """Rows of a table; `deployed` is what `export.json` says of another family's network."""
+    form = f", {plain(deployed['form'])}" if deployed is not None and deployed["form"] else ""
+    rows = [f"| parameters{', as trained' if form else ''} | {sum(p.numel() for p in subject.model.parameters()):,} |"]
     scores = None if subject.trial is None else subject.trial.scores
     _, height, width = subject.input_size if subject.run is None else subject.run.manifest["data"]["input_size"]
     if scores is not None and scores.macs is not None:
-        rows.append(f"| MACs at {height}x{width} | {scores.macs:,} |")
+        rows.append(f"| MACs at {height}x{width} | {_count(scores.macs, bool(scores.uncounted))} |")
+    if deployed is not None:
+        rows += [f"| parameters{form} | {deployed['params']:,} |"] if form else []
+        rows.append(f"| MACs at {height}x{width}{form} | {_count(deployed['macs'], deployed['macs_at_least'])} |")
     words = {"test": "test images", "holdout": "held-out training images"}
     for split, share in _accuracies(subject).items():
         rows.append(
@@ -205,6 +209,10 @@ def _figures(subject: Subject) -> list[str]:
     if scores is not None and scores.memory_mib is not None:
         rows.append(f"| peak memory at {height}x{width} | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
     return rows
+
+
+def _count(number: int, at_least: bool) -> str:
+    return f"{'≥ ' if at_least else ''}{number:,}"
 
 
 def _training(subject: Subject) -> str:

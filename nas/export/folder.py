@@ -22,6 +22,7 @@ from ..machine import describe_machine, describe_software
 from ..reading import LINE, read_json
 from ..repeats import REPEATS
 from ..runs import Run, is_run, write_file
+from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
 from ..training.folder import Trained, is_training
@@ -189,6 +190,8 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
                 "files": files,
                 "failures": failures,
             }
+            if subject.architecture is None:
+                report["deployed"] = _deployed(material)
             _write_rest(subject, made, report)
             os.chmod(made, 0o755)
             if folder.exists():
@@ -242,6 +245,15 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
         batch=settings.batch,
     )
     return material, f"{len(pictures.unseen)} {pictures.name} images"
+
+
+def _deployed(material: Material) -> dict[str, Any]:
+    """What another family's network takes in its deployed form, and what became of its training branches."""
+    if material.fused.problem:
+        log.warning("%s is exported %s", material.subject.key, material.fused.form)
+    cost = count_cost(material.fused.model, material.subject.input_size)
+    counted = {"params": cost.params, "macs": cost.macs, "macs_at_least": cost.at_least}
+    return {"form": material.fused.form, **counted, "uncounted": list(cost.uncounted)}
 
 
 def _write_formats(

@@ -23,7 +23,7 @@ from torch import nn
 from ..architecture import resolutions
 from ..data import BACKGROUND
 from ..errors import NasError, UsageError
-from ..folding import fold_batch_norms
+from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
 from ..runs import write_file
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
@@ -69,9 +69,14 @@ class Material:
         return logits_of(self.subject.model, self.images)
 
     @cached_property
+    def fused(self) -> Fused:
+        """The network without the branches that only its training needs."""
+        return fuse_branches(self.subject.model, self.images[:2])
+
+    @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The deployed form, batch norms folded."""
-        folded = fold_batch_norms(self.subject.model, self.images[:2]).requires_grad_(False)
+        """The deployed form: training branches fused, batch norms folded."""
+        folded = fold_batch_norms(self.fused.model, self.images[:2]).requires_grad_(False)
         # random, since a program keeps its example; two, since one would be taken for a constant
         example = torch.randn(self.batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
         free = ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
@@ -330,7 +335,7 @@ FORMATS: dict[str, Format] = {
         load=_load_timm,
         prepare=_time_timm,
         runtime="eager",
-        note="for torch and timm; trainable, timed with batch norms folded",
+        note="for torch and timm; trainable, timed in its deployed form",
         version="torch",
         deployed=False,
         tolerance=1e-5,
@@ -341,7 +346,7 @@ FORMATS: dict[str, Format] = {
         load=_load_torch,
         prepare=_time_torch,
         runtime="eager",
-        note="a program of torch.export: batch norms folded",
+        note="a program of torch.export in the deployed form: batch norms folded",
         version="torch",
     ),
     "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded", make=_make_onnx),

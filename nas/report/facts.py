@@ -18,7 +18,7 @@ from ..errors import RunError, one_line
 from ..manifest import TRAINED, TRAINED_FRONT
 from ..reading import is_file, read_json
 from ..runs import BASELINES, GRPC, Run, Trial
-from ..search.objectives import OBJECTIVES, Objective, format_figure, format_interval, format_value
+from ..search.objectives import OBJECTIVES, Objective, Scores, format_figure, format_interval, format_value
 from .plots import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
@@ -93,7 +93,7 @@ def with_spread(objective: Objective, trial: Trial) -> str:
     value = objective.read(trial.scores)
     if value is None:
         return "unknown"
-    text = format_value(objective, value)
+    text = format_value(objective, value, objective.at_least(trial.scores))
     interval = objective.interval(trial.scores)
     return text if interval is None else f"{text} {format_interval(objective, interval)}"
 
@@ -240,7 +240,7 @@ def baselines(run: Run, front: list[Trial]) -> Rows:
     rows: Rows = []
     for name, entry in run.attributes.get(BASELINES, {}).items():
         if name not in scores:
-            rows.append({"name": name, "failure": one_line(entry["failure"])})
+            rows.append({"name": name, "failure": one_line(entry["failure"]), "notes": []})
             continue
         beside = Trial(0, "complete", None, scores[name])
         rows.append(
@@ -248,9 +248,17 @@ def baselines(run: Run, front: list[Trial]) -> Rows:
                 "name": name,
                 "values": [with_spread(o, beside) for o in run.objectives],
                 "beaten_by": run.beaten(front, scores[name]),
+                "unknowns": run.unknowns(scores[name]),
+                "notes": _notes(scores[name]),
             }
         )
     return rows
+
+
+def _notes(scores: Scores) -> list[str]:
+    """In which form a baseline was counted and measured, and what is not counted."""
+    form = [f"counted and measured {scores.form}"] if scores.form else []
+    return form + ([f"not counted: {', '.join(scores.uncounted)}"] if scores.uncounted else [])
 
 
 def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:

@@ -172,9 +172,9 @@ def _errors(objective: Objective, trials: list[Trial]) -> list[list[float]] | No
 
 
 def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, float]]:
-    """Name and place of each baseline that has both values."""
+    """Name and place of each baseline that has both values; the name says where a value is a lower bound."""
     return [
-        (name.removeprefix("timm:"), at_x, at_y)
+        (name.removeprefix("timm:") + "".join(f" (≥ {o.label})" for o in (x, y) if o.at_least(scores)), at_x, at_y)
         for name, scores in run.baselines().items()
         if (at_x := x.read(scores)) is not None and (at_y := y.read(scores)) is not None
     ]
@@ -208,19 +208,28 @@ def _far_off(scored: Scored) -> list[str]:
         for name, scores in run.baselines().items():
             values = {o: value for o in objectives if (value := o.read(scores)) is not None}
             if any(not windows[o][0] <= value <= windows[o][1] for o, value in values.items()):
-                found.append(f"{name} ({', '.join(format_value(o, value) for o, value in values.items())})")
+                told = (format_value(o, value, o.at_least(scores)) for o, value in values.items())
+                found.append(f"{name} ({', '.join(told)})")
     return found
 
 
 def _summary(scored: Scored) -> str:
     """What is known of the first run's front beyond the picture: which baselines it beats, whether its order held."""
     run, _, front = scored[0]
-    baselines = run.baselines()
-    beaten = [name for name, scores in baselines.items() if run.beaten(front, scores)]
-    lines = [f"the front dominates {len(beaten)} of {len(baselines)} baselines: {', '.join(beaten) or 'none'}"]
+    baselines, failed = run.baselines(), run.failed_baselines()
+    beaten = {name: run.beaten(front, scores) for name, scores in baselines.items()}
+    told = [name for name, keys in beaten.items() if keys is not None]
+    certain = [name for name in told if beaten[name]]
+    lines = (
+        [f"the front dominates {len(certain)} of {len(told)} baselines: {', '.join(certain) or 'none'}"] if told else []
+    )
+    if doubtful := [f"{n} ({', '.join(run.unknowns(baselines[n]))})" for n, keys in beaten.items() if keys is None]:
+        lines.append(f"baselines that cannot be compared: {', '.join(doubtful)}")
+    if failed:
+        lines.append(f"baselines that could not be scored: {', '.join(failed)}")
     if far := _far_off(scored):
         lines.append(f"baselines outside the picture: {', '.join(far)}")
-    return "\n".join((lines if baselines else []) + run.verdicts())
+    return "\n".join((lines if baselines or failed else []) + run.verdicts())
 
 
 def _use_log(values: list[float]) -> bool:

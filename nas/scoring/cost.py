@@ -1,20 +1,25 @@
 """Parameters and multiply-adds of a module.
 
-A MAC is one multiply-add of a convolution, linear layer or matrix product. Biases, norms, activations, gates, pooling
-and other element-wise work are none. FLOPs are 2 x MACs, said here once (`Cost.flops`).
+A MAC is one multiply-add of a convolution, linear layer or matrix product. Biases, norms, activations, gates, pooling,
+interpolation, Fourier transforms and other element-wise work are none. FLOPs are 2 x MACs, said here once
+(`Cost.flops`).
 
-thop counts the layers and whatever says what it multiplies itself (a method `extra_macs(*inputs)`, as our attention
-product has). What any other module multiplies outside its layers is caught on the way through torch and counted by
-torch's own formulas or, where it has none, named in `Cost.uncounted`: nothing is dropped in silence.
+The count follows one forward pass through torch. Every multiplying operation is counted by torch's own formula
+(`flop_registry`) or one of `FORMULAS`, once for each call, in the part whose call is running. An operation without a
+formula is named in `Cost.uncounted`. thop's rules for layers and the method `extra_macs(*inputs)` of our attention
+product are a second opinion: each of their calls is compared with its operations, and a difference is named.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""The layers whose MACs thop counts by its own rules; a subclass counts as something else."""
+"""The layers for which thop's rule counts the same as we do; a subclass may do something else."""
 
-_MULTIPLIES = re.compile(r"mm$|matmul|conv|attention|rnn|lstm|gru|(?<!bi)linear|^dot$|^mv$|^addmv$")
+WHOLE = "(model)"
+"""Stands for the module itself, where it does something that none of its parts does."""
 
 
 @dataclass(frozen=True)
@@ -35,82 +41,266 @@ class Cost:
     Args:
         params: number of parameters, each tensor once.
         macs: multiply-adds of one forward pass over one image.
-        uncounted: multiplying operations that no rule covers, as `module: operation`; unless it is empty, `macs` is a
-            lower bound.
-        parts: top-level part (`stem`, `stages.0`, …, `head`) -> (params, macs); MACs of the parts sum to the whole.
+        uncounted: work that `macs` may lack, as `module: what`: operations without a formula, and calls for which a
+            layer's rule says more than torch's operations.
+        parts: top-level part (`stem`, `stages.0`, …, `head`, and `(model)` for what lies in none) -> (params, macs).
+            Both sum to the whole. Work belongs to the part whose call is running, a shared parameter to its first part.
+        disputed: calls for which a layer's rule says less than torch's operations, as `module: what`; the operations
+            are what `macs` counts.
     """
 
     params: int
     macs: int
     uncounted: tuple[str, ...]
     parts: dict[str, tuple[int, int]]
+    disputed: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
         """Floating-point operations: a multiply and an add for each MAC."""
         return 2 * self.macs
 
+    @property
+    def at_least(self) -> bool:
+        """Whether `macs` is only a lower bound."""
+        return bool(self.uncounted)
+
 
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count `model` on one image of `input_size` (channels, height, width) in eval mode; the model stays as it is.
 
-    Of a model on torch's meta device only the shapes are followed.
+    On torch's meta device nothing is computed: only the shapes are followed.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="distutils Version classes", category=DeprecationWarning)
-        import thop
-        from thop.profile import register_hooks, zero_ops
-
     device = "meta" if any(p.is_meta for p in model.parameters()) else "cpu"
-    probe = copy.deepcopy(model).to(device, torch.float32)
-    rules: dict[type[nn.Module], Any] = {kind: zero_ops for kind in register_hooks if kind not in LAYERS}
-    rules |= {type(m): _count_extra for m in probe.modules() if hasattr(m, "extra_macs")}
-    names = {m: name for name, m in probe.named_modules()}
-    outside = _OutsideLayers({kind for kind in (*LAYERS, *rules) if rules.get(kind) is not zero_ops})
-    for module, name in names.items():
-        module.register_forward_pre_hook(lambda m, _, name=name: outside.running.append((name, type(m))))
-        module.register_forward_hook(lambda *_: outside.running.pop() and None)
-    with outside:
-        macs, _, layers = thop.profile(
-            probe, (torch.zeros(1, *input_size, device=device),), custom_ops=rules, verbose=False, ret_layer_info=True
-        )
+    probe = copy.deepcopy(model).to(device, torch.float32).eval()
+    counter = _Counter(probe)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it makes one operation of a whole transformer layer
+    try:
+        with torch.no_grad(), counter:
+            probe(torch.zeros(1, *input_size, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
-    parts: dict[str, tuple[int, int]] = {}
-    for name, (part_macs, _, children) in layers.items():
-        several = isinstance(getattr(probe, name), nn.Sequential | nn.ModuleList) and children
-        for path, own in (
-            {f"{name}.{child}": info[0] for child, info in children.items()} if several else {name: part_macs}
-        ).items():
-            functional = sum(n for where, n in outside.macs.items() if f"{where}.".startswith(f"{path}."))
-            parts[path] = (sum(p.numel() for p in probe.get_submodule(path).parameters()), round(own) + functional)
-    total = round(macs) + sum(outside.macs.values())
-    if rest := total - sum(part_macs for _, part_macs in parts.values()):
-        parts["(model)"] = (0, rest)
-    params = sum(p.numel() for p in model.parameters())
-    return Cost(params=params, macs=total, uncounted=tuple(sorted(outside.uncounted)), parts=parts)
+    params = _params_by_part(model)
+    parts = {part: (params.get(part, 0), counter.macs[part]) for part in [*_part_names(model), WHOLE]}
+    if not any(parts[WHOLE]):
+        del parts[WHOLE]
+    return Cost(
+        params=sum(params.values()),
+        macs=counter.macs.total(),
+        uncounted=tuple(sorted(counter.uncounted)),
+        parts=parts,
+        disputed=tuple(sorted(counter.disputed)),
+    )
 
 
-def _count_extra(module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
-    module.total_ops += module.extra_macs(*inputs)  # type: ignore[operator]
+def _part_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Part -> module: the children, and in place of a list or sequence the children of that."""
+    parts: dict[str, nn.Module] = {}
+    for name, child in model._modules.items():
+        if child is None:
+            continue
+        inside = [(i, m) for i, m in child._modules.items() if m is not None]
+        several = isinstance(child, nn.Sequential | nn.ModuleList) and inside
+        parts |= {f"{name}.{i}": grandchild for i, grandchild in inside} if several else {name: child}
+    return parts
 
 
-class _OutsideLayers(TorchDispatchMode):
-    """Counts the multiplying operations of torch that run outside modules for which a rule speaks."""
+def _params_by_part(model: nn.Module) -> Counter[str]:
+    """Number of parameters of each part, each tensor once."""
+    counted, found = set(), Counter[str]()
+    for part, module in [*_part_names(model).items(), (WHOLE, model)]:
+        own = [p for p in module.parameters() if p not in counted]
+        counted.update(own)
+        found[part] = sum(p.numel() for p in own)
+    return found
 
-    def __init__(self, spoken_for: set[type[nn.Module]]) -> None:
+
+@dataclass
+class _Call:
+    """A call of a module that is running: the part it belongs to, '' as long as it is none's, and its own MACs."""
+
+    module: nn.Module
+    part: str
+    macs: int = 0
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiplying operations of a module's forward pass, and compares them with what its layers say."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, probe: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.spoken_for = spoken_for
-        self.running: list[tuple[str, type[nn.Module]]] = []
         self.macs: Counter[str] = Counter()
         self.uncounted: set[str] = set()
+        self.disputed: set[str] = set()
+        self._running = [_Call(probe, "")]
+        self._names = {module: name for name, module in probe.named_modules()}
+        # a module in several parts is told apart by who calls it; called by the probe itself, it counts for the first
+        self._parts: dict[tuple[nn.Module, nn.Module], str] = {}
+        parts = _part_names(probe)
+        for name, module in parts.items():
+            self._parts.setdefault((probe.get_submodule(name.rpartition(".")[0]), module), name)
+        self._first_part = {
+            module: next((part for part in parts if f"{name}.".startswith(f"{part}.")), "")
+            for module, name in self._names.items()
+        }
+        for module in self._names:
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks: its work is its caller's
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        above = self._running[-1]
+        part = above.part or self._parts.get((above.module, module)) or self._first_part[module]
+        self._running.append(_Call(module, part))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._running[-1].module is not module:  # another hook raised before the call began
+            return
+        counted = self._running.pop().macs
+        told = None if output is None else _told(module, args, kwargs, output)
+        if told is not None and told != counted:
+            line = f"{self._names[module] or WHOLE}: {told:,} MACs by its rule, {counted:,} by its operations"
+            (self.uncounted if told > counted else self.disputed).add(line)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self.running and self.running[-1][1] not in self.spoken_for:
-            where, packet = self.running[-1][0], func._overloadpacket
-            if packet in flop_registry:
-                flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-                self.macs[where] += flops // 2
-            elif _MULTIPLIES.search(packet.__name__):
-                self.uncounted.add(f"{where or '(model)'}: {packet.__name__}")
+        kwargs = kwargs or {}
+        rule = _rule(func)
+        if rule is _decompose:
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if rule is not None:
+            call = self._running[-1]
+            try:
+                macs = rule(*args, **kwargs, out_val=result)
+            except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                self.uncounted.add(f"{self._names[call.module] or WHOLE}: {func.__name__.partition('.')[0]}")
+            else:
+                call.macs += macs
+                self.macs[call.part or WHOLE] += macs
         return result
+
+
+def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int | None:
+    """MACs of one call by the module's own method or by thop's rule for its layer; None where there is neither."""
+    extra: Any = getattr(module, "extra_macs", None)
+    if extra is not None:
+        return int(extra(*args, **kwargs))
+    if type(module) not in LAYERS:
+        return None
+    (images, *_), weight = (*args, *kwargs.values()), module.weight
+    assert isinstance(weight, torch.Tensor)
+    if not isinstance(module, nn.Linear) and images.dim() < weight.dim():
+        images, output = images[None], output[None]  # thop takes the first two dimensions for batch and channels
+    module.total_ops = 0  # type: ignore[assignment]
+    _layer_rules()[type(module)](module, (images,), output)
+    return int(module.total_ops)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1)
+def _layer_rules() -> dict[type[nn.Module], Callable[..., None]]:
+    """The rules of thop, each of which adds to a module's `total_ops`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="distutils Version classes", category=DeprecationWarning)
+        from thop.profile import register_hooks
+    rules: dict[type[nn.Module], Callable[..., None]] = register_hooks
+    return rules
+
+
+# What an operation multiplies: rules take its arguments and its result as `out_val`, and return MACs
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out_val: torch.Tensor) -> int:
+    """Matrices or vectors, of which the first one's last dimension is summed over."""
+    return out_val.numel() * a.shape[-1]
+
+
+def _added_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val: torch.Tensor, **_: Any) -> int:
+    return out_val.numel() * a.shape[-1]
+
+
+def _added_products(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val: torch.Tensor, **_: Any) -> int:
+    """Products of a batch, added up."""
+    return a.numel() * b.shape[-1]
+
+
+def _outer(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val: torch.Tensor, **_: Any) -> int:
+    return a.numel() * b.numel()
+
+
+def _attention(q_BGND: torch.Tensor, k_BHMD: torch.Tensor, v_BHME: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Both products; query heads may share a key and value head, which saves no work."""
+    return q_BGND.shape[:-1].numel() * k_BHMD.shape[-2] * (q_BGND.shape[-1] + v_BHME.shape[-1])
+
+
+def _trilinear(a: Any, b: Any, c: Any, new_a: Any, new_b: Any, new_c: Any, *_: Any, **__: Any) -> int:
+    """`nn.Bilinear`: each weight once for each pair of inputs, whose own product is element-wise work."""
+    shapes = []
+    for tensor, new in ((a, new_a), (b, new_b), (c, new_c)):
+        shape = list(tensor.shape)
+        for place in sorted(new):
+            shape.insert(place, 1)
+        shapes.append(shape)
+    return math.prod(torch.broadcast_shapes(*shapes))
+
+
+def _recurrent(x_TBC: torch.Tensor, of_inputs: torch.Tensor, of_state: torch.Tensor, *_: Any, **__: Any) -> int:
+    """One layer in one direction: all gates' weights for each step."""
+    return x_TBC.shape[:-1].numel() * (of_inputs.numel() + of_state.numel())
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "mv": _product,
+    "dot": _product,
+    "vdot": _product,
+    "addmv": _added_product,
+    "addbmm": _added_products,
+    "addr": _outer,
+    "_addmm_activation": _added_product,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_trilinear": _trilinear,
+    "mkldnn_rnn_layer": _recurrent,
+}
+"""Operations of torch (`aten`) that `flop_registry` lacks -> MACs."""
+
+_MULTIPLIES = re.compile(
+    r"mm(_|\d|$)|gemm|matmul|^dot$|conv(?!ert)|attention|transformer|rnn|lstm|gru|(?<!bi|ri)linear|_cdist|_pdist"
+    r"|euclidean_dist|linalg_(?!check|vector_norm|cross)|matrix_exp|cholesky|triangular_solve|lu_solve|geqrf|orgqr|ormqr"
+)
+"""Names of other operations of torch that multiply matrices."""
+
+
+def _decompose(*_: Any, **__: Any) -> int:
+    """Stands for an operation that is made of others; these come by on their own, but for `torch.inference_mode`."""
+    raise NotImplementedError
+
+
+def _unknown(*_: Any, **__: Any) -> int:
+    """Stands for an operation that multiplies, by how much nobody knows."""
+    raise ValueError
+
+
+@lru_cache(maxsize=4096)
+def _rule(func: Any) -> Callable[..., int] | None:
+    """What says the MACs of an operation; None for one that multiplies nothing."""
+    packet = getattr(func, "_overloadpacket", func)
+    names = packet.__name__, packet.__name__.removesuffix("_")  # in place is no other work
+    ours = func.namespace in ("aten", "prim", "prims")
+    for name in names:
+        formula = flop_registry.get(getattr(torch.ops.aten, name, None) if ours else packet)
+        if formula is not None:
+            return lambda *args, **kwargs: formula(*args, **kwargs) // 2
+        if ours and name in FORMULAS:
+            return FORMULAS[name]
+    if not ours:
+        return _unknown
+    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return _decompose
+    if not names[1].startswith(("upsample", "_upsample")) and _MULTIPLIES.search(names[1]):
+        return _unknown
+    return None

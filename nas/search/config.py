@@ -65,7 +65,7 @@ class SearchConfig:
         batch_size: images a timed forward pass.
         threads: CPU threads of the timed network; None for torch's own number.
         channels_last: memory format of the timed network.
-        folded: whether batch norms of the timed network are folded into convolutions.
+        folded: whether networks are measured as deployed: training branches fused, batch norms folded.
         command: the program of the runtime `command`.
         command_timeout: seconds after which one call of it is given up.
         latency_target: wanted half-width of a latency's 95 % interval, as a share.

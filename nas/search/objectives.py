@@ -20,6 +20,8 @@ class Scores:
         params: number of parameters.
         macs: multiply-adds for one image.
         flops: 2 x MACs.
+        uncounted: work that these two may lack, as `module: what`: unless it is empty, both are lower bounds.
+        form: in which form a network with training branches was counted and measured; empty for others.
         latency_ms: milliseconds of a forward pass over a batch, drift-corrected (`nas.scoring.latency.Latency`).
         latency_low_ms: lower end of its 95 % interval.
         latency_high_ms: its upper end.
@@ -47,6 +49,8 @@ class Scores:
     params: int | None = None
     macs: int | None = None
     flops: int | None = None
+    uncounted: tuple[str, ...] = ()
+    form: str = ""
     latency_ms: float | None = None
     latency_low_ms: float | None = None
     latency_high_ms: float | None = None
@@ -72,13 +76,14 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, by field name."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, ())}
+        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, (), "")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """The inverse of `to_dict`; fields of a later release are dropped."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**known | {"curve": tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ()))})
+        curve = tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ()))
+        return cls(**known | {"curve": curve, "uncounted": tuple(known.get("uncounted", ()))})
 
 
 LATENCY_PARTS = (
@@ -124,6 +129,10 @@ class Objective:
         """The value in `scores`, None where it was not measured."""
         value = scores.others.get(self.target, {}).get("ms") if self.target else getattr(scores, self.field)
         return None if value is None else float(value)
+
+    def at_least(self, scores: Scores) -> bool:
+        """Whether the value in `scores` is only a lower bound."""
+        return self.field in ("macs", "flops") and bool(scores.uncounted)
 
     def interval(self, scores: Scores) -> tuple[float, float] | None:
         """The 95 % interval of the value in `scores`; None where it is exact, or its error is not known."""
@@ -262,7 +271,7 @@ def format_score(objective: Objective, scores: Scores) -> str:
     value, error, interval = objective.read(scores), objective.error(scores), objective.interval(scores)
     if value is None:
         return ""
-    text = format_value(objective, value)
+    text = format_value(objective, value, objective.at_least(scores))
     if not error or interval is None:
         return text
     if not objective.unit:
@@ -281,8 +290,10 @@ def format_interval(objective: Objective, interval: tuple[float, float]) -> str:
     return f"[{low}, {high}]"
 
 
-def format_value(objective: Objective, value: float) -> str:
-    """A value for people: three or four digits and its unit."""
+def format_value(objective: Objective, value: float, at_least: bool = False) -> str:
+    """A value for people: three or four digits and its unit, after `≥` where it is only a lower bound."""
+    if at_least:
+        return f"≥ {format_value(objective, value)}"
     if objective.unit:
         return f"{value:.{_decimals(objective, value)}f} {objective.unit}"
     for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):

@@ -7,6 +7,7 @@ import time
 from torch import nn
 
 from ...data import ImageData
+from ...errors import NotApplicable
 from ..cost import count_cost
 from .estimate import Estimate, Fidelity
 
@@ -20,4 +21,7 @@ def params(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, dev
 def macs(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
     """The number of multiply-adds for one image: networks that do more are usually better."""
     start = time.perf_counter()
-    return Estimate(float(count_cost(model, data.input_size).macs), 0.0, time.perf_counter() - start)
+    cost = count_cost(model, data.input_size)
+    if cost.at_least:
+        raise NotApplicable("macs", f"only a lower bound is known, without {cost.uncounted[0]}")
+    return Estimate(float(cost.macs), 0.0, time.perf_counter() - start)

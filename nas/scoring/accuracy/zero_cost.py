@@ -172,8 +172,10 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
         if not misses:
             raise NotApplicable("az", "no block depends on the one before")
         trouble = sum(misses) / len(misses)
-        macs = count_cost(model, data.input_size).macs
-        return math.log(sum(entropies)) + math.asinh(progress) - math.log1p(trouble) + math.log(macs)
+        cost = count_cost(model, data.input_size)
+        if cost.at_least:
+            raise NotApplicable("az", f"only a lower bound of its MACs is known, without {cost.uncounted[0]}")
+        return math.log(sum(entropies)) + math.asinh(progress) - math.log1p(trouble) + math.log(cost.macs)
 
     return _score("az", score, model, data, fidelity, seed, device)
 

@@ -2,7 +2,7 @@
 
 Networks and a fixed reference network take turns, round by round. What is quoted is the ratio of their times, times the
 reference's own latency, which is fixed once: so the drift of the machine and most of what its neighbours do cancel.
-Timed is the form in which networks are deployed, with batch norms folded into convolutions (`nas.folding`), unless
+Networks are timed as they are deployed, with training branches fused and batch norms folded (`nas.folding`), unless
 asked otherwise.
 """
 

@@ -69,7 +69,7 @@ class LatencyConfig:
         batch_size: images a forward pass.
         threads: CPU threads inside an operation; None leaves torch's own number.
         channels_last: weights and input in channels-last memory format.
-        folded: time the network with its batch norms folded into convolutions, as it is deployed.
+        folded: time the network as it is deployed: training branches fused, batch norms folded into convolutions.
         command: for the runtime `command`, the program and its arguments; `{model}` (ONNX), `{input}` and `{output}`
             (NumPy files) stand for paths. Run without a shell.
         command_timeout: seconds after which one call of it is given up; it is tried three times.

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from ...errors import TrialFailure, UsageError
-from ...folding import fold_batch_norms
+from ...folding import deploy
 from ...onnx import export_chain, export_onnx
 from ..memory import is_out_of_memory
 from .clocks import TimeBlock, cpu_clock, cuda_clock
@@ -129,7 +129,7 @@ def _deployed(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> 
     """A copy of `model` in the form, and `images` in the format, that `config` asks for."""
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     weight = next(model.parameters(), images)
-    probe = fold_batch_norms(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
+    probe = deploy(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     probe = probe.to(device, dtype).to(memory_format=memory_format).requires_grad_(False)
     images = images.to(device, dtype)
