@@ -475,7 +475,7 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     click.echo(f"next:\n  {_program()} report {path}")
     if front:
         target = shlex.quote(f"{run.path}@{run.bend(front).key}")  # of a front's points often a good one
-        click.echo(f"  {_program()} train {target} --recipe small\n  {_program()} export {path} --all")
+        click.echo(f"  {_program()} train {target}\n  {_program()} export {path} --all")
 
 
 @cli.command("worker")
@@ -918,7 +918,12 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
 @click.argument("target")
 @_STORAGE
 @click.option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
-@click.option("--recipe", default="standard", show_default=True, help="standard, small, quick or finetune.")
+@click.option(
+    "--recipe",
+    default="auto",
+    show_default=True,
+    help="auto (follows the images and the start), standard, small, quick or finetune.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
 @click.option("--epochs", type=int, help="The same as --set epochs=N.")
 @click.option("--data", help="The training split, as for `search`.  [default: the run's, else digits]")

@@ -235,6 +235,21 @@ def test_only_training_is_called_accuracy():
     assert TRAINED == ["train"]
 
 
+@pytest.mark.parametrize(("channels", "channels_last"), [(16, True), (3, False)])
+def test_no_network_is_trained_in_a_format_that_overruns_memory(few, channels, channels_last):
+    """Always channels last, a `mobileone_s0` as baseline, whose first convolution is such a one, ended the search."""
+    strided = nn.Conv2d(channels, 8, 1, stride=2)
+    first = nn.Conv2d(3, channels, 1) if channels != 3 else nn.Identity()
+    network = nn.Sequential(first, strided, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    training = Training(network, few, 32, 0, "cpu")
+    seen = set()
+    training.network[1].register_forward_pre_hook(
+        lambda _, given: seen.add(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    training.run_epoch()
+    assert seen == {channels_last}
+
+
 def test_a_training_is_the_beginning_of_every_longer_one(model, few):
     short, long = (estimate("train", model, few, Fidelity(epochs=n, batch_size=32)) for n in (2, 5))
     assert [rung.epoch for rung in long.curve] == [1, 2, 4, 5]

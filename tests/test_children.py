@@ -24,7 +24,9 @@ def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})\n")
     command, environment = python_module("nas.search.worker", str(tmp_path / "no run"), str(os.getpid()))
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, input="{}", capture_output=True, text=True, timeout=120
+    )
     assert "no run folder" in done.stderr
     assert not (tmp_path / "imported").exists()
 

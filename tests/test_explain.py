@@ -13,6 +13,7 @@ import pytest
 
 import cli
 import search_spaces
+from nas import consent
 from nas.architecture import Architecture
 from nas.errors import UsageError
 from nas.explain import LEAST, explain
@@ -90,6 +91,7 @@ OBJECTIVE_SETS = [("latency", "accuracy"), ("accuracy", "macs"), ("latency", "ac
 def test_all_neighbours_in_all_objectives(tmp_path, objectives):
     drawn = some(14)
     storage = f"sqlite:///{tmp_path / 'elsewhere.db'}" if "memory" in objectives else None
+    consent.allow(storage=storage)
     run = make_run(tmp_path / "run", drawn, objectives, storage)
     base = run.front()[0]
     found = explain(run, base.key)

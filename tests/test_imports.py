@@ -20,6 +20,7 @@ RANKS = {
     "nas.architecture": 1,
     "nas.folding": 1,
     "nas.machine": 1,
+    "nas.memory_format": 1,
     "nas.reading": 1.5,
     "nas.repeats": 0,
     "nas.streams": 1,

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,32 @@ from conftest import tiny_architecture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
+from timm.data import auto_augment
 
 from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
 from nas.machine import WAITING, exclusive
+from nas.memory_format import training_format
 from nas.models.zoo import create_network
 from nas.runs import Run
 from nas.search import SearchConfig, search
 from nas.search.objectives import parse_budgets
 from nas.targets import resolve
-from nas.training import loop, work
+from nas.training import loop, recipes, work
 from nas.training.folder import Trained, load_weights
-from nas.training.images import Held, batch_size, open_data, steps_per_epoch, training_batches
+from nas.training.images import (
+    Held,
+    batch_size,
+    made_safe,
+    open_data,
+    seed_all,
+    steps_per_epoch,
+    training_batches,
+    training_transform,
+)
 from nas.training.loop import scaled_side
-from nas.training.recipes import RECIPES, Recipe, find_recipe
+from nas.training.recipes import RECIPES, Auto, Recipe, auto_recipe, find_recipe
 from nas.training.work import TrainConfig, final_accuracy, train, train_front
 
 TINY = replace(RECIPES["quick"], epochs=2, warmup_epochs=1.0, batch_size=64)
@@ -140,6 +152,43 @@ def test_an_unknown_recipe_and_an_unknown_field():
         Recipe.from_dict({"epochs": 2.5})
 
 
+IMAGES = [2, 8, 100, 500, 2_000, 12_000, 100_000, 1_281_167]
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("images", IMAGES)
+def test_auto_follows_the_number_of_images(images, pretrained):
+    recipe = auto_recipe(images, 10, 96, pretrained)
+    steps = max(1, images // recipe.batch_size)
+    total = steps * recipe.epochs
+    assert recipe.name == "auto"
+    assert recipe.batch_size in (16, 32, 64, 128, 256, 512, 1024)
+    assert images < 500 or 15 <= steps <= 2000, "an epoch is neither a handful of steps nor a training"
+    assert images < 500 or total >= 1000
+    assert 1 / (1 - recipe.ema_decay) <= max(1, total / 10), "the average is of the end"
+    assert recipe.warmup_epochs * steps <= total / 4
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_auto_grows_with_the_images_and_follows_what_is_set():
+    for a, b in pairwise(auto_recipe(n, 10, 96, pretrained=False) for n in IMAGES):
+        assert a.batch_size <= b.batch_size
+        assert a.learning_rate <= b.learning_rate
+        assert a.epochs >= b.epochs
+    chosen = Auto(("epochs=3", "batch-size=128", "mixup=0.5")).choose(2000, 6, 96, pretrained=True)
+    same = auto_recipe(2000, 6, 96, pretrained=True, epochs=3, batch_size=128)
+    assert chosen == replace(same, mixup=0.5)
+    assert same.learning_rate > auto_recipe(2000, 6, 96, pretrained=True).learning_rate, "as the batch is larger"
+    assert same.ema_decay < auto_recipe(2000, 6, 96, pretrained=True).ema_decay, "as the training is shorter"
+    assert find_recipe("auto", ["epochs=3"]) == Auto(("epochs=3",))
+    assert Auto(("holdout=0.2",)).holdout == 0.2
+    assert Auto().holdout == 0.1
+    with pytest.raises(UsageError, match="such as epochs"):
+        Auto(("epoch=3",))
+    with pytest.raises(UsageError, match="must be from 1 to"):
+        find_recipe("auto", ["epochs=0"])
+
+
 # images
 
 
@@ -217,6 +266,45 @@ def test_a_batch_is_even_where_images_are_mixed(images):
     assert len(data.train) == 46
     assert batch_size(data, replace(FULL, batch_size=512)) == 46
     assert batch_size(replace(data, train=data.holdout), FULL) == 2
+
+
+HINTS = {"translate_const": 7, "translate_pct": 0.3, "img_mean": (128, 128, 128), "magnitude_max": 40}
+"""With magnitudes up to 4 times timm's highest (`mmax`)."""
+
+
+@pytest.mark.parametrize("name", auto_augment.NAME_TO_OP)
+def test_no_operation_of_timm_is_refused_at_any_magnitude(name):
+    """Old: posterise to 0 bits, which Pillow 13 refuses."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), dtype=np.uint8))
+    for magnitude in np.linspace(0, 40, 81).tolist():
+        (operation,) = auto_augment.rand_augment_ops(magnitude, 1.0, HINTS, [name])
+        made_safe(auto_augment.RandAugment([operation]))
+        for _ in range(2):  # some negate half of the time
+            assert operation(image).size == image.size
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("rand-m10-n4-p1", "rand-m10-n4-p1-inc1", "rand-m10-mstd9-n4-p1-inc1", "rand-m30-mmax40-mstd200-n9-p1-inc1"),
+        *("rand-m10-n3-p1-tweights-inc1", "rand-m10-n3-p1-t3a", "rand-m10-n3-p1-t3aw", "rand-m0-n9-p1"),
+        *("augmix-m10", "augmix-m10-w5-d4-mstd3-b1", "original-mstd9", "originalr", "v0", "v0r-mstd9", "3a"),
+    ],
+)
+def test_every_kind_of_policy_takes_every_image(images, policy):
+    """The policies of AutoAugment name posterise at magnitudes of their own; v0 asks for no bit at all."""
+    data = open_data(str(images), None, None, 32, Held(0.0, 0))
+    transform = training_transform(replace(TINY, augment=policy), data)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 36, 3), dtype=np.uint8))
+    seed_all(0)
+    assert all(transform(image).shape == (3, 32, 32) for _ in range(100))
+
+
+def test_a_policy_that_refuses_every_image_is_refused(images):
+    data = open_data(str(images), None, None, 32, Held(0.0, 0))
+    for policy in ("rand-n20-tweights", "augmix-a0"):  # more operations than there are, no distribution
+        with pytest.raises(UsageError, match="no policy of timm"):
+            training_transform(replace(TINY, augment=policy), data)
 
 
 # the training
@@ -393,6 +481,55 @@ def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tm
     assert train(TrainConfig(str(trained.path), device="cpu", workers=0)).result
 
 
+def test_auto_is_chosen_once(images, file, tmp_path, monkeypatch, caplog):
+    """What it chose is kept: a later release that chooses otherwise goes on by it, by the command and by the folder."""
+    caplog.set_level("INFO")
+    asked = Auto(("epochs=2",))
+    trained = train(config(file, images, tmp_path / "t", recipe=asked))
+    assert "recipe auto" in caplog.text
+    assert "46 images of 2 classes at 32 pixels" in caplog.text
+    kept = Recipe.from_dict(trained.manifest["recipe"])
+    assert kept == asked.choose(44, 2, 32, pretrained=False)
+    monkeypatch.setattr(recipes, "auto_recipe", lambda *_: replace(kept, batch_size=2))
+    for again in (config(file, images, tmp_path / "t", recipe=asked), TrainConfig(str(trained.path), device="cpu")):
+        (trained.path / "result.json").unlink()
+        assert train(again).manifest == trained.manifest
+    with pytest.raises(RunError, match="another training needs another --out"):
+        train(config(file, images, tmp_path / "t", recipe=Auto()))
+
+
+def test_a_training_that_an_older_release_began_goes_on(images, file, tmp_path):
+    """Its `train.json` lacks what is new, which then means what it did."""
+    trained = train(config(file, images, tmp_path / "t"))
+    weights = load_file(trained.path / "model.safetensors")
+    manifest = json.loads((trained.path / "train.json").read_text())
+    del manifest["recipe"]["layer_decay"], manifest["asked"]["settings"]
+    for again in (config(file, images, tmp_path / "t"), TrainConfig(str(trained.path), device="cpu", workers=0)):
+        (trained.path / "train.json").write_text(json.dumps(manifest))
+        (trained.path / "result.json").unlink()
+        train(again)
+    assert all(torch.equal(weights[n], t) for n, t in load_file(trained.path / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 4), (5, 1), (40, 2)])
+def test_sets_of_a_few_images(file, tmp_path, classes, each):
+    """Fewer than a batch; one of a class, of which none can be held out."""
+    for label in range(classes):
+        (tmp_path / "images" / f"{label:02}").mkdir(parents=True)
+        for i in range(each):
+            Image.new("L", (32, 32), 6 * label + i).save(tmp_path / "images" / f"{label:02}" / f"{i}.png")
+    trained = train(config(file, tmp_path / "images", tmp_path / "t", recipe=Auto(("epochs=1",))))
+    assert trained.result is not None
+    assert trained.manifest["data"]["num_holdout"] == 0
+    assert trained.result["holdout"] is None
+    assert np.isfinite(float(rows(trained)[-1]["train_loss"]))
+
+
+def test_a_named_recipe_says_that_its_steps_are_few(images, file, tmp_path, caplog):
+    train(config(file, images, tmp_path / "t"))
+    assert "recipe quick takes 2 steps on these 44 images" in caplog.text
+
+
 def test_images_that_are_trained_on_are_no_test(images, file, tmp_path):
     """A set with splits lends its test split; one without must be another one."""
     with pytest.raises(UsageError, match="these are the images that are trained on"):
@@ -433,6 +570,63 @@ def test_a_loss_that_is_not_finite_ends_it(images, file, tmp_path):
     wild = replace(TINY, learning_rate=1e3, clip_norm=0.0, optimizer="sgd", warmup_epochs=0.0, batch_size=4, epochs=9)
     with pytest.raises(NasError, match="set a smaller learning_rate"):
         train(config(file, images, tmp_path / "t", recipe=wild))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_network_sees_the_memory_format_of_the_recipe(images, tmp_path, monkeypatch, channels_last):
+    """Old: always channels last. A network that oneDNN would overrun memory for never is, on the CPU."""
+    seen: set[bool] = set()
+    make = work.create_network
+
+    def watched(*args, **kwargs):
+        network = make(*args, **kwargs)
+        network.register_forward_pre_hook(
+            lambda _, given: seen.add(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        return network
+
+    monkeypatch.setattr(work, "create_network", watched)
+    monkeypatch.setattr(work, "_check_sides", lambda *_: None)
+    recipe = replace(FULL, channels_last=channels_last)
+    train(config("timm:test_resnet", images, tmp_path / "t", recipe=recipe))
+    assert seen == {channels_last}
+    seen.clear()
+    narrow = replace(recipe, epochs=1, warmup_epochs=0.0)
+    train(config("timm:repvgg_a0", images, tmp_path / "u", recipe=narrow))
+    assert seen == {False}
+
+
+def test_which_networks_are_not_trained_channels_last():
+    """Those with a strided 1x1 convolution of fewer input channels than oneDNN's kernels take at a time."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for name in ("mobileone_s0", "repvgg_a0", "fastvit_t8"):
+        network = create_network(name, 2, (3, 64, 64))
+        assert training_format(network, cpu) is torch.contiguous_format
+        assert training_format(network, cuda) is torch.channels_last
+    for name in ("cas_vit_xs", "resnet10t", "tf_efficientnet_lite0", "convnext_atto"):
+        assert training_format(create_network(name, 2, (3, 64, 64)), cpu) is torch.channels_last
+    conv = torch.nn.Conv2d(16, 8, 1, stride=2)
+    assert training_format(conv, cpu) is torch.channels_last
+    assert training_format(conv, cpu, channels_last=False) is torch.contiguous_format
+
+
+@pytest.mark.slow
+def test_a_network_that_aborted_torch_is_trained(images, tmp_path):
+    """In a process of its own: old, MobileOne corrupted the heap in its first step."""
+    words = ["timm:mobileone_s0", "--recipe", "quick", "--epochs", "1", "--input-size", "96", "--set", "batch_size=16"]
+    words += ["--workers", "0", "--data", str(images), "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command(*words), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (2.0, 1.0)])
+def test_one_image_a_step_is_too_few_for_some_batch_norms(images, file, tmp_path, scales):
+    """Where a map is 1x1; before anything is trained. Larger maps are enough."""
+    one = replace(TINY, batch_size=1, scales=scales, epochs=1, warmup_epochs=0.0)
+    with pytest.raises(UsageError, match="set a batch_size of 2 or more"):
+        train(config("timm:test_resnet", images, tmp_path / "t", recipe=one))
+    assert not (tmp_path / "t" / "checkpoint.pt").exists()
+    assert train(config(file, images, tmp_path / "u", recipe=one)).result
 
 
 def test_what_can_be_started_from(images, file, tmp_path, caplog):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import socket
@@ -364,10 +365,10 @@ def local_workers(run: Run, count: int) -> Iterator[None]:
 
     What they log is in `workers/N.log` of the run folder. Of one that dies the search says so, and goes on.
     """
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[str]] = []
     ending = threading.Event()
 
-    def watch(process: subprocess.Popen[bytes], log_file: Path) -> None:
+    def watch(process: subprocess.Popen[str], log_file: Path) -> None:
         status = process.wait()
         if status and not ending.is_set():
             how = f"signal {-status}" if status < 0 else f"status {status}"
@@ -375,17 +376,19 @@ def local_workers(run: Run, count: int) -> Iterator[None]:
             why = f": {one_line(last[0], 200)}" if last else ""
             log.warning("a worker of this search died (%s), see %s%s", how, log_file, why)
 
+    allowed = {name: run.manifest["config"].get(name) for name in ("storage", "command")}  # here, so there
     try:
         for number in range(1, count + 1):
             file = run.path / "workers" / f"{number}.log"
             file.parent.mkdir(exist_ok=True)
-            allowed = (run.manifest["config"].get(name) or "" for name in ("storage", "command"))  # here, so there
-            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()), *allowed)
+            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()))
             with file.open("a", encoding="utf-8") as output:
-                nothing = subprocess.DEVNULL
-                processes.append(
-                    subprocess.Popen(command, stdin=nothing, stdout=output, stderr=output, env=environment)
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, text=True
                 )
+            processes.append(process)
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # type: ignore[union-attr]
+                json.dump(allowed, process.stdin)  # type: ignore[arg-type]
             threading.Thread(target=watch, args=(processes[-1], file), daemon=True).start()
         yield
     finally:

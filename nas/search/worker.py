@@ -1,7 +1,8 @@
-"""One of `--workers N`, started by a search: `python -m nas.search.worker RUN PARENT STORAGE COMMAND`."""
+"""One of `--workers N`, started by a search: `python -m nas.search.worker RUN PARENT`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -14,14 +15,15 @@ from .config import SearchConfig
 from .study import work
 
 
-def main(path: str, parent: int, storage: str, command: str) -> int:
+def main(path: str, parent: int) -> int:
     """Work until the run is done; 143 where it was asked to stop.
+
+    What the search's user allowed, the arguments of `consent.allow`, comes as JSON on the standard input: a storage's
+    URL may hold a password, and what a command line says everybody on the machine can read.
 
     Args:
         path: of the run.
         parent: the search's process.
-        storage: what the search's user allowed; empty for none.
-        command: likewise.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("nas.data").setLevel(logging.ERROR)  # the search says what its images are, once for all
@@ -30,7 +32,7 @@ def main(path: str, parent: int, storage: str, command: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends its workers
     end_with_parent(signal.SIGTERM, parent)  # hands its trial back, even in the midst of a training
     try:
-        consent.allow(command, storage)
+        consent.allow(**json.load(sys.stdin))
         run = Run.open(path)
         work(run, SearchConfig.from_run(run), parent=parent)
     except NasError as error:
@@ -40,4 +42,4 @@ def main(path: str, parent: int, storage: str, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -62,6 +62,7 @@ _SHAPE = {
         "input_size": (SIDE, None),
         "seed": range(2**32),
         "init": str,
+        "settings?": ([str], None),
     },
     "machine": MACHINE,
     "software": {str: (LINE, None)},

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data import auto_augment
 from timm.data.transforms import RandomResizedCropAndInterpolation, ToNumpy, str_to_pil_interp
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -319,13 +319,31 @@ def _policy(name: str, side: int, mean: Sequence[float], interpolation: str) -> 
     }
     try:
         if name.startswith("rand"):
-            return rand_augment_transform(name, hints)
-        if name.startswith("augmix"):
-            return augment_and_mix_transform(name, hints | {"translate_pct": 0.3})
-        return auto_augment_transform(name, hints)
+            policy = auto_augment.rand_augment_transform(name, hints)
+        elif name.startswith("augmix"):
+            policy = auto_augment.augment_and_mix_transform(name, hints | {"translate_pct": 0.3})
+        else:
+            policy = auto_augment.auto_augment_transform(name, hints)
+        made_safe(policy)(Image.new("RGB", (side, side)))  # some refuse only here, such as rand-n20-tweights
     except (AssertionError, KeyError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else "unknown"
         raise UsageError(f"augment={name}: no policy of timm ({why}), such as rand-m9-mstd0.5-inc1") from None
+    return policy
+
+
+def made_safe(policy: Any) -> Any:
+    """One of timm's policies, changed so that Pillow refuses none of its operations at any magnitude."""
+    nested = policy.policy if isinstance(policy, auto_augment.AutoAugment) else [policy.ops]
+    for operation in (o for operations in nested for o in operations):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep at least one bit: at its highest magnitude timm asks for none, which Pillow 13 refuses (1 in 590 images)."""
+    kept: Image.Image = auto_augment.posterize(image, max(1, bits))
+    return kept
 
 
 class _Augmented(Dataset[tuple[np.ndarray, int]]):

@@ -36,6 +36,7 @@ from ..errors import NasError, RunError, UsageError
 from ..machine import multiplies_bf16, seeded, shared
 from ..machine.children import ending_signals
 from ..machine.limits import threads_beside_others
+from ..memory_format import training_format
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
@@ -156,15 +157,19 @@ class Loop:
                 + (", in pairs to mix" if recipe.mixes else "")
                 + f": set a batch_size that is a multiple of {each * processes.count}"
             )
-        form = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.network = model.to(self.device).to(memory_format=form)
+        self.format = training_format(model, self.device, recipe.channels_last)
+        self.network = model.to(self.device).to(memory_format=self.format)
         if recipe.sync_batch_norm and processes.count > 1:
             if self.device.type != "cuda":
                 raise UsageError("sync_batch_norm=on needs CUDA: set it off")
             self.network = convert_sync_batchnorm(self.network)
         try:
             self.optimizer = create_optimizer_v2(
-                self.network, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+                self.network,
+                opt=recipe.optimizer,
+                lr=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
             )
         except (AssertionError, ImportError, TypeError, ValueError) as error:
             why = str(error).partition("\n")[0]
@@ -327,7 +332,7 @@ class Loop:
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         images = (pixels.float() - self._constants["mean"]) / self._constants["std"]
-        return images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images
+        return images.contiguous(memory_format=self.format)  # decoded images arrive channels last
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
         """The images at this step's side, the same in all processes."""

@@ -6,6 +6,7 @@ To change a recipe for one training: `train --set epochs=50 --set mixup=0`. To a
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -49,6 +50,7 @@ class Recipe:
         holdout: share of the training split that is held out to watch the training.
         distill_weight: of the teacher's word against the label's, where there is a teacher.
         distill_temperature: of both softmaxes.
+        layer_decay: factor on the learning rate from each layer to the one before it; 1 for the same rate everywhere.
     """
 
     name: str = "standard"
@@ -80,6 +82,7 @@ class Recipe:
     holdout: float = 0.1
     distill_weight: float = 0.5
     distill_temperature: float = 1.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no training can run with."""
@@ -104,6 +107,7 @@ class Recipe:
             ("holdout", 0, 0.5),
             ("distill_weight", 0, 1),
             ("distill_temperature", 0.1, 100),
+            ("layer_decay", 0.01, 1),
         ):
             value = getattr(self, field)
             if not least <= value <= most:  # NaN too
@@ -135,18 +139,7 @@ class Recipe:
         Raises:
             UsageError: where a key is unknown or a value not allowed.
         """
-        kinds = typing.get_type_hints(Recipe)
-        changes: dict[str, Any] = {}
-        for setting in settings:
-            key, equals, value = setting.partition("=")
-            key = key.strip().replace("-", "_")
-            if not equals or key not in kinds or key == "name":
-                close = difflib.get_close_matches(key, kinds, 3)
-                raise UsageError(
-                    f"--set {setting}: give KEY=VALUE with one of the recipe's keys"
-                    + (f", such as {', '.join(close)}" if close else f": {', '.join(f for f in kinds if f != 'name')}")
-                )
-            changes[key] = _value(key, value.strip(), kinds[key])
+        changes = parse_settings(settings)
         if "warmup_epochs" not in changes:  # a shorter training has a shorter warm-up
             changes["warmup_epochs"] = min(self.warmup_epochs, changes.get("epochs", self.epochs) / 5)
         return replace(self, **changes)
@@ -166,6 +159,27 @@ class Recipe:
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             raise UsageError(f"this release knows no {', '.join(unknown)} in a recipe")
         return cls(**{key: _checked(key, value, kinds[key]) for key, value in data.items()})
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """The fields of a recipe that `key=value` settings change; of a repeated key the last one counts.
+
+    Raises:
+        UsageError: where a key is unknown or a value has the wrong type.
+    """
+    kinds = typing.get_type_hints(Recipe)
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or key not in kinds or key == "name":
+            close = difflib.get_close_matches(key, kinds, 3)
+            raise UsageError(
+                f"--set {setting}: give KEY=VALUE with one of the recipe's keys"
+                + (f", such as {', '.join(close)}" if close else f": {', '.join(f for f in kinds if f != 'name')}")
+            )
+        changes[key] = _value(key, value.strip(), kinds[key])
+    return changes
 
 
 def _value(key: str, text: str, kind: Any) -> Any:
@@ -235,12 +249,77 @@ RECIPES = {
 }
 
 
-def find_recipe(name: str, settings: Iterable[str] = ()) -> Recipe:
-    """A recipe by its name, with `key=value` settings.
+AUTO = "auto"
+"""The name of the recipe that follows the images."""
+
+
+def auto_recipe(
+    images: int,
+    classes: int,
+    side: int,
+    pretrained: bool,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+) -> Recipe:
+    """The recipe `auto`: what suits a training set.
+
+    Args:
+        images: to train on.
+        classes: of them.
+        side: of the images, in pixels.
+        pretrained: whether the network starts from weights of a full training.
+        epochs: passes over the images; None for as many as suit.
+        batch_size: images a step; None for as many as suit.
+    """
+    batch = batch_size or 2 ** min(10, max(4, math.floor(math.log2(math.sqrt(images)))))
+    steps = max(1, images // min(batch, images))
+    epochs = epochs or math.ceil(min(300 if not pretrained else 60, max(100 if not pretrained else 20, 1000 / steps)))
+    total = epochs * steps
+    return Recipe(
+        name=AUTO,
+        epochs=epochs,
+        batch_size=batch,
+        learning_rate=1e-3 * math.sqrt(batch / 32),
+        warmup_epochs=0.2 * epochs,
+        ema_decay=max(0.0, 1 - 20 / total),
+    )
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The recipe `auto` as long as the images are not known.
+
+    Args:
+        settings: `key=value` settings on top of what is chosen. The other choices follow `epochs` and `batch_size`.
+    """
+
+    settings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no set of images makes possible."""
+        self.choose(1000, 10, 224, pretrained=False)
+
+    @property
+    def holdout(self) -> float:
+        """Share of the training split that is held out, which must be known before the images are."""
+        share: float = parse_settings(self.settings).get("holdout", Recipe.holdout)
+        return share
+
+    def choose(self, images: int, classes: int, side: int, pretrained: bool) -> Recipe:
+        """The recipe for a training set, see `auto_recipe`."""
+        given = parse_settings(self.settings)
+        chosen = auto_recipe(images, classes, side, pretrained, given.get("epochs"), given.get("batch_size"))
+        return replace(chosen, **given)
+
+
+def find_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | Auto:
+    """A recipe by its name, with `key=value` settings; `auto` is one that is still to be chosen.
 
     Raises:
         UsageError: where there is no such recipe or setting.
     """
+    if name == AUTO:
+        return Auto(tuple(settings))
     if name not in RECIPES:
-        raise unknown_name("recipe", name, RECIPES)
+        raise unknown_name("recipe", name, (AUTO, *RECIPES))
     return RECIPES[name].changed(settings)

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...data import ImageData, Images
 from ...errors import TrialFailure
 from ...machine import multiplies_bf16, seeded
+from ...memory_format import training_format
 from .estimate import Estimate, Fidelity, Rung
 
 RECIPE = 2
@@ -127,7 +128,8 @@ class Training:
         self.pixels, self.labels = train_part.pixels, train_part.labels
         self.normalise = normaliser(data, device)
         self.batch_size, self.chunks = min(batch_size, len(self.labels)), chunks
-        self.network = copy.deepcopy(model).to(self.device).to(memory_format=torch.channels_last)
+        self.format = training_format(model, self.device)
+        self.network = copy.deepcopy(model).to(self.device).to(memory_format=self.format)
         self.average = [p.detach().clone() for p in self.network.parameters()]
         # scaled with the square root of the batch, as suits Adam; 64 is what the rate was chosen at
         self.rate = LEARNING_RATE * math.sqrt(self.batch_size / 64)
@@ -165,6 +167,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
             images = self.normalise(_augment(self.pixels[index], self.data.mirrored, generator))
+            images = images.contiguous(memory_format=self.format)
             self.optimizer.zero_grad(set_to_none=True)
             for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
