@@ -6,7 +6,11 @@ database that holds its study, but naming does nothing: `--command` and `--stora
 
 from __future__ import annotations
 
+import re
+
 from .errors import RunError, UsageError
+
+_PASSWORD = re.compile(r"(?<=[^:/]):[^/@]*@")
 
 _COMMANDS: set[str] = set()
 _STORAGES: set[str] = set()
@@ -48,4 +52,5 @@ def check_storage(url: str | None, where: str) -> None:
         RunError: where the user did not say the same.
     """
     if url and url not in _STORAGES:
-        raise RunError(f"{where} keeps its study at {url}: say it again by --storage to allow opening it")
+        shown = _PASSWORD.sub(":***@", url.partition("?")[0])
+        raise RunError(f"{where} keeps its study at {shown}: say it again by --storage to allow opening it")

@@ -348,7 +348,7 @@ def _torchvision_and_timm(_: Subject) -> Finding:
 
 def _runtime(name: str, _: Subject) -> Finding:
     """A runtime that needs further packages."""
-    from .scoring.latency import RUNTIME_TRAITS
+    from .scoring.latency import RUNTIME_TRAITS, import_package
 
     traits = RUNTIME_TRAITS[name]
     if traits.missing:
@@ -356,7 +356,7 @@ def _runtime(name: str, _: Subject) -> Finding:
     versions = []
     for package in traits.packages:
         try:
-            importlib.import_module(package)
+            import_package(package)
         except (ImportError, RuntimeError, OSError) as error:
             first = str(error).partition("\n")[0][:200]
             again = f"pip install --force-reinstall {package}"

@@ -15,6 +15,7 @@ from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .folding import Fused, fuse_branches
 from .machine import describe_machine, machine_name, resolve_device
+from .machine.limits import free_memory
 from .reading import MAX_SIDE
 from .scoring.cost import Cost, count_cost
 from .scoring.latency import (
@@ -26,7 +27,7 @@ from .scoring.latency import (
     prepare_model,
     prepare_parts,
 )
-from .scoring.memory import is_out_of_memory, measure_memory_mib
+from .scoring.memory import MIB, estimate_memory_mib, is_out_of_memory, measure_memory_mib
 from .search.stability import as_figure, compare_orders, rank_correlation
 from .targets import Target
 
@@ -56,7 +57,7 @@ def measure(
     configs = []
     for target in targets:
         configs.append(_config(target, conditions))
-    networks = [_Network(t, input_size, c.folded) for t, c in zip(targets, configs, strict=True)]
+    networks = [_Network(t, input_size, c) for t, c in zip(targets, configs, strict=True)]
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, (target, config) in enumerate(zip(targets, configs, strict=True)):
         groups[config, target.reference_ms(config)].append(i)
@@ -90,16 +91,29 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
 class _Network:
     """A target, built and counted in the form that is timed."""
 
-    def __init__(self, target: Target, input_size: int | None, deployed: bool) -> None:
+    def __init__(self, target: Target, input_size: int | None, config: LatencyConfig) -> None:
         self.target = target
         self.size = _image(target, input_size)
         self.model = target.build().eval()
-        self.fused, self.cost = _count(target, self.model, self.size, deployed)
+        _check_memory(target, self.model, self.size, config)
+        self.fused, self.cost = _count(target, self.model, self.size, config.folded)
 
     @property
     def parts(self) -> list[str]:
         """Names of its sub-modules that are parts of the whole, in order."""
         return [path for path, cost in self.cost.parts.items() if path != "(model)" and any(cost)]
+
+
+def _check_memory(target: Target, model: nn.Module, size: tuple[int, int, int], config: LatencyConfig) -> None:
+    """Refuse a pass that this machine's memory cannot hold, before the system ends a program for want of it."""
+    if not config.device.startswith("cpu"):
+        return  # a GPU says so itself
+    free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size)
+    if free is not None and needed is not None and needed * MIB > free:
+        raise NasError(
+            f"{target.name} with a batch of {config.batch_size} images of {size[1]} pixels does not fit in memory: it "
+            f"takes about {needed / 1024:.1f} GiB, and {free / 2**30:.1f} GiB are free. Take a smaller batch or images"
+        )
 
 
 def _measure_together(

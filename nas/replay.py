@@ -433,7 +433,7 @@ def _read(file: Path, machine: str) -> _Known:
             for row in rows
         }
         places = {row["machine"] for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): --anew starts over") from None
     if places - {machine}:
         raise RunError(f"{file} was begun on {min(places - {machine})}, this is {machine}: --anew starts over here")

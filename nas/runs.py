@@ -750,6 +750,10 @@ def join_run(path: Path, url: str, study: str) -> Run:
         RunError: where the storage has no such study, or the folder is another run's.
     """
     consent.allow(storage=url)
+    if url.startswith("sqlite"):
+        file = Path(make_url(url).database or "")
+        if not is_file(file, RunError):
+            raise RunError(f"there is no database {file}: --storage must be that of the search")
     with storage_errors(path):
         storage = open_storage(path, url, create=False)
         try:

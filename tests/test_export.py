@@ -28,6 +28,7 @@ from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
 from nas.data import load_data
 from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
+from nas.export.card import as_text
 from nas.export.checks import check_batches, paired_interval
 from nas.models import PRESETS
 from nas.runs import Run
@@ -120,7 +121,7 @@ def test_an_export_describes_itself(run):
     card = (folder / "README.md").read_text()
     for fact in (trial.key, f"{trial.scores.params:,}", f"{trial.scores.accuracy:.2f} %", "import mixnas_model"):
         assert fact in card
-    assert run.manifest["machine"]["cpu"] in card
+    assert as_text(run.manifest["machine"]["cpu"]) in card
     target = resolve(str(folder))
     assert target.architecture == trial.architecture
     assert target.build().num_classes == 10

@@ -158,7 +158,7 @@ IMAGES = [2, 8, 100, 500, 2_000, 12_000, 100_000, 1_281_167]
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("images", IMAGES)
 def test_auto_follows_the_number_of_images(images, pretrained):
-    recipe = auto_recipe(images, 10, 96, pretrained)
+    recipe = auto_recipe(images, 10, pretrained)
     steps = max(1, images // recipe.batch_size)
     total = steps * recipe.epochs
     assert recipe.name == "auto"
@@ -171,15 +171,15 @@ def test_auto_follows_the_number_of_images(images, pretrained):
 
 
 def test_auto_grows_with_the_images_and_follows_what_is_set():
-    for a, b in pairwise(auto_recipe(n, 10, 96, pretrained=False) for n in IMAGES):
+    for a, b in pairwise(auto_recipe(n, 10, pretrained=False) for n in IMAGES):
         assert a.batch_size <= b.batch_size
         assert a.learning_rate <= b.learning_rate
         assert a.epochs >= b.epochs
-    chosen = Auto(("epochs=3", "batch-size=128", "mixup=0.5")).choose(2000, 6, 96, pretrained=True)
-    same = auto_recipe(2000, 6, 96, pretrained=True, epochs=3, batch_size=128)
+    chosen = Auto(("epochs=3", "batch-size=128", "mixup=0.5")).choose(2000, 6, pretrained=True)
+    same = auto_recipe(2000, 6, pretrained=True, epochs=3, batch_size=128)
     assert chosen == replace(same, mixup=0.5)
-    assert same.learning_rate > auto_recipe(2000, 6, 96, pretrained=True).learning_rate, "as the batch is larger"
-    assert same.ema_decay < auto_recipe(2000, 6, 96, pretrained=True).ema_decay, "as the training is shorter"
+    assert same.learning_rate > auto_recipe(500, 6, pretrained=True).learning_rate, "as the batch is larger"
+    assert same.ema_decay < auto_recipe(2000, 6, pretrained=True).ema_decay, "as the training is shorter"
     assert find_recipe("auto", ["epochs=3"]) == Auto(("epochs=3",))
     assert Auto(("holdout=0.2",)).holdout == 0.2
     assert Auto().holdout == 0.1
@@ -486,10 +486,9 @@ def test_auto_is_chosen_once(images, file, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     asked = Auto(("epochs=2",))
     trained = train(config(file, images, tmp_path / "t", recipe=asked))
-    assert "recipe auto" in caplog.text
-    assert "46 images of 2 classes at 32 pixels" in caplog.text
+    assert "for 44 images of 2 classes at 32 pixels, from scratch: recipe auto: 2 epochs" in caplog.text
     kept = Recipe.from_dict(trained.manifest["recipe"])
-    assert kept == asked.choose(44, 2, 32, pretrained=False)
+    assert kept == asked.choose(44, 2, pretrained=False)
     monkeypatch.setattr(recipes, "auto_recipe", lambda *_: replace(kept, batch_size=2))
     for again in (config(file, images, tmp_path / "t", recipe=asked), TrainConfig(str(trained.path), device="cpu")):
         (trained.path / "result.json").unlink()

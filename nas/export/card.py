@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from ..search.objectives import OBJECTIVES, format_value
 from .formats import FORMATS
 from .subject import Subject
 
+_MARKUP = re.compile(r"([\\`*_\[\]|~])")
+
 
 def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str:
     """Markdown with the metadata that Hugging Face reads.
@@ -23,10 +27,9 @@ def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str
         report: what `export.json` holds.
         package: the name of the folder with the model's source.
     """
-    machine = subject.manifest["machine"]
-    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
     versions = subject.manifest["software"].items()
     software = ", ".join(f"{name} {version}" for name, version in versions if name != "commit" and version)
+    machine = subject.manifest["machine"]
     name = subject.key if subject.architecture is None else f"mixnas {subject.key}"
     return f"""---
 {_metadata(subject)}
@@ -47,7 +50,7 @@ Class names lie in `config.json`; `preprocessing.json` says how an image becomes
 {chr(10).join(_figures(subject, report.get("deployed")))}
 
 {_training(subject)}
-Trained on: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"]}. Software: {software}.
+Trained on: {_machine(machine)}; {as_text(machine["platform"])}. Software: {as_text(software)}.
 {_origin(subject)}
 ## Files
 
@@ -55,8 +58,18 @@ Trained on: {machine["cpu"]}, {machine["cores"]} cores{gpu}; {machine["platform"
 
 
 def plain(text: str) -> str:
-    """A name for the inside of Markdown code: no backticks, one line."""
-    return " ".join(text.replace("`", "'").split())
+    """A name for the inside of Markdown code, in a table too: no backticks, no bars, one line."""
+    return " ".join(text.replace("`", "'").replace("|", "/").split())
+
+
+def as_text(text: object) -> str:
+    """What a file says, for the inside of Markdown: shown as it is, in one line, as no markup and no HTML."""
+    return " ".join(_MARKUP.sub(r"\\\1", html.escape(str(text), quote=False)).split())
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpu = f", {as_text(machine['gpu'])}" if "gpu" in machine else ""
+    return f"{as_text(machine['cpu'])}, {as_text(machine['cores'])} cores{gpu}"
 
 
 def _data_set(name: str) -> str:
@@ -124,7 +137,7 @@ def _what(subject: Subject) -> str:
     architecture, (_, height, width) = subject.architecture, subject.input_size
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
-    found = f" found by mixnas in the space `{subject.run.manifest['space']['name']}`" if subject.run else ""
+    found = f" found by mixnas in the space `{plain(subject.run.manifest['space']['name'])}`" if subject.run else ""
     rows = "\n".join(
         f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
         for i, (s, (h, w)) in enumerate(
@@ -203,7 +216,8 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
         assert subject.run is not None
         threads, device = subject.run.manifest["conditions"]["threads"], subject.run.manifest["conditions"]["device"]
         rows.append(
-            f"| latency at {height}x{width} in the search: {subject.run.timing}, threads: {threads}, {plain(device)} | "
+            f"| latency at {height}x{width} in the search: {as_text(subject.run.timing)}, threads: {threads}, "
+            f"{plain(device)} | "
             f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
         )
     if scores is not None and scores.memory_mib is not None:
@@ -237,9 +251,9 @@ def _training(subject: Subject) -> str:
 def _origin(subject: Subject) -> str:
     created = subject.manifest["created"]
     if subject.run is None or subject.trial is None:
-        return f"Training created {created}.\n"
+        return f"Training created {as_text(created)}.\n"
     of = f"Run `{plain(subject.run.name)}`, trial {subject.trial.number}"
-    return f"{of}, created {subject.run.manifest['created']}.\n"
+    return f"{of}, created {as_text(subject.run.manifest['created'])}.\n"
 
 
 def _files(report: Mapping[str, Any]) -> str:
@@ -259,11 +273,10 @@ def _files(report: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines)
-    machine, software = report["machine"], report["software"]
-    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    software = report["software"]
     fixed = any(file.get("batch") for file in report["files"].values())
     together = "Whatever is beside it in a pass, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
-    text += f"\n\nCompared with the trained network in eager torch on {report['compared_on']}"
+    text += f"\n\nCompared with the trained network in eager torch on {as_text(report['compared_on'])}"
     if (int8 := report["files"].get("int8")) is not None:
         change = int8.get("change")
         text += (
@@ -277,7 +290,7 @@ def _files(report: Mapping[str, Any]) -> str:
             )
     text += (
         f". {together} the same logits (int8: nearly).\n"
-        f"{machine['cpu']}, {machine['cores']} cores{gpu}; "
+        f"{_machine(report['machine'])}; "
         + ", ".join(f"{name} {software[name]}" for name in ("torch", "timm", "onnxruntime") if name in software)
         + f"; {report['created']}.\n"
     )

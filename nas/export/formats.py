@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
 from ..architecture import resolutions
 from ..data import BACKGROUND
-from ..errors import NasError, UsageError
+from ..errors import NasError, RunError, UsageError
 from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
 from ..runs import write_file
@@ -174,22 +175,25 @@ def _make_timm(material: Material, folder: Path) -> None:
     if architecture is not None:
         pretrained_cfg["pool_size"] = resolutions(architecture, *size[1:])[-1]
         arguments["architecture"] = architecture.to_dict()
-    with _quiet():
-        save_for_hf(
-            subject.model,
-            str(folder),
-            model_config={"label_names": list(data["classes"]), "pretrained_cfg": pretrained_cfg},
-            model_args=arguments,
-            safe_serialization=True,
-            data_config={
-                "input_size": size,
-                "interpolation": data["interpolation"],
-                "mean": tuple(data["mean"]),
-                "std": tuple(data["std"]),
-                "crop_pct": 1.0,
-                "crop_mode": "center",
-            },
-        )
+    try:
+        with _quiet():
+            save_for_hf(
+                subject.model,
+                str(folder),
+                model_config={"label_names": list(data["classes"]), "pretrained_cfg": pretrained_cfg},
+                model_args=arguments,
+                safe_serialization=True,
+                data_config={
+                    "input_size": size,
+                    "interpolation": data["interpolation"],
+                    "mean": tuple(data["mean"]),
+                    "std": tuple(data["std"]),
+                    "crop_pct": 1.0,
+                    "crop_mode": "center",
+                },
+            )
+    except SafetensorError as error:  # what it makes of a full disk
+        raise RunError(f"cannot write the weights of {subject.key}: {error}") from None
     (folder / FORMATS["timm"].file).chmod(0o644)  # safetensors makes it the owner's alone
 
 

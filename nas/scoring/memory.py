@@ -74,8 +74,7 @@ def measure_memory_mib(
     live.see(images)
     with torch.no_grad(), live:
         probe(images)
-    weights = sum(t.untyped_storage().nbytes() for t in (*probe.parameters(), *probe.buffers()))
-    return (weights + live.peak_bytes) / MIB
+    return (_weight_bytes(probe) + live.peak_bytes) / MIB
 
 
 def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype) -> float:
@@ -92,18 +91,39 @@ def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device,
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
+def estimate_memory_mib(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> float | None:
+    """Peak MiB of one forward pass in fp32 on the CPU, as `measure_memory_mib` has it, with nothing allocated.
+
+    None where the network cannot be followed on torch's meta device, as some that look at values.
+    """
+    probe = copy.deepcopy(model).to("meta").eval()
+    images = torch.empty(batch_size, *input_size, device="meta")
+    live = _LiveActivations(probe)
+    live.see(images)
+    try:
+        with torch.no_grad(), live:
+            probe(images)
+    except (RuntimeError, NotImplementedError, ValueError, AssertionError):
+        return None
+    return (_weight_bytes(probe) + live.peak_bytes) / MIB
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
+
+
 class _LiveActivations(TorchDispatchMode):
     """Follows the bytes of storages that operations make, from their making to their release."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
-        self._known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is released, unless it is a weight's or counted already."""
         storage = tensor.untyped_storage()
-        pointer, nbytes = storage.data_ptr(), storage.nbytes()
+        pointer, nbytes = storage._cdata, storage.nbytes()  # on the meta device there is no data to point to
         if nbytes == 0 or pointer in self._known:
             return
         self._known.add(pointer)

@@ -133,6 +133,26 @@ class Recipe:
         """Whether images are mixed."""
         return bool((self.mixup or self.cutmix) and self.mix_share)
 
+    def described(self, steps: int) -> str:
+        """In a few words.
+
+        Args:
+            steps: of an epoch.
+        """
+        altered = {
+            f"policy {self.augment}": self.augment,
+            f"mixup {self.mixup:g}": self.mixup and self.mix_share,
+            f"CutMix {self.cutmix:g}": self.cutmix and self.mix_share,
+            f"erasing {self.erase:g}": self.erase,
+            f"stochastic depth {self.drop_path:g}": self.drop_path,
+        }
+        crops = "shifted crops" if self.crop == "shift" else f"random resized crops from {self.crop_scale:g}"
+        return (
+            f"recipe {self.name}: {self.epochs} epochs of {steps} steps, {self.batch_size} images a step, learning "
+            f"rate {self.learning_rate:.2g} after {self.warmup_epochs * steps:.0f} steps of warm-up, average of the "
+            f"weights {self.ema_decay:.4g}, " + ", ".join([crops, *(what for what, used in altered.items() if used)])
+        )
+
     def changed(self, settings: Iterable[str]) -> Recipe:
         """The recipe with `key=value` settings.
 
@@ -251,37 +271,44 @@ RECIPES = {
 
 AUTO = "auto"
 """The name of the recipe that follows the images."""
+FEW_EPOCHS = 30
+"""Below these a network from scratch sees an image too seldom to learn it by heart: it is not altered much."""
+MANY_IMAGES = 100_000
+"""From these on a training from scratch is that of `standard`, what the published networks were trained by."""
+WARMUP_STEPS = 1000
 
 
 def auto_recipe(
-    images: int,
-    classes: int,
-    side: int,
-    pretrained: bool,
-    epochs: int | None = None,
-    batch_size: int | None = None,
+    images: int, classes: int, pretrained: bool, epochs: int | None = None, batch_size: int | None = None
 ) -> Recipe:
-    """The recipe `auto`: what suits a training set.
+    """The recipe `auto`: what suits a training set. How it was found: `benchmarks/recipes.md`.
+
+    All that depends on how long the training is depends on its steps: a set of 500 images gets smaller batches and more
+    epochs than one of 100,000. How images are altered depends on how often each is seen.
 
     Args:
         images: to train on.
-        classes: of them.
-        side: of the images, in pixels.
+        classes: of them, each of which takes steps to learn.
         pretrained: whether the network starts from weights of a full training.
         epochs: passes over the images; None for as many as suit.
         batch_size: images a step; None for as many as suit.
     """
     batch = batch_size or 2 ** min(10, max(4, math.floor(math.log2(math.sqrt(images)))))
     steps = max(1, images // min(batch, images))
-    epochs = epochs or math.ceil(min(300 if not pretrained else 60, max(100 if not pretrained else 20, 1000 / steps)))
+    if epochs is None:
+        least, most = (20, 60) if pretrained else (100, 300)
+        epochs = min(most, max(least, math.ceil((1000 + 10 * classes) / steps)))
     total = epochs * steps
-    return Recipe(
+    from_scratch = STANDARD if images >= MANY_IMAGES else SMALL
+    like = RECIPES["quick"] if pretrained or epochs < FEW_EPOCHS else from_scratch
+    return replace(
+        like,
         name=AUTO,
         epochs=epochs,
         batch_size=batch,
-        learning_rate=1e-3 * math.sqrt(batch / 32),
-        warmup_epochs=0.2 * epochs,
-        ema_decay=max(0.0, 1 - 20 / total),
+        learning_rate=(1e-3 if pretrained else 2e-3) * min(1.0, math.sqrt(batch / 32)),
+        warmup_epochs=min(total / 4, WARMUP_STEPS) / steps,
+        ema_decay=min(0.9998, max(0.0, 1 - 20 / total)),
     )
 
 
@@ -297,7 +324,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         """Refuse settings that no set of images makes possible."""
-        self.choose(1000, 10, 224, pretrained=False)
+        self.choose(1000, 10, pretrained=False)
 
     @property
     def holdout(self) -> float:
@@ -305,10 +332,10 @@ class Auto:
         share: float = parse_settings(self.settings).get("holdout", Recipe.holdout)
         return share
 
-    def choose(self, images: int, classes: int, side: int, pretrained: bool) -> Recipe:
+    def choose(self, images: int, classes: int, pretrained: bool) -> Recipe:
         """The recipe for a training set, see `auto_recipe`."""
         given = parse_settings(self.settings)
-        chosen = auto_recipe(images, classes, side, pretrained, given.get("epochs"), given.get("batch_size"))
+        chosen = auto_recipe(images, classes, pretrained, given.get("epochs"), given.get("batch_size"))
         return replace(chosen, **given)
 
 

@@ -258,8 +258,10 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
         return recipe
     if before is not None and _chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest["recipe"]))
-    recipe = asked.choose(len(data.train), len(data.classes), data.input_size[1], pretrained)
-    log.info("%s", recipe)
+    recipe = asked.choose(len(data.train), len(data.classes), pretrained)
+    images = f"{len(data.train):,} images of {len(data.classes)} classes at {data.input_size[1]} pixels"
+    start = "from weights" if pretrained else "from scratch"
+    log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe)))
     return recipe
 
 

@@ -6,7 +6,7 @@ Networks are timed as they are deployed, with training branches fused and batch 
 asked otherwise.
 """
 
-from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig, reference_of
+from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig, import_package, reference_of
 from .protocol import (
     measure_latencies,
     measure_latency,
@@ -28,6 +28,7 @@ __all__ = [
     "LatencyConfig",
     "Prepared",
     "forget_references",
+    "import_package",
     "measure_latencies",
     "measure_latency",
     "prepare_call",

@@ -6,8 +6,10 @@ import importlib.util
 import math
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +44,16 @@ class RuntimeTraits:
     def missing(self) -> tuple[str, ...]:
         """Packages that are not installed."""
         return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
+
+
+def import_package(name: str) -> Any:
+    """A package of a runtime.
+
+    OpenVINO tells Google Analytics that it was imported, without asking. Where its telemetry is not there, it does not.
+    """
+    if name == "openvino":
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module(name)
 
 
 _ONNX = ("onnx", "onnxscript")

@@ -32,7 +32,7 @@ from ...folding import deploy
 from ...onnx import export_chain, export_onnx
 from ..memory import is_out_of_memory
 from .clocks import TimeBlock, cpu_clock, cuda_clock
-from .config import DTYPES, LatencyConfig
+from .config import DTYPES, LatencyConfig, import_package
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 """How far a runtime's output may be from eager's: max|a - b| / max|b|."""
@@ -294,8 +294,7 @@ def _onnxruntime(model: bytes, images: torch.Tensor, config: LatencyConfig) -> P
 
 
 def _openvino(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
-    import openvino
-
+    openvino = import_package("openvino")
     precision = {"fp32": "f32", "bf16": "bf16"}[config.dtype]
     core = openvino.Core()
     if config.dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
