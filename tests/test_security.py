@@ -208,7 +208,7 @@ NEEDS_THE_STUDY = {"front", "plot", "report", "export", "explain", "dashboard"}
 ASKS = {
     "far": ["by --storage"],
     "proxied": ["by --storage"],
-    "search": ["by --command", "by --storage"],
+    "search": ["by --command", "by --storage", "measures with runtime eager, the profile"],
     "replay": ["by --command", "by --storage"],
 }
 """Of what is not done: what is said of it. By folder for commands that read the study, by command for others."""

@@ -298,7 +298,7 @@ def auto_recipe(
     if epochs is None:
         least, most = (20, 60) if pretrained else (100, 300)
         epochs = min(most, max(least, math.ceil((1000 + 10 * classes) / steps)))
-    total = epochs * steps
+    total = max(1, epochs * steps)  # what is not allowed is refused by `Recipe`
     from_scratch = STANDARD if images >= MANY_IMAGES else SMALL
     like = RECIPES["quick"] if pretrained or epochs < FEW_EPOCHS else from_scratch
     return replace(
