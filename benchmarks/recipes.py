@@ -65,12 +65,11 @@ SETS = {
 }
 CASES = [  # set, side in pixels, network, whether it starts from ImageNet weights, epochs
     (TRASHNET, 96, "tf_efficientnet_lite0", True, 4),
-    (TRASHNET, 64, "resnet10t", False, 12),
-    (TRASHNET, 64, "cas_vit_xs", False, 12),
+    (TRASHNET, 64, "cas_vit_xs", False, 6),
     (TRASHNET, 64, "mobilenetv2_100", True, 4),
     (CIFAR, 64, "tf_efficientnet_lite0", True, 4),
-    (CIFAR, 64, "resnet10t", False, 12),
-    (CIFAR, 64, "mobilenetv2_100", True, 4),
+    (CIFAR, 64, "resnet10t", False, 8),
+    (TRASHNET, 64, "resnet10t", False, 8),
 ]
 
 
