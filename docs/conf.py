@@ -16,7 +16,14 @@ author = "the mixnas authors"
 copyright = "the mixnas authors, Apache-2.0"
 version = release = __version__
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "benchmarks/*.md", "results/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+include_patterns = [
+    "docs/**.md",
+    "benchmarks/*.md",
+    "results/README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+]
 exclude_patterns = [".venv", ".git", "build", "dist", "results/*/**"]
 templates_path = ["_templates"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -232,6 +232,15 @@ def test_plot_names_its_files(capsys, run_path):
     assert all(Path(line).is_file() for line in out.split())
 
 
+def test_what_memory_cannot_hold_is_not_tried(capsys):
+    """Old: the system ended the process in the midst of it."""
+    code, _, err = call(
+        capsys, "measure", "timm:test_resnet", "--device", "cpu", "--batch-size", "65536", "--input-size", "4096"
+    )
+    assert (code, err.count("\n")) == (1, 1)
+    assert "does not fit in memory: it takes about" in err
+
+
 def test_measure_json_has_conditions_and_figures(capsys):
     code, out, _ = call(capsys, "measure", "timm:test_resnet", "--json", "--batch-size", "2", "--input-size", "32")
     assert code == 0

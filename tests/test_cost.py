@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nas.models import Backbone
 from nas.scoring.cost import Cost, count_cost
-from nas.scoring.memory import MIB, measure_memory_mib
+from nas.scoring.memory import MIB, estimate_memory_mib, measure_memory_mib
 
 TIMM_MODELS = {
     "test_vit": 160,  # fused attention, on the CPU by a kernel of its own
@@ -474,6 +474,7 @@ def test_memory_is_exact_for_a_tiny_net(batch_size):
     image, four = 4 * batch_size * 3 * 64, 4 * batch_size * 4 * 64
     peak = image + four + four  # at the ReLU: the input, what it reads and what it writes
     assert measure_memory_mib(tiny_net(), (3, 8, 8), batch_size) * MIB == weights + peak
+    assert estimate_memory_mib(tiny_net(), (3, 8, 8), batch_size) == (weights + peak) / MIB
 
 
 def test_memory_at_another_width():

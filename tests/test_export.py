@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -530,6 +532,34 @@ def test_training_branches_are_fused_in_deployed_files_alone(run, tmp_path):
     assert state.keys() == trainable.state_dict().keys()
     card = (made.folder / "README.md").read_text()
     assert f"MACs at 32x32, with training branches fused, as deployed | {told['macs']:,} |" in card
+
+
+def test_a_full_disk_is_one_line(run, tmp_path):
+    """Old: the error of safetensors, with its traceback. Nothing half written stays."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # Python ignores the signal, writing fails
+    try:
+        with pytest.raises(RunError, match="cannot write"):
+            export(run, run.front()[0].key, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_card_says_is_no_markup(run, tmp_path):
+    """Old: names of machines, software and spaces stood in it as they were."""
+    bad = "<img src=x onerror=alert(1)> [a](javascript:b) | `c`"
+    manifest = json.loads(json.dumps(run.manifest))
+    manifest["machine"] |= {"cpu": bad, "platform": bad, "gpu": bad}
+    manifest["software"] |= {"torch": bad}
+    manifest["space"]["name"] = bad
+    manifest["created"] = bad
+    folder = export(Run(run.path, manifest), run.front()[0].key, tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert card.count("alert(1)") >= 6
+    text = re.sub(r"`[^`\n]*`", "", card.replace("\\`", ""))  # what stands in code is shown as it is
+    assert "<img" not in text
+    assert not re.search(r"(?<!\\)\[a", text)
 
 
 def test_images_that_are_gone(run, tmp_path, caplog):

@@ -171,6 +171,12 @@ compressions = pytest.mark.parametrize("compression", COMPRESSIONS)
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 
 
+def each_with_each(variants):
+    """Every variant with every compression, at sizes in turn: each kind of mixer sees each size."""
+    forms = [(v, c, SIZES[(i + j) % len(SIZES)]) for i, v in enumerate(variants) for j, c in enumerate(COMPRESSIONS)]
+    return pytest.mark.parametrize(("options", "compression", "size"), forms, ids=str)
+
+
 def fits(options, width):
     return width % getattr(options, "heads", 1) == 0 and width % getattr(options, "granularity", 1) == 0
 
@@ -213,9 +219,7 @@ def test_registries_agree():
     assert all(fits(options, WIDTH) for options in VARIANTS)
 
 
-@sizes
-@compressions
-@variant
+@each_with_each(VARIANTS)
 def test_maps_keep_their_shape(options, compression, size):
     mixer = make(options, compression)
     for x in (images(size), images(size, batch=1)):
@@ -241,9 +245,7 @@ def test_gradient_reaches_every_parameter(options, compression):
     assert bool((x.grad != 0).any())
 
 
-@sizes
-@compressions
-@variant
+@each_with_each(VARIANTS)
 def test_images_of_a_batch_do_not_mix(options, compression, size):
     mixer = exact(options, compression)
     batch = images(size, batch=3).double()
@@ -269,9 +271,7 @@ def test_positions_do_mix(options, compression):
         assert max(change[0, 1], change[1, 0]) > 1e-6
 
 
-@sizes
-@compressions
-@variant
+@each_with_each(VARIANTS)
 def test_cost_equals_its_closed_form(options, compression, size):
     """Three counters agree: thop with our rules, torch's own and the formula."""
     mixer = make(options, compression)
@@ -973,9 +973,7 @@ HADAMARD_BY_HAND = {
 }
 
 
-@sizes
-@compressions
-@pytest.mark.parametrize("options", HADAMARD_VARIANTS, ids=str)
+@each_with_each(HADAMARD_VARIANTS)
 def test_hadamard_by_hand(options, compression, size):
     mixer = exact(options, compression)
     x = images(size).double()

@@ -98,6 +98,13 @@ def test_exact_scores_are_equal_and_in_the_recorded_order(tmp_path):
     assert (data["agree"], data["of"], data["counts"]) == (5, 5, {"agree": 5, "equal": 5, "of": 5})
 
 
+def test_a_table_that_is_no_table_is_one_line(single):
+    """Old: a field of more than 131,072 characters ended in a traceback."""
+    (single.path / FILE).write_text('trial,key,scores,failure,machine\n0,"' + "x" * 200_000 + '"\n')
+    with pytest.raises(RunError, match="is damaged"):
+        again(single)
+
+
 def test_what_was_scored_is_not_scored_again_unless_asked(tmp_path):
     run = search(analytic_config(tmp_path, trials=4))
     assert len(again(run, limit=2).rows) == 2

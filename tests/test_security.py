@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from test_cli import call
 from test_fuzz import CALIBRATION, NETWORK, PROFILE, REPORT, ROW
 from test_replay import TIMED
+from test_search import analytic_config
 
 import search_spaces
 from nas.calibration.folder import COLUMNS
@@ -200,6 +203,38 @@ def change(file: Path, **fields: str) -> None:
     manifest["config"] |= fields
     manifest["conditions"] |= {name: value for name, value in fields.items() if name in ("runtime", "command")}
     file.write_text(json.dumps(manifest))
+
+
+def test_a_folder_connects_nobody(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Old: `front` went to the server that `run.json` names. The user may say the same; a password is not shown."""
+    run = search(analytic_config(tmp_path, trials=2))
+    other = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(other)) as database, database:
+        database.execute("CREATE TABLE mine (x)")
+    before = other.read_bytes()
+    for url in (f"postgresql://me:{SECRET}@127.0.0.1:{server.port}/x", f"sqlite:///{other}"):
+        change(run.path / "run.json", storage=url)
+        code, _, said = call(capsys, "front", str(run.path))
+        assert (code, said.count("\n")) == (1, 1)
+        assert "say it again by --storage" in said
+        assert SECRET not in said
+    code, _, said = call(capsys, "front", str(run.path), "--storage", url)
+    assert (code, said.count("\n")) == (1, 1), said
+    assert other.read_bytes() == before, "reading makes no tables"
+    assert server.callers == 0
+
+
+def test_a_lost_manifest_is_found_in_the_study(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old: a run without `run.json` could not be gone on with."""
+    run = search(analytic_config(tmp_path, trials=3))
+    scores = {t.key: t.scores for t in run.trials()}
+    (run.path / "run.json").unlink()
+    longer = search(analytic_config(tmp_path, trials=5))
+    assert "written again from the study" in caplog.text
+    assert longer.manifest == run.manifest | {"config": longer.manifest["config"]}
+    found = {t.key: t.scores for t in longer.trials()}
+    assert len(found) == 5
+    assert scores.items() <= found.items()
 
 
 WRITERS = {"plot", "report", "export", "train", "replay", "profile", "calibrate"}
