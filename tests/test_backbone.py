@@ -752,7 +752,9 @@ def test_the_cover_has_every_mixer():
     assert kinds(COVER) == kinds(NETWORKS) == set(MIXER_TYPES) - {"hadamard"} | set(HADAMARD_KINDS)
 
 
-each_of_the_cover = pytest.mark.parametrize("name", COVER)
+each_of_the_cover = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "products" else [pytest.mark.slow]) for name in COVER]
+)
 
 
 @each_of_the_cover

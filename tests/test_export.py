@@ -519,6 +519,7 @@ def test_a_training_of_another_family(run, tmp_path):
         list(export_each(folder.path, [], False, None, Settings(weights="proxy")))
 
 
+@pytest.mark.slow
 def test_training_branches_are_fused_in_deployed_files_alone(run, tmp_path):
     folder = trained(tmp_path / "train", run, model="mobileone_s0")
     (made,) = export_each(folder.path, [], False, None, Settings(formats=("torch", "onnx")))

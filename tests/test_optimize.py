@@ -33,7 +33,7 @@ def all_scores():
     return [scores(dict(zip(KNOBS, values, strict=True))) for values in itertools.product(*KNOBS.values())]
 
 
-@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp"}))  # a draw of it takes a second
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp", "tpe"}))  # draws of these take long
 def test_an_exhausted_space_gives_the_true_front(sampler):
     found = optimize(KNOBS, scores, BOTH, sampler=sampler, trials=100, seed=1)
     losses = np.array([[s["latency"], -s["accuracy"]] for s in all_scores()])
@@ -60,6 +60,7 @@ def test_an_interrupted_call_goes_on(sampler, tmp_path):
     assert [t.values for t in resumed.trials] == [t.values for t in whole.trials]
 
 
+@pytest.mark.slow
 def test_a_surrogate_needs_fewer_evaluations_than_chance():
     knobs = {f"k{i}": ("a", "b", "c", "d") for i in range(6)}
     weights = np.random.default_rng(0).random((6, 4, 2))

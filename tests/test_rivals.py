@@ -39,6 +39,7 @@ BRANCHING: dict[str, float | None] = {
     **dict.fromkeys(("levit_128s", "iformer_t", "shvit_s1", "lcnetv2_small")),
 }
 """Families whose training branches or norms timm fuses -> published millions of parameters after it, of some."""
+FEW = ("repvgg_a0", "fastvit_t8", "tiny_vit_5m_224", "efficientvit_m0")
 
 
 def with_norms_that_do_something(model: nn.Module) -> nn.Module:
@@ -72,7 +73,10 @@ def count_by_torch(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 # Training branches
 
 
-@pytest.mark.parametrize("name", BRANCHING)
+each_kind = [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in BRANCHING]
+
+
+@pytest.mark.parametrize("name", each_kind)
 def test_branches_are_fused_and_the_output_stays(name):
     model = with_norms_that_do_something(create_network(name, 1000, SIZE)).train()
     before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
@@ -168,6 +172,7 @@ def test_amplified_rounding_is_not_mistaken_for_a_wrong_fusion():
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.slow
 def test_measure_is_of_the_deployed_form():
     quick = {"device": "cpu", "max_seconds": 0.05, "target": 9.0, "warmup_seconds": 0.0, "block_ms": 1.0}
     targets = [resolve("timm:mobileone_s0"), resolve("timm:test_resnet")]

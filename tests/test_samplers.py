@@ -57,8 +57,13 @@ def quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+each_sampler = pytest.mark.parametrize(  # a draw of gp takes a second
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "gp" else []) for name in SAMPLERS]
+)
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_sampler
 def test_never_proposes_a_known_architecture_and_repeats_by_seed(name, count):
     keys, _ = draw(name, MINI, 14, seed=3, count=count)
     again, _ = draw(name, MINI, 14, seed=3, count=count)
@@ -68,7 +73,7 @@ def test_never_proposes_a_known_architecture_and_repeats_by_seed(name, count):
     assert other != keys
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_sampler
 def test_resuming_draws_what_an_unbroken_run_draws(name):
     whole, _ = draw(name, MINI, 16, seed=0, count=2)
     first, study = draw(name, MINI, 9, seed=0, count=2)
@@ -77,13 +82,13 @@ def test_resuming_draws_what_an_unbroken_run_draws(name):
     assert resumed == whole
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_sampler
 def test_a_space_is_drawn_to_its_last_point(name):
     keys, _ = draw(name, TINY, TINY.size, seed=1, count=2)
     assert sorted(keys) == sorted(a.key for a in TINY)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_sampler
 def test_over_budget_trials_are_no_obstacle(name):
     study = optuna.create_study(directions=["minimize", "maximize"])
     knobs, known = Knobs.of_space(MINI), set()

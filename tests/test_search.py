@@ -89,6 +89,7 @@ def test_all_of_mini_gives_the_brute_force_front(tmp_path):
     assert {t.key for t in run.front()} == brute_force_front(points)
 
 
+@pytest.mark.slow
 def test_the_main_job_scores_all_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SURPRISE", 1e9)  # whatever is measured the second time, its weights are there
     seen = []

@@ -174,7 +174,7 @@ def test_windows_share_out_the_improvement():
     assert sum(parts) == pytest.approx(whole)
 
 
-@pytest.mark.parametrize("minimize", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("minimize", [pytest.param(m, marks=pytest.mark.slow) for m in (True, False)])
 def test_widened_intervals_hold_about_what_they_say(minimize):
     """Held-out points of functions with interactions and noise."""
     knobs = Knobs({f"k{i}": ("a", "b", "c", "d") for i in range(4)})
