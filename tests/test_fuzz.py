@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import io
 import json
 import os
@@ -23,11 +24,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import cli
 import search_spaces
 from nas.architecture import MAX_DEPTH, MAX_PARAMS, MAX_WIDTH, Architecture, Softmax, Stage
 from nas.calibration.folder import COLUMNS, Calibration, find_trust
+from nas.data.decoding import MAX_PIXELS, UnreadableImage, decode, quiet
 from nas.errors import MAX_MESSAGE, NasError
 from nas.models import create_backbone
 from nas.models.presets import PRESETS
@@ -35,6 +38,7 @@ from nas.profile import Profile
 from nas.runs import Run
 from nas.scoring.cost import count_cost
 from nas.space import SearchSpace
+from nas.streams import encodable
 from nas.targets import resolve
 
 CASES = int(os.environ.get("MIXNAS_FUZZ", "0"))
@@ -635,6 +639,109 @@ def test_profile(tmp_path: Path, manifest: bytes, lines: list[bytes]) -> None:
         found = tried(lambda: Profile.open(tmp_path))
         if found is not None and (model := tried(found.fit)) is not None:
             tried(lambda found=found, model=model: found.predict(model, [POINT]))
+
+
+# images, tables and names
+
+PICTURE = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, kind)
+    return buffer.getvalue()
+
+
+KINDS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "PCX", "JPEG2000")
+ENCODED = {kind: encoded(kind) for kind in KINDS}
+EXTREME = (b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0" * 4)
+
+
+@st.composite
+def image_files(draw: Any) -> bytes:
+    """An encoded image with bytes changed, cut out or put in, most often in its header; another's may follow."""
+    content = bytearray(ENCODED[draw(st.sampled_from(sorted(ENCODED)))])
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(40, len(content))) | st.integers(0, len(content)))
+        length = draw(st.sampled_from((0, 0, 1, 2, 4, 50)))
+        content[at : at + length] = draw(st.binary(max_size=4) | st.sampled_from(EXTREME))
+    return bytes(content) + draw(st.just(b"") | st.sampled_from(list(ENCODED.values())))
+
+
+@fuzz(60)
+@given(image_files())
+def test_image_file(content: bytes) -> None:
+    with bounded(), quiet():
+        try:
+            image = decode(content)
+        except UnreadableImage as error:
+            check_line(str(error))
+            return
+    assert image.mode == "RGB"
+    assert image.width * image.height <= MAX_PIXELS
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@fuzz(10)
+@given(st.data())
+def test_table_of_a_replay(example: Path, data: st.DataObject) -> None:
+    write_study(example, DATABASE)
+    scores = json.dumps({"macs": 1, "params": 2})
+    rows = [{"trial": "0", "key": FRONT[0], "machine": "m", "failure": "", "scores": scores}] * 2
+    row = data.draw(st.sampled_from(rows).flatmap(mutated))
+    row = row if isinstance(row, dict) else {}
+    cells = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(cells) or ["trial"])
+    writer.writeheader()
+    writer.writerow(cells)
+    content = encodable(text.getvalue(), "utf-8").encode()
+    start = data.draw(st.integers(0, len(content)))
+    (example / "replay.csv").write_bytes(content[:start] + data.draw(st.binary(max_size=5)) + content[start:])
+    command("replay", str(example), "--no-latency")
+    (example / "replay.csv").unlink()
+
+
+names = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20)
+
+
+@fuzz(6, share=0.1)
+@given(names | st.sampled_from(("?#%", "%2F", "{0}", "a;b", "$(x)")))
+def test_folder_of_any_name(example: Path, name: str) -> None:
+    """A run is read wherever it lies: its path is no part of any grammar."""
+    try:
+        folder = example.parent / "named" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeEncodeError, ValueError):
+        return
+    write_study(folder, DATABASE)
+    code, said = command("front", str(folder))
+    assert code == 0 or name in (".", ".."), said
+    assert {file.name for file in folder.iterdir()} >= {"run.json", "study.db"}
+    shutil.rmtree(example.parent / "named")
+
+
+URL_PARTS = (
+    *("postgresql", "sqlite", "grpc", "mysql+pymysql", "://", "/", "@", ":", "user", "pw", "127.0.0.1", ":1", "?"),
+    *("password=x", "x.db", "%2F", "[::1]", "\udcff"),
+)
+urls = st.lists(st.sampled_from(URL_PARTS), min_size=1, max_size=8).map("".join)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@fuzz(8, share=0.5)
+@given(urls, st.booleans())
+def test_storage_that_a_run_names(example: Path, url: str, said_again: bool) -> None:
+    """Refused in one line, and a password in it is not shown; said again it is opened, or its own fault is told."""
+    write_study(example, DATABASE)
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["config"]["storage"] = url
+    (example / "run.json").write_text(json.dumps(manifest))
+    before = set(Path().iterdir())
+    code, said = command("front", str(example), *(["--storage", url] if said_again else []))
+    assert code != 0, said
+    assert said_again or ":pw@" not in said
+    assert set(Path().iterdir()) == before, "no database is made"
 
 
 # arguments
