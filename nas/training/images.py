@@ -165,6 +165,7 @@ def open_data(
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     with_test: bool = True,
     classes: Sequence[str] = (),
+    untested: bool = False,
 ) -> TrainingData:
     """Open a training split and the test split that goes with it, and log what was found; a sample is decoded at most.
 
@@ -177,6 +178,7 @@ def open_data(
         normalisation: mean and deviation of the channels; None takes them from a sample.
         with_test: whether the test split is opened too.
         classes: of a folder or an archive, the class folders; empty to find them.
+        untested: whether images are held out only where there is no test split.
 
     Raises:
         DataError: where a set is missing or cannot be used.
@@ -193,9 +195,6 @@ def open_data(
     if len(np.unique(labels)) < 2:
         raise DataError(f"{name}: images of one class, classification needs at least 2")
     side = input_size or native_size(source, np.arange(len(labels)))
-    aside, rest = held.split(labels)
-    if len(rest) < 2:
-        raise DataError(f"{name}: {len(labels)} images are too few to train on")
     test = None
     if with_test and test_name is not None:
         test = _test_part(_named_test(test_name, data_root, classes, source), source, test_name)
@@ -208,6 +207,11 @@ def open_data(
             test = _test_part(found, source, found.place or f"the test split of {name}")
     elif with_test and opened.why_no_test:
         REPEATS.once(log, f"there will be no final test: {opened.why_no_test}", logging.WARNING)
+    if untested and test is not None:
+        held = replace(held, share=0.0)
+    aside, rest = held.split(labels)
+    if len(rest) < 2:
+        raise DataError(f"{name}: {len(labels)} images are too few to train on")
     if normalisation is None:
         normalisation = _statistics(source, rest, side)
     return TrainingData(

@@ -327,9 +327,9 @@ class Auto:
         self.choose(1000, 10, pretrained=False)
 
     @property
-    def holdout(self) -> float:
-        """Share of the training split that is held out, which must be known before the images are."""
-        share: float = parse_settings(self.settings).get("holdout", Recipe.holdout)
+    def holdout(self) -> float | None:
+        """Share of the training split that is held out; None for as much as suits, see `open_data`."""
+        share: float | None = parse_settings(self.settings).get("holdout")
         return share
 
     def choose(self, images: int, classes: int, pretrained: bool) -> Recipe:

@@ -195,6 +195,7 @@ def _train(
     data = open_data(
         *(config.data, config.test_data, config.data_root, config.input_size, held, normalisation),
         classes=config.classes,
+        untested=config.recipe.holdout is None,
     )
     anew = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
     if anew:
@@ -258,7 +259,7 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
         return recipe
     if before is not None and _chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest["recipe"]))
-    recipe = asked.choose(len(data.train), len(data.classes), pretrained)
+    recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
     images = f"{len(data.train):,} images of {len(data.classes)} classes at {data.input_size[1]} pixels"
     start = "from weights" if pretrained else "from scratch"
     log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe)))
@@ -286,7 +287,8 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
 
 def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     """What is held out: nothing that the weights it starts from were trained on, as far as that is known."""
-    held = Held(config.recipe.holdout, config.seed)
+    share = config.recipe.holdout
+    held = Held(Recipe.holdout if share is None else share, config.seed)
     if weights is None or weights != target.weights or target.folder is None:
         return held
     if target.run:
