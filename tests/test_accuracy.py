@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import tiny_architecture
 from torch import nn
 
 import nas.models  # noqa: F401 - registers `mixnas` with timm
-from nas.architecture import Additive, Architecture, Hadamard, Softmax, Stage
+from nas.architecture import MIXER_TYPES, Additive, Architecture, Hadamard, Softmax, Stage
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Estimate, Fidelity, Training, train
@@ -32,6 +33,12 @@ SHORT = Fidelity(epochs=1, batch_size=32, ensemble=ENSEMBLE.to_dict())
 
 def first(images: Images, number: int) -> Images:
     return Images(images.pixels[:number], images.labels[:number])
+
+
+@pytest.fixture(params=[m if m == "hadamard" else pytest.param(m, marks=pytest.mark.slow) for m in MIXER_TYPES])
+def tiny(request: pytest.FixtureRequest) -> Architecture:
+    """Estimators know nothing of mixers: one will do by default."""
+    return tiny_architecture(request.param)
 
 
 @pytest.fixture(scope="module")

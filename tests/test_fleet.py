@@ -99,7 +99,7 @@ def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", [False, True])
+@pytest.mark.parametrize("server", [pytest.param(False, marks=pytest.mark.long), True])
 def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request):
     """Six draw 48 of 64 points with a sampler that would choose the same ones."""
     url = request.getfixturevalue("database") if server else None
