@@ -26,6 +26,7 @@ import hypothesis
 import pytest
 import torch
 
+from nas import consent
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.repeats import REPEATS
 from nas.scoring.latency import protocol, reference
@@ -147,11 +148,12 @@ def postgres() -> Iterator[Cluster]:
 
 @pytest.fixture
 def database(postgres: Cluster, request: pytest.FixtureRequest) -> str:
-    """URL of an empty database."""
+    """URL of an empty database, which this process may open wherever a run names it."""
     import psycopg
 
     name = f"test_{abs(hash(request.node.nodeid))}"
     with psycopg.connect(f"{postgres.url}postgres", autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name}")
         connection.execute(f"CREATE DATABASE {name}")
+    consent.allow(storage=postgres.url + name)
     return postgres.url + name

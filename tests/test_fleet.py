@@ -19,6 +19,7 @@ import pytest
 from optuna.trial import TrialState
 from test_search import analytic_config
 
+from nas import consent
 from nas.errors import RunError, UsageError
 from nas.runs import Run, open_storage
 from nas.search import SearchConfig, fleet, search
@@ -53,7 +54,8 @@ def start(tmp_path):
 
 
 def lead(start, out: Path, url: str, trials: int) -> subprocess.Popen:
-    """A search that has begun."""
+    """A search that has begun; this process may look at it."""
+    consent.allow(storage=url)
     process = start(
         *("search", "--space", "mini", "--objective", "macs,accuracy", "--proxy", "params", "--device", "cpu"),
         *("--sampler", "evolution", "--trials", str(trials), "--storage", url, "--out", str(out)),
@@ -330,7 +332,7 @@ def test_a_killed_lead_goes_on(tmp_path, database, start):
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    ended(start, start("search", "--out", str(out)))
+    ended(start, start("search", "--out", str(out), "--storage", database))
     states = check(Run.open(out), 20)
     assert set(states) <= {"complete", "failed"}
     assert states["failed"] <= 1, "what it was drawing when it died is drawn anew"
