@@ -93,6 +93,7 @@ def busy_processes() -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_four_at_a_time_while_processes_are_killed(nodes, tmp_path):
     log = tmp_path / "log"
     search = start(nodes, tmp_path / "run", log, *CHEAP, "--trials", "60")
@@ -187,6 +188,7 @@ def test_what_cannot_be_had_is_one_line(nodes, tmp_path):
         assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.long
 def test_a_lost_node_costs_no_trial(nodes, tmp_path):
     """The last test: the node does not come back."""
     log = tmp_path / "log"

@@ -101,7 +101,8 @@ def fleet_of(path: Path, url: str | None, knobs: Knobs, name: str, sampler: str 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("server", [False, True])
+@pytest.mark.long
 def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request):
     """Six draw 48 of 64 points with a sampler that would choose the same ones."""
     url = request.getfixturevalue("database") if server else None
@@ -297,6 +298,7 @@ def test_four_workers_on_postgresql(tmp_path, database, start):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_of_four_workers_are_killed(tmp_path, database, start):
     rng = random.Random(3)
     first = lead(start, tmp_path / "run", database, 160)

@@ -533,6 +533,7 @@ def test_both_themes_are_legible_at_any_width(run, browser, scheme, width):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_runs_and_three_objectives(tmp_path, browser):
     config = analytic_config(tmp_path, objectives=("macs", "accuracy", "params"), trials=8)
     runs = [
@@ -553,6 +554,7 @@ def test_several_runs_and_three_objectives(tmp_path, browser):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_paper(run, browser, tmp_path):
     page = browser.open(report([run]), color_scheme="dark")
     page.pdf(path=tmp_path / "report.pdf", format="A4")
@@ -587,6 +589,7 @@ def large(folder: Path, count: int) -> tuple[Run, optuna.Study]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_trials(tmp_path, browser, monkeypatch):
     run, study = large(tmp_path / "run", 2000)
     monkeypatch.setattr(Run, "storage", lambda self: study._storage)  # SQLite would take minutes to write them
