@@ -10,7 +10,8 @@ import re
 
 from .errors import RunError, UsageError
 
-_PASSWORD = re.compile(r"(?<=[^:/]):[^/@]*@")
+_SECRET = re.compile(r"://.*@|\?.*", re.DOTALL)
+"""Where a URL may hold a password: before its host, which may hold any character, and behind the question mark."""
 
 _COMMANDS: set[str] = set()
 _STORAGES: set[str] = set()
@@ -52,5 +53,5 @@ def check_storage(url: str | None, where: str) -> None:
         RunError: where the user did not say the same.
     """
     if url and url not in _STORAGES:
-        shown = _PASSWORD.sub(":***@", url.partition("?")[0])
+        shown = _SECRET.sub(lambda found: "://***@" if found[0].endswith("@") else "?***", url)
         raise RunError(f"{where} keeps its study at {shown}: say it again by --storage to allow opening it")

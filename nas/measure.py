@@ -108,7 +108,7 @@ def _check_memory(target: Target, model: nn.Module, size: tuple[int, int, int], 
     """Refuse a pass that this machine's memory cannot hold, before the system ends a program for want of it."""
     if not config.device.startswith("cpu"):
         return  # a GPU says so itself
-    free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size)
+    free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size, DTYPES[config.dtype])
     if free is not None and needed is not None and needed * MIB > free:
         raise NasError(
             f"{target.name} with a batch of {config.batch_size} images of {size[1]} pixels does not fit in memory: it "

@@ -212,7 +212,12 @@ def test_a_folder_connects_nobody(tmp_path: Path, server: Server, capsys: pytest
     with contextlib.closing(sqlite3.connect(other)) as database, database:
         database.execute("CREATE TABLE mine (x)")
     before = other.read_bytes()
-    for url in (f"postgresql://me:{SECRET}@127.0.0.1:{server.port}/x", f"sqlite:///{other}"):
+    secrets = (f"me:{SECRET}@h", f"me:a/{SECRET}@h", f"me:a?{SECRET}@h", f"me:a@{SECRET}@h", f"h/x?password={SECRET}")
+    for url in (
+        f"postgresql://127.0.0.1:{server.port}/x",
+        *(f"postgresql://{s}" for s in secrets),
+        f"sqlite:///{other}",
+    ):
         change(run.path / "run.json", storage=url)
         code, _, said = call(capsys, "front", str(run.path))
         assert (code, said.count("\n")) == (1, 1)

@@ -91,13 +91,15 @@ def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device,
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def estimate_memory_mib(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> float | None:
-    """Peak MiB of one forward pass in fp32 on the CPU, as `measure_memory_mib` has it, with nothing allocated.
+def estimate_memory_mib(
+    model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1, dtype: torch.dtype = torch.float32
+) -> float | None:
+    """Peak MiB of one forward pass on the CPU, as `measure_memory_mib` has it, with nothing allocated.
 
     None where the network cannot be followed on torch's meta device, as some that look at values.
     """
-    probe = copy.deepcopy(model).to("meta").eval()
-    images = torch.empty(batch_size, *input_size, device="meta")
+    probe = copy.deepcopy(model).to("meta", dtype).eval()
+    images = torch.empty(batch_size, *input_size, device="meta", dtype=dtype)
     live = _LiveActivations(probe)
     live.see(images)
     try:

@@ -126,7 +126,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], None] | None = None) ->
 def _as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     """The arguments of a training that is gone on with by its folder."""
     manifest = trained.manifest
-    asked = manifest["asked"]
+    asked = manifest["asked"] | {"classes": tuple(manifest["asked"].get("classes", ()))}  # 0.1.0 kept none
     for name in _ASKED[1:]:
         given = getattr(config, name)
         if given not in (asked[name], getattr(TrainConfig(""), name)):
