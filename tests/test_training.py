@@ -26,7 +26,7 @@ from timm.data import auto_augment
 from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
-from nas.machine import WAITING, exclusive
+from nas.machine import WAITING, exclusive, limits
 from nas.memory_format import training_format
 from nas.models.zoo import create_network
 from nas.runs import Run
@@ -539,6 +539,20 @@ def test_sets_of_a_few_images(file, tmp_path, classes, each):
     assert trained.manifest["data"]["num_holdout"] == 0
     assert trained.result["holdout"] is None
     assert np.isfinite(float(rows(trained)[-1]["train_loss"]))
+
+
+def test_a_training_beside_others_leaves_the_threads_as_they_were(images, file, tmp_path, monkeypatch):
+    """So that the next one of a front takes all again once the cores are free."""
+    seen = []
+    monkeypatch.setattr(limits, "threads_beside_others", lambda wanted: seen.append(wanted) or 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(config(file, images, tmp_path / "t"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {2}
 
 
 def test_a_named_recipe_says_that_its_steps_are_few(images, file, tmp_path, caplog):

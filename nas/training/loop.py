@@ -35,7 +35,7 @@ from torch import distributed, nn
 from ..errors import NasError, RunError, UsageError
 from ..machine import multiplies_bf16, seeded, shared
 from ..machine.children import ending_signals
-from ..machine.limits import threads_beside_others
+from ..machine.limits import training_threads
 from ..memory_format import training_format
 from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
@@ -204,7 +204,7 @@ class Loop:
             "std": self._channels(data.std) * 255,
         }
         self.tensorboard = tensorboard and processes.first
-        self.share_device, self.threads = False, torch.get_num_threads()
+        self.share_device = False
         self.step = 0
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
@@ -295,8 +295,7 @@ class Loop:
         start = time.monotonic()
         if self.processes.count == 1 and not self.share_device:
             turn.enter_context(shared(str(self.device), unless=stopped))
-        if self.device.type == "cpu":
-            torch.set_num_threads(threads_beside_others(self.threads))
+        turn.enter_context(training_threads(self.device.type))
         return time.monotonic() - start
 
     def _told(self, speed: float, left: float) -> Step:
