@@ -133,11 +133,12 @@ class Recipe:
         """Whether images are mixed."""
         return bool((self.mixup or self.cutmix) and self.mix_share)
 
-    def described(self, steps: int) -> str:
+    def described(self, steps: int, size: int) -> str:
         """In a few words.
 
         Args:
             steps: of an epoch.
+            size: images a step, which may be fewer than the recipe's where there are not as many.
         """
         altered = {
             f"policy {self.augment}": self.augment,
@@ -148,7 +149,7 @@ class Recipe:
         }
         crops = "shifted crops" if self.crop == "shift" else f"random resized crops from {self.crop_scale:g}"
         return (
-            f"recipe {self.name}: {self.epochs} epochs of {steps} steps, {self.batch_size} images a step, learning "
+            f"recipe {self.name}, epochs: {self.epochs}, steps an epoch: {steps}, images a step: {size}, learning "
             f"rate {self.learning_rate:.2g} after {self.warmup_epochs * steps:.0f} steps of warm-up, average of the "
             f"weights {self.ema_decay:.4g}, " + ", ".join([crops, *(what for what, used in altered.items() if used)])
         )

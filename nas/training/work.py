@@ -262,7 +262,7 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
     recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
     images = f"{len(data.train):,} images of {len(data.classes)} classes at {data.input_size[1]} pixels"
     start = "from weights" if pretrained else "from scratch"
-    log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe)))
+    log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe), batch_size(data, recipe)))
     return recipe
 
 
