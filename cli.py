@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nas.explain import Estimate, Explanation
+    from nas.folders.run import Run
+    from nas.folders.training import Trained
+    from nas.folders.trial import Trial
+    from nas.objectives.objectives import Objective, Scores
     from nas.replay import Replay
-    from nas.runs import Run, Trial
-    from nas.search.objectives import Objective, Scores
     from nas.targets import Target
-    from nas.training.folder import Trained
     from nas.training.work import FrontTraining
 
 SPACE, OBJECTIVES = "mini", "latency,accuracy"
@@ -179,9 +180,9 @@ def _front_table(run: Run, front: list[Trial]) -> Table:
 
 
 def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
+    from nas.objectives.objectives import OBJECTIVES as ALL
+    from nas.objectives.text import format_score
     from nas.report.plots import describe_stages
-    from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_score
 
     points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
@@ -204,7 +205,7 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
 
 def _print_front(run: Run, front: list[Trial]) -> None:
     """The front, the baselines with what beats them, and whether the order of latency held."""
-    from nas.search.objectives import format_score
+    from nas.objectives.text import format_score
 
     table = _front_table(run, front)
     _print_table(table)
@@ -536,7 +537,7 @@ def worker_command(
 @click.option("--port", type=click.IntRange(1, 65535), default=13000, show_default=True, help="Port to listen on.")
 def serve_storage(storage: str, host: str, port: int) -> None:
     """Stand between a database and workers, which join by grpc://HOST:PORT."""
-    from nas.runs import serve_storage as serve
+    from nas.storage.serve import serve_storage as serve
 
     serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True))
 
@@ -547,9 +548,9 @@ _FIELDS = {"images": "max_images", "timeout": "timeout_minutes", "trial_timeout"
 def _search_config(options: dict[str, Any], typed: set[str]) -> Any:
     """The options as a `SearchConfig`; those not typed come from the run that is resumed, if there is one."""
     import search_spaces
-    from nas.runs import Run, find_run
+    from nas.folders.run import Run, find_run
+    from nas.objectives.objectives import parse_budgets
     from nas.search import SearchConfig
-    from nas.search.objectives import parse_budgets
 
     consent.allow(options["command"], options["storage"])
     out: Path | None = options["out"]
@@ -639,7 +640,7 @@ _run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_t
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
     """Print a run's Pareto front."""
-    from nas.runs import Run
+    from nas.folders.run import Run
 
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
@@ -660,8 +661,8 @@ def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the files' paths as JSON.")
 def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Draw the fronts of one or several runs: front.png, front.svg and the interactive front.html."""
+    from nas.folders.run import Run
     from nas.report.plots import plot as draw
-    from nas.runs import Run
 
     files = [str(file) for file in draw([Run.open(path) for path in run_paths], out)]
     if as_json:
@@ -677,8 +678,8 @@ def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
 def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Write all that is known of one or several runs as one page that needs no network: report.html."""
+    from nas.folders.run import Run
     from nas.report.html import report
-    from nas.runs import Run
 
     file = str(report([Run.open(path) for path in run_paths], out))
     if as_json:
@@ -695,8 +696,8 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 @click.option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
 def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> None:
     """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
+    from nas.folders.run import Run
     from nas.report.dashboard import serve
-    from nas.runs import Run
 
     serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; Ctrl-C ends it", err=True), writable)
 
@@ -763,8 +764,8 @@ def export(
     Every file is compared with the trained network before it is handed over; README.md and export.json say how it did.
     """
     from nas.export import Settings, export_each
-    from nas.machine import resolve_device
-    from nas.runs import Run, is_run
+    from nas.folders.run import Run, is_run
+    from nas.machine.devices import resolve_device
     from nas.scoring.latency import LatencyConfig
 
     if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
@@ -859,10 +860,10 @@ def measure(
 
 
 def _print_measured(rows: list[dict[str, Any]]) -> None:
+    from nas.counts import part_in_words
     from nas.measure import REST
-    from nas.pieces import part_in_words
-    from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
+    from nas.objectives.objectives import OBJECTIVES as ALL
+    from nas.objectives.text import format_value
 
     table = _table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
     for row in rows:
@@ -1054,9 +1055,10 @@ def profile_command(
 ) -> None:
     """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
     import search_spaces
-    from nas.machine import resolve_device
-    from nas.profile import ProfileConfig, hold_out, profile, trials_of
-    from nas.runs import Run
+    from nas.folders.profile import ProfileConfig
+    from nas.folders.run import Run
+    from nas.machine.devices import resolve_device
+    from nas.profile.measure import hold_out, profile, trials_of
     from nas.scoring.latency import LatencyConfig
 
     options["device"] = resolve_device(options["device"])
@@ -1119,8 +1121,8 @@ def replay_command(
     Space, data, conditions and seeds come from run.json. Results are kept in RUN/replay.csv: a replay that was stopped
     goes on. Exit status 0 where all agree, else 1.
     """
+    from nas.folders.run import Run
     from nas.replay import Replayed, replay
-    from nas.runs import Run
     from nas.search import SearchConfig
 
     run = Run.open(run_path)
@@ -1188,7 +1190,7 @@ def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
     What was not measured is predicted from the run's trials, with 95 % intervals; what promises most comes first.
     """
     from nas.explain import explain
-    from nas.runs import Run
+    from nas.folders.run import Run
 
     run_path, at, key = target.rpartition("@")
     if not at:
@@ -1202,7 +1204,7 @@ def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
 
 def _print_explanation(found: Explanation, limit: int) -> None:
     """The neighbours, what is known of them below what is predicted, then the parts."""
-    from nas.search.objectives import format_value
+    from nas.objectives.text import format_value
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
     names = {o.name for o in found.run.objectives}
@@ -1237,7 +1239,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
 
 def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate], brief: bool) -> str:
     """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
-    from nas.search.objectives import format_value
+    from nas.objectives.text import format_value
 
     score, origin = scores.get(objective.name), found.origin(objective.name)
     if score is None or origin is None:
@@ -1267,8 +1269,8 @@ def _print_parts(found: Explanation) -> None:
 
 
 def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:
-    from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
+    from nas.objectives.objectives import OBJECTIVES as ALL
+    from nas.objectives.text import format_value
 
     interval = ["95 % interval>"] if intervals else []
     timed = [column for target in targets for column in (f"latency, {target}>", *interval, "share>")]
@@ -1310,7 +1312,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Train some architectures of a space for long, and see how far each accuracy estimator orders them alike."""
     import search_spaces
     from nas.calibration.work import CalibrationConfig, calibrate
-    from nas.machine import resolve_device
+    from nas.machine.devices import resolve_device
     from nas.report.trust import plot_trust
 
     names = {"images": "max_images", "train_batch_size": "batch_size"}
@@ -1336,7 +1338,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 def _print_trust(report: dict[str, Any], path: str) -> None:
     """The table of a calibration, best estimator first."""
-    from nas.search.objectives import format_figure
+    from nas.objectives.text import format_figure
 
     bands = tuple(report["rows"][0]["bands"])
     table = _table(
@@ -1456,14 +1458,14 @@ def describe(target: str, input_size: int | None, profile_path: Path | None, as_
         return
 
     from nas.measure import describe as take
-    from nas.search.objectives import OBJECTIVES as ALL
-    from nas.search.objectives import format_value
+    from nas.objectives.objectives import OBJECTIVES as ALL
+    from nas.objectives.text import format_value
     from nas.targets import resolve
 
     found: Target = resolve(target)
     data = take(found, input_size)
     if profile_path is not None:
-        from nas.profile import Profile
+        from nas.folders.profile import Profile
 
         if found.architecture is None:
             raise UsageError(f"{found.name} is no architecture of ours: a profile cannot predict it, `measure` it")

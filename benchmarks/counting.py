@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.machine import describe_machine
+from nas.machine.description import describe_machine
 from nas.scoring.cost import Cost, count_cost
 
 MAX_PARAMS, MAX_SIDE, EACH = 30_000_000, 256, 2

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.calibration.folder import parse_curve
-from nas.search.pareto import hypervolume, non_dominated
-from nas.search.stopping import LEVEL, Finished, Stopped, check_rung
+from nas.folders.calibration import parse_curve
+from nas.objectives.pareto import hypervolume, non_dominated
+from nas.search.early_stopping import LEVEL, Finished, Stopped, check_rung
 
 Case = tuple[tuple[float, ...], dict[int, float], float]
 

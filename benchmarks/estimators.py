@@ -22,7 +22,7 @@ from torch import nn
 import search_spaces
 from nas.data import ImageData, load_data
 from nas.errors import NotApplicable
-from nas.machine import machine_name
+from nas.machine.description import machine_name
 from nas.models import create_backbone
 from nas.scoring.accuracy import ESTIMATORS, Estimate, Fidelity
 from nas.search import Progress, SearchConfig, search

@@ -23,11 +23,11 @@ from search_quality import OBJECTIVES, mini
 import search_spaces
 from nas.architecture import Architecture
 from nas.explain import explain
-from nas.runs import Run
+from nas.folders.run import Run
+from nas.objectives.objectives import Scores
 from nas.search import optimize
-from nas.search.knobs import Knobs
-from nas.search.objectives import Scores
-from nas.search.samplers import distributions
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.table import distributions
 
 EXAMPLE = Path(__file__).parents[1] / "results" / "example" / "run.json"
 BANDS = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1.01))

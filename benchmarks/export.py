@@ -16,8 +16,8 @@ import nas.models  # noqa: F401
 from nas.export.checks import compare, logits_of
 from nas.export.formats import FORMATS, Material
 from nas.export.subject import Subject
+from nas.folders.training import Trained
 from nas.scoring.latency import LatencyConfig, measure_latencies
-from nas.training.folder import Trained
 
 SIDE, CLASSES = 224, 1000
 

@@ -24,17 +24,17 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from nas.runs import open_storage, storage_errors
-from nas.search import fleet
-from nas.search.knobs import Knobs
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS
+from nas.search.workers import claims
+from nas.storage.connect import open_storage, storage_errors
 
 KNOBS = Knobs({f"knob{i}": tuple(range(6)) for i in range(5)})
-fleet.BEAT_SECONDS, fleet.GRACE_SECONDS = 0.2, 2.0
+claims.BEAT_SECONDS, claims.GRACE_SECONDS = 0.2, 2.0
 
 
-def member(folder: Path, url: str | None, name: str) -> fleet.Fleet:
+def member(folder: Path, url: str | None, name: str) -> claims.Fleet:
     known: set[tuple[int, ...]] = set()
     study = optuna.create_study(
         storage=open_storage(folder, url),
@@ -43,7 +43,7 @@ def member(folder: Path, url: str | None, name: str) -> fleet.Fleet:
         sampler=SAMPLERS["evolution"](KNOBS, Problem(("cost", "gain"), (True, False)), known, 0),
         load_if_exists=True,
     )
-    return fleet.Fleet(study, KNOBS, known, fleet.Worker("here", os.getpid(), "cpu", False, name))
+    return claims.Fleet(study, KNOBS, known, claims.Worker("here", os.getpid(), "cpu", False, name))
 
 
 def work(folder: Path, url: str | None, trials: int) -> None:
@@ -54,7 +54,7 @@ def work(folder: Path, url: str | None, trials: int) -> None:
         own.bury()
         trial, point = own.draw()
         try:
-            trial.set_user_attr(fleet.SETTLED, {})
+            trial.set_user_attr(claims.SETTLED, {})
             with own.beating(trial):
                 time.sleep(rng.uniform(0.0, 0.1))
                 # a line for each scoring, in one write: what was scored is known without the storage
@@ -109,9 +109,9 @@ def main() -> None:
     with storage_errors(folder):
         trials = own.trials()
     complete = collections.Counter(own.claim_of(t) for t in trials if t.state == TrialState.COMPLETE)
-    repeats = {t.user_attrs[fleet.RETRY]: t for t in trials if fleet.RETRY in t.user_attrs}
-    died = [t for t in trials if t.user_attrs.get("failure") == fleet.DIED and fleet.CLAIM in t.user_attrs]
-    twice = [t for t in died if fleet.RETRY in t.user_attrs]
+    repeats = {t.user_attrs[claims.RETRY]: t for t in trials if claims.RETRY in t.user_attrs}
+    died = [t for t in trials if t.user_attrs.get("failure") == claims.DIED and claims.CLAIM in t.user_attrs]
+    twice = [t for t in died if claims.RETRY in t.user_attrs]
     lost = [t.number for t in died if t.number not in repeats and t not in twice]
     scored = collections.Counter(line.split(" ", 1)[1] for line in (folder / "scored.log").read_text().splitlines())
     print(f"storage {options.storage.partition(':')[0]}, {options.workers} workers, seed {options.seed}")

@@ -20,9 +20,9 @@ import numpy as np
 def child(arguments: argparse.Namespace) -> None:
     """Measure all architectures; prints one line of JSON."""
     import search_spaces
-    from nas.machine import machine_name
+    from nas.machine.description import machine_name
     from nas.models import create_backbone
-    from nas.profile import random_architectures
+    from nas.profile.measure import random_architectures
     from nas.scoring.cost import count_cost
     from nas.scoring.latency import LatencyConfig, measure_latencies, prepare_model
 
@@ -45,7 +45,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 def front(figures: dict[str, dict], sizes: dict[str, float]) -> list[str]:
     """Names of the architectures that no faster one equals in size: a front, with size as a stand-in for accuracy."""
-    from nas.search.pareto import non_dominated
+    from nas.objectives.pareto import non_dominated
 
     names = list(figures)
     mask = non_dominated([[figures[name]["ms"], -sizes[name]] for name in names])
@@ -67,7 +67,7 @@ def main() -> None:
         child(arguments)
         return
 
-    from nas.search.stability import as_figure, compare_orders, rank_correlation
+    from nas.objectives.agreement import as_figure, compare_orders, rank_correlation
 
     found = []
     for _ in range(2):

@@ -142,7 +142,7 @@ def main() -> None:
 
 def report(runs: list[dict], arguments: argparse.Namespace) -> None:
     """The tables, in Markdown."""
-    from nas.machine import describe_machine
+    from nas.machine.description import describe_machine
 
     machine = describe_machine(arguments.device)
     what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"

@@ -28,7 +28,7 @@ from torch import nn
 
 from nas.architecture import HADAMARD_KINDS, Additive, Hadamard, Mixer, Softmax, Strip
 from nas.folding import fold_batch_norms
-from nas.machine import describe_machine
+from nas.machine.description import describe_machine
 from nas.models.mixers import build_mixer
 from nas.models.mixers.attention import attend
 from nas.scoring.cost import count_cost

@@ -21,11 +21,11 @@ import numpy as np
 import optuna
 
 import search_spaces
-from nas.machine import describe_machine
-from nas.runs import Run
+from nas.folders.run import Run
+from nas.machine.description import describe_machine
 from nas.search import Progress, SearchConfig, search
-from nas.search.knobs import Knobs
-from nas.search.samplers import distributions
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.table import distributions
 
 
 def overhead_ms(space: str, sampler: str, trials: int, folder: Path) -> list[float]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nas.folding import deploy, fold_batch_norms, fuse_branches
-from nas.machine import describe_machine
+from nas.machine.description import describe_machine
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import Latency, LatencyConfig, measure_latencies, prepare_model
 

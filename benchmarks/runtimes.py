@@ -18,7 +18,7 @@ import torch
 
 import nas.models  # noqa: F401  registers the presets
 from nas.errors import NasError
-from nas.machine import describe_software, machine_name
+from nas.machine.description import describe_software, machine_name
 from nas.scoring.latency import RUNTIME_TRAITS, LatencyConfig, measure_latencies, prepare_model
 
 NETWORKS = ("cas_vit_xs", "s2a_r_mini", "mobilenetv4_conv_small", "vit_tiny_patch16_224")

@@ -32,11 +32,11 @@ import pandas as pd
 
 import search_spaces
 from nas.architecture import Architecture
+from nas.objectives.pareto import hypervolume, non_dominated
 from nas.search import optimize
-from nas.search.knobs import Knobs
-from nas.search.pareto import hypervolume, non_dominated
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS, OptunaSampler, suggest
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS, OptunaSampler, suggest
 
 MARKS = (25, 50, 100, 200, 500, 1000, 2000)
 OBJECTIVES = {"latency": "minimize", "accuracy": "maximize"}

@@ -42,15 +42,18 @@ from optuna.trial import TrialState
 
 import search_spaces
 from nas.architecture import Architecture
-from nas.machine import describe_machine, describe_software
-from nas.runs import Run, open_storage, serve_storage
-from nas.search import SearchConfig, fleet
+from nas.folders.run import Run
+from nas.machine.description import describe_machine, describe_software
+from nas.objectives.objectives import Scores
+from nas.search import SearchConfig
 from nas.search.evaluate import Evaluation
-from nas.search.knobs import Knobs
 from nas.search.loop import Loop
-from nas.search.objectives import Scores
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS, distributions
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS, distributions
+from nas.search.workers import claims
+from nas.storage.connect import open_storage
+from nas.storage.serve import serve_storage
 
 STORAGES, SPACES, WORKERS = ("sqlite", "postgresql", "grpc"), ("mini", "mobile"), (1, 4, 16)
 CALLS = (
@@ -298,7 +301,7 @@ def throughput(places: Places, storage: str, space: str, sampler: str, count: in
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     ends = sorted(t.datetime_complete for t in complete if isinstance(t.datetime_complete, datetime))
     middle = ends[len(ends) // 10 : len(ends) - len(ends) // 10]
-    claims = [tuple(t.user_attrs[fleet.CLAIM]) for t in complete]
+    points = [tuple(t.user_attrs[claims.CLAIM]) for t in complete]
     scores, own = sum(t["scores"] for t in told), sum(t["cpu"] for t in told)
     calls = {
         name: {
@@ -315,8 +318,8 @@ def throughput(places: Places, storage: str, space: str, sampler: str, count: in
         "workers": count,
         "trials": len(complete),
         "per_second": (len(middle) - 1) / (middle[-1] - middle[0]).total_seconds(),
-        "twice": len(claims) - len(set(claims)),
-        "mistaken": sum(knobs.point(t.params) != claim for t, claim in zip(complete, claims, strict=True)),
+        "twice": len(points) - len(set(points)),
+        "mistaken": sum(knobs.point(t.params) != claim for t, claim in zip(complete, points, strict=True)),
         "given_way": sum(t.state == TrialState.FAIL for t in trials),
         "think": (own - call_cpu) / scores,
         "client": own / scores,
@@ -338,7 +341,7 @@ def populate(run: Run, url: str | None, finished: int, running: int) -> None:
     knobs, rng, scorer = Knobs.of_space(space), np.random.default_rng(0), Free()
     forms = {name: (d, distribution_to_json(d)) for name, d in distributions(knobs).items()}
     rows: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
-    worker, now = asdict(fleet.Worker.here("cpu", False)), datetime.now()
+    worker, now = asdict(claims.Worker.here("cpu", False)), datetime.now()
     from sqlalchemy import func, insert, select
 
     with storage.engine.begin() as connection:
@@ -361,7 +364,7 @@ def populate(run: Run, url: str | None, finished: int, running: int) -> None:
                 rows[models.TrialParamModel].append(
                     {"trial_id": trial, "param_name": name, "param_value": value, "distribution_json": text}
                 )
-            attributes: dict[str, Any] = {fleet.WORKER: worker, fleet.CLAIM: list(point), fleet.BEAT: 1}
+            attributes: dict[str, Any] = {claims.WORKER: worker, claims.CLAIM: list(point), claims.BEAT: 1}
             attributes["architecture"] = architecture.to_dict()
             if done:
                 scores = scorer.evaluate(architecture).scores
@@ -413,7 +416,7 @@ def costs(places: Places, storage: str, space: str, finished: int, running: int)
         start = time.perf_counter()
         study.get_trials(deepcopy=False)
         first = time.perf_counter() - start
-        own = fleet.Fleet(study, knobs, known, fleet.Worker.here("cpu", False))
+        own = claims.Fleet(study, knobs, known, claims.Worker.here("cpu", False))
         calls: dict[str, dict[str, float]] = {"get_all_trials": cost(places, storage, own.trials, 8)}
         made = study._storage
         name, distribution = next(iter(distributions(knobs).items()))
@@ -448,7 +451,7 @@ def suggestions(space: str, finished: int, running: int) -> dict[str, Any]:
         knobs, known = Knobs.of_space(search_spaces.load(space)), set[tuple[int, ...]]()
         sampler = SAMPLERS["surrogate"](knobs, problem_of(run), known, 0)
         study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage(), sampler=sampler)
-        fleet.Fleet(study, knobs, known, fleet.Worker.here("cpu", False)).trials()
+        claims.Fleet(study, knobs, known, claims.Worker.here("cpu", False)).trials()
         trial, times = study.get_trials(deepcopy=False)[-1], []
         for _ in range(4):
             start = time.thread_time()
@@ -727,7 +730,7 @@ def play(
             before = world.now
             yield from call("set_trial_user_attr")
             if alive[0]:
-                yield fleet.BEAT_SECONDS
+                yield claims.BEAT_SECONDS
             if world.now > seconds / 2:
                 beats[0] = max(beats[0], world.now - before)
 
@@ -876,7 +879,7 @@ def limit(model: Model) -> tuple[int, int]:
     for count in counts:
         found = play(model, count, 720.0, FINISHED)
         busy = count if found.scoring >= 0.9 else busy
-        still = count if found.longest_beat < fleet.GRACE_SECONDS else still
+        still = count if found.longest_beat < claims.GRACE_SECONDS else still
         if max(busy, still) < count:
             break
     return busy, still

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from search_quality import OBJECTIVES, Table, mini, nas_bench_201, stages
 
+from nas.objectives.pareto import non_dominated
 from nas.search import optimize
-from nas.search.pareto import non_dominated
-from nas.search.surrogate.forecast import fitted, forecast, forecast_kinds
-from nas.search.surrogate.gp import Encoding, kinds_of_warp
+from nas.search.samplers.surrogate.calibrated import fitted, forecast, forecast_kinds
+from nas.search.samplers.surrogate.gp import Encoding, kinds_of_warp
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 

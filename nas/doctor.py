@@ -33,13 +33,14 @@ from urllib.parse import quote
 
 from . import __version__, consent
 from .errors import NasError, RunError
+from .foreign_files import MAX_TABLE_BYTES, is_file, read_json, read_text
 from .machine.limits import free_memory, usable_cores
-from .reading import MAX_TABLE_BYTES, is_file, read_json, read_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from .runs import Run, Trial
+    from .folders.run import Run
+    from .folders.trial import Trial
 
 State = Literal["ok", "warning", "problem"]
 MIB, GIB = 2**20, 2**30
@@ -120,7 +121,7 @@ class Subject:
     @cached_property
     def run(self) -> Run:
         """The run with its manifest."""
-        from .runs import Run
+        from .folders.run import Run
 
         try:
             return Run.open(self.path)
@@ -150,7 +151,7 @@ class Subject:
             sqlite3.Error: where the study cannot be read.
             NotChecked: where a writer does not let it be read; it is not waited for again.
         """
-        from .runs import Run
+        from .folders.run import Run
 
         if self.database is None:
             return self.run, False
@@ -480,7 +481,7 @@ def _clock_resolution() -> float:
 
 
 def _manifest(subject: Subject) -> Finding:
-    from .runs import Run
+    from .folders.run import Run
     from .search import SearchConfig
 
     try:
@@ -611,7 +612,7 @@ def _address(url: str) -> tuple[str | None, int]:
     """Host and port of a storage; no host where it is not reached by TCP."""
     from sqlalchemy.engine import make_url
 
-    from .runs import GRPC, grpc_address
+    from .storage.connect import GRPC, grpc_address
 
     if url.startswith(GRPC):
         return grpc_address(url)
@@ -676,7 +677,7 @@ def _close(a: float, b: float) -> bool:
 
 def _running(subject: Subject) -> tuple[int, list[int], int]:
     """How many trials run in a living process, which ones in a dead one, and how many where it is not seen."""
-    from .search.fleet import WORKER
+    from .search.workers.claims import WORKER
 
     alive, dead, unseen = 0, [], 0
     for trial in (t for t in subject.frozen if t.state.name == "RUNNING"):

@@ -18,21 +18,23 @@ import optuna
 from numpy.typing import NDArray
 
 from .architecture import Architecture
+from .counts import Pieces, count_pieces, part_in_words
 from .errors import RunError
-from .pieces import Pieces, count_pieces, part_in_words
-from .runs import Run, Trial, damage_reported, storage_errors
-from .search.beforehand import COUNTS, known_beforehand
-from .search.history import HANDED_ON, History, Reader
-from .search.knobs import Knobs, Point
-from .search.objectives import OBJECTIVES, Objective
-from .search.pareto import hypervolume
-from .search.problem import Problem
-from .search.samplers import numeric_threads
-from .search.surrogate.acquisition import Known, Marginal, expected_improvement
-from .search.surrogate.forecast import FOLDS, fitted, forecast_kinds, widening
-from .search.surrogate.gp import Encoding
-from .search.surrogate.sampler import Surrogate
+from .folders.run import Run
+from .folders.trial import Trial
+from .objectives.objectives import OBJECTIVES, Objective
+from .objectives.pareto import hypervolume
+from .search.cheap import COUNTS, known_beforehand
+from .search.samplers.history import HANDED_ON, History, Reader
+from .search.samplers.knobs import Knobs, Point
+from .search.samplers.problem import Problem
+from .search.samplers.surrogate.acquisition import Known, Marginal, expected_improvement
+from .search.samplers.surrogate.calibrated import FOLDS, fitted, forecast_kinds, widening
+from .search.samplers.surrogate.gp import Encoding
+from .search.samplers.surrogate.recommend import Surrogate
+from .search.samplers.table import numeric_threads
 from .space import Choice, SearchSpace
+from .storage.connect import damage_reported, storage_errors
 
 Floats = NDArray[np.float64]
 

@@ -14,9 +14,11 @@ from . import consent
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .folding import Fused, fuse_branches
-from .machine import describe_machine, machine_name, resolve_device
+from .foreign_files import MAX_SIDE
+from .machine.description import describe_machine, machine_name
+from .machine.devices import resolve_device
 from .machine.limits import free_memory
-from .reading import MAX_SIDE
+from .objectives.agreement import as_figure, compare_orders, rank_correlation
 from .scoring.cost import Cost, count_cost
 from .scoring.latency import (
     DTYPES,
@@ -28,7 +30,6 @@ from .scoring.latency import (
     prepare_parts,
 )
 from .scoring.memory import MIB, estimate_memory_mib, is_out_of_memory, measure_memory_mib
-from .search.stability import as_figure, compare_orders, rank_correlation
 from .targets import Target
 
 REST = "(rest)"

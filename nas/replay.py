@@ -2,7 +2,7 @@
 
 `run.json` holds all that a score depends on: space, data fingerprint, conditions and seeds. The same network trained
 with the same seed on the same machine has the same accuracy; a latency agrees where the two intervals are compatible
-(`nas.search.stability`); what is counted is equal. On another machine latency is left out unless it is asked for.
+(`nas.objectives.agreement`); what is counted is equal. On another machine latency is left out unless it is asked for.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from typing import Any
 import torch
 
 from .errors import NasError, RunError, TrialFailure, UsageError
-from .machine import describe_software, machine_name, resolve_device
-from .reading import MAX_TABLE_BYTES, is_file, read_text
-from .runs import Run, Trial, held_folder, write_file
+from .folders.files import held_folder, write_file
+from .folders.run import Run
+from .folders.trial import Trial
+from .foreign_files import MAX_TABLE_BYTES, is_file, read_text
+from .machine.description import describe_software, machine_name
+from .machine.devices import resolve_device
+from .objectives.agreement import Figure, as_figure, indistinct
+from .objectives.objectives import Scores
 from .search import SearchConfig
-from .search.conditions import changed_conditions, evaluator_of
+from .search.comparable import changed_conditions, evaluator_of
 from .search.evaluate import Evaluator
-from .search.objectives import Scores
-from .search.stability import Figure, as_figure, indistinct
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ from torch import nn
 
 from .architecture import MAX_JSON_CHARS, Architecture
 from .errors import UsageError, unknown_name
-from .machine import machine_name
+from .folders.run import Run, is_run
+from .folders.training import MAX_CLASSES, WEIGHTS, Trained, is_training
+from .folders.trial import Trial
+from .foreign_files import FIGURE, LINE, SIDE, is_file, read_json, read_text
+from .machine.description import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
-from .models.zoo import check_network_name, create_network
-from .reading import FIGURE, LINE, SIDE, is_file, read_json, read_text
-from .runs import Run, Trial, is_run
+from .models.timm_models import check_network_name, create_network
 from .scoring.latency import LatencyConfig, reference_of
-from .training.folder import MAX_CLASSES, WEIGHTS, Trained, is_training
 
 EXPORT = "export.json"
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported or a trained folder"

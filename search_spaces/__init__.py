@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nas.architecture import MAX_JSON_CHARS, parse_json
 from nas.errors import UsageError, unknown_name
-from nas.reading import is_file, read_text
+from nas.foreign_files import is_file, read_text
 from nas.space import SearchSpace
 
 

@@ -30,14 +30,14 @@ from nas import consent
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.repeats import REPEATS
 from nas.scoring.latency import protocol, reference
-from nas.search import finish
+from nas.search import remeasure
 
 # the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
 protocol.FIX_SECONDS = 0.2
-finish.PART = finish.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
+remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 # to bring each network of a front to ONNX takes seconds: where a test wants that, it puts this back
-IN_ONNXRUNTIME_TOO, finish._onnxruntime = finish._onnxruntime, lambda targets: None
+IN_ONNXRUNTIME_TOO, remeasure._onnxruntime = remeasure._onnxruntime, lambda targets: None
 
 
 # the same examples each time, however slow the machine is

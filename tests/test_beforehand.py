@@ -9,13 +9,13 @@ import pytest
 from test_search import analytic_config
 
 import search_spaces
+from nas.counts import count_pieces
 from nas.errors import RunError, UsageError
 from nas.models import PRESETS, create_backbone
-from nas.pieces import count_pieces
+from nas.objectives.objectives import OBJECTIVES
 from nas.scoring.cost import count_cost
 from nas.search import search
-from nas.search.beforehand import COUNTS, known_beforehand
-from nas.search.objectives import OBJECTIVES
+from nas.search.cheap import COUNTS, known_beforehand
 
 SPACES = search_spaces.names()
 

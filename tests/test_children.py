@@ -15,7 +15,7 @@ from test_search import analytic_config
 
 from nas.machine.children import ending_signals, python_module
 from nas.search import search
-from nas.search.fleet import local_workers
+from nas.search.workers.local import local_workers
 
 
 def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
@@ -23,7 +23,7 @@ def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
     for name in ("torch.py", "optuna.py", "json.py", "nas/__init__.py", "nas/search/__init__.py", "sitecustomize.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})\n")
-    command, environment = python_module("nas.search.worker", str(tmp_path / "no run"), str(os.getpid()))
+    command, environment = python_module("nas.search.workers.worker", str(tmp_path / "no run"), str(os.getpid()))
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, input="{}", capture_output=True, text=True, timeout=120
     )
@@ -35,12 +35,12 @@ def test_a_worker_that_dies_is_named_with_its_last_words(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
     (run.path / "run.json").rename(run.path / "moved.json")
     heard = Heard("a worker of this search died (status 1)")
-    logging.getLogger("nas.search.fleet").addHandler(heard)
+    logging.getLogger("nas.search.workers.claims").addHandler(heard)
     try:
         with local_workers(run, 1):
             assert heard.event.wait(120)
     finally:
-        logging.getLogger("nas.search.fleet").removeHandler(heard)
+        logging.getLogger("nas.search.workers.claims").removeHandler(heard)
     assert "is not a run folder" in (run.path / "workers" / "1.log").read_text()
 
 
@@ -82,7 +82,7 @@ def test_a_lost_terminal_asks_to_end_unless_it_is_to_be_outlived():
 
 
 def test_the_project_is_found_from_anywhere(tmp_path):
-    command, environment = python_module("nas.search.worker")
+    command, environment = python_module("nas.search.workers.worker")
     assert command[1] == "-P"
     code = "import nas; print(nas.__file__)"
     done = subprocess.run(

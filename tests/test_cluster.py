@@ -13,7 +13,7 @@ import pytest
 from conftest import required
 from test_fleet import check
 
-from nas.runs import Run
+from nas.folders.run import Run
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

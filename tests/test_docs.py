@@ -26,10 +26,10 @@ from markdown_it import MarkdownIt
 from cli import cli
 from nas.architecture import HADAMARD_KINDS
 from nas.models.mixers.hadamard import KINDS
+from nas.objectives.objectives import OBJECTIVES
 from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES
-from nas.search.objectives import OBJECTIVES
-from nas.search.samplers import SAMPLERS
+from nas.search.samplers.table import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

@@ -23,9 +23,10 @@ from nas import consent, doctor
 from nas.doctor import ENVIRONMENT, FOLDER, Finding, Subject, examine
 from nas.errors import RunError
 from nas.export import export
-from nas.runs import Run, locked_folder
+from nas.folders.files import locked_folder
+from nas.folders.run import Run
 from nas.search import SearchConfig, search
-from nas.search.fleet import WORKER
+from nas.search.workers.claims import WORKER
 
 ROOT = Path(__file__).parents[1]
 DEAD = 4_194_305

@@ -17,12 +17,12 @@ from nas import consent
 from nas.architecture import Architecture
 from nas.errors import UsageError
 from nas.explain import LEAST, explain
+from nas.folders.run import Run
 from nas.models import create_backbone
-from nas.runs import Run
+from nas.objectives.objectives import OBJECTIVES, Scores
 from nas.scoring.cost import count_cost
-from nas.search.knobs import Knobs
-from nas.search.objectives import OBJECTIVES, Scores
-from nas.search.samplers import distributions
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.table import distributions
 
 ROOT = Path(__file__).parents[1]
 SPACE = search_spaces.load("mini")

@@ -32,13 +32,13 @@ from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
 from nas.export.checks import check_batches, paired_interval
+from nas.folders.run import Run
+from nas.folders.training import Trained
 from nas.models import PRESETS
-from nas.runs import Run
 from nas.scoring.accuracy.trust import share_of
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
-from nas.training.folder import Trained
 from nas.training.images import Held, open_data
 from nas.training.recipes import RECIPES
 

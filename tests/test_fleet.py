@@ -21,16 +21,20 @@ from test_search import analytic_config
 
 from nas import consent
 from nas.errors import RunError, UsageError
-from nas.runs import Run, open_storage
-from nas.search import SearchConfig, fleet, search
-from nas.search.fleet import Fleet, Worker
-from nas.search.knobs import Knobs
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS
+from nas.folders.run import Run
+from nas.search import SearchConfig, search
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS
 from nas.search.study import join, work
+from nas.search.workers import claims
+from nas.search.workers.claims import Fleet, Worker
+from nas.storage.connect import open_storage
 
 ROOT = Path(__file__).parents[1]
-QUICK = "import nas.search.fleet as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from cli import main; main()"
+QUICK = (
+    "import nas.search.workers.claims as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from cli import main; main()"
+)
 """The command line with workers that are given up sooner."""
 
 
@@ -135,7 +139,7 @@ def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request
 
 
 def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.2)
     knobs = Knobs({"x": tuple(range(8))})
     dead, living = (fleet_of(tmp_path, None, knobs, name) for name in ("dead", "living"))
     trial, point = dead.draw()
@@ -151,7 +155,7 @@ def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypa
     living.bury()
     states = [t.state for t in living.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.FAIL], "twice is enough"
-    assert {t.user_attrs["failure"] for t in living.study.get_trials()} == {fleet.DIED}
+    assert {t.user_attrs["failure"] for t in living.study.get_trials()} == {claims.DIED}
     assert living.draw()[1] != point
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         trial.set_user_attr("scores", {})
@@ -159,18 +163,18 @@ def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypa
 
 def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(fleet.OUTAGES, "clock", lambda: now)
-    monkeypatch.setattr(fleet, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(claims.OUTAGES, "clock", lambda: now)
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
     knobs = Knobs({"x": tuple(range(8))})
     one, other = (fleet_of(tmp_path, None, knobs, name) for name in ("one", "other"))
     trial, _ = one.draw()
     with one.beating(trial):
         for _ in range(4):
             other.bury()
-            before, deadline = fleet._beat(other.trials()[0]), time.monotonic() + 60
-            while fleet._beat(other.trials()[0]) == before and time.monotonic() < deadline:
+            before, deadline = claims._beat(other.trials()[0]), time.monotonic() + 60
+            while claims._beat(other.trials()[0]) == before and time.monotonic() < deadline:
                 time.sleep(0.05)
-            now += 0.9 * fleet.GRACE_SECONDS
+            now += 0.9 * claims.GRACE_SECONDS
         other.bury()
         assert [m.trial for m in other.others(other.trials())] == [0]
     assert other.study.get_trials()[0].state == TrialState.RUNNING
@@ -178,11 +182,11 @@ def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
 
 def test_a_burial_that_was_cut_short_is_finished(tmp_path, monkeypatch):
     """The one that ended the trial died before it could queue it again."""
-    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.1)
     knobs = Knobs({"x": tuple(range(8))})
     one = fleet_of(tmp_path, None, knobs, "one")
     trial, point = one.draw()
-    trial.set_user_attr("failure", fleet.DIED)
+    trial.set_user_attr("failure", claims.DIED)
     one.study.tell(trial, state=TrialState.FAIL)
     one.bury()
     assert len(one.study.get_trials()) == 1
@@ -198,7 +202,7 @@ def test_what_was_stopped_is_repeated_as_often_as_need_be(tmp_path):
     one = fleet_of(tmp_path, None, knobs, "one")
     trial, point = one.draw()
     for number in range(1, 5):
-        one.give_up(trial._trial_id, fleet.RELEASED)
+        one.give_up(trial._trial_id, claims.RELEASED)
         one.bury()
         trial, same = one.draw()
         assert (trial.number, same) == (number, point)
@@ -208,10 +212,10 @@ def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
     knobs = Knobs({"x": tuple(range(8))})
     one, other = (fleet_of(tmp_path, None, knobs, name) for name in ("one", "other"))
     trial, point = one.draw()
-    one.give_up(trial._trial_id, fleet.DIED)
-    one.study.enqueue_trial(knobs.read(point), {fleet.RETRY: 0, "deaths": 1})  # another one thought it had died
+    one.give_up(trial._trial_id, claims.DIED)
+    one.study.enqueue_trial(knobs.read(point), {claims.RETRY: 0, "deaths": 1})  # another one thought it had died
     first, same = one.draw()
-    first.set_user_attr(fleet.SETTLED, {})
+    first.set_user_attr(claims.SETTLED, {})
     assert same == point
     assert other.draw()[1] != point
     assert [t.state for t in one.study.get_trials()].count(TrialState.FAIL) == 2
@@ -219,7 +223,7 @@ def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
 
 def test_what_is_handed_on_keeps_its_number_and_its_measurements(tmp_path, monkeypatch):
     """Drawn by one that trains, measured by another, and trained by a third after the first has died over it."""
-    monkeypatch.setattr(fleet, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.2)
     knobs = Knobs({"x": tuple(range(8))})
     trainer, measurer, other = (
         fleet_of(tmp_path, None, knobs, name, only=only)
@@ -227,7 +231,7 @@ def test_what_is_handed_on_keeps_its_number_and_its_measurements(tmp_path, monke
     )
     assert measurer.draw() is None, "it draws nothing"
     trial, point = trainer.draw()
-    trial.set_user_attr(fleet.SETTLED, {"of": "it"})
+    trial.set_user_attr(claims.SETTLED, {"of": "it"})
     trainer.hand_on(trial, "measure", {"params": 1})
     assert trainer.draw() is None, "it is ahead"
     another, another_point = other.draw()
@@ -365,7 +369,7 @@ def test_one_alone_takes_up_what_several_left(tmp_path):
     dead = another_of(run, config, leads=False)
     dead.draw()
     stopped, _ = dead.draw()
-    dead.give_up(stopped._trial_id, fleet.RELEASED)
+    dead.give_up(stopped._trial_id, claims.RELEASED)
     again = search(analytic_config(tmp_path, trials=done + 3, workers=1))
     states = check(again, done + 3)
     assert states == {"complete": done + 3, "failed": 1}
@@ -385,10 +389,10 @@ def test_what_was_spared_may_be_drawn_again(tmp_path):
     knobs = Knobs({"x": (0, 1)})
     one = fleet_of(tmp_path, None, knobs, "one")
     trial, point = one.draw()
-    one.give_up(trial._trial_id, fleet.DIED)
+    one.give_up(trial._trial_id, claims.DIED)
     again, same = one.draw()
     assert same == point
-    one.drop(again._trial_id, fleet.SPARED)
+    one.drop(again._trial_id, claims.SPARED)
     other = fleet_of(tmp_path, None, knobs, "other")
     assert {other.draw()[1], other.draw()[1]} == {(0,), (1,)}
     assert other.draw() is None

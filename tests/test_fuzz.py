@@ -29,13 +29,13 @@ from PIL import Image
 import cli
 import search_spaces
 from nas.architecture import MAX_DEPTH, MAX_PARAMS, MAX_WIDTH, Architecture, Softmax, Stage
-from nas.calibration.folder import COLUMNS, Calibration, find_trust
 from nas.data.decoding import MAX_PIXELS, UnreadableImage, decode, quiet
 from nas.errors import MAX_MESSAGE, NasError
+from nas.folders.calibration import COLUMNS, Calibration, find_trust
+from nas.folders.profile import Profile
+from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.models.presets import PRESETS
-from nas.profile import Profile
-from nas.runs import Run
 from nas.scoring.cost import count_cost
 from nas.space import SearchSpace
 from nas.streams import encodable

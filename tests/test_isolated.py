@@ -15,14 +15,14 @@ from test_search import analytic_config
 
 from nas.data import load_data
 from nas.errors import TrialFailure
-from nas.machine import exclusive
+from nas.machine.turns import exclusive
+from nas.objectives.objectives import parse_objectives
 from nas.repeats import REPEATS
 from nas.scoring.accuracy import Fidelity
 from nas.search import search
+from nas.search.early_stopping import Finished, Judge
 from nas.search.evaluate import Evaluator
-from nas.search.isolated import IsolatedEvaluator
-from nas.search.objectives import parse_objectives
-from nas.search.stopping import Finished, Judge
+from nas.search.workers.isolated import IsolatedEvaluator
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from conftest import REFERENCE_SIZE
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
-from nas.machine import WAITING, exclusive, shared
+from nas.machine.turns import WAITING, exclusive, shared
 from nas.models import Backbone
 from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
@@ -716,7 +716,7 @@ def test_a_device_is_held_by_one_process_at_a_time(caplog, monkeypatch):
         "with exclusive('cpu'):\n    print('held', flush=True); sys.stdin.readline()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    monkeypatch.setattr("nas.machine.REMINDER_SECONDS", 0.01)
+    monkeypatch.setattr("nas.machine.turns.REMINDER_SECONDS", 0.01)
     reminded = Heard("still waiting")
     logging.getLogger("nas.machine").addHandler(reminded)
     with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as holder:

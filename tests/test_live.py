@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from nas.folders.run import Run
+from nas.objectives.objectives import OBJECTIVES
 from nas.report.live import ASCII, UNICODE, Clock, Display, View, axes, line, scatter
-from nas.runs import Run
-from nas.search.fleet import Member
-from nas.search.loop import Progress
-from nas.search.objectives import OBJECTIVES
+from nas.search.progress import Progress
+from nas.search.workers.claims import Member
 from nas.training.display import TrainingDisplay
 from nas.training.loop import Step
 

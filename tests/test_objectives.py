@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import UsageError
-from nas.search.objectives import (
-    MAX_OBJECTIVES,
-    OBJECTIVES,
-    Scores,
-    format_value,
-    parse_budgets,
-    parse_objectives,
-)
+from nas.objectives.objectives import MAX_OBJECTIVES, OBJECTIVES, Scores, parse_budgets, parse_objectives
+from nas.objectives.text import format_value
 
 FIELDS = {f.name for f in dataclasses.fields(Scores)}
 MINIMISED = [name for name, o in OBJECTIVES.items() if o.minimize]

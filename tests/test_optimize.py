@@ -12,11 +12,11 @@ import pytest
 
 import search_spaces
 from nas.errors import NasError, TrialFailure, UsageError
+from nas.objectives.pareto import hypervolume, non_dominated
 from nas.search import optimize
-from nas.search.knobs import Knobs
-from nas.search.pareto import hypervolume, non_dominated
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS, suggest
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS, suggest
 
 KNOBS = {"mixer": ("a", "b", "c"), "width": (8, 16, 32, 64), "depth": (1, 2, 3), "gate": (False, True)}
 BOTH = {"latency": "minimize", "accuracy": "maximize"}

@@ -13,7 +13,7 @@ from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from nas.errors import NasError
-from nas.search.pareto import hypervolume, non_dominated, nondomination_ranks
+from nas.objectives.pareto import hypervolume, non_dominated, nondomination_ranks
 
 OBJECTIVES = (2, 3, 4)
 SETS = [

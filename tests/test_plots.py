@@ -13,8 +13,8 @@ from PIL import Image
 
 import search_spaces
 from nas.errors import RunError, UsageError
+from nas.folders.run import Run
 from nas.report import plots
-from nas.runs import Run
 from nas.search import SearchConfig, search
 from nas.space import SearchSpace, StageChoices
 
@@ -138,7 +138,7 @@ def test_names_never_become_markup(run, tmp_path):
 
 def test_plotting_needs_no_torch(run):
     code = (
-        "import sys; from nas.runs import Run; from nas.report.plots import plot; "
+        "import sys; from nas.folders.run import Run; from nas.report.plots import plot; "
         f"plot([Run.open({str(run.path)!r})]); assert not {{'torch', 'timm'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -14,19 +14,20 @@ from torch import nn
 
 import search_spaces
 from nas.architecture import Architecture
+from nas.counts import count_pieces
 from nas.errors import RunError, UsageError
+from nas.folders.profile import Profile, ProfileConfig
 from nas.models import create_backbone
-from nas.pieces import count_pieces
-from nas.profile import Profile, ProfileConfig, hold_out, profile, random_architectures, trials_of
+from nas.profile.measure import hold_out, profile, random_architectures, trials_of
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import LatencyConfig
 from nas.scoring.latency.features import FEATURES, operation_features
 from nas.scoring.latency.model import LatencyModel
 from nas.search import SearchConfig, search
-from nas.search.beforehand import known_beforehand
-from nas.search.knobs import Knobs
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS
+from nas.search.cheap import known_beforehand
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS
 
 MINI = search_spaces.load("mini")
 CONFIG = ProfileConfig(MINI, LatencyConfig(max_seconds=0.02, warmup_seconds=0.01, block_ms=1.0), input_size=32)

@@ -13,8 +13,8 @@ import search_spaces
 from nas.architecture import Architecture
 from nas.doctor import examine
 from nas.errors import NasError, UsageError
-from nas.reading import read_json
-from nas.runs import Run
+from nas.folders.run import Run
+from nas.foreign_files import read_json
 from nas.scoring.latency import reference
 from nas.targets import read_config, resolve
 

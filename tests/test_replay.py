@@ -23,16 +23,17 @@ from test_cli import call
 from test_search import MINI, TINY, analytic_config
 
 from nas.errors import NasError, RunError, UsageError
+from nas.folders.files import locked_folder
+from nas.folders.run import Run
 from nas.models import create_backbone
+from nas.objectives.agreement import as_figure, indistinct
 from nas.replay import FILE, KINDS, replay
-from nas.runs import Run, locked_folder
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
 from nas.search import study as study_module
-from nas.search.conditions import evaluator_of
-from nas.search.knobs import Knobs
-from nas.search.samplers import SAMPLERS, suggest
-from nas.search.stability import as_figure, indistinct
+from nas.search.comparable import evaluator_of
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.table import SAMPLERS, suggest
 
 TIMED = {"objectives": ("latency", "macs"), "device": "cpu", "dtype": "bf16", "latency_seconds": 0.01}
 """Timed, and not in ONNX Runtime as well, which has no bf16."""
@@ -372,7 +373,7 @@ def check_redrawn(run: Run) -> None:
 @pytest.mark.slow
 def test_trainings_come_out_the_same_the_stopped_ones_too(tmp_path, monkeypatch):
     """Real trainings on the CPU, with the same threads and seeds: the accuracies are equal to the last digit."""
-    monkeypatch.setattr("nas.search.stopping.FEWEST", 3)
+    monkeypatch.setattr("nas.search.early_stopping.FEWEST", 3)
     config = SearchConfig(
         space=MINI,
         objectives=("macs", "accuracy"),

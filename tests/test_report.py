@@ -29,11 +29,11 @@ from test_search import analytic_config
 
 import search_spaces
 from nas.errors import RunError, UsageError
+from nas.folders.run import STAGES, Run
 from nas.report import facts
 from nas.report.dashboard import ReadOnlyStorage, guarded, serve
 from nas.report.html import report
 from nas.report.plots import differences
-from nas.runs import STAGES, Run
 from nas.search import SearchConfig, search
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def test_no_run_is_too_young_for_a_report(tmp_path):
 def test_a_report_needs_no_torch(tmp_path):
     run = emptied(example(tmp_path / "run"))
     code = (
-        "import sys; from nas.runs import Run; from nas.report.html import report; "
+        "import sys; from nas.folders.run import Run; from nas.report.html import report; "
         f"report([Run.open({str(run.path)!r})]); assert not {{'torch', 'timm', 'matplotlib'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

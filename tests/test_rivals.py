@@ -17,16 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import cli
 import search_spaces
 from nas.architecture import Architecture, Stage, Strip
+from nas.folders.run import Run
+from nas.folders.trial import Trial
 from nas.folding import Fused, deploy, fuse_branches
 from nas.measure import describe, measure
-from nas.models.zoo import create_network
+from nas.models.timm_models import create_network
+from nas.objectives.objectives import OBJECTIVES, Scores
+from nas.objectives.text import format_score
 from nas.report import facts
 from nas.report.html import report
 from nas.report.plots import plot
-from nas.runs import Run, Trial
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
-from nas.search.objectives import OBJECTIVES, Scores, format_score
 from nas.targets import resolve
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

@@ -7,9 +7,9 @@ import pytest
 
 import search_spaces
 from nas.architecture import Architecture
-from nas.search.knobs import Knobs
-from nas.search.problem import Problem
-from nas.search.samplers import SAMPLERS, distributions, suggest
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.table import SAMPLERS, distributions, suggest
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")

@@ -22,13 +22,14 @@ import search_spaces
 from nas.architecture import Architecture
 from nas.data import load_data
 from nas.errors import InfeasibleError, NasError, NotApplicable, RunError, TrialFailure, UsageError
+from nas.folders.files import locked_folder
+from nas.folders.run import Run
 from nas.models import create_backbone
-from nas.runs import Run, locked_folder
 from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, loop, search
 from nas.search import evaluate as evaluate_module
-from nas.search.conditions import make_evaluator
+from nas.search.comparable import make_evaluator
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")

@@ -30,8 +30,8 @@ from test_replay import TIMED
 from test_search import analytic_config
 
 import search_spaces
-from nas.calibration.folder import COLUMNS
 from nas.export import Settings, export
+from nas.folders.calibration import COLUMNS
 from nas.machine.children import python_module
 from nas.search import SearchConfig, search
 

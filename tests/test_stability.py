@@ -17,15 +17,17 @@ from torch import nn
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
+from nas.folders.run import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, to_scale
+from nas.folders.trial import Trial
+from nas.folders.verdicts import doubts
 from nas.measure import REST, agreement, measure
-from nas.models.zoo import check_network_name, create_network
-from nas.runs import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial, doubts, to_scale
+from nas.models.timm_models import check_network_name, create_network
+from nas.objectives.agreement import compare_orders, rank_correlation, ties
+from nas.objectives.objectives import Scores, parse_objectives
+from nas.objectives.pareto import near_front, non_dominated
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
-from nas.search import SearchConfig, evaluate, finish, search
-from nas.search.conditions import evaluator_of
-from nas.search.objectives import Scores, parse_objectives
-from nas.search.pareto import near_front, non_dominated
-from nas.search.stability import compare_orders, rank_correlation, ties
+from nas.search import SearchConfig, evaluate, remeasure, search
+from nas.search.comparable import evaluator_of
 from nas.targets import resolve_all
 
 
@@ -121,7 +123,7 @@ def run(tmp_path_factory) -> Run:
     """A search with a baseline, and a network that no small image suits."""
     config = quick(tmp_path_factory.mktemp("search"), trials=4, baselines=("test_vit", "timm:mobilenetv3_small_050"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "_onnxruntime", IN_ONNXRUNTIME_TOO)
+        patch.setattr(remeasure, "_onnxruntime", IN_ONNXRUNTIME_TOO)
         return search(config)
 
 
@@ -208,30 +210,30 @@ def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
     def refused(*_):
         raise TrialFailure("runtime", "no such operation")
 
-    monkeypatch.setattr(finish, "prepare_modules", refused)
+    monkeypatch.setattr(remeasure, "prepare_modules", refused)
     evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
-    assert finish._parts(run.front()[0].architecture, evaluator, evaluator.latency[0]) == []
+    assert remeasure._parts(run.front()[0].architecture, evaluator, evaluator.latency[0]) == []
     assert "cannot be measured: no such operation" in caplog.text
 
 
 def test_stages_are_measured_for_so_long_and_then_later(run, monkeypatch):
     front, evaluator = run.front(), evaluator_of(run, SearchConfig.from_run(run))[0]
     study = optuna.create_study(directions=["minimize", "maximize"])
-    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [architecture.key])
-    monkeypatch.setattr(finish, "PARTS_SECONDS", -1.0)
-    finish._attribute(study, front, evaluator, "cpu-eager")
+    monkeypatch.setattr(remeasure, "_parts", lambda architecture, *_: [architecture.key])
+    monkeypatch.setattr(remeasure, "PARTS_SECONDS", -1.0)
+    remeasure._attribute(study, front, evaluator, "cpu-eager")
     assert STAGES not in study.user_attrs
-    monkeypatch.setattr(finish, "PARTS_SECONDS", 60.0)
-    finish._attribute(study, front[:1], evaluator, "cpu-eager")
-    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [])
-    finish._attribute(study, front, evaluator, "cpu-eager")
+    monkeypatch.setattr(remeasure, "PARTS_SECONDS", 60.0)
+    remeasure._attribute(study, front[:1], evaluator, "cpu-eager")
+    monkeypatch.setattr(remeasure, "_parts", lambda architecture, *_: [])
+    remeasure._attribute(study, front, evaluator, "cpu-eager")
     first, *others = [t.key for t in front]
     assert study.user_attrs[STAGES] == {"cpu-eager": {first: [first], **{key: [] for key in others}}}
 
 
 def test_a_resume_with_nothing_to_do_measures_nothing_again(run, monkeypatch):
     before = run.attributes
-    monkeypatch.setattr(finish, "measure_latencies", None)
+    monkeypatch.setattr(remeasure, "measure_latencies", None)
     search(SearchConfig.from_run(run))
     assert run.attributes == before
 
@@ -258,7 +260,7 @@ def script(monkeypatch, figure) -> list[set[str]]:
             for name, ms in found.items()
         }
 
-    monkeypatch.setattr(finish, "_measure", measured)
+    monkeypatch.setattr(remeasure, "_measure", measured)
     return calls
 
 
@@ -268,7 +270,7 @@ def test_what_comes_onto_the_front_is_measured_again_too(tmp_path, monkeypatch):
         return Latency(ms, ms, ms, 0.0, ms, ms, ms, ms, 8, 16, True)
 
     monkeypatch.setattr(evaluate, "measure_latency", the_larger_the_faster)
-    monkeypatch.setattr(finish, "MAX_REMEASURED", 0)
+    monkeypatch.setattr(remeasure, "MAX_REMEASURED", 0)
     calls = script(monkeypatch, lambda name, call: 1000.0 if call == 1 else 500.0)
     run = search(quick(tmp_path, trials=4))
     sizes = {t.key: t.scores.params for t in run.trials()}
@@ -319,13 +321,13 @@ def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(monke
             raise TrialFailure("runtime", "no device")
         return [Latency(3.0, 2.0, 4.0, 0.1, 3.0, 3.0, 3.0, 1.0, 8, 16, True)]
 
-    monkeypatch.setattr(finish, "measure_latencies", alone)
+    monkeypatch.setattr(remeasure, "measure_latencies", alone)
     zero = nn.Conv2d(3, 4, 1)
     nn.init.zeros_(zero.weight)
     nn.init.zeros_(zero.bias)
     evaluator = SimpleNamespace(references={"cpu-eager": 1.0}, data=SimpleNamespace(input_size=(3, 8, 8)))
     networks = {"good": lambda: nn.Conv2d(3, 4, 1), "bad": lambda: zero}
-    found = finish._measure(networks, evaluator, LatencyConfig(folded=False))
+    found = remeasure._measure(networks, evaluator, LatencyConfig(folded=False))
     assert found["good"]["ms"] == 3.0
     assert found["bad"] == {"failure": "runtime: no device"}
 

@@ -17,7 +17,7 @@ import pytest
 import cli
 from nas.doctor import Finding, examine
 from nas.errors import RunError
-from nas.runs import locked_folder
+from nas.folders.files import locked_folder
 from nas.streams import encodable
 
 EXAMPLE = str(Path(__file__).parents[1] / "results" / "example")

@@ -5,18 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nas.search.knobs import Knobs
-from nas.search.pareto import hypervolume, non_dominated
-from nas.search.surrogate import gp
-from nas.search.surrogate.acquisition import Known, Predicted, expected_improvement
-from nas.search.surrogate.forecast import forecast, forecast_kinds
-from nas.search.surrogate.gp import (
-    Encoding,
-    Hyperparameters,
-    Posterior,
-    Warp,
-    fit_hyperparameters,
-)
+from nas.objectives.pareto import hypervolume, non_dominated
+from nas.search.samplers.knobs import Knobs
+from nas.search.samplers.surrogate import gp
+from nas.search.samplers.surrogate.acquisition import Known, Predicted, expected_improvement
+from nas.search.samplers.surrogate.calibrated import forecast, forecast_kinds
+from nas.search.samplers.surrogate.gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
 
 KNOBS = Knobs(
     {

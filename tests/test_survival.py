@@ -16,7 +16,7 @@ import pytest
 from conftest import required
 from test_fleet import check, ended, free_port, lead, start  # noqa: F401 - a fixture
 
-from nas.runs import Run
+from nas.folders.run import Run
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

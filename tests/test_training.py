@@ -26,15 +26,16 @@ from timm.data import auto_augment
 from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
-from nas.machine import WAITING, exclusive, limits
+from nas.folders.run import Run
+from nas.folders.training import Trained, load_weights
+from nas.machine import limits
+from nas.machine.turns import WAITING, exclusive
 from nas.memory_format import training_format
-from nas.models.zoo import create_network
-from nas.runs import Run
+from nas.models.timm_models import create_network
+from nas.objectives.objectives import parse_budgets
 from nas.search import SearchConfig, search
-from nas.search.objectives import parse_budgets
 from nas.targets import resolve
 from nas.training import loop, recipes, work
-from nas.training.folder import Trained, load_weights
 from nas.training.images import (
     Held,
     batch_size,

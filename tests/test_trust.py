@@ -19,14 +19,14 @@ from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
 
 import search_spaces
-from nas.calibration.folder import Calibration, find_trust, format_curve, parse_curve
 from nas.calibration.report import low_epochs, noiseless, trust_report
 from nas.calibration.work import CalibrationConfig, calibrate
 from nas.errors import RunError, UsageError
+from nas.folders.calibration import Calibration, find_trust, format_curve, parse_curve
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
 from nas.search import SearchConfig, search
-from nas.search.stopping import FEWEST, Finished, Stopped, best_final, check_rung, needed_accuracy
+from nas.search.early_stopping import FEWEST, Finished, Stopped, best_final, check_rung, needed_accuracy
 
 MINI = search_spaces.load("mini")
 
@@ -361,8 +361,8 @@ def quick_search(out, **changes):
 def test_a_hopeless_training_is_stopped_and_counts_as_scored(tmp_path, monkeypatch):
     whole = quick_search(tmp_path / "whole", early_stopping=False)
     assert not any(t.stopped for t in whole.trials())
-    monkeypatch.setattr("nas.search.stopping.FEWEST", 3)
-    monkeypatch.setattr("nas.search.stopping.check_rung", lambda *args: check_rung(*args, level=0.3))
+    monkeypatch.setattr("nas.search.early_stopping.FEWEST", 3)
+    monkeypatch.setattr("nas.search.early_stopping.check_rung", lambda *args: check_rung(*args, level=0.3))
     run = quick_search(tmp_path / "run", sampler="random")
     trials = run.trials()
     stopped = [t for t in trials if t.stopped]

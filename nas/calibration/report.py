@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import RunError
+from ..folders.calibration import Calibration
+from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
-from ..search.objectives import format_figure
-from .folder import Calibration
 
 FEWEST = 10
 """Truths that a report needs."""

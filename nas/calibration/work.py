@@ -18,16 +18,18 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
-from ..machine import describe_machine, describe_software, exclusive, machine_name, seeded
+from ..folders.calibration import FILE, FORMAT, Calibration, format_curve
+from ..folders.files import locked_folder, write_file
+from ..machine.description import describe_machine, describe_software, machine_name
+from ..machine.devices import seeded
 from ..machine.limits import training_threads
+from ..machine.turns import exclusive
 from ..models import create_backbone
-from ..runs import locked_folder, write_file
 from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..scoring.memory import failing_without_memory
 from ..space import SearchSpace
-from .folder import FILE, FORMAT, Calibration, format_curve
 from .report import FEWEST, low_epochs, trust_report
 
 POOL = 3

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..architecture import resolutions
 from ..data import split_kind
-from ..search.objectives import OBJECTIVES, format_value
+from ..objectives.objectives import OBJECTIVES
+from ..objectives.text import format_value
 from .formats import FORMATS
 from .subject import Subject
 

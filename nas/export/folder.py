@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 from ..errors import DataError, NasError, RunError, TrialFailure, UsageError, one_line, unknown_name
-from ..machine import describe_machine, describe_software
-from ..reading import LINE, read_json
+from ..folders.files import write_file
+from ..folders.run import Run, is_run
+from ..folders.training import Trained, is_training
+from ..foreign_files import LINE, read_json
+from ..machine.description import describe_machine, describe_software
 from ..repeats import REPEATS
-from ..runs import Run, is_run, write_file
 from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
-from ..training.folder import Trained, is_training
 from .card import model_card
 from .checks import ALLOWED_FLIPS, check_batches, compare, logits_of
 from .formats import FORMATS, Format, Material, normalised, preprocessing

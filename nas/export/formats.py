@@ -24,9 +24,9 @@ from torch import nn
 from ..architecture import resolutions
 from ..data import BACKGROUND
 from ..errors import NasError, RunError, UsageError
+from ..folders.files import write_file
 from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
-from ..runs import write_file
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
 from .checks import Call, logits_of
 from .subject import Subject

@@ -13,9 +13,10 @@ from torch import nn
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, Images, load_data
 from ..errors import DataError, RunError, UsageError, unknown_name
+from ..folders.run import Run
+from ..folders.training import Trained, is_training, load_weights
+from ..folders.trial import Trial
 from ..models import create_backbone
-from ..runs import Run, Trial
-from ..training.folder import Trained, is_training, load_weights
 from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"

@@ -19,7 +19,8 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import RunError
-from ..runs import Run, storage_errors
+from ..folders.run import Run
+from ..storage.connect import storage_errors
 
 READS = ("GET", "HEAD", "OPTIONS")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")

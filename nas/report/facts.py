@@ -15,10 +15,13 @@ from sqlalchemy.exc import ArgumentError
 
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
-from ..manifest import TRAINED, TRAINED_FRONT
-from ..reading import is_file, read_json
-from ..runs import BASELINES, GRPC, Run, Trial
-from ..search.objectives import OBJECTIVES, Objective, Scores, format_figure, format_interval, format_value
+from ..folders.manifest import TRAINED, TRAINED_FRONT
+from ..folders.run import BASELINES, Run
+from ..folders.trial import Trial
+from ..foreign_files import is_file, read_json
+from ..objectives.objectives import OBJECTIVES, Objective, Scores
+from ..objectives.text import format_figure, format_interval, format_value
+from ..storage.connect import GRPC
 from .plots import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32

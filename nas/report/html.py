@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs import Run, write_file
-from ..search.objectives import format_value
+from ..folders.files import write_file
+from ..folders.run import Run
+from ..objectives.text import format_value
 from . import facts
 from .plots import MIXER_COLOURS, MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, differences, interactive, read_runs
 

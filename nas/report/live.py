@@ -26,9 +26,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..folders.run import Run
+from ..folders.trial import Trial
 from ..machine.children import ending_signals
-from ..runs import Run, Trial
-from ..search.objectives import Objective, format_score, format_value
+from ..objectives.objectives import Objective
+from ..objectives.text import format_score, format_value
 from ..streams import encodable
 
 if TYPE_CHECKING:

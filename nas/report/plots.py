@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label
 from ..errors import RunError, UsageError
-from ..runs import Run, Trial, write_file
-from ..search.objectives import Objective, format_interval, format_value
+from ..folders.files import write_file
+from ..folders.run import Run
+from ..folders.trial import Trial
+from ..objectives.objectives import Objective
+from ..objectives.text import format_interval, format_value
 from ..streams import encodable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration.folder import Calibration
+from ..folders.calibration import Calibration
 from .plots import COLOURS, save_figure
 
 ALL, *BAND_COLOURS = (COLOURS[i] for i in (0, 4, 1, 3))

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import SearchConfig
     from .engine import Result, optimize
-    from .loop import Progress
+    from .progress import Progress
     from .study import search
 
 __all__ = ["Progress", "Result", "SearchConfig", "optimize", "search"]
 
 _PLACES = {
-    "Progress": "loop",
+    "Progress": "progress",
     "Result": "engine",
     "SearchConfig": "config",
     "optimize": "engine",

@@ -11,15 +11,16 @@ from .. import consent
 from ..architecture import Architecture
 from ..data import MAX_IMAGES
 from ..errors import RunError, UsageError, unknown_name
-from ..models.zoo import check_network_name
-from ..reading import POSITIVE
-from ..runs import Run, check_storage
+from ..folders.run import Run
+from ..foreign_files import POSITIVE
+from ..models.timm_models import check_network_name
+from ..objectives.objectives import parse_objectives
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
 from ..space import SearchSpace
+from ..storage.connect import check_storage
 from .evaluate import ALL, MEASURED, PARTS
-from .objectives import parse_objectives
-from .samplers import SAMPLERS
+from .samplers.table import SAMPLERS
 
 MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
 """Bounds that a run's manifest has, too."""
@@ -54,7 +55,7 @@ class SearchConfig:
         trials: architectures to score in all, resumed ones included.
         timeout_minutes: no trial is started after this long.
         trial_timeout_minutes: a training that takes longer fails. Everything is then scored in a process of its own,
-            which is ended where it hangs (`nas.search.loop.hang_seconds`); so one that dies is a failed trial, too.
+            which is ended where it hangs (`nas.search.workers.executors.hang_seconds`). If it dies, the trial fails.
         sampler: a row of `SAMPLERS`.
         start: architectures of the space to score first: known good ones.
         until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
@@ -72,8 +73,8 @@ class SearchConfig:
         latency_seconds: time for a network whose interval stays wider than that.
         seed: of every draw, of initial weights and of training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
-        storage: URL of the study's storage (`nas.runs.open_storage`), which other processes may share; None keeps
-            `study.db` in the run folder.
+        storage: URL of the study's storage, which other processes may share (`nas.storage.connect.open_storage`).
+            None keeps `study.db` in the run folder.
         workers: architectures that are scored side by side: by as many processes on this machine, each of which trains
             with its part of the threads, or on the cluster.
         engine: `local`, or `ray` for a Ray cluster.

@@ -22,12 +22,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import TrialFailure, UsageError, unknown_name
+from ..objectives.objectives import MAX_OBJECTIVES
+from ..objectives.pareto import GrowingFront, non_dominated
 from ..space import Choice
-from .knobs import Choices, Knobs, Point, check_name
-from .objectives import MAX_OBJECTIVES
-from .pareto import GrowingFront, non_dominated
-from .problem import Cheap, Problem
-from .samplers import SAMPLERS, expects_too_little, suggest
+from .samplers.knobs import Choices, Knobs, Point, check_name
+from .samplers.problem import Cheap, Problem
+from .samplers.table import SAMPLERS, expects_too_little, suggest
 
 MAX_FAILURES = 50
 """Failures in a row after which an optimisation gives up."""
@@ -113,8 +113,8 @@ class Result:
         Raises:
             UsageError: where fewer than 10 trials were scored, or for choices that the knobs do not have.
         """
-        from .surrogate.forecast import FOLDS, forecast, forecast_kinds
-        from .surrogate.gp import Encoding
+        from .samplers.surrogate.calibrated import FOLDS, forecast, forecast_kinds
+        from .samplers.surrogate.gp import Encoding
 
         if not 0 < level < 1:
             raise UsageError(f"level is {level}: a probability between 0 and 1 is needed")

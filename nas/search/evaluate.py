@@ -19,16 +19,17 @@ from ..architecture import Architecture
 from ..data import ImageData
 from ..errors import TrialFailure, UsageError
 from ..folding import Fused, fuse_branches
-from ..machine import device_id, exclusive, seeded, shared
+from ..machine.devices import seeded
 from ..machine.limits import training_threads
+from ..machine.turns import device_id, exclusive, shared
 from ..models import Backbone, create_backbone
+from ..objectives.objectives import OBJECTIVES, Scores, latency_fields, other_entry
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
 from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
-from .objectives import OBJECTIVES, Scores, latency_fields, other_entry
-from .stopping import Judge, Stopped
+from .early_stopping import Judge, Stopped
 
 log = logging.getLogger(__name__)
 

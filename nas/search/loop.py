@@ -20,22 +20,27 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..architecture import Architecture
 from ..errors import InfeasibleError, NasError, TrialFailure
-from ..patience import OUTAGES
+from ..folders.run import Run
+from ..folders.trial import Trial, read_trial
+from ..objectives.objectives import OBJECTIVES, Scores
+from ..objectives.text import format_value
 from ..repeats import REPEATS
-from ..runs import Run, Trial, no_study, read_trial, storage_errors
 from ..scoring.accuracy import ESTIMATORS
-from .cluster import Cluster, Resources
+from ..storage.connect import no_study, storage_errors
+from ..storage.outages import OUTAGES
 from .config import SearchConfig
-from .evaluate import ALL, MAX_TRIES, PARTS, TRAIN, Evaluation, Evaluator, excesses
-from .finish import finish, near_trials
-from .fleet import LEFT, RETRY, WORKER, Fleet, Member, Worker
-from .history import DIED, EARLY_STOPPING, ESTIMATES, HANDED_ON, NOISE, RELEASED, SPARED
-from .isolated import IsolatedEvaluator
-from .knobs import Knobs, Point
-from .objectives import OBJECTIVES, Scores, format_value
-from .problem import Problem
-from .samplers import SAMPLERS, expects_too_little, suggest
-from .stopping import Finished, Judge, best_final, costs_of
+from .early_stopping import Finished, Judge, best_final, costs_of
+from .evaluate import ALL, PARTS, TRAIN, Evaluation, Evaluator, excesses
+from .progress import Progress
+from .remeasure import finish, near_trials
+from .samplers.history import DIED, EARLY_STOPPING, ESTIMATES, HANDED_ON, NOISE, RELEASED, SPARED
+from .samplers.knobs import Knobs, Point
+from .samplers.problem import Problem
+from .samplers.table import SAMPLERS, expects_too_little, suggest
+from .workers.claims import LEFT, RETRY, WORKER, Fleet, Member, Worker
+from .workers.executors import hang_seconds
+from .workers.isolated import IsolatedEvaluator
+from .workers.ray import Cluster, Resources
 
 log = logging.getLogger(__name__)
 
@@ -46,37 +51,10 @@ HINTS = (10, 20, 40, 80)
 MAX_FAILURES = 10
 """Failures in a row before it gives up."""
 WAIT_SECONDS = 1.0
-HANG_FACTOR = 2
-"""Scoring has this times what training and measuring may take."""
 SURPRISE = 3.0
 """Weights are kept of what would be near the front with intervals of latency so many times as wide."""
 MAX_ATTEMPTS = 3
 """How often a trial may die with its process before it counts as failed."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a search stands, after a trial.
-
-    Args:
-        run: the run folder.
-        trial: the trial that just ended; None at the start.
-        scored: complete trials so far.
-        target: complete trials wanted.
-        front: the current front.
-        hypervolume: of the current front.
-        fleet: other workers that are at work.
-        trials: all that ended, in the order in which this process saw them.
-    """
-
-    run: Run
-    trial: Trial | None
-    scored: int
-    target: int
-    front: list[Trial]
-    hypervolume: float
-    fleet: tuple[Member, ...] = ()
-    trials: Sequence[Trial] = ()
 
 
 @dataclass(frozen=True)
@@ -96,15 +74,6 @@ class UnderWay:
     architecture: Architecture
     began: float
     alive: contextlib.ExitStack
-
-
-def hang_seconds(config: SearchConfig) -> float | None:
-    """What the scoring of one architecture may take before it counts as hanging; None for any time."""
-    if config.trial_timeout_minutes is None:
-        return None
-    training = 60 * config.trial_timeout_minutes * config.proxy_repeats * MAX_TRIES
-    measuring = (1 + len(config.also)) * (config.latency_seconds + config.command_timeout)
-    return HANG_FACTOR * (training + measuring)
 
 
 class Loop:

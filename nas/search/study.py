@@ -16,30 +16,23 @@ import optuna
 import torch
 
 from .. import consent
-from ..calibration.folder import FILE as CALIBRATION_FILE
-from ..calibration.folder import find_trust
 from ..data import ImageData, load_data
 from ..errors import NasError, RunError, TrialFailure, UsageError
-from ..machine import describe_machine, describe_software, machine_name, resolve_device
-from ..profile import SHARED, Profile
+from ..folders.calibration import FILE as CALIBRATION_FILE
+from ..folders.calibration import find_trust
+from ..folders.files import locked_folder
+from ..folders.join import join_run, remove_unfinished_study
+from ..folders.profile import SHARED, Profile
+from ..folders.run import FORMAT, MANIFEST, Run, find_run, is_run
+from ..machine.description import describe_machine, describe_software, machine_name
+from ..machine.devices import resolve_device
+from ..objectives.objectives import Objective, parse_objectives
 from ..repeats import REPEATS
-from ..runs import (
-    FORMAT,
-    MANIFEST,
-    Run,
-    check_storage,
-    find_run,
-    is_run,
-    join_run,
-    locked_folder,
-    open_storage,
-    remove_unfinished_study,
-    storage_errors,
-)
 from ..scoring.accuracy import ESTIMATORS
 from ..scoring.latency import reference_ms
-from .beforehand import known_beforehand
-from .conditions import (
+from ..storage.connect import check_storage, open_storage, storage_errors
+from .cheap import known_beforehand
+from .comparable import (
     check_same,
     evaluator_of,
     make_evaluator,
@@ -49,10 +42,10 @@ from .conditions import (
 )
 from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
-from .fleet import local_workers
-from .loop import Loop, Progress
-from .objectives import Objective, parse_objectives
-from .problem import Problem
+from .loop import Loop
+from .progress import Progress
+from .samplers.problem import Problem
+from .workers.local import local_workers
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +122,7 @@ def join(storage: str, study: str, out: Path | None) -> Run:
 
     Raises:
         UsageError: where the URL is none, or holds a password.
-        RunError: as `nas.runs.join_run`.
+        RunError: as `nas.folders.join.join_run`.
     """
     check_storage(storage)
     name = Path(study).name

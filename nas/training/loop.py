@@ -33,14 +33,15 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
 from ..errors import NasError, RunError, UsageError
-from ..machine import multiplies_bf16, seeded, shared
+from ..folders.files import write_file
+from ..folders.training import CHECKPOINT, LOG, Trained
 from ..machine.children import ending_signals
+from ..machine.devices import multiplies_bf16, seeded
 from ..machine.limits import training_threads
+from ..machine.turns import shared
 from ..memory_format import training_format
-from ..runs import write_file
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
-from .folder import CHECKPOINT, LOG, Trained
 from .images import Part, TrainingData, batch_size, evaluation_batches, seed_all, steps_per_epoch, training_batches
 from .recipes import Recipe
 

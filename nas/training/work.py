@@ -21,16 +21,19 @@ from torch import distributed, nn
 
 from ..data import MAX_IMAGES, SPLIT_SEED
 from ..errors import DataError, NasError, RunError, UsageError
-from ..machine import describe_machine, describe_software, machine_name, resolve_device, seeded
+from ..folders.files import locked_folder, write_file
+from ..folders.run import Run
+from ..folders.training import MANIFEST, Trained, is_training, load_weights
+from ..folders.trial import Trial
+from ..foreign_files import SIDE, is_file
+from ..machine.description import describe_machine, describe_software, machine_name
+from ..machine.devices import resolve_device, seeded
 from ..models import create_backbone
 from ..models.backbone import Backbone
-from ..models.zoo import create_network
-from ..reading import SIDE, is_file
+from ..models.timm_models import create_network
 from ..repeats import REPEATS
-from ..runs import Run, Trial, locked_folder, write_file
 from ..scoring.accuracy import trust
 from ..targets import Target, resolve
-from .folder import MANIFEST, Trained, is_training, load_weights
 from .images import Held, TrainingData, batch_size, default_workers, open_data, steps_per_epoch
 from .loop import Loop, Processes, Step, Teacher, scaled_side
 from .recipes import Auto, Recipe, parse_settings

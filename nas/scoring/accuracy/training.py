@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...data import ImageData, Images
 from ...errors import TrialFailure
-from ...machine import multiplies_bf16, seeded
+from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
 from .estimate import Estimate, Fidelity, Rung
 

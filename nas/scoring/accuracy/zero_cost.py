@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...data import ImageData
 from ...errors import NotApplicable
-from ...machine import seeded
+from ...machine.devices import seeded
 from ..cost import count_cost
 from .estimate import Estimate, Fidelity
 from .training import normaliser

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...machine import exclusive, threads
+from ...machine.devices import threads
+from ...machine.turns import exclusive
 from ...repeats import REPEATS
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig

@@ -22,8 +22,9 @@ from filelock import FileLock
 from torch import nn
 
 from ...errors import NasError
-from ...machine import machine_name, seeded
-from ...reading import read_json
+from ...foreign_files import read_json
+from ...machine.description import machine_name
+from ...machine.devices import seeded
 from .config import LatencyConfig
 from .runtimes import Prepared, prepare, random_images
 

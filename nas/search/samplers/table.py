@@ -13,12 +13,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from ..space import Choice
-from .heuristics import climb, evolve
+from ...space import Choice
+from .evolution import climb, evolve
 from .history import GAIN, History, Reader
 from .knobs import Knobs, Point
 from .problem import Problem
-from .surrogate.sampler import Surrogate
+from .surrogate.recommend import Surrogate
 
 Draw = dict[str, Choice]
 

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from ..architecture import Architecture
-from ..errors import NasError, TrialFailure
-from ..machine import WAITING
-from ..machine.children import end_with_parent
-from ..repeats import REPEATS
-from .evaluate import Evaluation, Evaluator
-from .objectives import Scores
-from .stopping import Judge
+from ...architecture import Architecture
+from ...errors import NasError, TrialFailure
+from ...machine.children import end_with_parent
+from ...machine.turns import WAITING
+from ...objectives.objectives import Scores
+from ...repeats import REPEATS
+from ..early_stopping import Judge
+from ..evaluate import Evaluation, Evaluator
 
 log = logging.getLogger(__name__)
 

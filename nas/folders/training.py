@@ -26,11 +26,11 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..errors import RunError
-from ..manifest import DATA, MACHINE, TRAINED
+from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_backbone
-from ..models.zoo import check_network_name, create_network
-from ..reading import COUNT, LINE, SIDE, Number, is_file, read_json
-from ..runs import reading_manifest, write_file
+from ..models.timm_models import check_network_name, create_network
+from .files import reading_manifest, write_file
+from .manifest import DATA, MACHINE, TRAINED
 
 FORMAT = 1
 MAX_CLASSES = 100_000

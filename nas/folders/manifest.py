@@ -1,4 +1,6 @@
-"""What a run's manifest and its study's attributes look like, as far as they are read; see `nas.reading` for shapes.
+"""What a run's manifest and its study's attributes look like, as far as they are read.
+
+`nas.foreign_files` says what a shape is.
 
 A field that only some releases wrote may be missing. Fields of a later release are left alone.
 """
@@ -7,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from .reading import COUNT, FIGURE, LINE, POSITIVE, SIDE
-from .search.objectives import Scores
+from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
+from ..objectives.objectives import Scores
 
 _ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
 TRUST = {"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE, "ceiling": _ESTIMATE, "epochs": COUNT}

@@ -9,211 +9,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from .architecture import Architecture, check_mapping
-from .errors import RunError, TrialFailure, UsageError
-from .machine import describe_machine, describe_software, machine_name
-from .models import create_backbone
-from .pieces import count_pieces, pieces_of
-from .reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_json, read_text
-from .runs import Run, locked_folder, reading_manifest, write_file
-from .scoring.latency import (
-    LatencyConfig,
+from ..architecture import Architecture
+from ..counts import pieces_of
+from ..errors import RunError, TrialFailure, UsageError
+from ..folders.files import locked_folder, write_file
+from ..folders.profile import FORMAT, MANIFEST, NUM_CLASSES, PIECE, SHARED, WHOLE, Profile, ProfileConfig
+from ..folders.run import Run
+from ..foreign_files import read_json
+from ..machine.description import describe_machine, describe_software
+from ..models import create_backbone
+from ..objectives.agreement import rank_correlation
+from ..scoring.latency import (
     measure_latencies,
     measure_latency,
     prepare_modules,
     reference_ms,
     reference_of,
 )
-from .scoring.latency.model import LatencyModel
-from .search.stability import rank_correlation
-from .space import SearchSpace
-
-FORMAT = 2
-NUM_CLASSES = 1000
-SHARED = ("runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "command")
-"""Conditions that a run and a profile must share for the run's trials to teach the profile's model."""
-WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0.3}
-"""How a network is timed: less exactly than elsewhere, since the model averages over many."""
-PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
-"""How its pieces are."""
-
-_FAILED = {"architecture": dict, "failure": str}
-RECORDS: dict[str, Any] = {
-    "networks": (
-        {"architecture": dict, "seconds": FIGURE, "ms": POSITIVE, "pieces_ms": [POSITIVE]},
-        {**_FAILED, "seconds": FIGURE},
-    ),
-    "held_out": ({"architecture": dict, "ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}, _FAILED),
-}
-"""File -> what a line of it holds, see `nas.reading`."""
-MANIFEST = {
-    "space": dict,
-    "input_size": SIDE,
-    "seed": COUNT,
-    "reference_ms": POSITIVE,
-    "latency": {
-        **dict.fromkeys(("device", "runtime", "dtype"), LINE),
-        **dict.fromkeys(("batch_size", "threads"), COUNT),
-        **dict.fromkeys(("channels_last", "folded"), bool),
-        **dict.fromkeys(("command_timeout?", "target?", "max_seconds?"), POSITIVE),
-        "command": (str, None),
-    },
-}
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """What to profile, and under which conditions.
-
-    Args:
-        space: whose networks.
-        latency: the conditions.
-        input_size: side of the images.
-        seed: of the networks that are drawn.
-    """
-
-    space: SearchSpace
-    latency: LatencyConfig
-    input_size: int = 224
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        reduction = self.space.largest()[0].reduction
-        if self.input_size < reduction:
-            raise UsageError(f"images of {self.input_size} pixels are too small: {reduction} or more are needed")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        latency = {k: v for k, v in asdict(self.latency).items() if k not in PIECE and k != "seed"}
-        latency["threads"] = self.latency.threads or torch.get_num_threads()
-        return {
-            "space": self.space.to_dict(),
-            "latency": latency,
-            "machine": machine_name(self.latency.device),
-            "input_size": self.input_size,
-            "seed": self.seed,
-        }
-
-
-@dataclass(frozen=True)
-class Profile:
-    """An existing profile.
-
-    Args:
-        path: its folder.
-        config: what it is of.
-        reference_ms: what its figures hang on.
-    """
-
-    path: Path
-    config: ProfileConfig
-    reference_ms: float
-
-    @property
-    def label(self) -> str:
-        """What it predicts, in words."""
-        at = self.config.latency
-        return f"{at.label}, {at.dtype}, batch {at.batch_size}, {self.config.input_size} pixels"
-
-    def check(self, conditions: Mapping[str, Any], what: str) -> None:
-        """Refuse what was measured under other conditions.
-
-        Args:
-            conditions: `input_size`, `machine` and what is in `SHARED`; threads as a number.
-            what: what was, for the message.
-
-        Raises:
-            UsageError: where one differs.
-        """
-        mine = self.config
-        here = {"input_size": mine.input_size, "machine": machine_name(mine.latency.device)}
-        here |= {name: getattr(mine.latency, name) for name in SHARED}
-        here["threads"] = here["threads"] or torch.get_num_threads()
-        for name, value in here.items():
-            if conditions[name] != value:
-                raise UsageError(
-                    f"{what} with {name.replace('_', ' ')} {conditions[name]}, the profile {self.path} with {value}"
-                )
-
-    @classmethod
-    def open(cls, path: Path) -> Profile:
-        """Read a profile's folder.
-
-        Raises:
-            RunError: where it is none, or damaged.
-        """
-        with reading_manifest(path / "profile.json", FORMAT, "profile", MANIFEST) as data:
-            names = tuple(f.name for f in fields(LatencyConfig))
-            latency = LatencyConfig(**check_mapping(data["latency"], "a latency's conditions", names))
-            config = ProfileConfig(SearchSpace.from_dict(data["space"]), latency, data["input_size"], data["seed"])
-            return cls(path, config, data["reference_ms"])
-
-    def records(self, name: str = "networks") -> list[dict[str, Any]]:
-        """What was measured, in order; a last line that a killed process left unfinished is not there."""
-        file = self.path / f"{name}.jsonl"
-        if not file.exists():
-            return []
-        records = []
-        for number, line in enumerate(read_text(file, MAX_TABLE_BYTES, RunError).splitlines(), start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            check(record, RECORDS[name], f"line {number} of {file}", RunError)
-            records.append(record)
-        return records
-
-    def add(self, record: Mapping[str, Any], name: str = "networks") -> None:
-        """Append a record, in one write."""
-        file = self.path / f"{name}.jsonl"
-        whole = "".join(json.dumps(r) + "\n" for r in [*self.records(name), record])
-        write_file(file, whole)
-
-    def fit(self, trials: Sequence[tuple[Architecture, float]] = ()) -> LatencyModel:
-        """The model of all that was measured.
-
-        Args:
-            trials: further architectures with their latency as a whole, such as `trials_of` a run.
-
-        Raises:
-            RunError: where too little was measured.
-        """
-        pieces: list[np.ndarray] = []
-        pieces_ms: list[float] = []
-        wholes: list[np.ndarray] = []
-        wholes_ms: list[float] = []
-        for record in self.records():
-            if "failure" in record:
-                continue
-            architecture = Architecture.from_dict(record["architecture"])
-            features = self._features(architecture)
-            if len(features) != len(record["pieces_ms"]):
-                raise RunError(f"{self.path} is damaged: a network has not as many pieces as were timed")
-            pieces += list(features)
-            pieces_ms += record["pieces_ms"]
-            wholes.append(features)
-            wholes_ms.append(record["ms"])
-        for architecture, ms in trials:
-            wholes.append(self._features(architecture))
-            wholes_ms.append(ms)
-        if len(wholes) < 5 or len(pieces) < 40:
-            raise RunError(f"{self.path} holds {len(pieces)} pieces and {len(wholes)} networks: profile for longer")
-        return LatencyModel.fit(np.array(pieces), np.array(pieces_ms), wholes, np.array(wholes_ms))
-
-    def _features(self, architecture: Architecture) -> np.ndarray:
-        return count_pieces(architecture, self.config.input_size, self.config.latency.batch_size).features
-
-    def predict(self, model: LatencyModel, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
-        """Latency in milliseconds of each architecture, and the standard deviation of its error, as a share."""
-        return model.predict([self._features(a) for a in architectures])
+from ..space import SearchSpace
 
 
 def profile(

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NasError, RunError
-from ..reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
-from ..runs import reading_manifest, write_file
+from ..foreign_files import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..space import SearchSpace
+from .files import reading_manifest, write_file
 
 FORMAT = 1
 FILE = "calibration.json"
@@ -48,7 +48,7 @@ REPORT = {
     "rows": [{"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE}],
     "ensemble": dict,
 }
-"""What else reads of a report, see `nas.reading`."""
+"""What else reads of a report, see `nas.foreign_files`."""
 
 
 @dataclass(frozen=True)

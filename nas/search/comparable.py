@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from ..calibration.folder import Calibration
 from ..data import ImageData, load_data, reduced
 from ..errors import RunError, UsageError
-from ..machine import describe_software, machine_name
-from ..runs import (
-    Run,
-    is_run,
-)
+from ..folders.calibration import Calibration
+from ..folders.run import Run, is_run
+from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import RUNTIME_TRAITS, LatencyConfig, reference_of

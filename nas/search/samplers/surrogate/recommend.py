@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ....objectives.pareto import hypervolume, non_dominated, nondomination_ranks
 from ..history import History
 from ..knobs import Knobs, Point, Points
-from ..pareto import hypervolume, non_dominated, nondomination_ranks
 from ..problem import Problem
 from .acquisition import Known, Marginal, Predicted, expected_improvement, hardly_below
 from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters, kinds_of_warp

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...objectives.pareto import non_dominated, nondomination_ranks
 from .history import History
 from .knobs import Knobs, Point
-from .pareto import non_dominated, nondomination_ranks
 
 POPULATION = 20
 """Parents of `evolve`: the best so far. The first so many points are drawn at random."""

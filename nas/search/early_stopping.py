@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..objectives.objectives import Objective, Scores
 from ..scoring.accuracy import Rung
-from .objectives import Objective, Scores
 
 LEVEL = 0.75
 """A training is stopped where its final accuracy would be below what it needs with this probability. Measured: it saves

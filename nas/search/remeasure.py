@@ -19,12 +19,14 @@ import optuna
 from torch import nn
 
 from ..architecture import Architecture
+from ..counts import pieces_of
 from ..errors import NasError, TrialFailure
+from ..folders.run import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, Run
+from ..folders.trial import Trial
 from ..models import Backbone
-from ..models.zoo import check_network_name, create_network
-from ..pieces import pieces_of
+from ..models.timm_models import check_network_name, create_network
+from ..objectives.pareto import near_front, nondomination_ranks
 from ..repeats import REPEATS
-from ..runs import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial
 from ..scoring.latency import (
     RUNTIME_TRAITS,
     Latency,
@@ -37,7 +39,6 @@ from ..scoring.latency import (
 )
 from ..scoring.memory import is_out_of_memory
 from .evaluate import Evaluator
-from .pareto import near_front, nondomination_ranks
 
 log = logging.getLogger(__name__)
 

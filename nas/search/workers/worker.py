@@ -1,4 +1,4 @@
-"""One of `--workers N`, started by a search: `python -m nas.search.worker RUN PARENT`."""
+"""One of `--workers N`, started by a search: `python -m nas.search.workers.worker RUN PARENT`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import signal
 import sys
 
-from .. import consent
-from ..errors import NasError
-from ..machine.children import end_with_parent, ending_signals
-from ..runs import Run
-from .config import SearchConfig
-from .study import work
+from ... import consent
+from ...errors import NasError
+from ...folders.run import Run
+from ...machine.children import end_with_parent, ending_signals
+from ..config import SearchConfig
+from ..study import work
 
 
 def main(path: str, parent: int) -> int:

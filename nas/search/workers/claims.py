@@ -16,32 +16,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import socket
-import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from ..errors import one_line
-from ..machine.children import python_module
-from ..patience import OUTAGES
-from ..runs import Run
-from .evaluate import ALL, MEASURE, TRAIN
-from .history import DIED, NOT_NEEDED, RELEASED, SPARED
-from .knobs import Knobs, Point
-from .samplers import suggest
+from ...storage.outages import OUTAGES
+from ..evaluate import ALL, MEASURE, TRAIN
+from ..samplers.history import DIED, NOT_NEEDED, RELEASED, SPARED
+from ..samplers.knobs import Knobs, Point
+from ..samplers.table import suggest
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +47,6 @@ BEAT_SECONDS = 5.0
 GRACE_SECONDS = 45.0
 """A trial that did not beat for so long is given up."""
 POLL_SECONDS = 0.05
-STOP_SECONDS = 20.0
-"""Time for a local worker to end when it is asked to."""
 
 
 @dataclass(frozen=True)
@@ -357,47 +349,3 @@ def _to_repeat(trial: FrozenTrial) -> bool:
 def _deaths(trial: FrozenTrial) -> int:
     """How many workers died over an architecture so far."""
     return int(trial.user_attrs.get("deaths", 0)) + (trial.user_attrs.get("failure") == DIED)
-
-
-@contextlib.contextmanager
-def local_workers(run: Run, count: int) -> Iterator[None]:
-    """Further processes on this machine that work on a run; they end with this one's search.
-
-    What they log is in `workers/N.log` of the run folder. Of one that dies the search says so, and goes on.
-    """
-    processes: list[subprocess.Popen[str]] = []
-    ending = threading.Event()
-
-    def watch(process: subprocess.Popen[str], log_file: Path) -> None:
-        status = process.wait()
-        if status and not ending.is_set():
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            last = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            why = f": {one_line(last[0], 200)}" if last else ""
-            log.warning("a worker of this search died (%s), see %s%s", how, log_file, why)
-
-    allowed = {name: run.manifest["config"].get(name) for name in ("storage", "command")}  # here, so there
-    try:
-        for number in range(1, count + 1):
-            file = run.path / "workers" / f"{number}.log"
-            file.parent.mkdir(exist_ok=True)
-            command, environment = python_module("nas.search.worker", str(run.path), str(os.getpid()))
-            with file.open("a", encoding="utf-8") as output:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, text=True
-                )
-            processes.append(process)
-            with contextlib.suppress(BrokenPipeError), process.stdin:  # type: ignore[union-attr]
-                json.dump(allowed, process.stdin)  # type: ignore[arg-type]
-            threading.Thread(target=watch, args=(processes[-1], file), daemon=True).start()
-        yield
-    finally:
-        ending.set()
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(timeout=STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..architecture import Architecture
-from ..pieces import Pieces, count_pieces
-from ..profile import Profile
+from ..counts import Pieces, count_pieces
+from ..folders.profile import Profile
+from ..objectives.objectives import OBJECTIVES, Objective
 from ..space import SearchSpace
-from .knobs import Choices
-from .objectives import OBJECTIVES, Objective
-from .problem import Cheap, Floats
+from .samplers.knobs import Choices
+from .samplers.problem import Cheap, Floats
 
 
 def _params(pieces: Pieces) -> float:

@@ -17,43 +17,28 @@ import contextlib
 import json
 import logging
 import math
-import os
-import sqlite3
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 import optuna
-from filelock import FileLock, Timeout
-from sqlalchemy import event
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from . import consent
-from .architecture import Architecture
-from .errors import NasError, RunError, UsageError, one_line
-from .manifest import RUN, STUDY, TRIAL
-from .patience import patient
-from .reading import COUNT, check, is_file, read_json
-from .search.objectives import (
-    OBJECTIVES,
-    Objective,
-    Scores,
-    format_figure,
-    latency_fields,
-    other_entry,
-    parse_objectives,
-)
-from .search.pareto import GrowingFront, hypervolume, non_dominated
-from .search.stability import Figure, as_figure, compare_orders, rank_correlation, ties
-from .space import SearchSpace
-from .streams import encodable
+from .. import consent
+from ..errors import RunError, UsageError, one_line
+from ..foreign_files import check, is_file
+from ..objectives.agreement import compare_orders, rank_correlation, ties
+from ..objectives.objectives import OBJECTIVES, Objective, Scores, latency_fields, other_entry, parse_objectives
+from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
+from ..space import SearchSpace
+from ..storage.connect import _check_database, damage_reported, no_study, open_storage, storage_errors
+from ..streams import encodable
+from .files import reading_manifest, write_file
+from .manifest import RUN, STUDY
+from .trial import Trial, read_trial
+from .verdicts import _figure, _measured, _trust, doubts
 
 if TYPE_CHECKING:
     import torch
@@ -63,50 +48,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 UNLISTED = ("others", "curve", "uncounted", "form")
 """Fields of `Scores` that are no columns of the tables as they are, or that no point of a run has."""
-WIDE = 0.05
-"""Half-width of a latency's interval, as a share, from which on people are told."""
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
-"""Attributes of the study that `nas.search.finish` writes."""
+"""Attributes of the study that `nas.search.remeasure` writes."""
 WHOLE = "whole"
 """Among measured parts, the network itself."""
 MANIFEST = "manifest"
 """The one with the content of `run.json`, for workers that have no more than the storage."""
-GRPC = "grpc://"
-STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial of a run.
-
-    Args:
-        number: position in the run, from 0.
-        state: `complete`, `pruned` (over a budget, or stopped early), `failed` or `running`.
-        architecture: what was scored; None where a trial ended before it was drawn.
-        scores: what was measured.
-        failure: `reason: message` of a failed trial, why one was pruned, else ''.
-    """
-
-    number: int
-    state: str
-    architecture: Architecture | None
-    scores: Scores = field(default_factory=Scores)
-    failure: str = ""
-
-    @property
-    def key(self) -> str:
-        """The architecture's key, '' where there is none."""
-        return self.architecture.key if self.architecture else ""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether its training was stopped early, since it could not reach the front."""
-        return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
-
-    @property
-    def scored(self) -> bool:
-        """Whether it counts as one of the architectures that a search was to score."""
-        return self.state == "complete" or self.stopped
 
 
 @dataclass(frozen=True)
@@ -552,33 +499,6 @@ class Run:
             self.weights_file(key).unlink(missing_ok=True)
 
 
-def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout: int) -> list[str]:
-    """What the width of a front's intervals says of it.
-
-    Args:
-        objectives: of the run.
-        front: its points.
-        num_holdout: images on which accuracy was measured.
-    """
-    lines = []
-    for objective in (o for o in objectives if o.is_latency):
-        figures = [(objective.read(t.scores), objective.interval(t.scores)) for t in front]
-        widest = max(((i[1] - i[0]) / 2 / ms for ms, i in figures if ms and i is not None), default=0.0)
-        if widest > WIDE:
-            lines.append(
-                f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; on quieter cores, or with a "
-                "longer --latency-seconds, they are narrower"
-            )
-    errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
-    if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):
-        apart = 1.96 * math.sqrt(2) * max(errors)
-        lines.append(
-            f"accuracies less than {apart:.1f} points apart may differ by chance alone "
-            f"({num_holdout:,} held-out images)"
-        )
-    return lines
-
-
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
     """Latencies of parts such that the whole, measured with them, takes what it is known to; the whole is left out.
 
@@ -603,112 +523,6 @@ def is_run(path: Path) -> bool:
         RunError: where the folder cannot be looked into.
     """
     return is_file(path / "run.json", RunError)
-
-
-@contextlib.contextmanager
-def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The content of a folder's manifest; what a body refuses in it is reported with the file's name.
-
-    Args:
-        file: the manifest.
-        release_format: the `format` that it must have.
-        what: the folder is with it.
-        shape: what else it holds, see `nas.reading`.
-
-    Raises:
-        RunError: where it is missing, of another format or damaged.
-    """
-    if not is_file(file, RunError):
-        raise RunError(f"{file.parent} is not a {what}: it has no {file.name}")
-    data = read_json(file, f"a {what}'s manifest", {"format": COUNT}, RunError)
-    if data["format"] != release_format:
-        raise RunError(f"{file} has format {data['format']}, this release reads {release_format}")
-    check(data, shape, str(file), RunError)
-    try:
-        yield data
-    except NasError as error:
-        raise RunError(f"{file} is damaged ({error})") from None
-
-
-@contextlib.contextmanager
-def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> Iterator[None]:
-    """Hold a folder, made if it is not there: one process at a time. It goes again if nothing comes of it.
-
-    Args:
-        path: the folder.
-        manifest: the file that makes it what it is to be.
-        what: is to come of it.
-
-    Raises:
-        RunError: where it cannot be made or written, holds something else, or another process has it.
-    """
-    try:
-        str(path.resolve()).encode()
-    except UnicodeEncodeError:  # SQLite and safetensors take no other path
-        raise RunError(
-            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (where it is, set "
-            "PYTHONUTF8=1)"
-        ) from None
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        ours = (path / manifest).is_file()
-        foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
-        if foreign:
-            raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another --out")
-    except OSError as error:
-        raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
-    held = False
-    try:
-        with held_folder(path, what, " or give another --out"):
-            held = True
-            yield
-    finally:
-        if held and not (path / manifest).is_file():  # what another process holds is not ours to clear
-            with contextlib.suppress(OSError):
-                (path / ".lock").unlink(missing_ok=True)
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def held_folder(path: Path, what: str = "run", instead: str = "") -> Iterator[None]:
-    """Hold a folder that is there: one process at a time.
-
-    Args:
-        path: the folder.
-        what: it is of.
-        instead: of waiting, what may be done.
-
-    Raises:
-        RunError: where another process has it, or it cannot be written.
-    """
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"another process works in {path}: wait for it{instead and ','}{instead}") from None
-    except OSError as error:
-        raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def remove_unfinished_study(path: Path) -> None:
-    """Clear what a creation that was cut short left in a run folder: a study without a trial, before its manifest.
-
-    Raises:
-        RunError: where the study is not such a one, and so somebody's.
-    """
-    if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
-        with storage_errors(path):
-            storage = open_storage(path, None, create=False)
-            studies = storage.get_all_studies()
-            others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
-        if others:
-            raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another --out")
-    for name in STUDY_FILES:
-        (path / name).unlink(missing_ok=True)
 
 
 def find_run(path: Path) -> bool:
@@ -738,336 +552,6 @@ def find_run(path: Path) -> bool:
     return True
 
 
-def join_run(path: Path, url: str, study: str) -> Run:
-    """The run of a study in a shared storage, with a folder for what belongs to this machine alone.
-
-    Args:
-        path: the folder; made where it is not there.
-        url: of the storage.
-        study: its name.
-
-    Raises:
-        RunError: where the storage has no such study, or the folder is another run's.
-    """
-    consent.allow(storage=url)
-    if url.startswith("sqlite"):
-        file = Path(make_url(url).database or "")
-        if not is_file(file, RunError):
-            raise RunError(f"there is no database {file}: --storage must be that of the search")
-    with storage_errors(path):
-        storage = open_storage(path, url, create=False)
-        try:
-            study_id = storage.get_study_id_from_name(study)
-        except KeyError:
-            names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
-            raise RunError(f"the storage has no study {study!r}; it has {names}") from None
-        manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
-    if not isinstance(manifest, dict):
-        raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
-    if manifest.get("format") != FORMAT:
-        raise RunError(f"study {study!r} has format {manifest.get('format')}, this release reads {FORMAT}")
-    check(manifest, RUN, f"study {study!r}", RunError)
-    manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
-    if is_run(path):
-        before = Run.open(path).manifest
-        if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
-            raise RunError(f"{path} is the folder of another run: give another --out")
-        return Run(path, manifest)  # perhaps the search's own folder, whose manifest is not ours to write
-    del manifest["format"]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {path}: {error.strerror or error}") from None
-    return Run.create(path, manifest)
-
-
-def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = True) -> optuna.storages.BaseStorage:
-    """The SQLite storage in a run folder, or the one at `url`.
-
-    Args:
-        path: the run folder.
-        url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
-            of `mixnas serve-storage`.
-        wait: for a server that is out of reach for a while; not for one that cannot be reached at the beginning.
-        create: make Optuna's tables where they are not there. Who reads writes nothing, into nobody's database.
-
-    Raises:
-        RunError: where the database's driver is not installed.
-    """
-    if url is None:
-        file = (path / "study.db").resolve()
-        return _sqlite(_sqlite_url(file), not file.exists() or os.access(file, os.W_OK), create)
-    if not wait:
-        return _server(url, create)
-    if create:
-        created = _server(url, create=True)
-        if isinstance(created, optuna.storages.RDBStorage):
-            created.engine.dispose()  # its connections
-    return _waiting_server(url)
-
-
-def _sqlite_url(file: Path) -> str:
-    """The URL of an SQLite file, whose path may hold what means something in a URL, and bytes that are no text."""
-    try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        return URL.create(
-            "sqlite", database=f"file:{quote(os.fsencode(file))}", query={"uri": "true"}
-        ).render_as_string()
-    return URL.create("sqlite", database=str(file)).render_as_string()
-
-
-@lru_cache(maxsize=8)
-def _waiting_server(url: str) -> optuna.storages.BaseStorage:
-    """One for each process: it keeps connections open."""
-    return patient(optuna.storages.get_storage(_server(url, create=False)))
-
-
-def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
-    try:
-        if url.startswith(GRPC):
-            return _proxy(*grpc_address(url))
-        driver, separator, rest = url.partition("://")
-        if driver in ("postgresql", "postgres"):
-            driver = "postgresql+psycopg"
-        if driver.startswith("sqlite"):
-            return _sqlite(url, True, create)
-        # a connection that the server has dropped meanwhile is made again
-        pre_ping = {"pool_pre_ping": True}
-        return optuna.storages.RDBStorage(
-            driver + separator + rest, engine_kwargs=pre_ping, skip_table_creation=not create
-        )
-    except ImportError as error:
-        extra = "grpc" if url.startswith(GRPC) else "postgres"
-        raise RunError(
-            f"the storage needs a driver that is not installed ({error}): pip install 'mixnas[{extra}]'"
-        ) from None
-
-
-def _check_database(path: Path, url: str | None) -> None:
-    """Refuse an SQLite file that is not there, or computes what is read from it: a run's holds tables alone.
-
-    Raises:
-        RunError: where it is so.
-    """
-    if url is None:
-        file = path / "study.db"
-    elif url.startswith("sqlite"):
-        file = Path(make_url(url).database or "")
-    else:
-        return
-    if not is_file(file, RunError):
-        raise RunError(f"{path} has no {file.name or 'study.db'}: its trials are lost; start another run")
-    computing = "type IN ('view', 'trigger') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED ALWAYS%'"
-    address = f"{file.resolve().as_uri()}?mode=rw"
-    try:
-        with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as database:
-            found = database.execute(f"SELECT name FROM sqlite_master WHERE {computing}").fetchone()
-    except sqlite3.Error as error:
-        raise RunError(f"{file} cannot be read ({error}): bring it back, or start another run") from None
-    if found:
-        raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
-
-
-_CHECKED: set[tuple[str, int, int]] = set()
-"""SQLite files whose tables this process has seen to be there, in the version that Optuna reads."""
-
-
-def _identity(url: str) -> tuple[str, int, int] | None:
-    """Which file an address leads to; None for one that is not there."""
-    try:
-        found = os.stat(make_url(url).database or "")
-    except OSError:
-        return None
-    return url, found.st_dev, found.st_ino
-
-
-def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStorage:
-    """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
-    known = _identity(url) in _CHECKED  # to look at tables and their version takes ten times as long as the rest
-    storage = optuna.storages.RDBStorage(
-        url,
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        skip_compatibility_check=known,
-        skip_table_creation=known or not create,
-    )
-    if (identity := _identity(url)) is not None:
-        _CHECKED.add(identity)
-    if writable:
-        storage.engine.dispose()  # connections from before
-
-        @event.listens_for(storage.engine, "connect")
-        def connected(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # the driver's own idea of when to begin
-
-        @event.listens_for(storage.engine, "begin")
-        def begun(connection: Any) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return storage
-
-
-def grpc_address(url: str) -> tuple[str, int]:
-    """Host and port of a proxy's URL.
-
-    Raises:
-        UsageError: where it has not just these.
-    """
-    host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
-    if not host or "@" in host or not port.isdigit():
-        raise UsageError(f"the URL of a storage behind a proxy is {GRPC}HOST:PORT")  # what it holds may be a secret
-    return host, int(port)
-
-
-def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
-    try:
-        proxy.wait_server_ready(timeout=10)
-    except ConnectionError:
-        raise RunError(f"nothing answers at {GRPC}{host}:{port}: start `mixnas serve-storage` there") from None
-    return proxy
-
-
-def check_storage(url: str) -> None:
-    """Refuse what is no URL of a storage, and one that holds a password."""
-    allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
-    if url.startswith(GRPC):
-        grpc_address(url)
-        return
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise UsageError(f"the storage must be {allowed}") from None
-    secrets = {"password", "passwd", "pwd", "sslpassword", "odbc_connect"} & {name.lower() for name in parsed.query}
-    if parsed.password is not None or secrets:
-        raise UsageError(
-            "the storage URL holds a password, which would end up in run.json and in the list of processes: leave it "
-            "out and let the driver read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
-        )
-
-
-def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) -> None:
-    """Pass a database on to workers, until interrupted; `on_ready` is called once it is open.
-
-    Raises:
-        RunError: where the port cannot be had, or a driver is not installed.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    try:
-        import grpc  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError as error:
-        raise RunError(
-            f"a storage is served by gRPC, which is not installed ({error}): pip install 'mixnas[grpc]'"
-        ) from None
-    if url.startswith(GRPC) or "://" not in url:
-        raise UsageError("serve-storage needs the URL of a database, such as postgresql://host/database")
-    check_storage(url)  # who lists the processes of this machine would see a password in it
-    with storage_errors(Path(".")), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.get_storage(open_storage(Path("."), url, wait=False))
-        on_ready()
-        try:
-            optuna.storages.run_grpc_proxy_server(
-                storage, host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=64)
-            )
-        except RuntimeError as error:
-            raise RunError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
-
-
-@contextlib.contextmanager
-def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what Optuna raises where a storage's rows are not what it wrote into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
-        if isinstance(error, NasError):
-            raise
-        raise RunError(f"the storage of {path} is damaged ({type(error).__name__}: {error})") from None
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a missing or damaged storage, or one out of reach, raises into one line."""
-    try:
-        yield
-    except Exception as error:
-        grpc = sys.modules.get("grpc")  # loaded where a proxy is used, and only there
-        proxied = (grpc.RpcError,) if grpc is not None else ()
-        if not isinstance(error, (SQLAlchemyError, optuna.exceptions.StorageInternalError, *proxied)):
-            raise
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise RunError(
-            f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
-        ) from None
-
-
-def no_study(path: Path) -> RunError:
-    """What to say where a storage does not hold a run's study."""
-    return RunError(f"the storage of {path} holds no study of this run: it was emptied or replaced")
-
-
-def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
-    """Optuna's record of a trial as ours."""
-    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
-    attributes, where = frozen.user_attrs, f"trial {frozen.number}"
-    check(attributes, TRIAL, where, RunError)
-    described = attributes.get("architecture")
-    try:
-        architecture = Architecture.from_dict(described) if described else None
-    except UsageError as error:
-        raise RunError(f"{where} is damaged ({error})") from None
-    if architecture is None and frozen.state == optuna.trial.TrialState.COMPLETE:
-        raise RunError(f"{where} is damaged: it is complete without an architecture")
-    return Trial(
-        number=frozen.number,
-        state=states[frozen.state.name],
-        architecture=architecture,
-        scores=Scores.from_dict(attributes.get("scores", {})),
-        failure=one_line(attributes.get("failure", "")),
-    )
-
-
-def _trust(told: Mapping[str, Any]) -> str:
-    kendall, ceiling = (format_figure(told[name]) for name in ("kendall", "ceiling"))
-    return (
-        f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
-        f"seed {ceiling}; {told['count']} architectures, {told['calibration']}"
-    )
-
-
-def _measured(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-    """Name -> latency with its uncertainty, without failures."""
-    return {
-        name: as_figure(entry["ms"], entry["low_ms"], entry["high_ms"])
-        for name, entry in entries.items()
-        if "failure" not in entry
-    }
-
-
-def _figure(objective: Objective, scores: Scores) -> Figure | None:
-    ms, interval = objective.read(scores), objective.interval(scores)
-    return None if ms is None or interval is None else as_figure(ms, *interval)
-
-
 def _known(value: float | None) -> float:
     assert value is not None, "a complete trial lacks an objective's value"
     return value
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # it may hold a path with bytes that are no text
-    data = encodable(content, "utf-8").encode() if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

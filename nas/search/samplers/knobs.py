@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError, one_line
-from ..reading import MAX_LINE
-from ..space import Choice, SearchSpace
+from ...errors import UsageError, one_line
+from ...foreign_files import MAX_LINE
+from ...space import Choice, SearchSpace
 
 Choices = Mapping[str, Choice]
 Point = tuple[int, ...]

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..architecture import Architecture
-from ..errors import RunError, TrialFailure, UsageError
-from .evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
+from ...architecture import Architecture
+from ...errors import RunError, TrialFailure, UsageError
+from ...objectives.objectives import Scores
+from ..early_stopping import Judge
+from ..evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
 from .isolated import IsolatedEvaluator
-from .objectives import Scores
-from .stopping import Judge
 
 log = logging.getLogger(__name__)
 

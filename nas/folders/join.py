@@ -1,0 +1,74 @@
+"""Joins a shared run from its storage alone, and clears what an interrupted creation left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+
+from .. import consent
+from ..errors import RunError
+from ..foreign_files import check, is_file
+from ..storage.connect import STUDY_FILES, open_storage, storage_errors
+from .manifest import RUN
+from .run import FORMAT, MANIFEST, Run, is_run
+
+
+def remove_unfinished_study(path: Path) -> None:
+    """Clear what a creation that was cut short left in a run folder: a study without a trial, before its manifest.
+
+    Raises:
+        RunError: where the study is not such a one, and so somebody's.
+    """
+    if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
+        with storage_errors(path):
+            storage = open_storage(path, None, create=False)
+            studies = storage.get_all_studies()
+            others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
+        if others:
+            raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another --out")
+    for name in STUDY_FILES:
+        (path / name).unlink(missing_ok=True)
+
+
+def join_run(path: Path, url: str, study: str) -> Run:
+    """The run of a study in a shared storage, with a folder for what belongs to this machine alone.
+
+    Args:
+        path: the folder; made where it is not there.
+        url: of the storage.
+        study: its name.
+
+    Raises:
+        RunError: where the storage has no such study, or the folder is another run's.
+    """
+    consent.allow(storage=url)
+    if url.startswith("sqlite"):
+        file = Path(make_url(url).database or "")
+        if not is_file(file, RunError):
+            raise RunError(f"there is no database {file}: --storage must be that of the search")
+    with storage_errors(path):
+        storage = open_storage(path, url, create=False)
+        try:
+            study_id = storage.get_study_id_from_name(study)
+        except KeyError:
+            names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
+            raise RunError(f"the storage has no study {study!r}; it has {names}") from None
+        manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
+    if not isinstance(manifest, dict):
+        raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
+    if manifest.get("format") != FORMAT:
+        raise RunError(f"study {study!r} has format {manifest.get('format')}, this release reads {FORMAT}")
+    check(manifest, RUN, f"study {study!r}", RunError)
+    manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
+    if is_run(path):
+        before = Run.open(path).manifest
+        if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
+            raise RunError(f"{path} is the folder of another run: give another --out")
+        return Run(path, manifest)  # perhaps the search's own folder, whose manifest is not ours to write
+    del manifest["format"]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return Run.create(path, manifest)

@@ -1,0 +1,68 @@
+"""One trial of a run, as data, and how it is read from the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import optuna
+
+from ..architecture import Architecture
+from ..errors import RunError, UsageError, one_line
+from ..foreign_files import check
+from ..objectives.objectives import Scores
+from .manifest import TRIAL
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a run.
+
+    Args:
+        number: position in the run, from 0.
+        state: `complete`, `pruned` (over a budget, or stopped early), `failed` or `running`.
+        architecture: what was scored; None where a trial ended before it was drawn.
+        scores: what was measured.
+        failure: `reason: message` of a failed trial, why one was pruned, else ''.
+    """
+
+    number: int
+    state: str
+    architecture: Architecture | None
+    scores: Scores = field(default_factory=Scores)
+    failure: str = ""
+
+    @property
+    def key(self) -> str:
+        """The architecture's key, '' where there is none."""
+        return self.architecture.key if self.architecture else ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its training was stopped early, since it could not reach the front."""
+        return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it counts as one of the architectures that a search was to score."""
+        return self.state == "complete" or self.stopped
+
+
+def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
+    """Optuna's record of a trial as ours."""
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
+    attributes, where = frozen.user_attrs, f"trial {frozen.number}"
+    check(attributes, TRIAL, where, RunError)
+    described = attributes.get("architecture")
+    try:
+        architecture = Architecture.from_dict(described) if described else None
+    except UsageError as error:
+        raise RunError(f"{where} is damaged ({error})") from None
+    if architecture is None and frozen.state == optuna.trial.TrialState.COMPLETE:
+        raise RunError(f"{where} is damaged: it is complete without an architecture")
+    return Trial(
+        number=frozen.number,
+        state=states[frozen.state.name],
+        architecture=architecture,
+        scores=Scores.from_dict(attributes.get("scores", {})),
+        failure=one_line(attributes.get("failure", "")),
+    )

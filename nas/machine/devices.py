@@ -1,0 +1,66 @@
+"""Devices: their names, their random numbers and their threads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import UsageError
+
+
+def resolve_device(name: str) -> str:
+    """`auto` to a device; others checked.
+
+    Raises:
+        UsageError: where the device is not known or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver"
+        )
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return f"cuda:{int(index or 0)}"
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers follow from `seed` inside, on every device, and go on as before outside."""
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Torch has so many CPU threads inside; None for as many as outside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def multiplies_bf16(device: Any) -> bool:
+    """Whether it is a GPU whose units multiply in bf16; for older ones, which can hold it, libraries lack kernels."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

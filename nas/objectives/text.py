@@ -1,0 +1,50 @@
+"""Prints figures: values with their units, digits and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .objectives import Objective, Scores
+
+
+def format_figure(figure: Mapping[str, float] | None) -> str:
+    """A statistic (`value`, `low`, `high`) with its interval for people, `0.71 (0.60 to 0.80)`; None is undefined."""
+    if figure is None:
+        return "undefined"
+    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+
+
+def format_score(objective: Objective, scores: Scores) -> str:
+    """A score for people, with `±` and half its 95 % interval, where it has one; '' where it was not measured."""
+    value, error, interval = objective.read(scores), objective.error(scores), objective.interval(scores)
+    if value is None:
+        return ""
+    text = format_value(objective, value, objective.at_least(scores))
+    if not error or interval is None:
+        return text
+    if not objective.unit:
+        return f"{text} {format_interval(objective, interval)}"
+    return f"{text} ±{1.96 * error:.{_decimals(objective, value)}f}"
+
+
+def _decimals(objective: Objective, value: float) -> int:
+    """Of a value with a unit; a latency below a millisecond has one more."""
+    return 3 if objective.is_latency and abs(value) < 1 else 2
+
+
+def format_interval(objective: Objective, interval: tuple[float, float]) -> str:
+    """An interval for people, in brackets and without its unit."""
+    low, high = (format_value(objective, end).removesuffix(objective.unit).rstrip() for end in interval)
+    return f"[{low}, {high}]"
+
+
+def format_value(objective: Objective, value: float, at_least: bool = False) -> str:
+    """A value for people: three or four digits and its unit, after `≥` where it is only a lower bound."""
+    if at_least:
+        return f"≥ {format_value(objective, value)}"
+    if objective.unit:
+        return f"{value:.{_decimals(objective, value)}f} {objective.unit}"
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= scale * 0.999995:
+            return f"{value / scale:.2f} {suffix}"
+    return f"{value:.4g}"

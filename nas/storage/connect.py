@@ -1,0 +1,225 @@
+"""Opens the storage of a study: the run folder's own SQLite file, a database server or a proxy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from ..errors import NasError, RunError, UsageError
+from ..foreign_files import is_file
+from .outages import patient
+
+GRPC = "grpc://"
+STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
+
+
+def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = True) -> optuna.storages.BaseStorage:
+    """The SQLite storage in a run folder, or the one at `url`.
+
+    Args:
+        path: the run folder.
+        url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
+            of `mixnas serve-storage`.
+        wait: for a server that is out of reach for a while; not for one that cannot be reached at the beginning.
+        create: make Optuna's tables where they are not there. Who reads writes nothing, into nobody's database.
+
+    Raises:
+        RunError: where the database's driver is not installed.
+    """
+    if url is None:
+        file = (path / "study.db").resolve()
+        return _sqlite(_sqlite_url(file), not file.exists() or os.access(file, os.W_OK), create)
+    if not wait:
+        return _server(url, create)
+    if create:
+        created = _server(url, create=True)
+        if isinstance(created, optuna.storages.RDBStorage):
+            created.engine.dispose()  # its connections
+    return _waiting_server(url)
+
+
+def _sqlite_url(file: Path) -> str:
+    """The URL of an SQLite file, whose path may hold what means something in a URL, and bytes that are no text."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return URL.create(
+            "sqlite", database=f"file:{quote(os.fsencode(file))}", query={"uri": "true"}
+        ).render_as_string()
+    return URL.create("sqlite", database=str(file)).render_as_string()
+
+
+@lru_cache(maxsize=8)
+def _waiting_server(url: str) -> optuna.storages.BaseStorage:
+    """One for each process: it keeps connections open."""
+    return patient(optuna.storages.get_storage(_server(url, create=False)))
+
+
+def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
+    try:
+        if url.startswith(GRPC):
+            return _proxy(*grpc_address(url))
+        driver, separator, rest = url.partition("://")
+        if driver in ("postgresql", "postgres"):
+            driver = "postgresql+psycopg"
+        if driver.startswith("sqlite"):
+            return _sqlite(url, True, create)
+        # a connection that the server has dropped meanwhile is made again
+        pre_ping = {"pool_pre_ping": True}
+        return optuna.storages.RDBStorage(
+            driver + separator + rest, engine_kwargs=pre_ping, skip_table_creation=not create
+        )
+    except ImportError as error:
+        extra = "grpc" if url.startswith(GRPC) else "postgres"
+        raise RunError(
+            f"the storage needs a driver that is not installed ({error}): pip install 'mixnas[{extra}]'"
+        ) from None
+
+
+def _check_database(path: Path, url: str | None) -> None:
+    """Refuse an SQLite file that is not there, or computes what is read from it: a run's holds tables alone.
+
+    Raises:
+        RunError: where it is so.
+    """
+    if url is None:
+        file = path / "study.db"
+    elif url.startswith("sqlite"):
+        file = Path(make_url(url).database or "")
+    else:
+        return
+    if not is_file(file, RunError):
+        raise RunError(f"{path} has no {file.name or 'study.db'}: its trials are lost; start another run")
+    computing = "type IN ('view', 'trigger') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED ALWAYS%'"
+    address = f"{file.resolve().as_uri()}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as database:
+            found = database.execute(f"SELECT name FROM sqlite_master WHERE {computing}").fetchone()
+    except sqlite3.Error as error:
+        raise RunError(f"{file} cannot be read ({error}): bring it back, or start another run") from None
+    if found:
+        raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
+
+
+_CHECKED: set[tuple[str, int, int]] = set()
+"""SQLite files whose tables this process has seen to be there, in the version that Optuna reads."""
+
+
+def _identity(url: str) -> tuple[str, int, int] | None:
+    """Which file an address leads to; None for one that is not there."""
+    try:
+        found = os.stat(make_url(url).database or "")
+    except OSError:
+        return None
+    return url, found.st_dev, found.st_ino
+
+
+def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStorage:
+    """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
+    known = _identity(url) in _CHECKED  # to look at tables and their version takes ten times as long as the rest
+    storage = optuna.storages.RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        skip_compatibility_check=known,
+        skip_table_creation=known or not create,
+    )
+    if (identity := _identity(url)) is not None:
+        _CHECKED.add(identity)
+    if writable:
+        storage.engine.dispose()  # connections from before
+
+        @event.listens_for(storage.engine, "connect")
+        def connected(connection: Any, _: Any) -> None:
+            connection.isolation_level = None  # the driver's own idea of when to begin
+
+        @event.listens_for(storage.engine, "begin")
+        def begun(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return storage
+
+
+def grpc_address(url: str) -> tuple[str, int]:
+    """Host and port of a proxy's URL.
+
+    Raises:
+        UsageError: where it has not just these.
+    """
+    host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
+    if not host or "@" in host or not port.isdigit():
+        raise UsageError(f"the URL of a storage behind a proxy is {GRPC}HOST:PORT")  # what it holds may be a secret
+    return host, int(port)
+
+
+def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=port)
+    try:
+        proxy.wait_server_ready(timeout=10)
+    except ConnectionError:
+        raise RunError(f"nothing answers at {GRPC}{host}:{port}: start `mixnas serve-storage` there") from None
+    return proxy
+
+
+def check_storage(url: str) -> None:
+    """Refuse what is no URL of a storage, and one that holds a password."""
+    allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
+    if url.startswith(GRPC):
+        grpc_address(url)
+        return
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise UsageError(f"the storage must be {allowed}") from None
+    secrets = {"password", "passwd", "pwd", "sslpassword", "odbc_connect"} & {name.lower() for name in parsed.query}
+    if parsed.password is not None or secrets:
+        raise UsageError(
+            "the storage URL holds a password, which would end up in run.json and in the list of processes: leave it "
+            "out and let the driver read it (PGPASSWORD or ~/.pgpass for PostgreSQL, ~/.my.cnf for MySQL)"
+        )
+
+
+@contextlib.contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turn what Optuna raises where a storage's rows are not what it wrote into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, NasError):
+            raise
+        raise RunError(f"the storage of {path} is damaged ({type(error).__name__}: {error})") from None
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a missing or damaged storage, or one out of reach, raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        grpc = sys.modules.get("grpc")  # loaded where a proxy is used, and only there
+        proxied = (grpc.RpcError,) if grpc is not None else ()
+        if not isinstance(error, (SQLAlchemyError, optuna.exceptions.StorageInternalError, *proxied)):
+            raise
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise RunError(
+            f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
+        ) from None
+
+
+def no_study(path: Path) -> RunError:
+    """What to say where a storage does not hold a run's study."""
+    return RunError(f"the storage of {path} holds no study of this run: it was emptied or replaced")
