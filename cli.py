@@ -32,10 +32,11 @@ from nas.streams import encodable, guarded_streams
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nas.explain import Estimate, Explanation
+    from nas.explain import Explanation
     from nas.folders.run import Run
     from nas.folders.training import Trained
     from nas.folders.trial import Trial
+    from nas.interval import Interval
     from nas.objectives.objectives import Objective, Scores
     from nas.replay import Replay
     from nas.targets import Target
@@ -999,8 +1000,9 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
             )
         _print_table(table)
         if told.kendall is not None:
-            value, low, high = told.kendall
-            click.echo(f"order of the proxy against final accuracy: Kendall {value:.2f} ({low:.2f} to {high:.2f})")
+            from nas.objectives.text import format_figure
+
+            click.echo(f"order of the proxy against final accuracy: Kendall {format_figure(told.kendall)}")
     if failed := [row["key"] for row in told.rows if "failure" in row]:
         raise NasError(f"{len(failed)} of {len(told.rows)} trainings failed: {', '.join(failed)}")
 
@@ -1215,7 +1217,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
-    smoothed = any(estimate.low < estimate.high for estimate in found.itself.values())
+    smoothed = any(not figure.is_exact for figure in found.itself.values())
     if smoothed:
         table.add_row("  to the model", *(change(o, found.itself) for o in objectives))
     table.add_section()
@@ -1237,7 +1239,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     _print_parts(found)
 
 
-def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estimate], brief: bool) -> str:
+def _change(found: Explanation, objective: Objective, scores: Mapping[str, Interval], brief: bool) -> str:
     """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
     from nas.objectives.text import format_value
 
@@ -1253,9 +1255,9 @@ def _change(found: Explanation, objective: Objective, scores: Mapping[str, Estim
         return text if not float(text.split()[0]) else ("-" if value < origin else "+") + text
 
     value, low, high = (signed(v) for v in (score.value, score.low, score.high))
-    if low == high:
+    if score.is_exact:
         return value
-    return f"{value} ±{size((score.high - score.low) / 2)}" if brief else f"{value} ({low} to {high})"
+    return f"{value} ±{size(score.half_width)}" if brief else f"{value} ({low} to {high})"
 
 
 def _print_parts(found: Explanation) -> None:
@@ -1338,6 +1340,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 def _print_trust(report: dict[str, Any], path: str) -> None:
     """The table of a calibration, best estimator first."""
+    from nas.interval import Interval
     from nas.objectives.text import format_figure
 
     bands = tuple(report["rows"][0]["bands"])
@@ -1355,8 +1358,8 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
     for row in [*report["rows"], {"estimator": f"truth, other seed ({ceiling['count']})", **ceiling}]:
         table.add_row(
             row["estimator"],
-            *(format_figure(row[name]) for name in ("kendall", "spearman", "top_recall")),
-            *(format_figure(row["bands"][band]) if "bands" in row else "" for band in bands),
+            *(format_figure(Interval.of(row[name])) for name in ("kendall", "spearman", "top_recall")),
+            *(format_figure(Interval.of(row["bands"][band])) if "bands" in row else "" for band in bands),
             f"{row['seconds']:.2f}" if "seconds" in row else f"{report['truth_seconds']:.0f}",
             f"{100 * row['share_of_truth']:.1f} %" if "seconds" in row else "",
         )

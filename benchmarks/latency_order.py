@@ -67,7 +67,8 @@ def main() -> None:
         child(arguments)
         return
 
-    from nas.objectives.agreement import as_figure, compare_orders, rank_correlation
+    from nas.interval import Interval
+    from nas.objectives.agreement import compare_orders, rank_correlation
 
     found = []
     for _ in range(2):
@@ -78,7 +79,7 @@ def main() -> None:
         with open(arguments.raw, "w", encoding="utf-8") as file:
             json.dump(found, file)
     first, second = (f["figures"] for f in found)
-    figures = [{k: as_figure(f["ms"], f["low_ms"], f["high_ms"]) for k, f in each.items()} for each in (first, second)]
+    figures = [{k: Interval.of_latency(f) for k, f in each.items()} for each in (first, second)]
     held = compare_orders(*figures)
     fronts = [
         compare_orders(*({key: each[key] for key in front(first, sizes)} for each in figures))

@@ -22,6 +22,7 @@ from .counts import Pieces, count_pieces, part_in_words
 from .errors import RunError
 from .folders.run import Run
 from .folders.trial import Trial
+from .interval import Interval
 from .objectives.objectives import OBJECTIVES, Objective
 from .objectives.pareto import hypervolume
 from .search.cheap import COUNTS, known_beforehand
@@ -49,21 +50,6 @@ _WORDS = {"mixer": "token mixer", "mlp": "MLP", "mlp_ratio": "MLP ratio", "local
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A score, in its objective's unit.
-
-    Args:
-        value: the median, or what was recorded.
-        low: lower end of its interval.
-        high: upper end; equal to both where the score is exact.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Neighbour:
     """An architecture that one knob's change gives.
 
@@ -83,9 +69,9 @@ class Neighbour:
     before: Choice
     after: Choice
     architecture: Architecture
-    predicted: Mapping[str, Estimate]
+    predicted: Mapping[str, Interval]
     tried: str = ""
-    measured: Mapping[str, Estimate] = field(default_factory=dict)
+    measured: Mapping[str, Interval] = field(default_factory=dict)
     on_front: float | None = None
     gain: float | None = None
 
@@ -109,7 +95,7 @@ class Part:
     name: str
     macs: int
     params: int
-    latency: Mapping[str, Estimate] = field(default_factory=dict)
+    latency: Mapping[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,7 +117,7 @@ class Explanation:
     trial: Trial
     objectives: tuple[Objective, ...]
     recorded: Mapping[str, float]
-    itself: Mapping[str, Estimate]
+    itself: Mapping[str, Interval]
     neighbours: tuple[Neighbour, ...]
     parts: tuple[Part, ...]
     observed: int
@@ -150,7 +136,7 @@ class Explanation:
             for name, figure in n.measured.items()
             if name in n.predicted and name not in COUNTS
         ]
-        return sum(p.low <= value <= p.high for p, value in pairs), len(pairs)
+        return sum(p.holds(value) for p, value in pairs), len(pairs)
 
     @property
     def summary(self) -> str:
@@ -172,7 +158,7 @@ class Explanation:
         """Whether no predicted change in an objective is known to be more than what the model says of no change."""
         estimates = [n.predicted[name] for n in self.neighbours if name in n.predicted]
         here = self.itself.get(name)
-        return here is not None and bool(estimates) and all(e.low <= here.value <= e.high for e in estimates)
+        return here is not None and bool(estimates) and all(e.holds(here.value) for e in estimates)
 
     def to_dict(self, limit: int | None = None) -> dict[str, Any]:
         """Plain data, with so many neighbours at most."""
@@ -206,7 +192,7 @@ class Explanation:
             "parts": [asdict(part) for part in self.parts],
         }
 
-    def _estimate(self, name: str, estimate: Estimate) -> dict[str, float | None]:
+    def _estimate(self, name: str, estimate: Interval) -> dict[str, float | None]:
         origin = self.origin(name)
         return asdict(estimate) | {"change": None if origin is None else estimate.value - origin}
 
@@ -332,11 +318,11 @@ class _Counts:
         """Of each part of a network."""
         return count_pieces(architecture, self._side, num_classes=self._classes)
 
-    def of(self, architecture: Architecture) -> dict[str, Estimate]:
+    def of(self, architecture: Architecture) -> dict[str, Interval]:
         """Of a network as a whole, by name."""
         pieces = self.pieces(architecture)
         counts = {name: COUNTS[name](pieces) for name in self._names}
-        return {name: Estimate(count, count, count) for name, count in counts.items()}
+        return {name: Interval.exact(count) for name, count in counts.items()}
 
 
 class _Model:
@@ -404,9 +390,9 @@ class _Model:
         return [(float(s), float(g) if math.isfinite(g) else None) for s, g in zip(shares, gains, strict=True)]
 
 
-def _estimates(run: Run, marginals: Mapping[str, Marginal], count: int) -> list[dict[str, Estimate]]:
+def _estimates(run: Run, marginals: Mapping[str, Marginal], count: int) -> list[dict[str, Interval]]:
     """Medians and intervals of scores, for each of so many points."""
-    found: list[dict[str, Estimate]] = [{} for _ in range(count)]
+    found: list[dict[str, Interval]] = [{} for _ in range(count)]
     for objective in run.objectives:
         marginal = marginals.get(objective.name)
         if marginal is None:
@@ -416,7 +402,7 @@ def _estimates(run: Run, marginals: Mapping[str, Marginal], count: int) -> list[
         if objective.field == "accuracy":
             ends = ends.clip(0.0, 100.0)
         for own, (middle, *sides) in zip(found, ends.T.tolist(), strict=True):
-            own[objective.name] = Estimate(middle, min(sides), max(sides))
+            own[objective.name] = Interval(middle, min(sides), max(sides))
     return found
 
 
@@ -427,13 +413,13 @@ def _outcome(trial: Trial) -> str:
     return {"complete": "scored", "pruned": "over budget", "failed": "failed"}[trial.state]
 
 
-def _measured(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Estimate]:
+def _measured(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Interval]:
     """What was measured of a trial, with 95 % intervals where there are some; counts are left out."""
     found = {}
     for objective in objectives:
         value = objective.read(trial.scores)
         if value is not None and objective.name not in COUNTS:
-            found[objective.name] = Estimate(value, *(objective.interval(trial.scores) or (value, value)))
+            found[objective.name] = objective.interval(trial.scores) or Interval.exact(value)
     return found
 
 
@@ -445,9 +431,9 @@ def _share(run: Run, trial: Trial, front: Sequence[Trial]) -> float | None:
 
 def _parts(run: Run, trial: Trial, pieces: Pieces) -> tuple[Part, ...]:
     """The network's parts with what is counted, and timed where the run has that."""
-    timed: dict[str, dict[str, Estimate]] = {}
+    timed: dict[str, dict[str, Interval]] = {}
     for entry in run.stage_latencies().get(trial.key, ()):
-        timed[entry["part"]] = {run.targets[0]: Estimate(entry["ms"], entry["low_ms"], entry["high_ms"])}
+        timed[entry["part"]] = {run.targets[0]: Interval.of_latency(entry)}
     names = ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
     return tuple(
         Part(part_in_words(name), macs, int(params), timed.get(name, {}))

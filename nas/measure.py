@@ -15,10 +15,11 @@ from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .folding import Fused, fuse_branches
 from .foreign_files import MAX_SIDE
+from .interval import Interval
 from .machine.description import describe_machine, machine_name
 from .machine.devices import resolve_device
 from .machine.limits import free_memory
-from .objectives.agreement import as_figure, compare_orders, rank_correlation
+from .objectives.agreement import compare_orders, rank_correlation
 from .scoring.cost import Cost, count_cost
 from .scoring.latency import (
     DTYPES,
@@ -203,11 +204,11 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
     for run, members in runs.items():
         if len(members) < 2:
             continue
-        before = {targets[i].name: as_figure(*(targets[i].recorded or (0.0, 0.0, 0.0))) for i in members}
+        before = {targets[i].name: found for i in members if (found := targets[i].recorded) is not None}
         names = ("latency_ms", "latency_low_ms", "latency_high_ms")
-        now = {targets[i].name: as_figure(*(rows[i][name] for name in names)) for i in members}
+        now = {targets[i].name: Interval(*(rows[i][name] for name in names)) for i in members}
         held = compare_orders(before, now)
-        rho = rank_correlation([ms for ms, _ in before.values()], [ms for ms, _ in now.values()])
+        rho = rank_correlation(*([figure.value for figure in each.values()] for each in (before, now)))
         row = rows[members[0]]
         lines.append(
             f"{run}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "

@@ -24,10 +24,10 @@ from .folders.files import held_folder, write_file
 from .folders.run import Run
 from .folders.trial import Trial
 from .foreign_files import MAX_TABLE_BYTES, is_file, read_text
+from .interval import Interval
 from .machine.description import describe_software, machine_name
 from .machine.devices import resolve_device
-from .objectives.agreement import Figure, as_figure, indistinct
-from .objectives.objectives import Scores
+from .objectives.objectives import OBJECTIVES, Scores
 from .search import SearchConfig
 from .search.comparable import changed_conditions, evaluator_of
 from .search.evaluate import Evaluator
@@ -356,8 +356,8 @@ class _Comparer:
             found = _statistical(PROXY, name, then.proxy, now.proxy, then.proxy_std, now.proxy_std)
             close = now.proxy is not None and math.isclose(then.proxy, now.proxy, rel_tol=PROXY_TOLERANCE)
             yield replace(found, agrees=found.agrees or close)
-        if self.latency and (first := _first(then)) is not None:
-            yield _timed("latency_ms", first, _first(now))
+        if self.latency and (first := OBJECTIVES["latency"].interval(then)) is not None:
+            yield _timed("latency_ms", first, OBJECTIVES["latency"].interval(now))
             for target in then.others:
                 if (other := _other(then, target)) is not None:
                     yield _timed(f"latency_ms@{target}", other, _other(now, target))
@@ -371,41 +371,26 @@ class _Comparer:
             yield Comparison(COUNTS, "memory_mib", then.memory_mib, now.memory_mib, close)
 
 
-_Timed = tuple[float, float, float]
-"""A latency with the ends of its interval."""
-
-
-def _first(scores: Scores) -> _Timed | None:
-    ms, low, high = scores.latency_ms, scores.latency_low_ms, scores.latency_high_ms
-    return None if ms is None or low is None or high is None else (ms, low, high)
-
-
-def _other(scores: Scores, target: str) -> _Timed | None:
+def _other(scores: Scores, target: str) -> Interval | None:
     entry = scores.others.get(target)
-    return None if entry is None else (entry["ms"], entry["low_ms"], entry["high_ms"])
+    return None if entry is None else Interval.of_latency(entry)
 
 
-def _timed(name: str, then: _Timed, now: _Timed | None) -> Comparison:
+def _timed(name: str, then: Interval, now: Interval | None) -> Comparison:
     """Two measured latencies agree where they cannot be told apart."""
     if now is None:
-        return Comparison(LATENCY, name, then[0], None, False, then[1:])
-    return Comparison(LATENCY, name, then[0], now[0], indistinct(as_figure(*then), as_figure(*now)), then[1:], now[1:])
+        return Comparison(LATENCY, name, then.value, None, False, then.ends)
+    return Comparison(LATENCY, name, then.value, now.value, then.indistinct(now), then.ends, now.ends)
 
 
 def _statistical(
     kind: str, name: str, then: float, now: float | None, then_std: float | None, now_std: float | None
 ) -> Comparison:
     """Two figures with standard errors agree where their difference is within that of their difference."""
-    spans = []
-    for value, std in ((then, then_std), (now, now_std)):
-        half = 1.96 * (std or 0.0)
-        spans.append(None if value is None or not half else (value - half, value + half))
-    agrees = now is not None and (then == now or indistinct(_figure(then, then_std), _figure(now, now_std)))
+    before, after = Interval.around(then, then_std), None if now is None else Interval.around(now, now_std)
+    agrees = after is not None and (then == now or before.indistinct(after))
+    spans = (None if interval is None or interval.is_exact else interval.ends for interval in (before, after))
     return Comparison(kind, name, then, now, agrees, *spans)
-
-
-def _figure(value: float, std: float | None) -> Figure:
-    return value, 1.96 * (std or 0.0) / value if value else 0.0
 
 
 def _share_std(percent: float | None, count: int) -> float | None:

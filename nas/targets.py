@@ -17,10 +17,12 @@ from .folders.run import Run, is_run
 from .folders.training import MAX_CLASSES, WEIGHTS, Trained, is_training
 from .folders.trial import Trial
 from .foreign_files import FIGURE, LINE, SIDE, is_file, read_json, read_text
+from .interval import Interval
 from .machine.description import machine_name
 from .models import create_backbone
 from .models.presets import NOTES, PRESETS
 from .models.timm_models import check_network_name, create_network
+from .objectives.objectives import OBJECTIVES
 from .scoring.latency import LatencyConfig, reference_of
 
 EXPORT = "export.json"
@@ -41,7 +43,7 @@ class Target:
         references: device and runtime -> the reference network's latency that its run's figures hang on.
         machine: where that was, with the threads torch had.
         run: the name of the run it is a point of; empty for others.
-        recorded: its latency as that run has it, in milliseconds, with the ends of its interval.
+        recorded: its latency as that run has it, in milliseconds.
         model: timm's name of it, where it has no architecture.
         folder: the run folder, exported or trained folder it lies in.
         weights: a safetensors file of trained weights, where there is one.
@@ -57,7 +59,7 @@ class Target:
     references: Mapping[str, float] = field(default_factory=dict)
     machine: str = ""
     run: str = ""
-    recorded: tuple[float, float, float] | None = None
+    recorded: Interval | None = None
     model: str = ""
     folder: Path | None = None
     weights: Path | None = None
@@ -158,18 +160,11 @@ def _of_trial(run: Run, trial: Trial) -> Target:
         references=run.manifest.get("latency_references", {}),
         machine=f"{run.manifest['conditions']['device']}, {run.manifest['machine']['threads']} threads",
         run=run.name,
-        recorded=_recorded(trial),
+        recorded=OBJECTIVES["latency"].interval(trial.scores),
         folder=run.path,
         weights=weights if (weights := run.weights_file(trial.key)).is_file() else None,
         data=data,
     )
-
-
-def _recorded(trial: Trial) -> tuple[float, float, float] | None:
-    s = trial.scores
-    if s.latency_ms is None or s.latency_low_ms is None or s.latency_high_ms is None:
-        return None
-    return s.latency_ms, s.latency_low_ms, s.latency_high_ms
 
 
 def _timm(name: str) -> Target:

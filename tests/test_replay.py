@@ -25,8 +25,8 @@ from test_search import MINI, TINY, analytic_config
 from nas.errors import NasError, RunError, UsageError
 from nas.folders.files import locked_folder
 from nas.folders.run import Run
+from nas.interval import Interval
 from nas.models import create_backbone
-from nas.objectives.agreement import as_figure, indistinct
 from nas.replay import FILE, KINDS, replay
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
@@ -157,8 +157,8 @@ def test_latencies_agree_where_they_cannot_be_told_apart(tmp_path):
     found = again(run)
     for row in found.rows:
         then, now = row.trial.scores, row.scores
-        figures = [as_figure(s.latency_ms, s.latency_low_ms, s.latency_high_ms) for s in (then, now)]
-        assert row.verdict("latency") == ("agrees" if indistinct(*figures) else "differs")
+        first, second = (Interval(s.latency_ms, s.latency_low_ms, s.latency_high_ms) for s in (then, now))
+        assert row.verdict("latency") == ("agrees" if first.indistinct(second) else "differs")
         assert row.verdict("counts") == "equal"
     slow = {f"latency_{part}": 1e3 * found.rows[1].scores.latency_ms for part in ("ms", "low_ms", "high_ms")}
     edit_scores(run, 1, **slow)

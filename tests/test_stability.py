@@ -20,6 +20,7 @@ from nas.errors import TrialFailure, UsageError
 from nas.folders.run import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, to_scale
 from nas.folders.trial import Trial
 from nas.folders.verdicts import doubts
+from nas.interval import Interval
 from nas.measure import REST, agreement, measure
 from nas.models.timm_models import check_network_name, create_network
 from nas.objectives.agreement import compare_orders, rank_correlation, ties
@@ -31,18 +32,24 @@ from nas.search.comparable import evaluator_of
 from nas.targets import resolve_all
 
 
-def sure(**figures: float) -> dict[str, tuple[float, float]]:
-    return {name: (ms, 0.0) for name, ms in figures.items()}
+def sure(**figures: float) -> dict[str, Interval]:
+    return {name: Interval.exact(ms) for name, ms in figures.items()}
+
+
+def within(ms: float, share: float) -> Interval:
+    return Interval(ms, ms * (1 - share), ms * (1 + share))
 
 
 def test_an_order_that_holds():
-    held = compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": (1.1, 0.01), "b": (2.2, 0.01), "c": (3.3, 0.01)})
+    held = compare_orders(
+        sure(a=1.0, b=2.0, c=3.0), {"a": within(1.1, 0.01), "b": within(2.2, 0.01), "c": within(3.3, 0.01)}
+    )
     assert (held.pairs, held.held, held.tied, held.held_apart) == (2, 2, (), 2)
     assert "2 of 2 neighbouring pairs" in held.verdict
 
 
 def test_an_order_that_does_not_hold_and_a_tie():
-    second = {"a": (1.02, 0.02), "b": (1.0, 0.02), "c": (3.0, 0.01), "d": (2.5, 0.01)}
+    second = {"a": within(1.02, 0.02), "b": within(1.0, 0.02), "c": within(3.0, 0.01), "d": within(2.5, 0.01)}
     held = compare_orders(sure(a=1.0, b=1.01, c=2.4, d=2.6), second)
     assert held.pairs == 3
     assert held.held == 1  # b before c; a and b, c and d turned round
@@ -54,22 +61,22 @@ def test_an_order_that_does_not_hold_and_a_tie():
 
 
 def test_ties_in_words():
-    figures = {"c": (3.0, 0.01), "a": (1.0, 0.02), "b": (1.01, 0.02), "d": (3.02, 0.01)}
+    figures = {"c": within(3.0, 0.01), "a": within(1.0, 0.02), "b": within(1.01, 0.02), "d": within(3.02, 0.01)}
     assert ties(figures) == "a and b, c and d"
     assert ties(figures, most=1) == "a and b, 1 more"
     assert ties(sure(a=1.0, b=2.0)) == ties({}) == ""
 
 
 def test_either_measurement_may_declare_a_tie():
-    sharp, vague = {"a": (1.0, 0.01), "b": (1.1, 0.01)}, {"a": (1.0, 0.2), "b": (1.1, 0.2)}
+    sharp, vague = {"a": within(1.0, 0.01), "b": within(1.1, 0.01)}, {"a": within(1.0, 0.2), "b": within(1.1, 0.2)}
     assert not compare_orders(sharp, sharp).tied
     for first, second in ((sharp, vague), (vague, sharp), (vague, vague)):
         assert compare_orders(first, second).tied == (("a", "b"),)
 
 
 def test_only_what_was_measured_twice_is_compared():
-    assert compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": (1.0, 0.1), "c": (3.0, 0.1)}).pairs == 1
-    for second in ({}, {"a": (1.0, 0.1)}):
+    assert compare_orders(sure(a=1.0, b=2.0, c=3.0), {"a": within(1.0, 0.1), "c": within(3.0, 0.1)}).pairs == 1
+    for second in ({}, {"a": within(1.0, 0.1)}):
         assert compare_orders(sure(a=1.0, b=2.0), second).pairs == 0
     assert "fewer than two points" in compare_orders({}, {}).verdict
 
@@ -375,7 +382,7 @@ def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
         values = [o.read(trial.scores) for o in run.objectives]
         assert len(set(values)) == 3
         assert all(v > 0 for v in values)
-        low, high = run.objectives[1].interval(trial.scores)
+        low, high = run.objectives[1].interval(trial.scores).ends
         assert low <= values[1] <= high
     text = (run.path / "front.csv").read_text(encoding="utf-8")
     assert "latency_ms@cpu-compile" in text

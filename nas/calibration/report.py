@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..folders.calibration import Calibration
+from ..interval import Interval
 from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
 
@@ -170,17 +171,17 @@ def _figure(statistic: Statistic, scores: np.ndarray, truths: np.ndarray) -> dic
     return _plain(trust.bootstrap(lambda counts: statistic(scores, truths, counts), len(truths)))
 
 
-def _plain(figure: trust.Figure) -> dict[str, float] | None:
+def _plain(figure: Interval) -> dict[str, float] | None:
     """As it is written; None where it is not defined."""
     return asdict(figure) if math.isfinite(figure.value) else None
 
 
-def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> trust.Figure:
+def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> Interval:
     """Of Kendall's correlations with the truth, on the same resamples."""
     known = np.isfinite(scores) & np.isfinite(others)
     a, b, t = scores[known], others[known], truths[known]
     if len(t) < 3:
-        return trust.Figure(math.nan, math.nan, math.nan)
+        return Interval(math.nan, math.nan, math.nan)
     return trust.bootstrap(lambda counts: trust.kendall(a, t, counts) - trust.kendall(b, t, counts), len(t))
 
 
@@ -212,7 +213,7 @@ def _choice(
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
     known = np.array([v for v in values if math.isfinite(v)])
     low, high = np.quantile(known, [0.025, 0.975])
-    return {"value": float(known.mean()), "low": float(low), "high": float(high)}
+    return asdict(Interval(float(known.mean()), float(low), float(high)))
 
 
 def _verdict(report: Mapping[str, Any]) -> list[str]:
@@ -220,10 +221,12 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     row = next(row for row in report["rows"] if row["estimator"] == name)
     again = report["ceiling"]["kendall"]
     lines = [
-        f"recommended: {name}, Kendall {format_figure(row['kendall'])} at {100 * row['share_of_truth']:.1f} % "
+        f"recommended: {name}, Kendall {format_figure(Interval.of(row['kendall']))} at "
+        f"{100 * row['share_of_truth']:.1f} % "
         f"of a truth's time; choosing on some architectures and looking at the others gives "
         f"{choice['kendall']['value']:.2f}",
-        f"truth against truth with another seed ({report['ceiling']['count']} architectures): {format_figure(again)}"
+        f"truth against truth with another seed ({report['ceiling']['count']} architectures): "
+        f"{format_figure(Interval.of(again))}"
         + (f"; a score without noise could reach about {noiseless(again['value']):.2f}" if _above_0(again) else ""),
     ]
     for other, plain in row["against"].items():
@@ -231,17 +234,14 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
             continue
         # the best of several looks better than it is: the middle is that on architectures it was not chosen on
         middle = choice["against"][other]["value"]
-        difference = {
-            "value": middle,
-            "low": middle - (plain["value"] - plain["low"]),
-            "high": middle + (plain["high"] - plain["value"]),
-        }
-        if difference["low"] > 0:
+        whole = Interval(**plain)
+        difference = Interval(middle, middle - (whole.value - whole.low), middle + (whole.high - whole.value))
+        if difference.low > 0:
             lines.append(f"it orders architectures better than {other} does: by {format_figure(difference)}")
-        elif difference["high"] < 0:
+        elif difference.high < 0:
             lines.append(f"it orders architectures worse than {other} does: by {format_figure(difference)}")
         else:
-            width, value = (difference["high"] - difference["low"]) / 2, abs(middle)
+            width, value = difference.half_width, abs(middle)
             needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
             told = f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
             lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {told}")

@@ -38,7 +38,7 @@ from ..streams import encodable
 from .files import reading_manifest, write_file
 from .manifest import RUN, STUDY
 from .trial import Trial, read_trial
-from .verdicts import _figure, _measured, _trust, doubts
+from .verdicts import doubts, measured_latencies, trust_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -291,25 +291,25 @@ class Run:
         """
         attributes, front = self.attributes, self.front()
         first = {t.key: t.scores for t in self.front(self.trials(remeasured=False))}
-        lines = [_trust(told)] if (told := self.manifest.get("trust")) else []
+        lines = [trust_in_words(told)] if (told := self.manifest.get("trust")) else []
         for objective in (o for o in self.objectives if o.is_latency):
             target = objective.target or (self.targets[0] if self.targets else "")
-            seen = {key: figure for key, scores in first.items() if (figure := _figure(objective, scores)) is not None}
-            again = _measured(attributes.get(REMEASURED, {}).get(target, {}))
+            seen = {key: figure for key, scores in first.items() if (figure := objective.interval(scores)) is not None}
+            again = measured_latencies(attributes.get(REMEASURED, {}).get(target, {}))
             if again:
                 lines.append(f"{target}, the front as the search saw it: {compare_orders(seen, again).verdict}")
-            last = {t.key: figure for t in front if (figure := _figure(objective, t.scores)) is not None}
+            last = {t.key: figure for t in front if (figure := objective.interval(t.scores)) is not None}
             if tied := ties(last):
                 lines.append(f"{target}: statistically tied on this front, so in either order: {tied}")
         latency = OBJECTIVES["latency"]
-        final = {t.key: figure for t in front if (figure := _figure(latency, t.scores)) is not None}
+        final = {t.key: figure for t in front if (figure := latency.interval(t.scores)) is not None}
         for target, entries in attributes.get(ELSEWHERE, {}).items():
-            there = _measured(entries)
+            there = measured_latencies(entries)
             both = [key for key in final if key in there]
             if len(both) < 2:
                 continue
             held = compare_orders({key: final[key] for key in both}, there)
-            rho = rank_correlation([final[key][0] for key in both], [there[key][0] for key in both])
+            rho = rank_correlation([final[key].value for key in both], [there[key].value for key in both])
             lines.append(
                 f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
                 + (f", rank correlation {rho:.2f}" if rho is not None else "")
@@ -335,7 +335,7 @@ class Run:
         for column, objective in ((c, o) for c, o in enumerate(self.objectives) if o.is_latency):
             for row, trial in enumerate(trials):
                 if (interval := objective.interval(trial.scores)) is not None:
-                    best[row, column], worst[row, column] = interval
+                    best[row, column], worst[row, column] = interval.ends
         return best, worst
 
     def bend(self, front: list[Trial]) -> Trial:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..objectives.agreement import Figure, as_figure
-from ..objectives.objectives import Objective, Scores
+from ..interval import Interval
+from ..objectives.objectives import Objective
 from ..objectives.text import format_figure
 from .trial import Trial
 
@@ -25,8 +25,8 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
     """
     lines = []
     for objective in (o for o in objectives if o.is_latency):
-        figures = [(objective.read(t.scores), objective.interval(t.scores)) for t in front]
-        widest = max(((i[1] - i[0]) / 2 / ms for ms, i in figures if ms and i is not None), default=0.0)
+        intervals = [interval for t in front if (interval := objective.interval(t.scores)) is not None]
+        widest = max((i.half_width / i.value for i in intervals if i.value), default=0.0)
         if widest > WIDE:
             lines.append(
                 f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; on quieter cores, or with a "
@@ -42,23 +42,15 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
     return lines
 
 
-def _trust(told: Mapping[str, Any]) -> str:
-    kendall, ceiling = (format_figure(told[name]) for name in ("kendall", "ceiling"))
+def trust_in_words(told: Mapping[str, Any]) -> str:
+    """What a calibration said of a run's proxy, in one line."""
+    kendall, ceiling = (format_figure(Interval.of(told[name])) for name in ("kendall", "ceiling"))
     return (
         f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
         f"seed {ceiling}; {told['count']} architectures, {told['calibration']}"
     )
 
 
-def _measured(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-    """Name -> latency with its uncertainty, without failures."""
-    return {
-        name: as_figure(entry["ms"], entry["low_ms"], entry["high_ms"])
-        for name, entry in entries.items()
-        if "failure" not in entry
-    }
-
-
-def _figure(objective: Objective, scores: Scores) -> Figure | None:
-    ms, interval = objective.read(scores), objective.interval(scores)
-    return None if ms is None or interval is None else as_figure(ms, *interval)
+def measured_latencies(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
+    """Name -> latency in milliseconds. Failures are left out."""
+    return {name: Interval.of_latency(entry) for name, entry in entries.items() if "failure" not in entry}

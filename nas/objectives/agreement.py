@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from ..interval import Interval
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,19 @@ class Stability:
         )
 
 
-Figure = tuple[float, float]
-"""Milliseconds, and the half-width of their 95 % interval as a share."""
-
-
-def as_figure(ms: float, low_ms: float, high_ms: float) -> Figure:
-    """A latency with its 95 % interval as a figure."""
-    return ms, (high_ms - low_ms) / 2 / ms
-
-
-def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) -> Stability:
+def compare_orders(first: Mapping[str, Interval], second: Mapping[str, Interval]) -> Stability:
     """Compare the order of `first` with that of a second measurement.
 
     Args:
-        first: name -> figure.
-        second: name -> figure; names that are not in both are left out.
+        first: name -> latency in milliseconds.
+        second: the same of the second measurement; names that are not in both are left out.
     """
-    order = [name for name in sorted(first, key=lambda n: first[n][0]) if name in second]
+    order = [name for name in sorted(first, key=lambda n: first[n].value) if name in second]
     held, held_apart = 0, 0
     tied = []
     for fast, slow in pairwise(order):
-        close = any(indistinct(figures[fast], figures[slow]) for figures in (first, second))
-        kept = second[fast][0] < second[slow][0] or first[fast][0] == first[slow][0]
+        close = any(figures[fast].indistinct(figures[slow]) for figures in (first, second))
+        kept = second[fast].value < second[slow].value or first[fast].value == first[slow].value
         held += kept
         held_apart += kept and not close
         if close:
@@ -67,17 +59,12 @@ def compare_orders(first: Mapping[str, Figure], second: Mapping[str, Figure]) ->
     return Stability(max(len(order) - 1, 0), held, tuple(tied), held_apart)
 
 
-def ties(figures: Mapping[str, Figure], most: int = 6) -> str:
+def ties(figures: Mapping[str, Interval], most: int = 6) -> str:
     """In words the neighbours, so many at most, that cannot be told apart; '' where there are none."""
-    order = sorted(figures, key=lambda n: figures[n][0])
-    tied = [f"{a} and {b}" for a, b in pairwise(order) if indistinct(figures[a], figures[b])]
+    order = sorted(figures, key=lambda n: figures[n].value)
+    tied = [f"{a} and {b}" for a, b in pairwise(order) if figures[a].indistinct(figures[b])]
     more = [f"{len(tied) - most} more"] if len(tied) > most else []
     return ", ".join(tied[:most] + more)
-
-
-def indistinct(a: Figure, b: Figure) -> bool:
-    """Whether two figures differ by less than the uncertainty of their difference."""
-    return abs(a[0] - b[0]) <= math.hypot(a[0] * a[1], b[0] * b[1])
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..errors import UsageError, unknown_name
+from ..interval import Z95, Interval
 
 MAX_OBJECTIVES = 4
 
@@ -134,26 +135,29 @@ class Objective:
         """Whether the value in `scores` is only a lower bound."""
         return self.field in ("macs", "flops") and bool(scores.uncounted)
 
-    def interval(self, scores: Scores) -> tuple[float, float] | None:
-        """The 95 % interval of the value in `scores`; None where it is exact, or its error is not known."""
+    def interval(self, scores: Scores) -> Interval | None:
+        """The value in `scores` with its 95 % interval; None where it is exact, unknown, or its error is unknown."""
         if self.target:
             there = scores.others.get(self.target)
-            return None if there is None else (there["low_ms"], there["high_ms"])
+            return None if there is None else Interval.of_latency(there)
+        value = self.read(scores)
         if self.is_latency:
             low, high = scores.latency_low_ms, scores.latency_high_ms
-            return None if low is None or high is None else (low, high)
-        value, std = self.read(scores), self.error(scores)
+            return None if value is None or low is None or high is None else Interval(value, low, high)
+        std = self.error(scores)
         if value is None or not std:
             return None
-        low, high = value - 1.96 * std, value + 1.96 * std
-        return (max(low, 0.0), min(high, 100.0)) if self.field == "accuracy" else (low, high)
+        around = Interval.around(value, std)
+        if self.field != "accuracy":
+            return around
+        return Interval(value, max(around.low, 0.0), min(around.high, 100.0))
 
     def error(self, scores: Scores) -> float | None:
-        """The standard error of the value in `scores`; None where nothing is known of it."""
+        """The standard error of the value in `scores`; None where it is unknown."""
         if not self.is_latency:
             return {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(self.field)
         interval = self.interval(scores)
-        return None if interval is None else (interval[1] - interval[0]) / (2 * 1.96)
+        return None if interval is None else interval.half_width / Z95
 
     @property
     def is_latency(self) -> bool:

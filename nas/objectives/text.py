@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from ..interval import Z95, Interval
 from .objectives import Objective, Scores
 
 
-def format_figure(figure: Mapping[str, float] | None) -> str:
-    """A statistic (`value`, `low`, `high`) with its interval for people, `0.71 (0.60 to 0.80)`; None is undefined."""
-    if figure is None:
-        return "undefined"
-    return f"{figure['value']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
+def format_figure(figure: Interval | None) -> str:
+    """A statistic with its interval for people, such as `0.71 (0.60 to 0.80)`; None is `undefined`."""
+    return "undefined" if figure is None else f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"
 
 
 def format_score(objective: Objective, scores: Scores) -> str:
@@ -24,7 +21,7 @@ def format_score(objective: Objective, scores: Scores) -> str:
         return text
     if not objective.unit:
         return f"{text} {format_interval(objective, interval)}"
-    return f"{text} ±{1.96 * error:.{_decimals(objective, value)}f}"
+    return f"{text} ±{Z95 * error:.{_decimals(objective, value)}f}"
 
 
 def _decimals(objective: Objective, value: float) -> int:
@@ -32,9 +29,9 @@ def _decimals(objective: Objective, value: float) -> int:
     return 3 if objective.is_latency and abs(value) < 1 else 2
 
 
-def format_interval(objective: Objective, interval: tuple[float, float]) -> str:
+def format_interval(objective: Objective, interval: Interval) -> str:
     """An interval for people, in brackets and without its unit."""
-    low, high = (format_value(objective, end).removesuffix(objective.unit).rstrip() for end in interval)
+    low, high = (format_value(objective, end).removesuffix(objective.unit).rstrip() for end in interval.ends)
     return f"[{low}, {high}]"
 
 

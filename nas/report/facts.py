@@ -19,6 +19,7 @@ from ..folders.manifest import TRAINED, TRAINED_FRONT
 from ..folders.run import BASELINES, Run
 from ..folders.trial import Trial
 from ..foreign_files import is_file, read_json
+from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES, Objective, Scores
 from ..objectives.text import format_figure, format_interval, format_value
 from ..storage.connect import GRPC
@@ -325,8 +326,8 @@ def trust(run: Run) -> dict[str, Any]:
         "epochs": config["epochs"],
         "told": told
         and {
-            "kendall": format_figure(told["kendall"]),
-            "ceiling": format_figure(told["ceiling"]),
+            "kendall": format_figure(Interval.of(told["kendall"])),
+            "ceiling": format_figure(Interval.of(told["ceiling"])),
             "epochs": told["epochs"],
             "count": told["count"],
             "calibration": told["calibration"],

@@ -18,6 +18,7 @@ from ..errors import RunError, UsageError
 from ..folders.files import write_file
 from ..folders.run import Run
 from ..folders.trial import Trial
+from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_interval, format_value
 from ..streams import encodable
@@ -167,11 +168,13 @@ def _values(objective: Objective, trials: list[Trial]) -> list[float]:
 
 def _errors(objective: Objective, trials: list[Trial]) -> list[list[float]] | None:
     """How far each 95 % interval reaches below and above; None where there is none at all."""
-    values = [(value, objective.interval(t.scores)) for t in trials if (value := objective.read(t.scores)) is not None]
-    if all(interval is None for _, interval in values):
+    measured = [
+        (value, objective.interval(t.scores)) for t in trials if (value := objective.read(t.scores)) is not None
+    ]
+    if all(interval is None for _, interval in measured):
         return None
-    ends = [(value, interval or (value, value)) for value, interval in values]
-    return [[max(value - low, 0.0) for value, (low, _) in ends], [max(high - value, 0.0) for value, (_, high) in ends]]
+    found = [interval or Interval.exact(value) for value, interval in measured]
+    return [[max(i.value - i.low, 0.0) for i in found], [max(i.high - i.value, 0.0) for i in found]]
 
 
 def _baselines(run: Run, x: Objective, y: Objective) -> list[tuple[str, float, float]]:
@@ -189,8 +192,8 @@ def _window(objective: Objective, scored: Scored) -> tuple[float, float]:
     All architectures, the intervals of the front, and baselines that are not so far off as to crowd them.
     """
     own = _values(objective, [t for _, trials, _ in scored for t in trials])
-    ends = [objective.interval(t.scores) for _, _, front in scored for t in front]
-    own += [end for interval in ends if interval is not None for end in interval]
+    intervals = [objective.interval(t.scores) for _, _, front in scored for t in front]
+    own += [end for interval in intervals if interval is not None for end in interval.ends]
     low, high = min(own), max(own)
     reach = high - low or abs(high) or 1.0
     beside = [

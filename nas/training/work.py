@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..folders.run import Run
 from ..folders.training import MANIFEST, Trained, is_training, load_weights
 from ..folders.trial import Trial
 from ..foreign_files import SIDE, is_file
+from ..interval import Interval
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device, seeded
 from ..models import create_backbone
@@ -479,20 +480,16 @@ class FrontTraining:
 
     Args:
         rows: a line for each point: key, the proxy's score, final accuracy with its interval, or the failure.
-        kendall: of the proxy's order against the final one, with its ends of a 95 % interval; None for fewer than
+        kendall: of the proxy's order against the final one, with its 95 % interval; None for fewer than
             three networks.
     """
 
     rows: tuple[dict[str, Any], ...]
-    kendall: tuple[float, float, float] | None
+    kendall: Interval | None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        names = ("value", "low", "high")
-        return {
-            "rows": list(self.rows),
-            "kendall": None if self.kendall is None else dict(zip(names, self.kendall, strict=True)),
-        }
+        return {"rows": list(self.rows), "kendall": None if self.kendall is None else asdict(self.kendall)}
 
 
 def train_front(
@@ -548,7 +545,7 @@ def _proxy(trial: Trial) -> float | None:
     return scores.accuracy if scores.accuracy is not None else scores.proxy
 
 
-def _order(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+def _order(rows: list[dict[str, Any]]) -> Interval | None:
     both = [row for row in rows if row["proxy"] is not None and "accuracy" in row]
     if len({row["init"] == "scratch" for row in both}) > 1:  # which would be at a disadvantage
         both = [row for row in both if row["init"] != "scratch"]
@@ -556,4 +553,4 @@ def _order(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
         return None
     proxy, final = [row["proxy"] for row in both], [row["accuracy"] for row in both]
     figure = trust.bootstrap(partial(trust.kendall, proxy, final), len(both))
-    return (figure.value, figure.low, figure.high) if math.isfinite(figure.value) else None
+    return figure if math.isfinite(figure.value) else None

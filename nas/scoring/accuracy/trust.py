@@ -7,25 +7,17 @@ times; pairs of an architecture with itself are no pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from ...interval import Interval
+
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
 TOP = 0.1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A statistic with its 95 % interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
 
 
 def kendall(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
@@ -60,7 +52,7 @@ def top_recall(
     return float((weights * np.minimum(mine, theirs)).sum() / (weights * theirs).sum())
 
 
-def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, resamples: int = RESAMPLES) -> Figure:
+def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """A statistic of all architectures with its interval.
 
     Args:
@@ -74,7 +66,7 @@ def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, r
     found = np.array([statistic(row) for row in draws])
     found = found[np.isfinite(found)]
     low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (float("nan"), float("nan"))
-    return Figure(statistic(np.ones(count)), float(low), float(high))
+    return Interval(statistic(np.ones(count)), float(low), float(high))
 
 
 def share_of(correct: int, count: int) -> dict[str, Any]:

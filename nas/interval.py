@@ -1,0 +1,70 @@
+"""A figure with its interval: the one type of everything that is measured, estimated or predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Z95 = 1.96
+"""Standard errors from the middle of a normal distribution to the end of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval, all three in the figure's own unit.
+
+    Args:
+        value: the figure. NaN where it is not defined.
+        low: the lower end.
+        high: the upper end. Both ends equal the value where it is exact.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Interval:
+        """A figure without error."""
+        return cls(value, value, value)
+
+    @classmethod
+    def around(cls, value: float, std: float | None) -> Interval:
+        """A figure with a normal error of standard deviation `std`; None for no error."""
+        half = Z95 * (std or 0.0)
+        return cls(value, value - half, value + half)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any] | None) -> Interval | None:
+        """Reads `value`, `low` and `high` of an entry of a file. Other keys are ignored."""
+        return None if entry is None else cls(entry["value"], entry["low"], entry["high"])
+
+    @classmethod
+    def of_latency(cls, entry: Mapping[str, Any]) -> Interval:
+        """Reads `ms`, `low_ms` and `high_ms` of an entry of a file, in milliseconds. Other keys are ignored."""
+        return cls(entry["ms"], entry["low_ms"], entry["high_ms"])
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lower and the upper end."""
+        return self.low, self.high
+
+    @property
+    def half_width(self) -> float:
+        """Half the distance between the ends."""
+        return (self.high - self.low) / 2
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the interval has no width."""
+        return self.low == self.high
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies within the interval."""
+        return self.low <= value <= self.high
+
+    def indistinct(self, other: Interval) -> bool:
+        """Whether the two figures differ by less than the uncertainty of their difference."""
+        return abs(self.value - other.value) <= math.hypot(self.half_width, other.half_width)
