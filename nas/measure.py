@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from .folding import Fused, fuse_branches
 from .foreign_files import MAX_SIDE
 from .interval import Interval
 from .machine.description import describe_machine, machine_name
-from .machine.devices import resolve_device
 from .machine.limits import free_memory
 from .objectives.agreement import compare_orders, rank_correlation
 from .scoring.cost import Cost, count_cost
@@ -78,16 +78,19 @@ def measure(
 
 def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     """The conditions asked for, and where nothing is asked the target's own as far as they suit the runtime."""
-    at = {"device": "auto", **target.conditions, **conditions}
-    traits = RUNTIME_TRAITS.get(at.get("runtime", LatencyConfig.runtime))
-    inherited = target.conditions.keys() - conditions.keys()
-    if at.get("runtime") != "command" and "command" in inherited:
-        at["command"] = None
-    elif "command" in inherited:
-        consent.check_command(at.get("command"), target.name)
-    if traits is not None and not traits.channels_last and "channels_last" in inherited:
-        at["channels_last"] = False
-    return LatencyConfig(**at | {"device": resolve_device(at["device"])})
+    own = target.latency
+    if own is None:
+        return LatencyConfig(**{"device": "auto", **conditions}).here()
+    own = replace(own, target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
+    runtime = conditions.get("runtime", own.runtime)
+    suited = dict(conditions)
+    if runtime != "command":
+        suited.setdefault("command", None)
+    elif "command" not in conditions:
+        consent.check_command(own.command, target.name)
+    if runtime in RUNTIME_TRAITS and not RUNTIME_TRAITS[runtime].channels_last:
+        suited.setdefault("channels_last", False)
+    return replace(own, **suited).here()
 
 
 class _Network:

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import NasError, RunError, TrialFailure, UsageError
 from .folders.files import held_folder, write_file
 from .folders.run import Run
@@ -206,20 +204,24 @@ def replay(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the limit is {limit}: it must be at least 1")
-    device = resolve_device(config.device)
-    config = replace(config, device=device, train_device=resolve_device(config.train_device or device), only="all")
+    device = resolve_device(config.latency[0].device)
+    first = replace(config.latency[0], device=device)
+    trains = resolve_device(config.train_device or device)
+    config = replace(config, latency=(first, *config.latency[1:]), train_device=trains, only="all")
     here = _is_here(run, config)
     timed = "latency" in (*config.objectives, *config.budgets)
     latency = timed and (here if latency is None else latency)
     if not latency:  # what is not timed needs no runtime, and no further device
-        config = replace(config, also=(), runtime="eager", command=None)
+        config = replace(config, latency=(replace(first, runtime="eager", command=None),))
+    else:
+        config = replace(config, latency=tuple(target.here() for target in config.latency))
     recorded = run.trials()
     trials, left_out = _chosen(run, recorded, front, limit)
     evaluator, conditions = evaluator_of(run, config)
     _check(run, {n: v for n, v in conditions.items() if n not in PLACE and (latency or n not in TIMING)})
-    machine = f"{_place(machine_name(config.device), _threads(config))}, torch {describe_software().get('torch')}"
+    machine = f"{_place(machine_name(device), first.num_threads)}, torch {describe_software().get('torch')}"
     _say_where(run, machine, here, latency if timed else None)
-    on_cpu = {config.device, str(run.manifest["config"]["device"])} == {"cpu"}
+    on_cpu = {device, str(run.manifest["config"]["device"])} == {"cpu"}
     comparer = _Comparer(run, latency, memory=here or on_cpu, exact_memory=on_cpu)
     tell = on_done or (lambda *_: None)
     with held_folder(run.path):
@@ -250,10 +252,6 @@ def _chosen(run: Run, trials: list[Trial], front: bool, limit: int | None) -> tu
     return scored[:limit], len(trials) - len(scored)
 
 
-def _threads(config: SearchConfig) -> int:
-    return config.threads or torch.get_num_threads()
-
-
 def _place(machine: str, threads: int) -> str:
     return f"{machine}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -261,10 +259,11 @@ def _place(machine: str, threads: int) -> str:
 def _is_here(run: Run, config: SearchConfig) -> bool:
     """Whether this process times on the machine, and with the threads, that the run did."""
     try:
-        also = [[*target, machine_name(resolve_device(target[0]))] for target in config.also]
+        also = [[c.device, c.runtime, machine_name(resolve_device(c.device))] for c in config.latency[1:]]
     except UsageError:  # a further device that is not here
         return False
-    now = {"device": machine_name(config.device), "threads": _threads(config), "also": also}
+    first = config.latency[0]
+    now = {"device": machine_name(first.device), "threads": first.num_threads, "also": also}
     return not changed_conditions(run, now)
 
 

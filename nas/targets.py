@@ -39,7 +39,7 @@ class Target:
         input_size: side of the images it is meant for.
         architecture: its architecture; None for a timm model of another family.
         note: what a user should know of it; empty where there is nothing to say.
-        conditions: how its latency was measured so far, for `measure` to repeat; empty where nothing says so.
+        latency: the conditions under which its run measured it, for `measure` to repeat; None where there is no run.
         references: device and runtime -> the reference network's latency that its run's figures hang on.
         machine: where that was, with the threads torch had.
         run: the name of the run it is a point of; empty for others.
@@ -55,7 +55,7 @@ class Target:
     input_size: int
     architecture: Architecture | None = None
     note: str = ""
-    conditions: Mapping[str, Any] = field(default_factory=dict)
+    latency: LatencyConfig | None = None
     references: Mapping[str, float] = field(default_factory=dict)
     machine: str = ""
     run: str = ""
@@ -67,8 +67,10 @@ class Target:
 
     def reference_ms(self, config: LatencyConfig) -> float | None:
         """What its run fixed for the reference network, where `config` is how the run measured; None elsewhere."""
-        names = ("dtype", "batch_size", "threads", "channels_last", "command")
-        same = all(getattr(config, name) == self.conditions.get(name) for name in names)
+        if self.latency is None:
+            return None
+        mine, theirs = self.latency.conditions, config.conditions
+        same = all(mine[name] == value for name, value in theirs.items() if name not in ("runtime", "folded"))
         here = same and self.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
         return reference_of(self.references, config.label) if here else None
 
@@ -151,12 +153,11 @@ def _of_run(run: Run, key: str) -> Target:
 
 def _of_trial(run: Run, trial: Trial) -> Target:
     assert trial.architecture is not None
-    data, config = run.manifest["data"], run.manifest["config"]
+    data = run.manifest["data"]
     target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
-    names = ("device", "runtime", "dtype", "batch_size", "threads", "channels_last", "command", "command_timeout")
     return replace(
         target,
-        conditions={name: config[name] for name in names if name in config} | {"folded": config.get("folded", False)},
+        latency=run.latency[0],
         references=run.manifest.get("latency_references", {}),
         machine=f"{run.manifest['conditions']['device']}, {run.manifest['machine']['threads']} threads",
         run=run.name,

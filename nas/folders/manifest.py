@@ -11,17 +11,22 @@ from dataclasses import fields
 
 from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
 from ..objectives.objectives import Scores
+from ..scoring.latency.config import IN_RUNS, SHAPES
 
 _ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
 TRUST = {"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE, "ceiling": _ESTIMATE, "epochs": COUNT}
 """What a calibration says of a proxy."""
 
+LATENCY = {
+    (f"{IN_RUNS[name[:-1]]}?" if name.endswith("?") else IN_RUNS.get(name, name)): shape
+    for name, shape in SHAPES.items()
+}
+"""The latency targets, see `nas.scoring.latency.latency_in_run`."""
 CONFIG = {
     "objectives": [LINE],
     "budgets": {str: FIGURE},
     "proxy": LINE,
     "storage": (str, None),
-    "device": LINE,
     "train_device?": (LINE, None),
     "workers?": range(1, 2**16),
     "engine?": LINE,
@@ -29,14 +34,7 @@ CONFIG = {
     "gpus_per_trial?": POSITIVE,
     "share_device?": bool,
     "only?": LINE,
-    "runtime": LINE,
-    "dtype": LINE,
-    "batch_size": range(1, 2**31),
-    "threads": (range(1, 2**16), None),
-    "channels_last": bool,
-    "folded?": bool,
-    "command?": (str, None),
-    "command_timeout?": POSITIVE,
+    **LATENCY,
     "also?": [[LINE, LINE]],
     "baselines?": [LINE],
     "start?": [dict],
@@ -54,8 +52,6 @@ CONFIG = {
     "until?": (FIGURE, None),
     "timeout_minutes?": (POSITIVE, None),
     "trial_timeout_minutes?": (POSITIVE, None),
-    "latency_target?": POSITIVE,
-    "latency_seconds?": POSITIVE,
 }
 DATA = {
     "name": str,

@@ -9,24 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..architecture import Architecture, check_mapping
 from ..counts import count_pieces
 from ..errors import RunError, UsageError
-from ..foreign_files import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_text
+from ..foreign_files import COUNT, FIGURE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_text
 from ..machine.description import machine_name
-from ..scoring.latency import (
-    LatencyConfig,
-)
+from ..scoring.latency.config import SHAPES, LatencyConfig
 from ..scoring.latency.model import LatencyModel
 from ..space import SearchSpace
 from .files import reading_manifest, write_file
 
 FORMAT = 2
 NUM_CLASSES = 1000
-SHARED = ("runtime", "dtype", "batch_size", "threads", "channels_last", "folded", "command")
-"""Conditions that a run and a profile must share for the run's trials to teach the profile's model."""
 WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0.3}
 """How a network is timed: less exactly than elsewhere, since the model averages over many."""
 PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
@@ -45,13 +40,7 @@ MANIFEST = {
     "input_size": SIDE,
     "seed": COUNT,
     "reference_ms": POSITIVE,
-    "latency": {
-        **dict.fromkeys(("device", "runtime", "dtype"), LINE),
-        **dict.fromkeys(("batch_size", "threads"), COUNT),
-        **dict.fromkeys(("channels_last", "folded"), bool),
-        **dict.fromkeys(("command_timeout?", "target?", "max_seconds?"), POSITIVE),
-        "command": (str, None),
-    },
+    "latency": SHAPES,
 }
 
 
@@ -79,7 +68,7 @@ class ProfileConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         latency = {k: v for k, v in asdict(self.latency).items() if k not in PIECE and k != "seed"}
-        latency["threads"] = self.latency.threads or torch.get_num_threads()
+        latency["threads"] = self.latency.num_threads
         return {
             "space": self.space.to_dict(),
             "latency": latency,
@@ -109,24 +98,25 @@ class Profile:
         at = self.config.latency
         return f"{at.label}, {at.dtype}, batch {at.batch_size}, {self.config.input_size} pixels"
 
-    def check(self, conditions: Mapping[str, Any], what: str) -> None:
-        """Refuse what was measured under other conditions.
+    def check(self, latency: LatencyConfig, input_size: int, machine: str, what: str) -> None:
+        """Refuses what was measured under other conditions.
 
         Args:
-            conditions: `input_size`, `machine` and what is in `SHARED`; threads as a number.
-            what: what was, for the message.
+            latency: the conditions of the other measurement.
+            input_size: side of its images.
+            machine: where it was made.
+            what: what was measured, for the message.
 
         Raises:
             UsageError: where one differs.
         """
         mine = self.config
-        here = {"input_size": mine.input_size, "machine": machine_name(mine.latency.device)}
-        here |= {name: getattr(mine.latency, name) for name in SHARED}
-        here["threads"] = here["threads"] or torch.get_num_threads()
+        here = {"input size": mine.input_size, "machine": machine_name(mine.latency.device), **mine.latency.conditions}
+        there = {"input size": input_size, "machine": machine, **latency.conditions}
         for name, value in here.items():
-            if conditions[name] != value:
+            if there[name] != value:
                 raise UsageError(
-                    f"{what} with {name.replace('_', ' ')} {conditions[name]}, the profile {self.path} with {value}"
+                    f"{what} with {name.replace('_', ' ')} {there[name]}, the profile {self.path} with {value}"
                 )
 
     @classmethod
@@ -138,7 +128,7 @@ class Profile:
         """
         with reading_manifest(path / "profile.json", FORMAT, "profile", MANIFEST) as data:
             names = tuple(f.name for f in fields(LatencyConfig))
-            latency = LatencyConfig(**check_mapping(data["latency"], "a latency's conditions", names))
+            latency = LatencyConfig(**check_mapping(data["latency"], "a latency's conditions", names)).here()
             config = ProfileConfig(SearchSpace.from_dict(data["space"]), latency, data["input_size"], data["seed"])
             return cls(path, config, data["reference_ms"])
 

@@ -32,6 +32,7 @@ from ..foreign_files import check, is_file
 from ..objectives.agreement import compare_orders, rank_correlation, ties
 from ..objectives.objectives import OBJECTIVES, Objective, Scores, latency_fields, other_entry, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
+from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import SearchSpace
 from ..storage.connect import _check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
@@ -86,7 +87,7 @@ class Run:
             )
         with reading_manifest(manifest, FORMAT, "run", RUN) as data:
             run = cls(folder, data)
-            _ = run.objectives, run.reference
+            _ = run.objectives, run.reference, run.latency
             return run
 
     @classmethod
@@ -109,6 +110,11 @@ class Run:
             config["objectives"], config["proxy"], self.manifest["proxy_trained"], self.targets or ("",)
         )
 
+    @cached_property
+    def latency(self) -> tuple[LatencyConfig, ...]:
+        """The conditions under which latency is measured, a configuration for each target."""
+        return run_latency(self.manifest["config"])
+
     @property
     def targets(self) -> tuple[str, ...]:
         """What latency is measured on, such as `cpu-eager`, the first one first; empty where nothing is timed."""
@@ -125,10 +131,10 @@ class Run:
     @property
     def timing(self) -> str:
         """What was timed, in words: runtime (where there is one target), type, batch and form of the networks."""
-        config = self.manifest["config"]
-        form = "batch norms folded" if config.get("folded") else "batch norms not folded"
-        runtime = [] if len(self.targets) > 1 else [config["runtime"]]
-        return ", ".join([*runtime, config["dtype"], f"batch {config['batch_size']}", form])
+        first = self.latency[0]
+        form = "batch norms folded" if first.folded else "batch norms not folded"
+        runtime = [] if len(self.targets) > 1 else [first.runtime]
+        return ", ".join([*runtime, first.dtype, f"batch {first.batch_size}", form])
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from ..architecture import Architecture
 from ..counts import pieces_of
 from ..errors import RunError, TrialFailure, UsageError
 from ..folders.files import locked_folder, write_file
-from ..folders.profile import FORMAT, MANIFEST, NUM_CLASSES, PIECE, SHARED, WHOLE, Profile, ProfileConfig
+from ..folders.profile import FORMAT, MANIFEST, NUM_CLASSES, PIECE, WHOLE, Profile, ProfileConfig
 from ..folders.run import Run
 from ..foreign_files import read_json
 from ..machine.description import describe_machine, describe_software
@@ -157,9 +157,9 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     Raises:
         UsageError: where the run measured under other conditions.
     """
-    there = {"input_size": run.manifest["data"]["input_size"][1], "machine": run.manifest["conditions"]["device"]}
-    there |= {name: run.manifest["config"].get(name) for name in SHARED}
-    found.check(there | {"threads": run.manifest["conditions"]["threads"]}, f"{run.path} was measured")
+    conditions, side = run.manifest["conditions"], run.manifest["data"]["input_size"][1]
+    latency = replace(run.latency[0], threads=conditions["threads"])
+    found.check(latency, side, conditions["device"], f"{run.path} was measured")
     reference = reference_of(run.manifest.get("latency_references", {}), found.config.latency.label)
     if reference is None:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")

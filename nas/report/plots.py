@@ -101,10 +101,9 @@ def read_runs(runs: Sequence[Run]) -> tuple[Scored, list[list[Trial]]]:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """What makes points of these runs not comparable, a sentence each."""
-    timed = ("device", "runtime", "also", "command", "dtype", "batch_size", "threads", "channels_last", "folded")
     return [
         f"these runs were scored under another {name}: their points are not comparable in all axes"
-        for name in (*timed, "latency_protocol", "input_size", "data")
+        for name in ("device", *runs[0].latency[0].conditions, "also", "latency_protocol", "input_size", "data")
         if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1
     ]
 

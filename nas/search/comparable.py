@@ -21,7 +21,7 @@ from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, Fidelity
 from ..scoring.accuracy.training import RECIPE
-from ..scoring.latency import RUNTIME_TRAITS, LatencyConfig, reference_of
+from ..scoring.latency import latency_in_run, reference_of
 from ..space import SearchSpace
 from .config import SearchConfig
 from .evaluate import ALL, PARTS, TRAIN, Evaluator
@@ -82,16 +82,13 @@ def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evalua
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
     """What changes what is measured; with the others, equal conditions give an architecture equal scores."""
+    first, *further = config.latency
+    shared = latency_in_run(config.latency)
     return {
-        "device": machine_name(config.device),
-        "runtime": config.runtime,
-        "dtype": config.dtype,
-        "batch_size": config.batch_size,
-        "threads": config.threads or torch.get_num_threads(),
-        "channels_last": config.channels_last,
-        "folded": config.folded,
-        "also": [[*target, machine_name(target[0])] for target in config.also],
-        "command": config.command,
+        **{name: shared[name] for name in first.conditions},
+        "device": machine_name(first.device),
+        "threads": first.num_threads,
+        "also": [[target.device, target.runtime, machine_name(target.device)] for target in further],
         "latency_protocol": LATENCY_PROTOCOL if "latency" in (*config.objectives, *config.budgets) else None,
     }
 
@@ -107,7 +104,7 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
         data=data,
         objectives=config.objectives,
         budgets=config.budgets,
-        latency=_latency_configs(config),
+        latency=() if config.only == TRAIN else config.latency,
         references={},
         proxy=config.proxy,
         fidelity=Fidelity(
@@ -149,29 +146,6 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
         if mine != its:
             raise RunError(f"{found.path} is a calibration of another {name}: calibrate on this one first")
     return found.ensemble().to_dict()
-
-
-def _latency_configs(config: SearchConfig) -> tuple[LatencyConfig, ...]:
-    """What latency is measured on, the first one first; nothing where this process only trains."""
-    if config.only == TRAIN:
-        return ()
-    targets = [(config.device, config.runtime), *config.also]
-    return tuple(
-        LatencyConfig(
-            device=where,
-            runtime=runtime,
-            dtype=config.dtype,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            channels_last=config.channels_last and RUNTIME_TRAITS[runtime].channels_last,
-            folded=config.folded,
-            command=config.command if runtime == "command" else None,
-            command_timeout=config.command_timeout,
-            target=config.latency_target,
-            max_seconds=config.latency_seconds,
-        )
-        for where, runtime in targets
-    )
 
 
 def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives
 from ..scoring.accuracy import ESTIMATORS, Fidelity
-from ..scoring.latency import DTYPES, RUNTIMES, LatencyConfig
+from ..scoring.latency import LatencyConfig, latency_in_run
 from ..space import SearchSpace
 from ..storage.connect import check_storage
 from .evaluate import ALL, MEASURED, PARTS
@@ -33,9 +33,9 @@ class SearchConfig:
     Args:
         space: what may be built.
         objectives: two to four of `OBJECTIVES`.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; times.
-        train_device: trains, by the same names; None for `device`.
-        also: further devices and runtimes that latency is measured on, each an objective of its own.
+        latency: conditions under which latency is measured. Each further configuration is an objective of its own; it
+            differs from the first one in device and runtime alone (`nas.scoring.latency.latency_targets` makes them).
+        train_device: trains: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; None for the first one's.
         baselines: networks by name (timm's and presets) that are scored beside the search, as its points are.
         data: a data set as `nas.data` names it.
         data_root: where `torch/NAME` and `hfds/NAME` sets lie.
@@ -61,16 +61,6 @@ class SearchConfig:
         until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
             in a row; sampler `surrogate` only.
         budgets: objective -> largest value allowed; what exceeds one is not trained. Latency's is for the first target.
-        runtime: a row of `RUNTIMES`.
-        dtype: of the timed network, a row of `DTYPES`.
-        batch_size: images a timed forward pass.
-        threads: CPU threads of the timed network; None for torch's own number.
-        channels_last: memory format of the timed network.
-        folded: whether networks are measured as deployed: training branches fused, batch norms folded.
-        command: the program of the runtime `command`.
-        command_timeout: seconds after which one call of it is given up.
-        latency_target: wanted half-width of a latency's 95 % interval, as a share.
-        latency_seconds: time for a network whose interval stays wider than that.
         seed: of every draw, of initial weights and of training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
         storage: URL of the study's storage, which other processes may share (`nas.storage.connect.open_storage`).
@@ -86,9 +76,8 @@ class SearchConfig:
 
     space: SearchSpace
     objectives: tuple[str, ...] = ("latency", "accuracy")
-    device: str = "auto"
+    latency: tuple[LatencyConfig, ...] = (LatencyConfig(device="auto"),)
     train_device: str | None = None
-    also: tuple[tuple[str, str], ...] = ()
     baselines: tuple[str, ...] = ()
     data: str = "digits"
     data_root: str | None = None
@@ -111,16 +100,6 @@ class SearchConfig:
     start: tuple[Architecture, ...] = ()
     until: float | None = None
     budgets: Mapping[str, float] = field(default_factory=dict)
-    runtime: str = "eager"
-    dtype: str = "fp32"
-    batch_size: int = 1
-    threads: int | None = None
-    channels_last: bool = False
-    folded: bool = True
-    command: str | None = None
-    command_timeout: float = LatencyConfig.command_timeout
-    latency_target: float = LatencyConfig.target
-    latency_seconds: float = LatencyConfig.max_seconds
     seed: int = 0
     out: Path | None = None
     storage: str | None = None
@@ -132,6 +111,16 @@ class SearchConfig:
     only: str = ALL
 
     @property
+    def device(self) -> str:
+        """The device of the first latency target. It trains too, unless `train_device` names another."""
+        return self.latency[0].device
+
+    @property
+    def command(self) -> str | None:
+        """The program of the runtime `command`; None where no target has that runtime."""
+        return next((target.command for target in self.latency if target.command is not None), None)
+
+    @property
     def shared(self) -> bool:
         """Whether other processes may work on the study too."""
         return self.storage is not None or (self.workers > 1 and self.engine == "local")
@@ -140,14 +129,14 @@ class SearchConfig:
         for what, name, table in (
             ("proxy", self.proxy, set(ESTIMATORS)),
             ("sampler", self.sampler, set(SAMPLERS)),
-            *(("runtime", runtime, set(RUNTIMES)) for runtime in (self.runtime, *(also for _, also in self.also))),
-            ("dtype", self.dtype, set(DTYPES)),
             ("part", self.only, {*PARTS, ALL}),
             ("engine", self.engine, {"local", "ray"}),
         ):
             if name not in table:
                 raise unknown_name(what, name, table)
-        labels = [f"{device}-{runtime}" for device, runtime in ((self.device, self.runtime), *self.also)]
+        if not self.latency:
+            raise UsageError("latency holds no configuration: one is needed, whose device also trains")
+        labels = [target.label for target in self.latency]
         if len(set(labels)) != len(labels):
             raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
         parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
@@ -161,9 +150,7 @@ class SearchConfig:
             "epochs",
             "proxy_repeats",
             "train_batch_size",
-            "batch_size",
             "max_images",
-            "threads",
             "input_size",
         ):
             value = getattr(self, name)
@@ -173,9 +160,6 @@ class SearchConfig:
         for name in (
             "timeout_minutes",
             "trial_timeout_minutes",
-            "latency_target",
-            "latency_seconds",
-            "command_timeout",
             "gpus_per_trial",
         ):
             value = getattr(self, name)
@@ -205,14 +189,14 @@ class SearchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the space (kept apart) and the folder are left out."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out")}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out", "latency")}
         return data | {
             "objectives": list(self.objectives),
             "budgets": dict(self.budgets),
             "baselines": list(self.baselines),
             "classes": list(self.classes),
             "start": [architecture.to_dict() for architecture in self.start],
-            "also": [list(target) for target in self.also],
+            **latency_in_run(self.latency),
         }
 
     @classmethod
@@ -230,12 +214,13 @@ class SearchConfig:
         if measures:
             consent.check_command(run.manifest["config"].get("command"), str(run.path))
         try:
-            values = {"folded": False, **run.manifest["config"]}  # runs of before folding do not say so
+            values = dict(run.manifest["config"])
+            values = {name: value for name, value in values.items() if name not in latency_in_run(run.latency)}
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
             values["classes"] = tuple(values.get("classes", ()))
             values["start"] = tuple(Architecture.from_dict(data) for data in values.get("start", ()))
-            values["also"] = tuple((str(device), str(runtime)) for device, runtime in values.get("also", ()))
-            return cls(space=SearchSpace.from_dict(run.manifest["space"]), out=run.path, **values)
+            space = SearchSpace.from_dict(run.manifest["space"])
+            return cls(space=space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 
 from .. import consent
 from ..data import ImageData, load_data
@@ -22,14 +21,14 @@ from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
 from ..folders.files import locked_folder
 from ..folders.join import join_run, remove_unfinished_study
-from ..folders.profile import SHARED, Profile
+from ..folders.profile import Profile
 from ..folders.run import FORMAT, MANIFEST, Run, find_run, is_run
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS
-from ..scoring.latency import reference_ms
+from ..scoring.latency import latency_in_run, reference_ms
 from ..storage.connect import check_storage, open_storage, storage_errors
 from .cheap import known_beforehand
 from .comparable import (
@@ -70,12 +69,10 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     consent.allow(config.command, config.storage)
     if config.only == TRAIN:
         raise UsageError("--only train is for workers: the search itself measures, so start it on the target")
-    device = resolve_device(config.device)
     config = replace(
         config,
-        device=device,
+        latency=tuple(target.here() for target in config.latency),
         train_device=resolve_device(config.train_device) if config.train_device else None,
-        also=tuple((resolve_device(further), runtime) for further, runtime in config.also),
         data=_absolute(config.data),
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
@@ -152,7 +149,8 @@ def work(
     else:
         measures_only = config.only == MEASURE  # where it might train does not matter then, nor need it be here
         trains = resolve_device(config.train_device) if config.train_device and not measures_only else None
-        config = replace(config, device=resolve_device(config.device), train_device=trains)
+        latency = tuple(target.here() for target in config.latency)
+        config = replace(config, latency=latency, train_device=trains)
     if config.profile is not None and not Path(config.profile).is_dir():
         log.warning("the profile %s is not on this machine: latency is not known beforehand here", config.profile)
         config = replace(config, profile=None)
@@ -178,25 +176,24 @@ def _absolute_folder(path: str | None) -> str | None:
 def _update(run: Run, config: SearchConfig) -> Run:
     """Keep what a resumed run may change, so that the next resume goes on with it."""
     names = (
-        *(
-            "trials",
-            "workers",
-            "engine",
-            "address",
-            "gpus_per_trial",
-            "share_device",
-            "only",
-            "train_device",
-            "sampler",
-            "until",
-            "profile",
-            "early_stopping",
-            "timeout_minutes",
-            "trial_timeout_minutes",
-        ),
-        *("latency_target", "latency_seconds"),
+        "trials",
+        "workers",
+        "engine",
+        "address",
+        "gpus_per_trial",
+        "share_device",
+        "only",
+        "train_device",
+        "sampler",
+        "until",
+        "profile",
+        "early_stopping",
+        "timeout_minutes",
+        "trial_timeout_minutes",
     )
-    asked: dict[str, Any] = {name: getattr(config, name) for name in names} | {"baselines": list(config.baselines)}
+    effort = {name: latency_in_run(config.latency)[name] for name in ("latency_target", "latency_seconds")}
+    asked: dict[str, Any] = {name: getattr(config, name) for name in names} | effort
+    asked["baselines"] = list(config.baselines)
     told = _trust(config, run.path, run.manifest["data"]["fingerprint"])
     if asked == {name: run.manifest["config"].get(name) for name in asked} and told == run.manifest.get("trust"):
         return run
@@ -225,9 +222,7 @@ def _open_profile(config: SearchConfig, evaluator: Evaluator) -> Profile | None:
     if "latency" not in (*config.objectives, *config.budgets):
         raise UsageError("--profile predicts latency, which is no objective and has no budget here")
     found, target, side = Profile.open(Path(config.profile)), evaluator.latency[0], evaluator.data.input_size[1]
-    conditions: dict[str, Any] = {name: getattr(target, name) for name in SHARED}
-    conditions |= {"input_size": side, "machine": machine_name(target.device)}
-    found.check(conditions | {"threads": target.threads or torch.get_num_threads()}, "this search measures")
+    found.check(target, side, machine_name(target.device), "this search measures")
     return found
 
 

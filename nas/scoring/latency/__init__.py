@@ -6,7 +6,17 @@ Networks are timed as they are deployed, with training branches fused and batch 
 asked otherwise.
 """
 
-from .config import DTYPES, RUNTIME_TRAITS, Latency, LatencyConfig, import_package, reference_of
+from .config import (
+    DTYPES,
+    RUNTIME_TRAITS,
+    Latency,
+    LatencyConfig,
+    import_package,
+    latency_in_run,
+    latency_targets,
+    reference_of,
+    run_latency,
+)
 from .protocol import (
     measure_latencies,
     measure_latency,
@@ -29,6 +39,8 @@ __all__ = [
     "Prepared",
     "forget_references",
     "import_package",
+    "latency_in_run",
+    "latency_targets",
     "measure_latencies",
     "measure_latency",
     "prepare_call",
@@ -39,4 +51,5 @@ __all__ = [
     "random_images",
     "reference_ms",
     "reference_of",
+    "run_latency",
 ]

@@ -7,13 +7,16 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from ...errors import UsageError, unknown_name
+from ...foreign_files import LINE, POSITIVE
+from ...interval import Interval
+from ...machine.devices import resolve_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,7 +78,8 @@ class LatencyConfig:
     """Under which conditions latency is measured.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:i`; the runtime `command` has its own and takes `cpu` for the check.
+        device: `cpu`, `cuda` or `cuda:i`; `auto` until `here` chooses one. The runtime `command` has its own device and
+            takes `cpu` for the check.
         runtime: a row of `RUNTIMES`.
         dtype: a row of `DTYPES`, for weights and input.
         batch_size: images a forward pass.
@@ -93,7 +97,7 @@ class LatencyConfig:
         seed: of the random input, and of the order in which networks take turns.
 
     Raises:
-        UsageError: where a value is not allowed, or the runtime's packages are not installed.
+        UsageError: where a value is not allowed.
     """
 
     device: str = "cpu"
@@ -125,18 +129,16 @@ class LatencyConfig:
             if not (math.isfinite(share) and share > 0):
                 raise UsageError(f"the latency {what} is {share}: it must be a number above 0")
         self._check_runtime(RUNTIME_TRAITS[self.runtime])
+        if not (math.isfinite(self.command_timeout) and self.command_timeout > 0):
+            raise UsageError(f"command_timeout is {self.command_timeout!r}: it must be a number above 0")
         if (self.runtime == "command") != (self.command is not None):
             raise UsageError("--command PROGRAM goes with --runtime command, and that with it")
         if self.command is not None:
             _check_command(self.command)
 
     def _check_runtime(self, traits: RuntimeTraits) -> None:
-        if traits.missing:
-            raise UsageError(
-                f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
-            )
         kind = self.device.partition(":")[0]
-        if traits.devices and kind not in traits.devices:
+        if traits.devices and kind not in ("auto", *traits.devices):
             raise UsageError(f"runtime {self.runtime} runs on {' and '.join(traits.devices)}, not on {self.device}")
         if self.dtype not in traits.dtypes:
             raise UsageError(f"runtime {self.runtime} takes {' and '.join(traits.dtypes)}, not {self.dtype}")
@@ -147,6 +149,98 @@ class LatencyConfig:
     def label(self) -> str:
         """Device and runtime in short, such as `cpu-onnxruntime`."""
         return f"{self.device}-{self.runtime}"
+
+    @property
+    def num_threads(self) -> int:
+        """The CPU threads of the timed network: as given, else torch's own number."""
+        return self.threads or torch.get_num_threads()
+
+    def here(self) -> LatencyConfig:
+        """The same conditions on this machine: `auto` becomes a device.
+
+        Raises:
+            UsageError: where the device is not here, or the runtime's packages are not installed.
+        """
+        traits = RUNTIME_TRAITS[self.runtime]
+        if traits.missing:
+            raise UsageError(
+                f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
+            )
+        return replace(self, device=resolve_device(self.device))
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """All that changes the figure, but for the device: two latencies with other conditions are not comparable."""
+        names = (f.name for f in fields(self) if f.name not in (*EFFORT, "device"))
+        return {name: getattr(self, name) for name in names} | {"threads": self.num_threads}
+
+
+EFFORT = ("command_timeout", "target", "max_seconds", "warmup_seconds", "block_ms", "seed")
+"""Fields of `LatencyConfig` that say how long to measure. All others are conditions, which change the figure."""
+SHAPES: dict[str, Any] = {
+    **dict.fromkeys(("device", "runtime", "dtype"), LINE),
+    "batch_size": range(1, 2**31),
+    "threads": (range(1, 2**16), None),
+    **dict.fromkeys(("channels_last", "folded?"), bool),
+    "command?": (str, None),
+    **dict.fromkeys(("command_timeout?", "target?", "max_seconds?"), POSITIVE),
+}
+"""How files hold a configuration, see `nas.foreign_files`."""
+
+
+def latency_targets(
+    places: Sequence[Sequence[str]], command: str | None = None, channels_last: bool = False, **shared: Any
+) -> tuple[LatencyConfig, ...]:
+    """One configuration for each of several targets.
+
+    Args:
+        places: device and runtime of each target.
+        command: for the targets with the runtime `command`.
+        channels_last: for the targets whose runtime does not choose its own memory format.
+        shared: further fields of `LatencyConfig`, the same for all targets.
+
+    Raises:
+        UsageError: where a value is not allowed.
+    """
+    return tuple(
+        LatencyConfig(
+            device=device,
+            runtime=runtime,
+            command=command if runtime == "command" else None,
+            channels_last=channels_last and runtime in RUNTIME_TRAITS and RUNTIME_TRAITS[runtime].channels_last,
+            **shared,
+        )
+        for device, runtime in places
+    )
+
+
+# In a run's `config`, what all targets share has these names.
+IN_RUNS = {
+    f.name: {"target": "latency_target", "max_seconds": "latency_seconds"}.get(f.name, f.name)
+    for f in fields(LatencyConfig)
+    if f.name not in ("device", "runtime", "warmup_seconds", "block_ms", "seed")
+}
+"""Field of `LatencyConfig` that all targets of a run share -> its name in the run's configuration."""
+
+
+def run_latency(config: Mapping[str, Any]) -> tuple[LatencyConfig, ...]:
+    """The targets of a run, from its `config`. The inverse of `latency_in_run`."""
+    stored = {"folded": False, **config}  # runs from before folding do not hold it
+    shared = {name: stored[key] for name, key in IN_RUNS.items() if key in stored}
+    return latency_targets([(config["device"], config["runtime"]), *config.get("also", ())], **shared)
+
+
+def latency_in_run(latency: Sequence[LatencyConfig]) -> dict[str, Any]:
+    """Several targets as a run's `config` holds them: the first target's device and runtime, `also`, what is shared."""
+    first, *further = latency
+    return {
+        "device": first.device,
+        "runtime": first.runtime,
+        "also": [[config.device, config.runtime] for config in further],
+        **{key: getattr(first, name) for name, key in IN_RUNS.items()},
+        "channels_last": any(config.channels_last for config in latency),
+        "command": next((config.command for config in latency if config.command is not None), None),
+    }
 
 
 def reference_of(references: Mapping[str, float], label: str) -> float | None:
@@ -211,3 +305,8 @@ class Latency:
     seconds: float = 0.0
     prepare_seconds: float = 0.0
     threads: int = 1
+
+    @property
+    def interval(self) -> Interval:
+        """The latency with its 95 % interval, in milliseconds."""
+        return Interval(self.ms, self.low_ms, self.high_ms)

@@ -14,5 +14,5 @@ def hang_seconds(config: SearchConfig) -> float | None:
     if config.trial_timeout_minutes is None:
         return None
     training = 60 * config.trial_timeout_minutes * config.proxy_repeats * MAX_TRIES
-    measuring = (1 + len(config.also)) * (config.latency_seconds + config.command_timeout)
+    measuring = sum(target.max_seconds + target.command_timeout for target in config.latency)
     return HANG_FACTOR * (training + measuring)
