@@ -301,13 +301,14 @@ def auto_recipe(
         epochs = min(most, max(least, math.ceil((1000 + 10 * classes) / steps)))
     total = max(1, epochs * steps)  # what is not allowed is refused by `Recipe`
     from_scratch = STANDARD if images >= MANY_IMAGES else SMALL
-    like = RECIPES["quick"] if pretrained or epochs < FEW_EPOCHS else from_scratch
+    short = pretrained or epochs < FEW_EPOCHS
+    like = RECIPES["quick"] if short else from_scratch
     return replace(
         like,
         name=AUTO,
         epochs=epochs,
         batch_size=batch,
-        learning_rate=(1e-3 if pretrained else 2e-3) * min(1.0, math.sqrt(batch / 32)),
+        learning_rate=(1e-3 if short else 2e-3) * min(1.0, math.sqrt(batch / 32)),
         warmup_epochs=min(total / 4, WARMUP_STEPS) / steps,
         ema_decay=min(0.9998, max(0.0, 1 - 20 / total)),
     )
