@@ -12,11 +12,11 @@ import click
 PAGE = Path(__file__).with_suffix(".md")
 sys.path.insert(0, str(PAGE.parent.parent))
 
-from cli import cli  # noqa: E402
+from nas.commands import cli  # noqa: E402
 from nas.training.recipes import RECIPES, Recipe  # noqa: E402
 
 HEAD = """\
-<!-- made by `python docs/commands.py`: change the texts in cli.py and nas/training/recipes.py, then call it -->
+<!-- made by `python docs/commands.py`: change the texts in nas/commands and nas/training/recipes.py, then call it -->
 
 # Commands
 

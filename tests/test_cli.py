@@ -16,7 +16,7 @@ import click
 import pytest
 from images import build
 
-import cli
+from nas import commands
 
 README = Path(__file__).parent.parent / "README.md"
 SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--trials", "3", "--device", "cpu"]
@@ -25,7 +25,7 @@ SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--tria
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command line in this process."""
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        commands.main(list(arguments))
     captured = capsys.readouterr()
     return int(caught.value.code or 0), captured.out, captured.err
 
@@ -46,17 +46,17 @@ def run_path(tmp_path, capsys) -> str:
 
 def test_help_loads_nothing_heavy():
     heavy = {"torch", "timm", "matplotlib", "optuna", "numpy", "pandas", "plotly", "rich", "sklearn"}
-    for command in ([], *([name] for name in cli.cli.commands)):
+    for command in ([], *([name] for name in commands.cli.commands)):
         code = (
-            "import sys, cli\n"
-            f"try: cli.main({[*command, '--help']!r})\n"
+            "import sys\nfrom nas import commands\n"
+            f"try: commands.main({[*command, '--help']!r})\n"
             f"except SystemExit as end: assert not end.code and not {heavy!r} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_every_command_and_option_has_help():
-    for name, command in cli.cli.commands.items():
+    for name, command in commands.cli.commands.items():
         assert command.help, name
         for option in command.params:
             if isinstance(option, click.Option):
@@ -65,7 +65,7 @@ def test_every_command_and_option_has_help():
 
 def test_every_command_is_in_the_readme():
     text = README.read_text(encoding="utf-8")
-    for name in cli.cli.commands:
+    for name in commands.cli.commands:
         assert re.search(rf"\b{name}\b", text), name
 
 
@@ -341,7 +341,7 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
-    command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
+    command = [sys.executable, "-m", "nas", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]
     # a shell ignores SIGINT for what it starts in the background, and children inherit that
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

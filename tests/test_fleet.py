@@ -30,7 +30,9 @@ from nas.search.samplers import SAMPLERS
 from nas.search.study import join, work
 
 ROOT = Path(__file__).parents[1]
-QUICK = "import nas.search.fleet as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from cli import main; main()"
+QUICK = (
+    "import nas.search.fleet as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from nas.commands import main; main()"
+)
 """The command line with workers that are given up sooner."""
 
 

@@ -479,7 +479,7 @@ def test_hypervolume_is_that_of_the_rectangles(tmp_path):
 def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
     """A real process, killed without warning while a trial runs; the resumed run has every trial once."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "cli", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
+    command = [sys.executable, "-m", "nas", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
     command += ["--latency-seconds", "0.02"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:

@@ -1,0 +1,93 @@
+"""`profile`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import _STORAGE, SPACE, _conditions, cli
+from .printing import _bar, _print_json
+
+
+@cli.command("profile")
+@_STORAGE
+@click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
+@_conditions
+@click.option("--input-size", type=int, default=224, show_default=True, help="Side of the images in pixels.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Of measuring, earlier calls included.",
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Networks to measure and compare afterwards.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the networks that are drawn."
+)
+@click.option(
+    "--run",
+    "run_paths",
+    metavar="RUN",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="With --held-out: a run on this device, runtime and image size whose trials teach the model too; repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="PROFILE",
+    help="The folder; an existing profile goes on.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def profile_command(
+    space: str,
+    input_size: int,
+    minutes: float,
+    held_out: int,
+    seed: int,
+    run_paths: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
+    import search_spaces
+
+    from ..machine import resolve_device
+    from ..profile import ProfileConfig, hold_out, profile, trials_of
+    from ..runs import Run
+    from ..scoring.latency import LatencyConfig
+
+    options["device"] = resolve_device(options["device"])
+    options["target"] = options.pop("latency_target") / 100
+    options["max_seconds"] = options.pop("latency_seconds")
+    config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
+    path = out or Path("results") / f"profile-{config.space.name}-{config.latency.label}-{input_size}".replace(":", "")
+    with _bar("profiling", 60 * minutes) as advance:
+        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
+    report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
+    if held_out:
+        with _bar("held-out networks", held_out) as advance:
+            trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
+            found = replace(found, config=config)  # held-out networks are measured as carefully as asked for
+            report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
+    if as_json:
+        _print_json(report)
+        return
+    click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
+    if held_out:
+        click.echo(
+            f"{report['count']} others measured: predicted within 5 % of it {100 * report['within_5']:.0f} %, within "
+            f"10 % {100 * report['within_10']:.0f} %; mean absolute error {report['mape']:.1f} %"
+            + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
+        )
