@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import defaults
 from .architecture import Architecture, check_mapping
 from .errors import RunError, TrialFailure, UsageError
 from .machine import describe_machine, describe_software, machine_name
 from .models import create_backbone
 from .pieces import count_pieces, pieces_of
 from .reading import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_json, read_text
+from .results import profile_folder
 from .runs import Run, locked_folder, reading_manifest, write_file
 from .scoring.latency import (
     LatencyConfig,
@@ -82,13 +84,18 @@ class ProfileConfig:
 
     space: SearchSpace
     latency: LatencyConfig
-    input_size: int = 224
-    seed: int = 0
+    input_size: int = defaults.PROFILE_INPUT_SIZE
+    seed: int = defaults.SEED
 
     def __post_init__(self) -> None:
         reduction = self.space.largest()[0].reduction
         if self.input_size < reduction:
             raise UsageError(f"images of {self.input_size} pixels are too small: {reduction} or more are needed")
+
+    @property
+    def folder(self) -> Path:
+        """Where the profile is kept unless a user says otherwise."""
+        return profile_folder(self.space.name, self.latency.label, self.input_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -218,21 +225,22 @@ class Profile:
 
 def profile(
     config: ProfileConfig,
-    path: Path,
-    minutes: float,
+    path: Path | None = None,
+    minutes: float = defaults.PROFILE_MINUTES,
     on_network: Callable[[int, float], None] | None = None,
 ) -> Profile:
     """Measure pieces until `minutes` are over, those of earlier calls included; Ctrl-C and kill lose one network.
 
     Args:
         config: what to profile.
-        path: the profile's folder; an existing one of the same configuration goes on.
+        path: the profile's folder; an existing one of the same configuration goes on. None for `config.folder`.
         minutes: of measuring, in all.
         on_network: called after each network with their number and the seconds spent.
 
     Raises:
         RunError: where the folder has a profile of something else, or cannot be written.
     """
+    path = path or config.folder
     with locked_folder(path, "profile.json", "profile"):
         return _profile(_open_or_create(config, path), minutes, on_network)
 
@@ -393,4 +401,4 @@ def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
         "software": describe_software(),
     }
     write_file(path / "profile.json", json.dumps(manifest, indent=2) + "\n")
-    return Profile.open(path)
+    return replace(Profile.open(path), config=config)

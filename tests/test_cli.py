@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,11 @@ import pytest
 from images import build
 
 from nas import commands
+from nas.calibration.work import CalibrationConfig
+from nas.profile import ProfileConfig
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig
+from nas.training.work import TrainConfig
 
 README = Path(__file__).parent.parent / "README.md"
 SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--trials", "3", "--device", "cpu"]
@@ -61,6 +67,38 @@ def test_every_command_and_option_has_help():
         for option in command.params:
             if isinstance(option, click.Option):
                 assert option.help, f"{name} {option.opts}"
+
+
+def test_long_helps_have_sections(capsys):
+    for name, command in commands.cli.commands.items():
+        _, text, _ = call(capsys, name, "--help")
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+        assert headings == (["Options"] if len(headings) == 1 else [*headings[:-1], "Other options"]), name
+        assert len(headings) > 1 or len(options) <= 15, name
+        assert all(len(re.findall(rf"^  .*{option.opts[-1]}\b", text, re.MULTILINE)) for option in options), name
+
+
+@pytest.mark.parametrize(
+    ("name", "configurations"),
+    [
+        ("search", (SearchConfig,)),
+        ("measure", (LatencyConfig,)),
+        ("profile", (LatencyConfig, ProfileConfig)),
+        ("calibrate", (CalibrationConfig,)),
+        ("train", (TrainConfig,)),
+    ],
+)
+def test_options_have_the_names_and_defaults_of_fields(name, configurations):
+    """So that a command hands what it is given to the library as it is, and `--help` shows what holds there."""
+    every = [field for configuration in configurations for field in fields(configuration)]
+    known = {field.name: field.default for field in every if field.default is not MISSING}
+    command = commands.cli.commands[name]
+    context = command.make_context(name, ["x"] * (name in ("measure", "train")))
+    given = {option: context.params[option] for option in context.params.keys() & known.keys()}
+    assert len(given) > 5
+    given.pop("device", None)  # `auto` on the command line; the library's conditions name one
+    assert {option: known[option] or None for option in given} == {option: given[option] or None for option in given}
 
 
 def test_every_command_is_in_the_readme():

@@ -13,10 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # errors < architecture, folding, machine < reading < space < models, data, objectives, pareto < scoring, manifest <
-# runs, pieces < the folders of calibrations and trainings, profile < search < users of runs < commands
+# runs, pieces < the folders of calibrations and trainings, profile < targets < search < users of runs < commands
 RANKS = {
     "nas.errors": 0,
     "nas.consent": 1,
+    "nas.defaults": 0,
+    "nas.results": 0,
     "nas.architecture": 1,
     "nas.folding": 1,
     "nas.machine": 1,
@@ -39,6 +41,7 @@ RANKS = {
     "nas.profile": 6,
     "nas.calibration.folder": 6,
     "nas.training.folder": 6,
+    "nas.targets": 6.5,
     "nas.search": 7,
     "nas.commands": 9,
     "nas.__main__": 10,

@@ -10,32 +10,52 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
+from .. import __version__
 from ..errors import NasError, UsageError, one_line
 from ..machine.children import ending_signals
 from ..repeats import REPEATS
 from ..streams import guarded_streams
-from . import (  # noqa: F401  # each adds its commands to the group
-    calibrate,
-    describe,
-    doctor,
-    explain,
-    export,
-    front,
-    measure,
-    pictures,
-    profile,
-    replay,
-    search,
-    train,
-    workers,
-)
-from .options import cli
+from .calibrate import calibrate_command
+from .describe import describe_command, spaces_command
+from .doctor import doctor_command
+from .explain import explain_command
+from .export import export_command
+from .front import front_command
+from .measure import measure_command
+from .pictures import dashboard_command, plot_command, report_command
+from .profile import profile_command
+from .replay import replay_command
+from .search import search_command
+from .train import train_command
+from .workers import serve_storage_command, worker_command
 
-__all__ = ["cli", "main"]
+__all__ = ["COMMANDS", "cli", "main"]
+
+COMMANDS = (
+    *(search_command, worker_command, serve_storage_command),
+    *(front_command, plot_command, report_command, dashboard_command, export_command),
+    *(measure_command, train_command, profile_command, replay_command, explain_command, calibrate_command),
+    *(doctor_command, describe_command, spaces_command),
+)
+"""In the order of docs/commands.md."""
+
+
+@click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mixnas")
+def cli() -> None:
+    """Find an efficient vision backbone for your own device.
+
+    TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
+    """
+    try:
+        Path.cwd()
+    except OSError:  # torch's libraries would end the process
+        raise NasError("the current folder is gone: change to one that exists") from None
 
 
 @guarded_streams()

@@ -8,27 +8,29 @@ from typing import Any
 
 import click
 
-from .options import _SHARE_DEVICE, _images, cli
-from .printing import _bar, _print_json, _print_table, _table
+from .. import defaults
+from .options import DEVICES, JSON, SEARCH_IMAGES, SHARE_DEVICE, command, option, space
+from .printing import new_table, print_json, print_table, progress_bar
 
 
-@cli.command("calibrate")
-@_images
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i.")
-@click.option("--count", type=int, default=40, show_default=True, help="Architectures to train.")
-@click.option("--epochs", type=int, default=16, show_default=True, help="Of a training that counts as the truth.")
-@click.option("--repeats", type=int, default=12, show_default=True, help="Of these, trained again with another seed.")
-@_SHARE_DEVICE
-@click.option("--train-batch-size", type=int, default=64, show_default=True, help="Images a training step.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every draw and training.")
-@click.option(
+@command("calibrate")
+@space()
+@SEARCH_IMAGES
+@option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
+@option("--count", type=int, default=defaults.CALIBRATION_COUNT, help="Architectures to train.")
+@option("--epochs", type=int, default=defaults.CALIBRATION_EPOCHS, help="Of a training that counts as the truth.")
+@option("--repeats", type=int, default=defaults.CALIBRATION_REPEATS, help="Of these, trained again with another seed.")
+@SHARE_DEVICE
+@option("--train-batch-size", "batch_size", type=int, default=defaults.TRAIN_BATCH_SIZE, help="Images a training step.")
+@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Of every draw and training.")
+@option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="An existing calibration goes on, with more architectures or epochs where asked.  "
     "[default: results/calibration-SPACE-DATA]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Train some architectures of a space for long, and see how far each accuracy estimator orders them alike."""
     import search_spaces
@@ -37,14 +39,11 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     from ..machine import resolve_device
     from ..report.trust import plot_trust
 
-    names = {"images": "max_images", "train_batch_size": "batch_size"}
-    values = {names.get(name, name): value for name, value in options.items()}
-    values |= {"space": search_spaces.load(options["space"]), "device": resolve_device(options["device"])}
-    config = CalibrationConfig(**values)
-    stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
-    path = out or Path("results") / f"calibration-{config.space.name}-{stem}"
+    options |= {"space": search_spaces.load(options["space"]), "device": resolve_device(options["device"])}
+    config = CalibrationConfig(**options)
+    path = out or config.folder
     try:
-        with _bar("calibrating", 1.0) as advance:
+        with progress_bar("calibrating", 1.0) as advance:
             found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
     except (KeyboardInterrupt, SystemExit):
         click.echo(f"interrupted; the same command with --out {shlex.quote(str(path))} goes on", err=True)
@@ -52,7 +51,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     report = found.report()
     files = plot_trust(found)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     _print_trust(report, str(path))
     click.echo(f"written: {', '.join(str(file) for file in files)}")
@@ -63,7 +62,7 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
     from ..search.objectives import format_figure
 
     bands = tuple(report["rows"][0]["bands"])
-    table = _table(
+    table = new_table(
         "estimator",
         "Kendall>",
         "Spearman>",
@@ -83,6 +82,6 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
             f"{100 * row['share_of_truth']:.1f} %" if "seconds" in row else "",
         )
     table.caption = "95 % intervals; fast, middle and slow: Kendall within thirds by latency"
-    _print_table(table)
+    print_table(table)
     for line in report["verdict"]:
         click.echo(line)

@@ -8,18 +8,18 @@ from pathlib import Path
 import click
 
 from ..errors import NasError, UsageError, one_line
-from .options import _CLASSES, _STORAGE, cli
-from .printing import _print_json, _print_table, _table
+from .options import CLASSES, DATA_ROOT, IMAGES, JSON, STORAGE, command, option
+from .printing import new_table, print_json, print_table
 
 
-@cli.command()
+@command("doctor")
 @click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@_STORAGE
-@click.option("--data", help="Show what a folder or an archive of images holds, and nothing else.")
-@click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
-@_CLASSES
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(
+@STORAGE
+@option("--data", section=IMAGES, help="Show what a folder or an archive of images holds, and nothing else.")
+@DATA_ROOT
+@CLASSES
+@JSON
+def doctor_command(
     run_path: Path | None, data: str | None, data_root: str | None, classes: tuple[str, ...], as_json: bool
 ) -> None:
     """Check this machine and what is installed and, with RUN, whether that run folder is sound.
@@ -43,7 +43,7 @@ def doctor(
             colour = {"problem": "red", "warning": "yellow"}.get(finding.state) if coloured else None
             click.echo(click.style(finding.line(name), fg=colour) if colour else finding.line(name))
     if as_json:
-        _print_json(found)
+        print_json(found)
     problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]
     if problems:
         raise NasError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found: {', '.join(problems)}")
@@ -55,14 +55,14 @@ def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_
 
     listing = open_split(name, data_root, classes).listing
     if as_json:
-        _print_json({"data": name, "classes": list(listing.classes), **listing.to_dict()})
+        print_json({"data": name, "classes": list(listing.classes), **listing.to_dict()})
         return
-    table = _table("class", "images>", title=f"{name}{f', {listing.split}' if listing.split else ''}")
+    table = new_table("class", "images>", title=f"{name}{f', {listing.split}' if listing.split else ''}")
     for label, count in zip(listing.classes, listing.images, strict=True):
         table.add_row(one_line(label), f"{count:,}")
     table.add_section()
     table.add_row(f"{len(listing.classes)} classes", f"{sum(listing.images):,}")
-    _print_table(table)
+    print_table(table)
     for other, count in listing.others.items():
         click.echo(f"other split, never searched: {other}, {count:,} images")
     for reason, count in listing.skipped.items():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UsageError
-from .options import _STORAGE, cli
-from .printing import _fits, _print_json, _print_table, _program, _table
+from .options import JSON, STORAGE, command, option
+from .printing import fits, new_table, print_json, print_table, program
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from ..search.objectives import Objective
 
 
-@cli.command("explain")
+@command("explain")
 @click.argument("target", metavar="RUN@KEY")
-@_STORAGE
-@click.option(
-    "--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@STORAGE
+@option("--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]")
+@JSON
 def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
     """Say what each change of one knob would do to an architecture of a run, and where its time goes.
 
@@ -42,7 +40,7 @@ def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
         raise UsageError(f"{target} is no point of a run: give RUN@KEY")
     found = explain(Run.open(run_path), key)
     if as_json:
-        _print_json(found.to_dict(neighbours))
+        print_json(found.to_dict(neighbours))
     else:
         _print_explanation(found, neighbours or 20)
 
@@ -56,7 +54,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     objectives = [o for o in found.objectives if columns >= 120 or o.name in names]
     of = f"{found.run.path}@{found.trial.key}"
     units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
-    table = _table("change", *units, "on the front>", title=f"What one change would do to {of}")
+    table = new_table("change", *units, "on the front>", title=f"What one change would do to {of}")
     change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
@@ -77,7 +75,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
         "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
     ] * smoothed
     table.caption = "\n".join(told)
-    _print_table(table)
+    print_table(table)
     click.echo(found.summary)
     _print_parts(found)
 
@@ -107,10 +105,10 @@ def _print_parts(found: Explanation) -> None:
     """What each part of the network has to do, and how long it takes where the run has that."""
     targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
     table = _parts_table(found, targets, intervals=True)
-    _print_table(table if _fits(table) else _parts_table(found, targets, intervals=False))
+    print_table(table if fits(table) else _parts_table(found, targets, intervals=False))
     if not targets:
         of = shlex.quote(f"{found.run.path}@{found.trial.key}")
-        click.echo(f"its parts were not timed: {_program()} measure {of} --per-stage does")
+        click.echo(f"its parts were not timed: {program()} measure {of} --per-stage does")
 
 
 def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:
@@ -119,7 +117,7 @@ def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) ->
 
     interval = ["95 % interval>"] if intervals else []
     timed = [column for target in targets for column in (f"latency, {target}>", *interval, "share>")]
-    table = _table("part", *timed, "MACs>", "share>", "parameters>", "share>")
+    table = new_table("part", *timed, "MACs>", "share>", "parameters>", "share>")
     whole_ms = {target: sum(part.latency[target].value for part in found.parts) for target in targets}
     whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
     for part in found.parts:

@@ -7,60 +7,60 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import defaults
 from ..errors import NasError, one_line
-from .options import _STORAGE, _names, cli
-from .printing import _print_json, _print_table, _table
+from .options import STORAGE, command, names, option
+from .printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-@cli.command()
+@command("export")
 @click.argument("path", metavar="RUN|TRAINING", type=click.Path(path_type=Path))
-@_STORAGE
-@click.option(
+@STORAGE
+@option(
     "--arch",
     "keys",
     multiple=True,
     metavar="KEY",
     help="Of a run: an architecture of the front, by its key or the start of it; repeatable.",
 )
-@click.option("--all", "everything", is_flag=True, help="Of a run: every point of the front.")
-@click.option(
+@option("--all", "everything", is_flag=True, help="Of a run: every point of the front.")
+@option(
     "--format",
     "formats",
     default="timm",
-    show_default=True,
+    callback=names,
     metavar="NAME,…",
     help="timm, torch (torch.export), onnx, int8 (quantised ONNX); the folder is timm's in any case.",
 )
-@click.option(
+@option(
     "--weights",
     default="auto",
-    show_default=True,
     help="trained, proxy (the search's short training), or auto: trained where `train` has finished.",
 )
-@click.option(
+@option(
     "--batch",
     type=int,
     metavar="N",
     help="Fix the images that a pass of torch, onnx and int8 takes, as some devices want.  [default: any number]",
 )
-@click.option("--data", help="Where the images lie now.  [default: where they lay]")
-@click.option("--data-root", help="Likewise, for torch/NAME and hfds/NAME sets.")
-@click.option("--measure/--no-measure", default=True, help="Time each file in its runtime.  [default: measure]")
-@click.option("--device", default="cpu", show_default=True, help="Where files are timed.")
-@click.option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
-@click.option("--latency-seconds", type=float, default=3.0, show_default=True, help="Time for a file's latency.")
-@click.option(
+@option("--data", help="Where the images lie now.  [default: where they lay]")
+@option("--data-root", help="Likewise, for torch/NAME and hfds/NAME sets.")
+@option("--measure/--no-measure", default=True, help="Time each file in its runtime.")
+@option("--device", default="cpu", help="Where files are timed.")
+@option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
+@option("--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, help="Time for a file's latency.")
+@option(
     "--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: exports in the folder given]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print folders, files and what failed as JSON.")
-def export(
+@option("--json", "as_json", is_flag=True, help="Print folders, files and what failed as JSON.")
+def export_command(
     path: Path,
     keys: tuple[str, ...],
     everything: bool,
-    formats: str,
+    formats: tuple[str, ...],
     weights: str,
     batch: int | None,
     data: str | None,
@@ -76,15 +76,10 @@ def export(
 
     Every file is compared with the trained network before it is handed over; README.md and export.json say how it did.
     """
-    from ..export import Settings, export_each
-    from ..machine import resolve_device
-    from ..runs import Run, is_run
-    from ..scoring.latency import LatencyConfig
+    from ..export import Settings, export_each, timing
 
-    if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
-        threads = Run.open(run).manifest["config"].get("threads")  # so that figures can be compared with the search's
-    latency = LatencyConfig(device=resolve_device(device), threads=threads, max_seconds=latency_seconds)
-    settings = Settings(_names(formats), weights, data, data_root, latency if measure else None, batch)
+    latency = timing(path, device, threads, latency_seconds) if measure else None
+    settings = Settings(formats, weights, data, data_root, latency, batch)
     done = []
     for made in export_each(path, keys, everything, out, settings):
         done.append(made)
@@ -95,9 +90,9 @@ def export(
     if as_json:
         folders = [str(made.folder) for made in done if made.folder is not None]
         exports = [{"key": made.key, "failures": made.failures, **made.report} for made in done]
-        _print_json({"folders": folders, "exports": exports})
+        print_json({"folders": folders, "exports": exports})
     elif len(files := [(made, name, file) for made in done for name, file in made.report.get("files", {}).items()]):
-        _print_table(_files_table(files))
+        print_table(_files_table(files))
     failed = [f"{made.key} ({', '.join(made.failures)})" for made in done if made.failures]
     if failed:
         raise NasError(f"not all was written: {'; '.join(failed)}")
@@ -105,7 +100,7 @@ def export(
 
 def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
     """What was written, how far it is from eager, and how fast it is."""
-    table = _table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
+    table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
     for made, name, file in files:
         latency, top1 = file.get("latency", {}), file.get("top1")
         table.add_row(

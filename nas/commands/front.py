@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UsageError
-from .options import _STORAGE, _run_argument, cli
-from .printing import _fits, _print_json, _print_table, _print_uncounted, _program, _table
+from .options import JSON, RUN, STORAGE, command, option
+from .printing import fits, new_table, print_json, print_table, print_uncounted, program
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _front_table(run: Run, front: list[Trial]) -> Table:
     """The front, best first objective first, with half its 95 % intervals; stages where there is room for them."""
     whole = _front_columns(run, front, "\n" if sys.stdout.isatty() else ", ")
-    return whole if _fits(whole) else _front_columns(run, front, None)
+    return whole if fits(whole) else _front_columns(run, front, None)
 
 
 def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
@@ -33,7 +33,7 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
 
     points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
-    table = _table(
+    table = new_table(
         "key",
         *(f"{o.label}>" for o in shown),
         *([] if between_stages is None else ["stages"]),
@@ -50,27 +50,27 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
     return table
 
 
-def _print_front(run: Run, front: list[Trial]) -> None:
+def print_front(run: Run, front: list[Trial]) -> None:
     """The front, the baselines with what beats them, and whether the order of latency held."""
     from ..search.objectives import format_score
 
     table = _front_table(run, front)
-    _print_table(table)
+    print_table(table)
     if front and table.columns[-1].header != "stages":
-        click.echo(f"stages: in a wider terminal, or {_program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
+        click.echo(f"stages: in a wider terminal, or {program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
     baselines, failed = run.baselines(), run.failed_baselines()
     if baselines or failed:
-        table = _table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
+        table = new_table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
         for name, scores in baselines.items():
             cells = [format_score(objective, scores) for objective in run.objectives]
             table.add_row(name, *cells, _dominated_by(run, front, scores))
         for name in failed:
             table.add_row(name, *[""] * len(run.objectives), "could not be scored")
-        _print_table(table)
+        print_table(table)
         for name, why in failed.items():
             click.echo(f"{name} could not be scored: {why}")
         for name, scores in baselines.items():
-            _print_uncounted(name, scores.uncounted)
+            print_uncounted(name, scores.uncounted)
         for form in dict.fromkeys(scores.form for scores in baselines.values() if scores.form):
             names = ", ".join(name for name, scores in baselines.items() if scores.form == form)
             click.echo(f"counted and measured {form}: {names}")
@@ -89,12 +89,12 @@ def _dominated_by(run: Run, front: list[Trial], scores: Scores) -> str:
     return (", ".join(beaten[:2]) or "none of the front") + more
 
 
-@cli.command()
-@_run_argument
-@_STORAGE
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
-def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
+@command("front")
+@RUN
+@STORAGE
+@JSON
+@option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def front_command(run_path: Path, as_json: bool, as_csv: bool) -> None:
     """Print a run's Pareto front."""
     from ..runs import Run
 
@@ -105,6 +105,6 @@ def front(run_path: Path, as_json: bool, as_csv: bool) -> None:
     if as_csv:
         click.echo(run.table(trials, on_front=True), nl=False)
     elif as_json:
-        _print_json(run.front_dict(trials))
+        print_json(run.front_dict(trials))
     else:
-        _print_front(run, trials)
+        print_front(run, trials)

@@ -6,24 +6,24 @@ from typing import Any
 
 import click
 
-from .options import _STORAGE, _conditions, _typed, cli
-from .printing import _print_json, _print_table, _print_uncounted, _table
+from .options import JSON, STORAGE, command, latency, option, typed
+from .printing import new_table, print_json, print_table, print_uncounted
 
 
-@cli.command()
+@command("measure")
 @click.argument("targets", metavar="TARGET…", nargs=-1, required=True)
-@_STORAGE
-@_conditions
-@click.option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
-@click.option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
-@click.option(
+@STORAGE
+@latency()
+@option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
+@option(
     "--refix",
     is_flag=True,
     help="Forget what was fixed for the reference network on this machine, in all runtimes, and begin anew.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.pass_context
-def measure(
+def measure_command(
     context: click.Context,
     /,
     targets: tuple[str, ...],
@@ -38,22 +38,16 @@ def measure(
     A point of a run is measured under the conditions of its run, where no option says otherwise; a run without a key
     stands for its whole front, whose order there and here are compared.
     """
-    from ..measure import agreement
-    from ..measure import measure as take
+    from ..measure import agreement, measure
     from ..scoring.latency import forget_references
     from ..targets import resolve_all
 
     if refix:
         forget_references()
     chosen = [target for text in targets for target in resolve_all(text)]
-    typed = {name: options[name] for name in _typed(context, options)}
-    if "latency_target" in typed:
-        typed["target"] = typed.pop("latency_target") / 100
-    if "latency_seconds" in typed:
-        typed["max_seconds"] = typed.pop("latency_seconds")
-    rows = take(chosen, input_size, per_stage, **typed)
+    rows = measure(chosen, input_size, per_stage, **typed(context, options))
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     _print_measured(rows)
     for line in agreement(chosen, rows):
@@ -66,7 +60,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
     from ..search.objectives import OBJECTIVES as ALL
     from ..search.objectives import format_value
 
-    table = _table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
+    table = new_table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
     for row in rows:
         table.add_row(
             row["target"],
@@ -78,10 +72,10 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             format_value(ALL["params"], row["params"]),
             format_value(ALL["memory"], row["memory_mib"]),
         )
-    _print_table(table)
+    print_table(table)
     for row in rows:
         if "parts" in row:
-            parts = _table("part", "latency>", "95 % interval>", "share>", title=f"{row['target']}, part by part")
+            parts = new_table("part", "latency>", "95 % interval>", "share>", title=f"{row['target']}, part by part")
             for part in row["parts"]:
                 low, high = part.get("latency_low_ms"), part.get("latency_high_ms")
                 interval = "" if low is None else f"{low:.3f} to {high:.3f}"
@@ -93,7 +87,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
                 f"each part is timed alone; {REST} is the whole less all parts: what lies between them, less what each "
                 "costs as a call of its own, so that it may be negative"
             )
-            _print_table(parts)
+            print_table(parts)
     names = ("runtime", "dtype", "batch_size", "threads", "device", "machine", "folded")
     for *at, folded in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         form = "folded into convolutions" if folded else "as trained"
@@ -101,7 +95,7 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["form"]:
             click.echo(f"{row['target']}: counted and measured {row['form']}")
-        _print_uncounted(row["target"], row["uncounted"])
+        print_uncounted(row["target"], row["uncounted"])
         if row["disputed"]:
             click.echo(f"counted by what ran in {row['target']}, more than the rules say: {', '.join(row['disputed'])}")
         if not row["within_target"]:

@@ -1,159 +1,229 @@
-"""Options and arguments that several commands have."""
+"""How options are declared and shown, and those that several commands have.
+
+An option has the name of the field that it sets, and its default from `nas.defaults`. So a command hands what it is
+given to the library as it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from .. import __version__, consent
-from ..errors import NasError, UsageError
+from .. import consent, defaults
+from ..errors import UsageError
 
-SPACE, OBJECTIVES = "mini", "latency,accuracy"
+SPACE = "mini"
+WHAT, BUDGETS, IMAGES, ACCURACY, LATENCY = "What to search", "Budgets", "Images", "Accuracy", "Latency"
+RECIPE, DEVICES = "Recipe", "Devices and workers"
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="mixnas")
-def cli() -> None:
-    """Find an efficient vision backbone for your own device.
+class Option(click.Option):
+    """An option that shows its default and stands under a heading of `--help`.
 
-    TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
+    Args:
+        section: the heading; empty for the last one.
     """
+
+    def __init__(self, *args: Any, section: str = "", **settings: Any) -> None:
+        settings.setdefault("show_default", True)
+        super().__init__(*args, **settings)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help shows options in sections, in the order in which they are declared."""
+
+    def sections(self, context: click.Context) -> dict[str, list[click.Parameter]]:
+        """Heading -> options; those without a heading come last."""
+        found: dict[str, list[click.Parameter]] = {}
+        for parameter in self.get_params(context):
+            if isinstance(parameter, click.Option):
+                found.setdefault(getattr(parameter, "section", ""), []).append(parameter)
+        rest = found.pop("", [])
+        return found | {"Other options" if found else "Options": rest}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        for heading, parameters in self.sections(ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl([row for p in parameters if (row := p.get_help_record(ctx)) is not None])
+
+
+command = partial(click.command, cls=Command)
+option = partial(click.option, cls=Option)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator; help shows them in this order."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def typed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line, as far as they are among `options`."""
+    on_line = click.core.ParameterSource.COMMANDLINE
+    return {name: value for name, value in options.items() if context.get_parameter_source(name) is on_line}
+
+
+# What a value becomes on its way from the command line to a field
+
+
+def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """What is between the commas."""
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def percent(_: click.Context, __: click.Parameter, value: float) -> float:
+    """A percentage as a share."""
+    return value / 100
+
+
+def share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """`0.1%` or `0.001` as a number."""
+    if value is None:
+        return None
+    number = value.strip().removesuffix("%")
     try:
-        Path.cwd()
-    except OSError:  # torch's libraries would end the process
-        raise NasError("the current folder is gone: change to one that exists") from None
+        return float(number) / (100 if value.strip().endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"--until {value!r}: a share of the hypervolume is needed, such as 0.1%") from None
 
 
-def _typed(context: click.Context, options: dict[str, Any]) -> set[str]:
-    """The options that stand on the command line."""
-    return {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
+    """`OBJECTIVE=VALUE` of each as a number in the objective's unit."""
+    from ..search.objectives import parse_budgets
 
-
-def _conditions(command: Any, several: bool = False) -> Any:
-    """The options that say how latency is measured; with `several`, on more than one device or runtime."""
-    more: Any = {"multiple": True} if several else {}
-    again = "; repeatable: each device and runtime is an objective of its own" if several else ""
-    for option in (
-        click.option(
-            "--latency-seconds",
-            type=float,
-            default=3.0,
-            show_default=True,
-            help="Time for a network whose interval stays wider than that.",
-        ),
-        click.option(
-            "--latency-target",
-            type=float,
-            default=1.0,
-            show_default=True,
-            help="Wanted half-width of a latency's 95 % interval, in percent.",
-        ),
-        click.option("--command-timeout", type=float, default=120.0, show_default=True, help="Seconds for one call."),
-        click.option(
-            "--command",
-            metavar="PROGRAM",
-            help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
-        ),
-        click.option("--channels-last/--no-channels-last", default=False, help="Memory format of the timed network."),
-        click.option(
-            "--fold/--no-fold",
-            "folded",
-            default=True,
-            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.  [default: fold]",
-        ),
-        click.option("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
-        click.option("--batch-size", type=int, default=1, show_default=True, help="Images a timed pass."),
-        click.option("--dtype", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
-        click.option(
-            "--runtime",
-            default=["eager"] if several else "eager",
-            show_default=True,
-            help=f"eager, compile, cudagraph, onnxruntime, openvino or command{again}.",
-            **more,
-        ),
-        click.option(
-            "--device",
-            default=["auto"] if several else "auto",
-            show_default=True,
-            help=f"auto, cpu, cuda or cuda:i{again}.",
-            **more,
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _classes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return _names(value or "")
+    return parse_budgets(value)
 
 
 def _allow_storage(_: click.Context, __: click.Parameter, value: str | None) -> None:
     consent.allow(storage=value)
 
 
-_STORAGE = click.option(
+# Options of several commands
+
+RUN = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+RUNS = click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+JSON = option("--json", "as_json", is_flag=True, help="Print JSON.")
+STORAGE = option(
     "--storage",
     metavar="URL",
     expose_value=False,
     callback=_allow_storage,
     help="Of a run whose study is in a database: its URL, said again to allow connecting to it.",
 )
-
-
-_SHARE_DEVICE = click.option(
+SHARE_DEVICE = option(
     "--share-device",
     is_flag=True,
+    section=DEVICES,
     help="Train without waiting for other processes that use the device; latency is still measured alone.",
 )
-
-
-_CLASSES = click.option(
+CLASSES = option(
     "--classes",
     metavar="NAME,…",
-    callback=_classes,
+    callback=names,
+    section=IMAGES,
     help="The class folders of --data, by name, where it is not clear which they are.  [default: all]",
 )
+DATA_ROOT = option("--data-root", section=IMAGES, help="Where torch/NAME and hfds/NAME sets lie.")
 
 
-def _images(command: Any) -> Any:
-    """The options that say of which space, and on which images."""
-    for option in (
-        click.option("--input-size", type=int, help="Side of the images in pixels.  [default: the data's own]"),
-        click.option(
-            "--images",
-            type=int,
-            default=20_000,
-            show_default=True,
-            help="Of a larger training split, a stratified sample of this many.",
+def space(section: str = "") -> Decorator:
+    """`--space`."""
+    return option("--space", default=SPACE, section=section, help="A space by name (see `spaces`) or a .json file.")
+
+
+SEARCH_IMAGES = together(
+    option(
+        "--data",
+        default=defaults.DATA,
+        section=IMAGES,
+        help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+    ),
+    CLASSES,
+    DATA_ROOT,
+    option(
+        "--images",
+        "max_images",
+        type=int,
+        default=defaults.MAX_IMAGES,
+        section=IMAGES,
+        help="Of a larger training split, a stratified sample of this many.",
+    ),
+    option("--input-size", type=int, section=IMAGES, help="Side of the images in pixels.  [default: the data's own]"),
+)
+"""The images that a search or a calibration trains on."""
+
+
+def latency(several: bool = False) -> Decorator:
+    """The options that say how latency is measured.
+
+    Args:
+        several: with the names of `SearchConfig` (and `devices` and `runtimes`, since each may be given several times);
+            else with those of `LatencyConfig`.
+    """
+    again = "; repeatable: each device and runtime is an objective of its own" if several else ""
+    more: dict[str, Any] = {"multiple": True} if several else {}
+
+    def target(name: str, field: str, default: str, help: str) -> Decorator:
+        names = (name, f"{field}s") if several else (name,)
+        return timing(*names, default=[default] if several else default, help=f"{help}{again}.", **more)
+
+    timing = partial(option, section=LATENCY)
+    return together(
+        target("--device", "device", defaults.DEVICE, "auto, cpu, cuda or cuda:i"),
+        target(
+            "--runtime",
+            "runtime",
+            defaults.RUNTIME,
+            "eager, compile, cudagraph, onnxruntime, openvino or command",
         ),
-        click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie."),
-        _CLASSES,
-        click.option(
-            "--data",
-            default="digits",
-            show_default=True,
-            help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+        timing("--dtype", default=defaults.DTYPE, help="fp32, bf16 or fp16."),
+        timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images a timed pass."),
+        timing("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
+        timing(
+            "--fold/--no-fold",
+            "folded",
+            default=True,
+            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.",
         ),
-        click.option(
-            "--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file."
+        timing(
+            "--channels-last/--no-channels-last",
+            default=False,
+            show_default=False,
+            help="Memory format of the timed network.",
         ),
-    ):
-        command = option(command)
-    return command
-
-
-def _check_command(typed: str | None, command: str | None) -> None:
-    """Refuse a program for a run that has another one, or none."""
-    if typed is not None and typed != command:
-        asks = f"runs the program {command!r}" if command else "runs no program"
-        raise UsageError(f"this run {asks}, not {typed!r}: leave --command out, or say the same")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """What is between the commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-_run_argument = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+        timing(
+            "--command",
+            metavar="PROGRAM",
+            help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
+        ),
+        timing("--command-timeout", type=float, default=defaults.COMMAND_TIMEOUT, help="Seconds for one call."),
+        timing(
+            "--latency-target",
+            *([] if several else ["target"]),
+            type=float,
+            default=100 * defaults.LATENCY_TARGET,
+            callback=percent,
+            help="Wanted half-width of a latency's 95 % interval, in percent.",
+        ),
+        timing(
+            "--latency-seconds",
+            *([] if several else ["max_seconds"]),
+            type=float,
+            default=defaults.LATENCY_SECONDS,
+            help="Time for a network whose interval stays wider than that.",
+        ),
+    )

@@ -6,32 +6,32 @@ from pathlib import Path
 
 import click
 
-from .options import _STORAGE, _run_argument, cli
-from .printing import _print_json
+from .options import RUN, RUNS, STORAGE, command, option
+from .printing import print_json
 
 
-@cli.command()
-@click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_STORAGE
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: the first run's]")
-@click.option("--json", "as_json", is_flag=True, help="Print the files' paths as JSON.")
-def plot(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+@command("plot")
+@RUNS
+@STORAGE
+@option("--out", type=click.Path(path_type=Path), help="Folder for the files.  [default: the first run's]")
+@option("--json", "as_json", is_flag=True, help="Print the files' paths as JSON.")
+def plot_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Draw the fronts of one or several runs: front.png, front.svg and the interactive front.html."""
     from ..report.plots import plot as draw
     from ..runs import Run
 
     files = [str(file) for file in draw([Run.open(path) for path in run_paths], out)]
     if as_json:
-        _print_json({"files": files})
+        print_json({"files": files})
     else:
         click.echo("\n".join(files))
 
 
-@cli.command("report")
-@click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_STORAGE
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: RUN/report.html]")
-@click.option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
+@command("report")
+@RUNS
+@STORAGE
+@option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: RUN/report.html]")
+@option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
 def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Write all that is known of one or several runs as one page that needs no network: report.html."""
     from ..report.html import report
@@ -39,17 +39,17 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 
     file = str(report([Run.open(path) for path in run_paths], out))
     if as_json:
-        _print_json({"file": file})
+        print_json({"file": file})
     else:
         click.echo(file)
 
 
-@cli.command("dashboard")
-@_run_argument
-@_STORAGE
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on.")
-@click.option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
+@command("dashboard")
+@RUN
+@STORAGE
+@option("--host", default="127.0.0.1", help="Address to listen on; it has no password.")
+@option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on.")
+@option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
 def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> None:
     """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
     from ..report.dashboard import serve

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def _program() -> str:
+def program() -> str:
     """How this program was called, for the commands it suggests."""
     script = Path(sys.argv[0])
     if script.name != "cli.py":
@@ -29,11 +29,13 @@ def _program() -> str:
     return f"{python.relative_to(Path.cwd()) if inside else 'python'} {script}"
 
 
-def _print_json(data: Any) -> None:
+def print_json(data: Any) -> None:
+    """Print data as JSON."""
     click.echo(json.dumps(data, indent=2))
 
 
-def _print_table(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table, as wide as its figures need."""
     from rich.console import Console
 
     # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
@@ -43,7 +45,13 @@ def _print_table(table: Table) -> None:
     Console(width=width, height=shutil.get_terminal_size().lines, markup=False).print(table)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """A table with these columns.
+
+    Args:
+        columns: their headings. A heading that ends in `>` has its cells on the right, and they are never broken.
+        title: of the table.
+    """
     from rich.box import SIMPLE, Box
     from rich.cells import cell_len
     from rich.table import Table
@@ -75,7 +83,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _fits(table: Table) -> bool:
+def fits(table: Table) -> bool:
     """Whether there is room for a table as it is, without breaking its cells: always, but on a terminal."""
     return not sys.stdout.isatty() or _widths(table)[1] <= shutil.get_terminal_size().columns
 
@@ -90,19 +98,15 @@ def _widths(table: Table) -> tuple[int, int]:
     return least, most
 
 
-def _print_uncounted(name: str, uncounted: Sequence[str]) -> None:
+def print_uncounted(name: str, uncounted: Sequence[str]) -> None:
     """Why a network's MACs are only a lower bound."""
     if uncounted:
         more = f" and {len(uncounted) - 3} more" if len(uncounted) > 3 else ""
         click.echo(f"not counted in {name}, so its MACs are a lower bound: {', '.join(uncounted[:3])}{more}")
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
-
-
 @contextmanager
-def _bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
+def progress_bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
     """A bar on standard error; yields what sets its place and its note."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -113,5 +117,6 @@ def _bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
         yield lambda done, note: bar.update(task, completed=min(done, total), note=note)
 
 
-def _count(number: int) -> str:
+def large_number(number: int) -> str:
+    """`12,345`, or `1.2e+09` from a million on."""
     return f"{number:,}" if number < 1e6 else f"{number:.2g}"

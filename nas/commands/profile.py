@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import _STORAGE, SPACE, _conditions, cli
-from .printing import _bar, _print_json
+from .. import defaults
+from .options import JSON, STORAGE, command, latency, option
+from .options import space as space_option
+from .printing import print_json, progress_bar
 
 
-@cli.command("profile")
-@_STORAGE
-@click.option("--space", default=SPACE, show_default=True, help="A space by name (see `spaces`) or a .json file.")
-@_conditions
-@click.option("--input-size", type=int, default=224, show_default=True, help="Side of the images in pixels.")
-@click.option(
+@command("profile")
+@STORAGE
+@space_option()
+@latency()
+@option("--input-size", type=int, default=defaults.PROFILE_INPUT_SIZE, help="Side of the images in pixels.")
+@option(
     "--minutes",
     type=click.FloatRange(min=0),
-    default=10.0,
-    show_default=True,
+    default=defaults.PROFILE_MINUTES,
     help="Of measuring, earlier calls included.",
 )
-@click.option(
+@option(
     "--held-out",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
     help="Networks to measure and compare afterwards.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the networks that are drawn."
-)
-@click.option(
+@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Of the networks that are drawn.")
+@option(
     "--run",
     "run_paths",
     metavar="RUN",
@@ -42,13 +39,13 @@ from .printing import _bar, _print_json
     type=click.Path(path_type=Path),
     help="With --held-out: a run on this device, runtime and image size whose trials teach the model too; repeatable.",
 )
-@click.option(
+@option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="PROFILE",
     help="The folder; an existing profile goes on.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 def profile_command(
     space: str,
     input_size: int,
@@ -69,20 +66,17 @@ def profile_command(
     from ..scoring.latency import LatencyConfig
 
     options["device"] = resolve_device(options["device"])
-    options["target"] = options.pop("latency_target") / 100
-    options["max_seconds"] = options.pop("latency_seconds")
     config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
-    path = out or Path("results") / f"profile-{config.space.name}-{config.latency.label}-{input_size}".replace(":", "")
-    with _bar("profiling", 60 * minutes) as advance:
+    path = out or config.folder
+    with progress_bar("profiling", 60 * minutes) as advance:
         found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
     report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
     if held_out:
-        with _bar("held-out networks", held_out) as advance:
+        with progress_bar("held-out networks", held_out) as advance:
             trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
-            found = replace(found, config=config)  # held-out networks are measured as carefully as asked for
             report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
     if held_out:

@@ -9,44 +9,45 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import defaults
 from ..errors import NasError
-from .options import _CLASSES, _SHARE_DEVICE, _STORAGE, cli
-from .printing import _print_json, _print_table, _program, _table
+from .options import CLASSES, DATA_ROOT, DEVICES, IMAGES, RECIPE, SHARE_DEVICE, STORAGE, command, option
+from .printing import new_table, print_json, print_table, program
 
 if TYPE_CHECKING:
     from ..training.folder import Trained
     from ..training.work import FrontTraining
 
 
-@cli.command("train")
+@command("train")
 @click.argument("target")
-@_STORAGE
-@click.option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
-@click.option(
+@STORAGE
+@option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
+@option(
     "--recipe",
     default="auto",
-    show_default=True,
+    section=RECIPE,
     help="auto (follows the images and the start), standard, small, quick or finetune.",
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
-@click.option("--epochs", type=int, help="The same as --set epochs=N.")
-@click.option("--data", help="The training split, as for `search`.  [default: the run's, else digits]")
-@click.option("--test-data", help="Images of the final test.  [default: the split beside --data, if any]")
-@click.option("--data-root", help="Where torch/NAME and hfds/NAME sets lie.")
-@_CLASSES
-@click.option("--input-size", type=int, help="Side of the images.  [default: the run's, else the data's own]")
-@click.option(
-    "--init", default="auto", show_default=True, help="auto (trained weights, where there are), scratch or a file."
+@option("--set", "settings", multiple=True, metavar="KEY=VALUE", section=RECIPE, help="Change the recipe; repeatable.")
+@option("--epochs", type=int, section=RECIPE, help="The same as --set epochs=N.")
+@option("--data", section=IMAGES, help="The training split, as for `search`.  [default: the run's, else digits]")
+@option("--test-data", section=IMAGES, help="Images of the final test.  [default: the split beside --data, if any]")
+@DATA_ROOT
+@CLASSES
+@option("--input-size", type=int, section=IMAGES, help="Side of the images.  [default: the run's, else the data's own]")
+@option("--init", default="auto", section=RECIPE, help="auto (trained weights, where there are), scratch or a file.")
+@option(
+    "--teacher", metavar="TARGET", section=RECIPE, help="A trained or exported folder, or timm:NAME, to learn from."
 )
-@click.option("--teacher", metavar="TARGET", help="A trained or exported folder, or timm:NAME, to learn from.")
-@click.option("--teacher-weights", metavar="FILE", help="Of timm:NAME, a .safetensors file.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i.")
-@click.option("--workers", type=int, help="Processes that read and augment images.  [default: one a core]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
-@click.option("--tensorboard", is_flag=True, help="Write logs for TensorBoard too.")
-@_SHARE_DEVICE
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: RUN/trained/KEY]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was reached as JSON.")
+@option("--teacher-weights", metavar="FILE", section=RECIPE, help="Of timm:NAME, a .safetensors file.")
+@option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
+@option("--workers", type=int, section=DEVICES, help="Processes that read and augment images.  [default: one a core]")
+@option("--seed", type=int, default=defaults.SEED, help="Of all that is random.")
+@option("--tensorboard", is_flag=True, help="Write logs for TensorBoard too.")
+@SHARE_DEVICE
+@option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: RUN/trained/KEY]")
+@option("--json", "as_json", is_flag=True, help="Print what was reached as JSON.")
 def train_command(
     target: str, front: bool, recipe: str, settings: tuple[str, ...], epochs: int | None, as_json: bool, **options: Any
 ) -> None:
@@ -81,26 +82,28 @@ def train_command(
 def _print_trained(trained: Trained, as_json: bool) -> None:
     result = trained.result or {}
     if as_json:
-        _print_json({"folder": str(trained.path), **result})
+        print_json({"folder": str(trained.path), **result})
         return
     for part in ("holdout", "test"):
         if share := result[part]:
             name = share.get("name", f"{share['num_images']} held-out training images")
             click.echo(f"top-1 {share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f}) on {name}")
-    click.echo(f"next:\n  {_program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
+    click.echo(f"next:\n  {program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
 
 
 def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
     if as_json:
-        _print_json(told.to_dict())
+        print_json(told.to_dict())
     else:
-        table = _table("key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, trained to its end")
+        table = new_table(
+            "key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, trained to its end"
+        )
         for row in told.rows:
             final = f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "accuracy" in row else ""
             table.add_row(
                 row["key"], "" if row["proxy"] is None else f"{row['proxy']:.4g}", final, row.get("failure", "")
             )
-        _print_table(table)
+        print_table(table)
         if told.kendall is not None:
             value, low, high = told.kendall
             click.echo(f"order of the proxy against final accuracy: Kendall {value:.2f} ({low:.2f} to {high:.2f})")

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .. import consent
-from ..errors import UsageError
-from .options import _check_command, cli
+from .. import defaults
+from .options import command, option
 
 
-@cli.command("worker")
-@click.option("--storage", metavar="URL", required=True, help="Where the study is: postgresql://…, grpc://HOST:PORT, …")
-@click.option("--study", metavar="NAME", required=True, help="The name of its run folder.")
-@click.option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
-@click.option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
-@click.option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
-@click.option("--train-device", metavar="DEVICE", help="Where networks are trained here.  [default: as the search's]")
-@click.option("--only", metavar="PART", default="all", help="train, on any device, or measure.")
-@click.option(
-    "--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it."
-)
-@click.option(
+@command("worker")
+@option("--storage", metavar="URL", required=True, help="Where the study is: postgresql://…, grpc://HOST:PORT, …")
+@option("--study", metavar="NAME", required=True, help="The name of its run folder.")
+@option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
+@option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
+@option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
+@option("--train-device", metavar="DEVICE", help="Where networks are trained here.  [default: as the search's]")
+@option("--only", metavar="PART", default=defaults.ONLY, help="train, on any device, or measure.")
+@option("--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it.")
+@option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -46,30 +41,22 @@ def worker_command(
     Space, objectives, proxy and conditions come from the study.
     """
     from ..report.live import Display
-    from ..search import SearchConfig
+    from ..search.config import worker_config
     from ..search.study import join, work
 
     run = join(storage, study, out)
-    consent.allow(command)
-    config = SearchConfig.from_run(run, measures=only != "train")
-    _check_command(command, config.command)
-    if only == "train":
-        if device is not None:
-            raise UsageError("--device says where to measure, which this worker does not: give --train-device")
-        train_device = train_device or "auto"
-    local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
-    local = {name: value for name, value in local.items() if value is not None}
-    config = replace(config, **local, storage=storage, only=only, workers=1)
+    place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
+    config = worker_config(run, storage, only, command, **place)
     with Display() as display:
         work(run, config, display.update)
     click.echo(f"{study} is done; its front is where it was started")
 
 
-@cli.command("serve-storage")
-@click.option("--storage", metavar="URL", required=True, help="The database.")
-@click.option("--host", default="localhost", show_default=True, help="Address to listen on; it has no password.")
-@click.option("--port", type=click.IntRange(1, 65535), default=13000, show_default=True, help="Port to listen on.")
-def serve_storage(storage: str, host: str, port: int) -> None:
+@command("serve-storage")
+@option("--storage", metavar="URL", required=True, help="The database.")
+@option("--host", default="localhost", help="Address to listen on; it has no password.")
+@option("--port", type=click.IntRange(1, 65535), default=13000, help="Port to listen on.")
+def serve_storage_command(storage: str, host: str, port: int) -> None:
     """Stand between a database and workers, which join by grpc://HOST:PORT."""
     from ..runs import serve_storage as serve
 
