@@ -57,7 +57,7 @@ def _command(command: Command) -> Iterator[str]:
     yield _text(command.help or "") + "\n"
     for heading, options in command.sections(context).items():
         yield f"| {heading.lower()} | what it says | default |\n|---|---|---|"
-        for option in (option for option in options if option.name != "help"):
+        for option in (option for option in options if "--help" not in option.opts):
             names, text = option.get_help_record(context) or ("", "")
             said, default = _DEFAULT.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
             yield f"| {_names(names)} | {_text(said)} | {_text(default or '')} |"
