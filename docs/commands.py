@@ -12,11 +12,12 @@ import click
 PAGE = Path(__file__).with_suffix(".md")
 sys.path.insert(0, str(PAGE.parent.parent))
 
-from cli import cli  # noqa: E402
+from nas.commands import COMMANDS  # noqa: E402
+from nas.commands.options import Command  # noqa: E402
 from nas.training.recipes import RECIPES, Recipe  # noqa: E402
 
 HEAD = """\
-<!-- made by `python docs/commands.py`: change the texts in cli.py and nas/training/recipes.py, then call it -->
+<!-- made by `python docs/commands.py`: change the texts in nas/commands and nas/training/recipes.py, then call it -->
 
 # Commands
 
@@ -45,22 +46,22 @@ JSON and CSV files are read as UTF-8, with or without a byte-order mark, and wit
 
 def page() -> str:
     """The whole page."""
-    commands = cli.commands.values()
-    return "\n".join([HEAD, *("\n".join(_command(command)) for command in commands), "\n".join(_recipes())])
+    return "\n".join([HEAD, *("\n".join(_command(command)) for command in COMMANDS), "\n".join(_recipes())])
 
 
-def _command(command: click.Command) -> Iterator[str]:
+def _command(command: Command) -> Iterator[str]:
     context = click.Context(command, info_name=command.name)
     arguments = " ".join(p.make_metavar(context) for p in command.params if isinstance(p, click.Argument))
     yield f"## {command.name}\n"
     yield f"    mixnas {command.name} [OPTIONS] {arguments}".rstrip() + "\n"
     yield _text(command.help or "") + "\n"
-    yield "| option | what it says | default |\n|---|---|---|"
-    for option in (p for p in command.params if isinstance(p, click.Option)):
-        names, text = option.get_help_record(context) or ("", "")
-        said, default = _DEFAULT.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
-        yield f"| {_names(names)} | {_text(said)} | {_text(default or '')} |"
-    yield ""
+    for heading, options in command.sections(context).items():
+        yield f"| {heading.lower()} | what it says | default |\n|---|---|---|"
+        for option in (option for option in options if "--help" not in option.opts):
+            names, text = option.get_help_record(context) or ("", "")
+            said, default = _DEFAULT.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
+            yield f"| {_names(names)} | {_text(said)} | {_text(default or '')} |"
+        yield ""
 
 
 def _recipes() -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from . import consent
 from .architecture import block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
+from .folders.profile import Profile
 from .folding import Fused, fuse_branches
 from .foreign_files import MAX_SIDE
 from .interval import Interval
@@ -221,8 +222,18 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
     return lines
 
 
-def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
-    """The network part by part: what each stage is, its map, MACs for one image and parameters."""
+def describe(target: Target, input_size: int | None = None, profile: Profile | None = None) -> dict[str, Any]:
+    """The network part by part: what each stage is, its map, MACs for one image and parameters.
+
+    Args:
+        target: the network.
+        input_size: side of the images; None takes the target's own.
+        profile: its model predicts the latency, which is then there as `predicted`.
+
+    Raises:
+        UsageError: where the images do not suit the network, or a profile cannot predict it.
+        RunError: where the profile is too small for a model.
+    """
     size = _image(target, input_size)
     ours = target.architecture is not None
     fused, cost = _count(target, target.build(device="meta") if ours else target.build(), size)
@@ -240,7 +251,7 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
                 "block": block_label(stage),
                 "map": f"{height}x{width}",
             }
-    return {
+    data: dict[str, Any] = {
         "target": target.name,
         "note": target.note,
         "form": fused.form,
@@ -256,6 +267,14 @@ def describe(target: Target, input_size: int | None = None) -> dict[str, Any]:
             if macs or params
         ],
     }
+    return data if profile is None else data | {"predicted": _predicted(target, profile)}
+
+
+def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
+    if target.architecture is None:
+        raise UsageError(f"{target.name} is no architecture of ours: a profile cannot predict it, `measure` it")
+    ((ms,), (std,)) = profile.predict(profile.fit(), [target.architecture])
+    return {"latency_ms": float(ms), "std": float(std), "profile": profile.label}
 
 
 def _count(target: Target, model: nn.Module, size: tuple[int, int, int], deployed: bool = True) -> tuple[Fused, Cost]:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,12 @@ import click
 import pytest
 from images import build
 
-import cli
+from nas import commands
+from nas.calibration.work import CalibrationConfig
+from nas.folders.profile import ProfileConfig
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig
+from nas.training.work import TrainConfig
 
 README = Path(__file__).parent.parent / "README.md"
 SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--trials", "3", "--device", "cpu"]
@@ -25,7 +31,7 @@ SEARCH = ["search", "--objective", "macs,accuracy", "--proxy", "params", "--tria
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command line in this process."""
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        commands.main(list(arguments))
     captured = capsys.readouterr()
     return int(caught.value.code or 0), captured.out, captured.err
 
@@ -46,26 +52,58 @@ def run_path(tmp_path, capsys) -> str:
 
 def test_help_loads_nothing_heavy():
     heavy = {"torch", "timm", "matplotlib", "optuna", "numpy", "pandas", "plotly", "rich", "sklearn"}
-    for command in ([], *([name] for name in cli.cli.commands)):
+    for command in ([], *([name] for name in commands.cli.commands)):
         code = (
-            "import sys, cli\n"
-            f"try: cli.main({[*command, '--help']!r})\n"
+            "import sys\nfrom nas import commands\n"
+            f"try: commands.main({[*command, '--help']!r})\n"
             f"except SystemExit as end: assert not end.code and not {heavy!r} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_every_command_and_option_has_help():
-    for name, command in cli.cli.commands.items():
+    for name, command in commands.cli.commands.items():
         assert command.help, name
         for option in command.params:
             if isinstance(option, click.Option):
                 assert option.help, f"{name} {option.opts}"
 
 
+def test_long_helps_have_sections(capsys):
+    for name, command in commands.cli.commands.items():
+        _, text, _ = call(capsys, name, "--help")
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+        assert headings == (["Options"] if len(headings) == 1 else [*headings[:-1], "Other options"]), name
+        assert len(headings) > 1 or len(options) <= 15, name
+        assert all(len(re.findall(rf"^  .*{option.opts[-1]}\b", text, re.MULTILINE)) for option in options), name
+
+
+@pytest.mark.parametrize(
+    ("name", "configurations"),
+    [
+        ("search", (SearchConfig,)),
+        ("measure", (LatencyConfig,)),
+        ("profile", (LatencyConfig, ProfileConfig)),
+        ("calibrate", (CalibrationConfig,)),
+        ("train", (TrainConfig,)),
+    ],
+)
+def test_options_have_the_names_and_defaults_of_fields(name, configurations):
+    """So that a command hands what it is given to the library as it is, and `--help` shows what holds there."""
+    every = [field for configuration in configurations for field in fields(configuration)]
+    known = {field.name: field.default for field in every if field.default is not MISSING}
+    command = commands.cli.commands[name]
+    context = command.make_context(name, ["x"] * (name in ("measure", "train")))
+    given = {option: context.params[option] for option in context.params.keys() & known.keys()}
+    assert len(given) > 5
+    given.pop("device", None)  # `auto` on the command line; the library's conditions name one
+    assert {option: known[option] or None for option in given} == {option: given[option] or None for option in given}
+
+
 def test_every_command_is_in_the_readme():
     text = README.read_text(encoding="utf-8")
-    for name in cli.cli.commands:
+    for name in commands.cli.commands:
         assert re.search(rf"\b{name}\b", text), name
 
 
@@ -341,7 +379,7 @@ def test_a_space_file_of_ones_own(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupts_end_with_their_own_status_and_a_way_on(tmp_path, number, code):
-    command = [sys.executable, "-m", "cli", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
+    command = [sys.executable, "-m", "nas", "search", "--out", str(tmp_path / "run"), "--epochs", "2", "--trials", "50"]
     command += ["--latency-seconds", "0.02"]
     # a shell ignores SIGINT for what it starts in the background, and children inherit that
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -23,8 +23,8 @@ import pytest
 from conftest import required
 from markdown_it import MarkdownIt
 
-from cli import cli
 from nas.architecture import HADAMARD_KINDS
+from nas.commands import cli
 from nas.models.mixers.hadamard import KINDS
 from nas.objectives.objectives import OBJECTIVES
 from nas.scoring.accuracy import ESTIMATORS

@@ -11,9 +11,8 @@ import numpy as np
 import optuna
 import pytest
 
-import cli
 import search_spaces
-from nas import consent
+from nas import commands, consent
 from nas.architecture import Architecture
 from nas.errors import UsageError
 from nas.explain import LEAST, explain
@@ -247,7 +246,7 @@ def test_intervals_hold(tmp_path):
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["explain", *arguments])
+        commands.main(["explain", *arguments])
     captured = capsys.readouterr()
     return int(caught.value.code or 0), captured.out, captured.err
 

@@ -49,7 +49,7 @@ LOAD_IN_A_CLEAN_PROCESS = """
 import json, sys
 
 class Blocked:
-    names = {"nas", "search_spaces", "cli", "optuna", "thop", "plotly"}
+    names = {"nas", "search_spaces", "optuna", "thop", "plotly"}
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ImportError(name + " is not installed here")

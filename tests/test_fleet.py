@@ -33,7 +33,8 @@ from nas.storage.connect import open_storage
 
 ROOT = Path(__file__).parents[1]
 QUICK = (
-    "import nas.search.workers.claims as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; from cli import main; main()"
+    "import nas.search.workers.claims as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; "
+    "from nas.commands import main; main()"
 )
 """The command line with workers that are given up sooner."""
 

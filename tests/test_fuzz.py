@@ -26,8 +26,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import cli
 import search_spaces
+from nas import commands
 from nas.architecture import MAX_DEPTH, MAX_PARAMS, MAX_WIDTH, Architecture, Softmax, Stage
 from nas.data.decoding import MAX_PIXELS, UnreadableImage, decode, quiet
 from nas.errors import MAX_MESSAGE, NasError
@@ -192,7 +192,7 @@ def command(*arguments: str) -> tuple[int, str]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with bounded(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main(list(arguments))
+            commands.main(list(arguments))
         pytest.fail("the command line did not end by itself")
     except SystemExit as end:
         code = end.code
@@ -852,9 +852,9 @@ words = st.sampled_from(HOSTILE) | st.text(max_size=20) | st.integers().map(str)
 @st.composite
 def command_lines(draw: Any) -> list[str]:
     """A command with some of its options and arguments, half of the time all of those it asks for."""
-    name = draw(st.sampled_from(sorted(cli.cli.commands)))
+    name = draw(st.sampled_from(sorted(commands.cli.commands)))
     line = [name]
-    for parameter in cli.cli.commands[name].params:
+    for parameter in commands.cli.commands[name].params:
         if not (parameter.required and draw(st.booleans())) and draw(st.integers(0, 5)):
             continue
         for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):

@@ -207,7 +207,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     arguments = ["--objective", "macs,accuracy", "--epochs", "1", "--trials", "50", "--out", str(tmp_path / "run")]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     with subprocess.Popen(
-        [sys.executable, "-m", "cli", "search", "--device", "cpu", *arguments],
+        [sys.executable, "-m", "nas", "search", "--device", "cpu", *arguments],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

@@ -307,7 +307,7 @@ def test_a_program_must_be_allowed(capsys, single):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     run = search(analytic_config(tmp_path, trials=6, **TRAINED | {"max_images": 1000}))
-    command = [sys.executable, "-m", "cli", "replay", str(run.path)]
+    command = [sys.executable, "-m", "nas", "replay", str(run.path)]
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
         deadline = time.monotonic() + 120

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import search_spaces
+from nas import commands
 from nas.architecture import Architecture, Stage, Strip
 from nas.folders.run import Run
 from nas.folders.trial import Trial
@@ -270,7 +270,7 @@ def test_a_lower_bound_is_shown_as_one_and_not_compared_further_than_it_bears(ru
     )
 
     with pytest.raises(SystemExit):
-        cli.main(["front", str(run.path)])
+        commands.main(["front", str(run.path)])
     printed = capsys.readouterr().out
     assert "≥ 30" in printed
     assert "cannot be told: MACs are a lower bound" in printed

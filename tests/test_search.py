@@ -27,9 +27,10 @@ from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
-from nas.search import SearchConfig, loop, search
+from nas.search import SearchConfig, configure, loop, search
 from nas.search import evaluate as evaluate_module
 from nas.search.comparable import make_evaluator
+from nas.search.config import local_config, worker_config
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")
@@ -401,6 +402,40 @@ def test_what_a_resumed_run_may_change_is_kept(tmp_path):
     assert (again.trials, again.sampler) == (3, "nsga2")
 
 
+def test_a_resumed_run_keeps_what_is_not_given(tmp_path):
+    run, new = search(analytic_config(tmp_path, trials=1, train_batch_size=32)), SearchConfig(MINI)
+    resumed = configure(new, run.path, trials=2, runtimes=("eager", "compile"))
+    assert (resumed.space, resumed.train_batch_size, resumed.trials) == (TINY, 32, 2)
+    device = run.manifest["config"]["device"]
+    assert (resumed.device, resumed.runtime, resumed.also) == (device, "eager", ((device, "compile"),))
+    assert configure(new, tmp_path / "other", trials=2) == replace(new, out=tmp_path / "other", trials=2)
+
+
+def test_every_device_is_measured_in_every_runtime():
+    config = configure(SearchConfig(MINI, ("macs", "params")), devices=("cpu", "cuda"), runtimes=("eager", "compile"))
+    assert (config.device, config.runtime) == ("cpu", "eager")
+    assert config.also == (("cpu", "compile"), ("cuda", "eager"), ("cuda", "compile"))
+
+
+def test_a_search_may_begin_from_a_front(tmp_path):
+    run = search(analytic_config(tmp_path))
+    begun = configure(analytic_config(tmp_path), tmp_path / "next", warm_start=[str(run.path)])
+    assert [a.key for a in begun.start] == [t.key for t in run.front()]
+    with pytest.raises(UsageError, match="cas_vit_xs: not in space mini"):
+        configure(SearchConfig(MINI), warm_start=["cas_vit_xs"])
+    with pytest.raises(UsageError, match="this one has begun"):
+        configure(SearchConfig(TINY), run.path, warm_start=[str(run.path)])
+
+
+def test_a_program_or_device_that_a_run_has_no_use_for_is_refused(tmp_path):
+    run = search(analytic_config(tmp_path, trials=1))
+    with pytest.raises(UsageError, match="this run runs no program, not 'x'"):
+        local_config(run, "x")
+    assert local_config(run, data_root=None, train_device="cuda").train_device == "cuda"
+    with pytest.raises(UsageError, match="give --train-device"):
+        worker_config(run, "sqlite:///x.db", "train", device="cpu")
+
+
 def test_the_same_data_may_be_spelled_in_another_way(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for label in "ab":
@@ -480,7 +515,7 @@ def test_hypervolume_is_that_of_the_rectangles(tmp_path):
 def test_kill_9_in_mid_trial_loses_and_repeats_nothing(tmp_path):
     """A real process, killed without warning while a trial runs; the resumed run has every trial once."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "cli", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
+    command = [sys.executable, "-m", "nas", "search", "--out", str(out), "--epochs", "2", "--trials", "5"]
     command += ["--latency-seconds", "0.02"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:

@@ -72,7 +72,7 @@ def files():
 
 import torch, timm, optuna, nas.export, nas.report, nas.search.study, nas.replay, nas.calibration.work, nas.profile
 import matplotlib.figure
-import cli
+from nas import commands
 from nas import consent
 
 sys.addaudithook(hook)
@@ -81,7 +81,7 @@ for line in sys.stdin:
     said, done = io.StringIO(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
-            cli.main(words)
+            commands.main(words)
         except SystemExit as end:
             done = end.code
         except BaseException as error:

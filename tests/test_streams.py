@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from nas import commands
 from nas.doctor import Finding, examine
 from nas.errors import RunError
 from nas.folders.files import locked_folder
@@ -33,7 +33,7 @@ def keep_signal_handlers():
 
 def status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        commands.main(list(arguments))
     return int(caught.value.code or 0)
 
 
@@ -67,7 +67,7 @@ def test_what_an_encoding_lacks_has_a_stand_in(text, encoding, expected):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_every_help_is_readable(monkeypatch, encoding):
-    for command in ([], *([name] for name in cli.cli.commands)):
+    for command in ([], *([name] for name in commands.cli.commands)):
         code, out, err = call(monkeypatch, encoding, *command, "--help")
         assert (code, err) == (0, "")
         assert "Usage: mixnas" in out
@@ -199,7 +199,7 @@ def test_a_search_is_stored_wherever_its_words_go(monkeypatch, tmp_path):
     [(">&-", 1, 1), (">/dev/full", 1, 1), ("| true", 1, 1), (">&- 2>&-", 1, 0), ("2>&-", 0, 0), ("2>/dev/full", 0, 0)],
 )
 def test_the_interpreter_ends_silently(redirection, code, lines):
-    script = f"set -o pipefail; (sleep 0.1; exec {sys.executable} -m cli --version) {redirection}"
+    script = f"set -o pipefail; (sleep 0.1; exec {sys.executable} -m nas --version) {redirection}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == lines, done.stderr

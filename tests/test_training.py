@@ -817,7 +817,7 @@ def test_weights_that_are_not_there(tmp_path):
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "cli", "train", *words]
+    return [sys.executable, "-m", "nas", "train", *words]
 
 
 def quick(file: Path | str, images: Path, out: Path) -> list[str]:
@@ -863,7 +863,7 @@ def test_two_processes_train_together(images, file, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     words = [*quick(file, images, tmp_path / "two"), "--epochs", "3"]
     both = subprocess.run(
-        [*launch, "cli", "train", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*launch, "nas", "train", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert both.returncode == 0, both.stderr
     assert both.stdout.count("top-1") == 2, "one of them tells it: of the held-out part and of the test"

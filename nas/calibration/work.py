@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import defaults
 from ..architecture import Architecture
-from ..data import MAX_IMAGES, ImageData, load_data
+from ..data import ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE, FORMAT, Calibration, format_curve
 from ..folders.files import locked_folder, write_file
 from ..machine.description import describe_machine, describe_software, machine_name
-from ..machine.devices import seeded
+from ..machine.devices import resolve_device, seeded
 from ..machine.limits import training_threads
 from ..machine.turns import exclusive
 from ..models import create_backbone
+from ..results import calibration_folder
 from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
@@ -47,7 +49,7 @@ class CalibrationConfig:
         classes: of a folder or an archive of images, the class folders; empty to find them.
         input_size: side of the images; None takes the data's own.
         max_images: of a larger training split, a stratified sample of this many is used.
-        device: trains and times.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; trains and times.
         count: architectures that are trained.
         epochs: of a truth.
         repeats: of the architectures, so many are trained in full with a second seed, for the noise of truths.
@@ -57,17 +59,17 @@ class CalibrationConfig:
     """
 
     space: SearchSpace
-    data: str = "digits"
+    data: str = defaults.DATA
     data_root: str | None = None
     classes: tuple[str, ...] = ()
     input_size: int | None = None
-    max_images: int = MAX_IMAGES
+    max_images: int = defaults.MAX_IMAGES
     device: str = "cpu"
-    count: int = 40
-    epochs: int = 16
-    repeats: int = 12
-    batch_size: int = Fidelity.batch_size
-    seed: int = 0
+    count: int = defaults.CALIBRATION_COUNT
+    epochs: int = defaults.CALIBRATION_EPOCHS
+    repeats: int = defaults.CALIBRATION_REPEATS
+    batch_size: int = defaults.TRAIN_BATCH_SIZE
+    seed: int = defaults.SEED
     share_device: bool = False
 
     def __post_init__(self) -> None:
@@ -80,16 +82,21 @@ class CalibrationConfig:
         if self.repeats > self.count:
             raise UsageError(f"{self.repeats} repeats of {self.count} architectures: ask for {self.count} at most")
 
+    @property
+    def folder(self) -> Path:
+        """Where the calibration is kept unless a user says otherwise."""
+        return calibration_folder(self.space.name, self.data)
+
 
 Step = Callable[[int, int, str], None]
 
 
-def calibrate(config: CalibrationConfig, path: Path, on_step: Step | None = None) -> Calibration:
+def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: Step | None = None) -> Calibration:
     """Train, score and compare; what is done already is not done again, and a killed training goes on at its last rung.
 
     Args:
         config: on what; an existing folder must be of the same but for `count`, `epochs` and `repeats`.
-        path: the folder.
+        path: the folder; None for `config.folder`.
         on_step: called after each step with how many are done, how many there are, and what was done.
 
     Raises:
@@ -97,6 +104,7 @@ def calibrate(config: CalibrationConfig, path: Path, on_step: Step | None = None
         DataError: for an unusable data set.
         UsageError: where images are too small for the space.
     """
+    config, path = replace(config, device=resolve_device(config.device)), path or config.folder
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     reduction = config.space.largest()[0].reduction
     if data.input_size[1] < reduction:

@@ -3,6 +3,7 @@
 `sources` opens a split, `memory` decodes one for a search, `nas.training.images` reads one epoch by epoch.
 """
 
+from ..defaults import MAX_IMAGES
 from .decoding import BACKGROUND, UnreadableImage, decode, quiet
 from .memory import (
     NOT_MIRRORED,
@@ -13,7 +14,7 @@ from .memory import (
     native_size,
     reduced,
 )
-from .sampling import HOLDOUT_SHARE, MAX_IMAGES, SPLIT_SEED, search_split, stratified_split
+from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
 from .sources import (
     DIGITS_TEST_SHARE,
     EMBEDDED,

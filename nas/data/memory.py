@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..defaults import MAX_IMAGES
 from ..errors import DataError, UsageError
 from ..repeats import REPEATS
 from .decoding import UnreadableImage, quiet
-from .sampling import MAX_IMAGES, SPLIT_SEED, search_split, stratified_split
+from .sampling import SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, Listing, Source, open_split
 from .splits import listed
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 HOLDOUT_SHARE = 0.25
-MAX_IMAGES = 20_000
 SPLIT_SEED = 0
 """Of what every search holds out, whatever its own seed is."""
 

@@ -13,7 +13,7 @@ model.onnx, model.int8.onnx, model.pt2   further formats, where asked for
 from ..targets import read_config
 from .folder import PACKAGE, SOURCES, Exported, Settings, broken_file, export, export_each, export_subject
 from .formats import FORMATS
-from .subject import Subject, load_trained, of_run, of_training
+from .subject import Subject, load_trained, of_run, of_training, timing
 
 __all__ = [
     "FORMATS",
@@ -30,4 +30,5 @@ __all__ = [
     "of_run",
     "of_training",
     "read_config",
+    "timing",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..data import MAX_IMAGES, ImageData, Images, load_data
+from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
-from ..folders.run import Run
+from ..folders.run import Run, is_run
 from ..folders.training import Trained, is_training, load_weights
 from ..folders.trial import Trial
+from ..machine.devices import resolve_device
 from ..models import create_backbone
+from ..scoring.latency import LatencyConfig
 from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
@@ -231,3 +235,24 @@ def sample(count: int, most: int) -> torch.Tensor:
 def _load(name: str, side: int | None, data_root: str | None, max_images: int, classes: tuple[str, ...]) -> ImageData:
     """Decoded once for all points of a front."""
     return load_data(name, side, data_root, max_images, classes=classes)
+
+
+def timing(
+    path: Path, device: str = "cpu", threads: int | None = None, seconds: float = LATENCY_SECONDS
+) -> LatencyConfig:
+    """The conditions under which exported files are timed.
+
+    Args:
+        path: the run's folder, or a training's. Where no number of threads is given, the run's number is used, so that
+            figures can be compared with the search's.
+        device: `auto`, `cpu`, `cuda` or `cuda:i`.
+        threads: CPU threads; None for the run's, else torch's own.
+        seconds: time for a file's latency.
+
+    Raises:
+        UsageError: where a value is not allowed.
+        RunError: where the run cannot be read.
+    """
+    if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
+        threads = Run.open(run).manifest["config"].get("threads")
+    return LatencyConfig(device=resolve_device(device), threads=threads, max_seconds=seconds)

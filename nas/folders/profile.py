@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import defaults
 from ..architecture import Architecture, check_mapping
 from ..counts import count_pieces
 from ..errors import RunError, UsageError
 from ..foreign_files import COUNT, FIGURE, MAX_TABLE_BYTES, POSITIVE, SIDE, check, read_text
 from ..machine.description import machine_name
+from ..results import profile_folder
 from ..scoring.latency.config import SHAPES, LatencyConfig
 from ..scoring.latency.model import LatencyModel
 from ..space import SearchSpace
@@ -57,13 +59,18 @@ class ProfileConfig:
 
     space: SearchSpace
     latency: LatencyConfig
-    input_size: int = 224
-    seed: int = 0
+    input_size: int = defaults.PROFILE_INPUT_SIZE
+    seed: int = defaults.SEED
 
     def __post_init__(self) -> None:
         reduction = self.space.largest()[0].reduction
         if self.input_size < reduction:
             raise UsageError(f"images of {self.input_size} pixels are too small: {reduction} or more are needed")
+
+    @property
+    def folder(self) -> Path:
+        """Where the profile is kept unless a user says otherwise."""
+        return profile_folder(self.space.name, self.latency.label, self.input_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import defaults
 from ..architecture import Architecture
 from ..counts import pieces_of
 from ..errors import RunError, TrialFailure, UsageError
@@ -38,21 +39,22 @@ from ..space import SearchSpace
 
 def profile(
     config: ProfileConfig,
-    path: Path,
-    minutes: float,
+    path: Path | None = None,
+    minutes: float = defaults.PROFILE_MINUTES,
     on_network: Callable[[int, float], None] | None = None,
 ) -> Profile:
     """Measure pieces until `minutes` are over, those of earlier calls included; Ctrl-C and kill lose one network.
 
     Args:
         config: what to profile.
-        path: the profile's folder; an existing one of the same configuration goes on.
+        path: the profile's folder; an existing one of the same configuration goes on. None for `config.folder`.
         minutes: of measuring, in all.
         on_network: called after each network with their number and the seconds spent.
 
     Raises:
         RunError: where the folder has a profile of something else, or cannot be written.
     """
+    path = path or config.folder
     with locked_folder(path, "profile.json", "profile"):
         return _profile(_open_or_create(config, path), minutes, on_network)
 
@@ -213,4 +215,4 @@ def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
         "software": describe_software(),
     }
     write_file(path / "profile.json", json.dumps(manifest, indent=2) + "\n")
-    return Profile.open(path)
+    return replace(Profile.open(path), config=config)

@@ -8,17 +8,18 @@ for torch, nor what only optimises.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import SearchConfig
+    from .config import SearchConfig, configure
     from .engine import Result, optimize
     from .progress import Progress
     from .study import search
 
-__all__ = ["Progress", "Result", "SearchConfig", "optimize", "search"]
+__all__ = ["Progress", "Result", "SearchConfig", "configure", "optimize", "search"]
 
 _PLACES = {
     "Progress": "progress",
     "Result": "engine",
     "SearchConfig": "config",
+    "configure": "config",
     "optimize": "engine",
     "search": "study",
 }

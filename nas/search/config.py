@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .. import consent
+from .. import consent, defaults
 from ..architecture import Architecture
-from ..data import MAX_IMAGES
 from ..errors import RunError, UsageError, unknown_name
-from ..folders.run import Run
+from ..folders.run import Run, find_run
 from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives
-from ..scoring.accuracy import ESTIMATORS, Fidelity
-from ..scoring.latency import LatencyConfig, latency_in_run
+from ..scoring.accuracy import ESTIMATORS
+from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets
+from ..scoring.latency.config import IN_RUNS
 from ..space import SearchSpace
 from ..storage.connect import check_storage
-from .evaluate import ALL, MEASURED, PARTS
+from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
+from .warm_start import starting_points
 
 MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
 """Bounds that a run's manifest has, too."""
@@ -75,40 +77,40 @@ class SearchConfig:
     """
 
     space: SearchSpace
-    objectives: tuple[str, ...] = ("latency", "accuracy")
-    latency: tuple[LatencyConfig, ...] = (LatencyConfig(device="auto"),)
+    objectives: tuple[str, ...] = defaults.OBJECTIVES
+    latency: tuple[LatencyConfig, ...] = (LatencyConfig(device=defaults.DEVICE),)
     train_device: str | None = None
     baselines: tuple[str, ...] = ()
-    data: str = "digits"
+    data: str = defaults.DATA
     data_root: str | None = None
     classes: tuple[str, ...] = ()
-    max_images: int = MAX_IMAGES
+    max_images: int = defaults.MAX_IMAGES
     input_size: int | None = None
-    proxy: str = "train"
-    proxy_repeats: int = 1
+    proxy: str = defaults.PROXY
+    proxy_repeats: int = defaults.PROXY_REPEATS
     proxy_images: int | None = None
     proxy_size: int | None = None
     profile: str | None = None
     calibration: str | None = None
     early_stopping: bool = True
-    epochs: int = Fidelity.epochs
-    train_batch_size: int = Fidelity.batch_size
-    trials: int = 32
+    epochs: int = defaults.EPOCHS
+    train_batch_size: int = defaults.TRAIN_BATCH_SIZE
+    trials: int = defaults.TRIALS
     timeout_minutes: float | None = None
     trial_timeout_minutes: float | None = None
-    sampler: str = "surrogate"
+    sampler: str = defaults.SAMPLER
     start: tuple[Architecture, ...] = ()
     until: float | None = None
     budgets: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
+    seed: int = defaults.SEED
     out: Path | None = None
     storage: str | None = None
-    workers: int = 1
-    engine: str = "local"
-    address: str = "auto"
-    gpus_per_trial: float = 1.0
+    workers: int = defaults.WORKERS
+    engine: str = defaults.ENGINE
+    address: str = defaults.ADDRESS
+    gpus_per_trial: float = defaults.GPUS_PER_TRIAL
     share_device: bool = False
-    only: str = ALL
+    only: str = defaults.ONLY
 
     @property
     def device(self) -> str:
@@ -224,3 +226,92 @@ class SearchConfig:
             return cls(space=space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
+
+
+def configure(
+    new: SearchConfig,
+    out: Path | None = None,
+    *,
+    devices: Sequence[str] = (),
+    runtimes: Sequence[str] = (),
+    warm_start: Sequence[str] = (),
+    **changes: Any,
+) -> SearchConfig:
+    """The configuration of a run that is resumed, or of a new one, with changes.
+
+    Args:
+        new: what a new run starts from. An existing run starts from its own configuration.
+        out: the run folder; None for a new one in `results`.
+        devices: measure latency on each of these, in each runtime; the first pair is where training happens.
+        runtimes: measure latency in each of these; empty keeps the known runtimes, as `devices` does.
+        warm_start: networks to score first, see `starting_points`.
+        changes: fields of `SearchConfig`, and fields of `LatencyConfig` that change for all targets. A program and a
+            storage that are named here are allowed (`nas.consent`).
+
+    Raises:
+        UsageError: where a value is not allowed, or `warm_start` is given for a run that has begun.
+        RunError: where the run is damaged.
+    """
+    consent.allow(changes.get("command"), changes.get("storage"))
+    resumed = out is not None and find_run(out)
+    config = SearchConfig.from_run(Run.open(out)) if resumed and out is not None else new
+    if warm_start:
+        if resumed:
+            raise UsageError("--warm-start is for a new run: this one has begun")
+        changes["start"] = starting_points(changes.get("space", new.space), warm_start)
+    timing = {name: changes.pop(name) for name in IN_RUNS if name in changes}
+    places = [(target.device, target.runtime) for target in config.latency]
+    if devices or runtimes:
+        known = (dict.fromkeys(names) for names in zip(*places, strict=True))
+        places = list(product(*(given or before for given, before in zip((devices, runtimes), known, strict=True))))
+    stored = latency_in_run(config.latency)
+    shared = {name: stored[key] for name, key in IN_RUNS.items()} | timing
+    return replace(config, out=out, latency=latency_targets(places, **shared), **changes)
+
+
+def local_config(run: Run, command: str | None = None, measures: bool = True, **here: str | None) -> SearchConfig:
+    """A run's configuration, with what differs on this machine.
+
+    Args:
+        run: the run.
+        command: the run's own program, which is allowed by naming it here (`nas.consent`); None where it has none.
+        measures: whether networks will be timed by it.
+        here: `data`, `data_root`, `device` and `train_device` on this machine; None keeps the run's.
+
+    Raises:
+        UsageError: where the run names another program, or one that was not named here.
+        RunError: where the run is damaged.
+    """
+    consent.allow(command)
+    config = SearchConfig.from_run(run, measures)
+    if command is not None and command != config.command:
+        asks = f"runs the program {config.command!r}" if config.command else "runs no program"
+        raise UsageError(f"this run {asks}, not {command!r}: leave --command out, or say the same")
+    changes: dict[str, Any] = {name: value for name, value in here.items() if value is not None}
+    if (device := changes.pop("device", None)) is not None:
+        changes["latency"] = (replace(config.latency[0], device=device), *config.latency[1:])
+    return replace(config, **changes)
+
+
+def worker_config(
+    run: Run, storage: str, only: str = defaults.ONLY, command: str | None = None, **here: str | None
+) -> SearchConfig:
+    """The configuration of a worker that joins a run.
+
+    Args:
+        run: the run, as `join` returns it.
+        storage: where this machine finds the study.
+        only: the part of a trial that the worker does: `train`, on any device, `measure` or `all`.
+        command: as for `local_config`.
+        here: as for `local_config`.
+
+    Raises:
+        UsageError: as `local_config`, or for a device to measure on where the worker only trains.
+        RunError: where the run is damaged.
+    """
+    config = local_config(run, command, only != TRAIN, **here)
+    if only == TRAIN:
+        if here.get("device") is not None:
+            raise UsageError("--device says where to measure, which this worker does not: give --train-device")
+        config = replace(config, train_device=here.get("train_device") or "auto")
+    return replace(config, storage=storage, only=only, workers=1)

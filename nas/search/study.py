@@ -27,6 +27,7 @@ from ..machine.description import describe_machine, describe_software, machine_n
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives
 from ..repeats import REPEATS
+from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
 from ..scoring.latency import latency_in_run, reference_ms
 from ..storage.connect import check_storage, open_storage, storage_errors
@@ -77,7 +78,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
         profile=_absolute_folder(config.profile),
-        out=_new_folder(config) if config.out is None else config.out,
+        out=search_folder(config.space.name, config.data) if config.out is None else config.out,
     )
     assert config.out is not None
     if find_run(config.out):
@@ -125,7 +126,7 @@ def join(storage: str, study: str, out: Path | None) -> Run:
     name = Path(study).name
     if out is None and name in ("", ".."):
         raise UsageError(f"study {study!r} names no folder in results: give --out")
-    return join_run(out or Path("results") / name, storage, study)
+    return join_run(out or RESULTS / name, storage, study)
 
 
 def work(
@@ -247,15 +248,6 @@ def _references(config: SearchConfig, evaluator: Evaluator) -> dict[str, float]:
     if "latency" not in (*config.objectives, *config.budgets):
         return {}
     return {target.label: reference_ms(target) for target in evaluator.latency}
-
-
-def _new_folder(config: SearchConfig) -> Path:
-    stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
-    base = Path("results") / f"{config.space.name}-{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
 
 
 def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]) -> Run:

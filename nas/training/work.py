@@ -19,6 +19,7 @@ import timm
 import torch
 from torch import distributed, nn
 
+from .. import defaults
 from ..data import MAX_IMAGES, SPLIT_SEED
 from ..errors import DataError, NasError, RunError, UsageError
 from ..folders.files import locked_folder, write_file
@@ -33,6 +34,7 @@ from ..models import create_backbone
 from ..models.backbone import Backbone
 from ..models.timm_models import create_network
 from ..repeats import REPEATS
+from ..results import RESULTS
 from ..scoring.accuracy import trust
 from ..targets import Target, resolve
 from .images import Held, TrainingData, batch_size, default_workers, open_data, steps_per_epoch
@@ -77,8 +79,8 @@ class TrainConfig:
     data_root: str | None = None
     classes: tuple[str, ...] = ()
     input_size: int | None = None
-    seed: int = 0
-    device: str = "auto"
+    seed: int = defaults.SEED
+    device: str = defaults.DEVICE
     workers: int | None = None
     init: str = "auto"
     teacher: str | None = None
@@ -327,7 +329,7 @@ def _place(config: TrainConfig, target: Target) -> Path:
     if target.run and target.folder is not None and target.architecture is not None:
         return target.folder / "trained" / target.architecture.key
     plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(target.name).name.replace("timm:", ""))
-    return Path("results") / f"train-{plain}-{Path(config.data or '').stem}"
+    return RESULTS / f"train-{plain}-{Path(config.data or '').stem}"
 
 
 def _build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ...defaults import EPOCHS, TRAIN_BATCH_SIZE
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -22,8 +24,8 @@ class Fidelity:
         ensemble: for the estimator of that name, what `Ensemble.to_dict` gives.
     """
 
-    epochs: int = 4
-    batch_size: int = 64
+    epochs: int = EPOCHS
+    batch_size: int = TRAIN_BATCH_SIZE
     max_seconds: float | None = None
     chunks: int = 1
     ensemble: Mapping[str, Any] | None = field(default=None, repr=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ... import defaults
 from ...errors import UsageError, unknown_name
 from ...foreign_files import LINE, POSITIVE
 from ...interval import Interval
@@ -101,19 +102,19 @@ class LatencyConfig:
     """
 
     device: str = "cpu"
-    runtime: str = "eager"
-    dtype: str = "fp32"
-    batch_size: int = 1
+    runtime: str = defaults.RUNTIME
+    dtype: str = defaults.DTYPE
+    batch_size: int = defaults.BATCH_SIZE
     threads: int | None = None
     channels_last: bool = False
     folded: bool = True
     command: str | None = None
-    command_timeout: float = 120.0
-    target: float = 0.01
-    max_seconds: float = 3.0
+    command_timeout: float = defaults.COMMAND_TIMEOUT
+    target: float = defaults.LATENCY_TARGET
+    max_seconds: float = defaults.LATENCY_SECONDS
     warmup_seconds: float = 1.0
     block_ms: float = 30.0
-    seed: int = 0
+    seed: int = defaults.SEED
 
     def __post_init__(self) -> None:
         for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("dtype", self.dtype, DTYPES)):

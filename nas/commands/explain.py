@@ -1,0 +1,135 @@
+"""`explain`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import UsageError
+from .options import JSON, STORAGE, command, option
+from .printing import fits, new_table, print_json, print_table, program
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..explain import Explanation
+    from ..interval import Interval
+    from ..objectives.objectives import Objective
+
+
+@command("explain")
+@click.argument("target", metavar="RUN@KEY")
+@STORAGE
+@option("--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]")
+@JSON
+def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
+    """Say what each change of one knob would do to an architecture of a run, and where its time goes.
+
+    What was not measured is predicted from the run's trials, with 95 % intervals; what promises most comes first.
+    """
+    from ..explain import explain
+    from ..folders.run import Run
+
+    run_path, at, key = target.rpartition("@")
+    if not at:
+        raise UsageError(f"{target} is no point of a run: give RUN@KEY")
+    found = explain(Run.open(run_path), key)
+    if as_json:
+        print_json(found.to_dict(neighbours))
+    else:
+        _print_explanation(found, neighbours or 20)
+
+
+def _print_explanation(found: Explanation, limit: int) -> None:
+    """The neighbours, what is known of them below what is predicted, then the parts."""
+    from ..objectives.text import format_value
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
+    names = {o.name for o in found.run.objectives}
+    objectives = [o for o in found.objectives if columns >= 120 or o.name in names]
+    of = f"{found.run.path}@{found.trial.key}"
+    units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
+    table = new_table("change", *units, "on the front>", title=f"What one change would do to {of}")
+    change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
+    now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
+    table.add_row("as it is", *now)
+    smoothed = any(not figure.is_exact for figure in found.itself.values())
+    if smoothed:
+        table.add_row("  to the model", *(change(o, found.itself) for o in objectives))
+    table.add_section()
+    for neighbour in found.neighbours[:limit]:
+        chance = "" if neighbour.tried or neighbour.on_front is None else f"{100 * neighbour.on_front:.0f} %"
+        table.add_row(neighbour.change, *(change(o, neighbour.predicted) for o in objectives), chance)
+        if neighbour.tried:
+            cells = (change(o, neighbour.measured) for o in objectives)
+            table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
+    shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
+    told = [f"{shown} of {all_of_them} one-knob changes"] if shown < all_of_them else []
+    told += ["changes are counted from `as it is`; in brackets or after ±: 95 % intervals"] if smoothed else []
+    told += [
+        "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
+    ] * smoothed
+    table.caption = "\n".join(told)
+    print_table(table)
+    click.echo(found.summary)
+    _print_parts(found)
+
+
+def _change(found: Explanation, objective: Objective, scores: Mapping[str, Interval], brief: bool) -> str:
+    """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
+    from ..objectives.text import format_value
+
+    score, origin = scores.get(objective.name), found.origin(objective.name)
+    if score is None or origin is None:
+        return ""
+
+    def size(value: float) -> str:
+        return format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
+
+    def signed(value: float) -> str:
+        text = size(value - origin)
+        return text if not float(text.split()[0]) else ("-" if value < origin else "+") + text
+
+    value, low, high = (signed(v) for v in (score.value, score.low, score.high))
+    if score.is_exact:
+        return value
+    return f"{value} ±{size(score.half_width)}" if brief else f"{value} ({low} to {high})"
+
+
+def _print_parts(found: Explanation) -> None:
+    """What each part of the network has to do, and how long it takes where the run has that."""
+    targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
+    table = _parts_table(found, targets, intervals=True)
+    print_table(table if fits(table) else _parts_table(found, targets, intervals=False))
+    if not targets:
+        of = shlex.quote(f"{found.run.path}@{found.trial.key}")
+        click.echo(f"its parts were not timed: {program()} measure {of} --per-stage does")
+
+
+def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:
+    from ..objectives.objectives import OBJECTIVES as ALL
+    from ..objectives.text import format_value
+
+    interval = ["95 % interval>"] if intervals else []
+    timed = [column for target in targets for column in (f"latency, {target}>", *interval, "share>")]
+    table = new_table("part", *timed, "MACs>", "share>", "parameters>", "share>")
+    whole_ms = {target: sum(part.latency[target].value for part in found.parts) for target in targets}
+    whole = {name: sum(getattr(part, name) for part in found.parts) for name in ("macs", "params")}
+    for part in found.parts:
+        cells = []
+        for target, ms in ((target, part.latency[target]) for target in targets):
+            share = f"{100 * ms.value / whole_ms[target]:.0f} %"
+            cells += [f"{ms.value:.3f} ms", *([f"{ms.low:.3f} to {ms.high:.3f}"] if intervals else []), share]
+        for name, total in whole.items():
+            cells += [format_value(ALL[name], getattr(part, name)), f"{100 * getattr(part, name) / total:.0f} %"]
+        table.add_row(part.name, *cells)
+    table.caption = "head: all that follows the last stage, its norm included" + (
+        "; each part is timed alone, so that their sum need not be the whole" if targets else ""
+    )
+    return table

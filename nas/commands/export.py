@@ -1,0 +1,117 @@
+"""`export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import defaults
+from ..errors import NasError, one_line
+from .options import STORAGE, command, names, option
+from .printing import new_table, print_json, print_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@command("export")
+@click.argument("path", metavar="RUN|TRAINING", type=click.Path(path_type=Path))
+@STORAGE
+@option(
+    "--arch",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="Of a run: an architecture of the front, by its key or the start of it; repeatable.",
+)
+@option("--all", "everything", is_flag=True, help="Of a run: every point of the front.")
+@option(
+    "--format",
+    "formats",
+    default="timm",
+    callback=names,
+    metavar="NAME,…",
+    help="timm, torch (torch.export), onnx, int8 (quantised ONNX); the folder is timm's in any case.",
+)
+@option(
+    "--weights",
+    default="auto",
+    help="trained, proxy (the search's short training), or auto: trained where `train` has finished.",
+)
+@option(
+    "--batch",
+    type=int,
+    metavar="N",
+    help="Fix the images that a pass of torch, onnx and int8 takes, as some devices want.  [default: any number]",
+)
+@option("--data", help="Where the images lie now.  [default: where they lay]")
+@option("--data-root", help="Likewise, for torch/NAME and hfds/NAME sets.")
+@option("--measure/--no-measure", default=True, help="Time each file in its runtime.")
+@option("--device", default="cpu", help="Where files are timed.")
+@option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
+@option("--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, help="Time for a file's latency.")
+@option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: exports in the folder given]"
+)
+@option("--json", "as_json", is_flag=True, help="Print folders, files and what failed as JSON.")
+def export_command(
+    path: Path,
+    keys: tuple[str, ...],
+    everything: bool,
+    formats: tuple[str, ...],
+    weights: str,
+    batch: int | None,
+    data: str | None,
+    data_root: str | None,
+    measure: bool,
+    device: str,
+    threads: int | None,
+    latency_seconds: float,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Hand over points of a run, or what `train` made: a folder for timm each, with further formats.
+
+    Every file is compared with the trained network before it is handed over; README.md and export.json say how it did.
+    """
+    from ..export import Settings, export_each, timing
+
+    latency = timing(path, device, threads, latency_seconds) if measure else None
+    settings = Settings(formats, weights, data, data_root, latency, batch)
+    done = []
+    for made in export_each(path, keys, everything, out, settings):
+        done.append(made)
+        if made.folder is not None and not as_json:
+            click.echo(str(made.folder))
+        for name, why in made.failures.items():
+            click.echo(f"{made.key}: {name} not written: {one_line(why)}", err=True)
+    if as_json:
+        folders = [str(made.folder) for made in done if made.folder is not None]
+        exports = [{"key": made.key, "failures": made.failures, **made.report} for made in done]
+        print_json({"folders": folders, "exports": exports})
+    elif len(files := [(made, name, file) for made in done for name, file in made.report.get("files", {}).items()]):
+        print_table(_files_table(files))
+    failed = [f"{made.key} ({', '.join(made.failures)})" for made in done if made.failures]
+    if failed:
+        raise NasError(f"not all was written: {'; '.join(failed)}")
+
+
+def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
+    """What was written, how far it is from eager, and how fast it is."""
+    table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
+    for made, name, file in files:
+        latency, top1 = file.get("latency", {}), file.get("top1")
+        table.add_row(
+            made.key,
+            name,
+            f"{file['bytes'] / 1e6:.2f}",
+            f"{file['max_abs_difference']:.2g}",
+            f"{100 * file['top1_agreement']:.2f} %",
+            "" if top1 is None else f"{top1['accuracy']:.2f}",
+            f"{latency['ms']:.3f} ±{(latency['high_ms'] - latency['low_ms']) / 2:.2f}" if "ms" in latency else "",
+            "{runtime}, {device}, threads {threads}, batch {batch_size}".format(**latency) if "ms" in latency else "",
+        )
+    table.caption = "difference: of a logit, to the trained network in eager torch (int8: to onnx), on unseen images"
+    return table

@@ -1,0 +1,111 @@
+"""`front`, and how a front is printed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import UsageError
+from .options import JSON, RUN, STORAGE, command, option
+from .printing import fits, new_table, print_json, print_table, print_uncounted, program
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..folders.run import Run
+    from ..folders.trial import Trial
+    from ..objectives.objectives import Scores
+
+
+def _front_table(run: Run, front: list[Trial]) -> Table:
+    """The front, best first objective first, with half its 95 % intervals; stages where there is room for them."""
+    whole = _front_columns(run, front, "\n" if sys.stdout.isatty() else ", ")
+    return whole if fits(whole) else _front_columns(run, front, None)
+
+
+def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
+    from ..objectives.objectives import OBJECTIVES as ALL
+    from ..objectives.text import format_score
+    from ..report.plots import describe_stages
+
+    points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
+    shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
+    table = new_table(
+        "key",
+        *(f"{o.label}>" for o in shown),
+        *([] if between_stages is None else ["stages"]),
+        title=f"Pareto front of {run.path}: {points}, hypervolume {run.hypervolume(front):.5g}",
+    )
+    for trial in front:
+        cells = [format_score(objective, trial.scores) for objective in shown]
+        assert trial.architecture is not None
+        if between_stages is not None:
+            cells.append(between_stages.join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
+        table.add_row(trial.key, *cells)
+    if any(objective.is_latency for objective in shown):
+        table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
+    return table
+
+
+def print_front(run: Run, front: list[Trial]) -> None:
+    """The front, the baselines with what beats them, and whether the order of latency held."""
+    from ..objectives.text import format_score
+
+    table = _front_table(run, front)
+    print_table(table)
+    if front and table.columns[-1].header != "stages":
+        click.echo(f"stages: in a wider terminal, or {program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
+    baselines, failed = run.baselines(), run.failed_baselines()
+    if baselines or failed:
+        table = new_table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
+        for name, scores in baselines.items():
+            cells = [format_score(objective, scores) for objective in run.objectives]
+            table.add_row(name, *cells, _dominated_by(run, front, scores))
+        for name in failed:
+            table.add_row(name, *[""] * len(run.objectives), "could not be scored")
+        print_table(table)
+        for name, why in failed.items():
+            click.echo(f"{name} could not be scored: {why}")
+        for name, scores in baselines.items():
+            print_uncounted(name, scores.uncounted)
+        for form in dict.fromkeys(scores.form for scores in baselines.values() if scores.form):
+            names = ", ".join(name for name, scores in baselines.items() if scores.form == form)
+            click.echo(f"counted and measured {form}: {names}")
+    for line in run.verdicts():
+        click.echo(line)
+
+
+def _dominated_by(run: Run, front: list[Trial], scores: Scores) -> str:
+    """The points of the front that dominate a baseline, as far as that can be told."""
+    beaten = run.beaten(front, scores)
+    if beaten is None:
+        return f"cannot be told: {', '.join(run.unknowns(scores))}"
+    if len(beaten) == len(front) > 1:
+        return "all of the front"
+    more = f" and {len(beaten) - 2} more" if len(beaten) > 2 else ""
+    return (", ".join(beaten[:2]) or "none of the front") + more
+
+
+@command("front")
+@RUN
+@STORAGE
+@JSON
+@option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def front_command(run_path: Path, as_json: bool, as_csv: bool) -> None:
+    """Print a run's Pareto front."""
+    from ..folders.run import Run
+
+    if as_json and as_csv:
+        raise UsageError("--json and --csv exclude each other")
+    run = Run.open(run_path)
+    trials = run.front()
+    if as_csv:
+        click.echo(run.table(trials, on_front=True), nl=False)
+    elif as_json:
+        print_json(run.front_dict(trials))
+    else:
+        print_front(run, trials)

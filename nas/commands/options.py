@@ -1,0 +1,229 @@
+"""How options are declared and shown, and those that several commands have.
+
+An option has the name of the field that it sets, and its default from `nas.defaults`. So a command hands what it is
+given to the library as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .. import consent, defaults
+from ..errors import UsageError
+
+SPACE = "mini"
+WHAT, BUDGETS, IMAGES, ACCURACY, LATENCY = "What to search", "Budgets", "Images", "Accuracy", "Latency"
+RECIPE, DEVICES = "Recipe", "Devices and workers"
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+
+class Option(click.Option):
+    """An option that shows its default and stands under a heading of `--help`.
+
+    Args:
+        section: the heading; empty for the last one.
+    """
+
+    def __init__(self, *args: Any, section: str = "", **settings: Any) -> None:
+        settings.setdefault("show_default", True)
+        super().__init__(*args, **settings)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help shows options in sections, in the order in which they are declared."""
+
+    def sections(self, context: click.Context) -> dict[str, list[click.Parameter]]:
+        """Heading -> options; those without a heading come last."""
+        found: dict[str, list[click.Parameter]] = {}
+        for parameter in self.get_params(context):
+            if isinstance(parameter, click.Option):
+                found.setdefault(getattr(parameter, "section", ""), []).append(parameter)
+        rest = found.pop("", [])
+        return found | {"Other options" if found else "Options": rest}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        for heading, parameters in self.sections(ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl([row for p in parameters if (row := p.get_help_record(ctx)) is not None])
+
+
+command = partial(click.command, cls=Command)
+option = partial(click.option, cls=Option)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator; help shows them in this order."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def typed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line, as far as they are among `options`."""
+    on_line = click.core.ParameterSource.COMMANDLINE
+    return {name: value for name, value in options.items() if context.get_parameter_source(name) is on_line}
+
+
+# What a value becomes on its way from the command line to a field
+
+
+def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """What is between the commas."""
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def percent(_: click.Context, __: click.Parameter, value: float) -> float:
+    """A percentage as a share."""
+    return value / 100
+
+
+def share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """`0.1%` or `0.001` as a number."""
+    if value is None:
+        return None
+    number = value.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if value.strip().endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"--until {value!r}: a share of the hypervolume is needed, such as 0.1%") from None
+
+
+def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
+    """`OBJECTIVE=VALUE` of each as a number in the objective's unit."""
+    from ..objectives.objectives import parse_budgets
+
+    return parse_budgets(value)
+
+
+def _allow_storage(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    consent.allow(storage=value)
+
+
+# Options of several commands
+
+RUN = click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+RUNS = click.argument("run_paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
+JSON = option("--json", "as_json", is_flag=True, help="Print JSON.")
+STORAGE = option(
+    "--storage",
+    metavar="URL",
+    expose_value=False,
+    callback=_allow_storage,
+    help="Of a run whose study is in a database: its URL, said again to allow connecting to it.",
+)
+SHARE_DEVICE = option(
+    "--share-device",
+    is_flag=True,
+    section=DEVICES,
+    help="Train without waiting for other processes that use the device; latency is still measured alone.",
+)
+CLASSES = option(
+    "--classes",
+    metavar="NAME,…",
+    callback=names,
+    section=IMAGES,
+    help="The class folders of --data, by name, where it is not clear which they are.  [default: all]",
+)
+DATA_ROOT = option("--data-root", section=IMAGES, help="Where torch/NAME and hfds/NAME sets lie.")
+
+
+def space(section: str = "") -> Decorator:
+    """`--space`."""
+    return option("--space", default=SPACE, section=section, help="A space by name (see `spaces`) or a .json file.")
+
+
+SEARCH_IMAGES = together(
+    option(
+        "--data",
+        default=defaults.DATA,
+        section=IMAGES,
+        help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+    ),
+    CLASSES,
+    DATA_ROOT,
+    option(
+        "--images",
+        "max_images",
+        type=int,
+        default=defaults.MAX_IMAGES,
+        section=IMAGES,
+        help="Of a larger training split, a stratified sample of this many.",
+    ),
+    option("--input-size", type=int, section=IMAGES, help="Side of the images in pixels.  [default: the data's own]"),
+)
+"""The images that a search or a calibration trains on."""
+
+
+def latency(several: bool = False) -> Decorator:
+    """The options that say how latency is measured.
+
+    Args:
+        several: whether several devices and runtimes may be named, as `devices` and `runtimes`. Every other option has
+            the name of a field of `LatencyConfig`.
+    """
+    again = "; repeatable: each device and runtime is an objective of its own" if several else ""
+    more: dict[str, Any] = {"multiple": True} if several else {}
+
+    def target(name: str, field: str, default: str, help: str) -> Decorator:
+        names = (name, f"{field}s") if several else (name,)
+        return timing(*names, default=[default] if several else default, help=f"{help}{again}.", **more)
+
+    timing = partial(option, section=LATENCY)
+    return together(
+        target("--device", "device", defaults.DEVICE, "auto, cpu, cuda or cuda:i"),
+        target(
+            "--runtime",
+            "runtime",
+            defaults.RUNTIME,
+            "eager, compile, cudagraph, onnxruntime, openvino or command",
+        ),
+        timing("--dtype", default=defaults.DTYPE, help="fp32, bf16 or fp16."),
+        timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images a timed pass."),
+        timing("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
+        timing(
+            "--fold/--no-fold",
+            "folded",
+            default=True,
+            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.",
+        ),
+        timing(
+            "--channels-last/--no-channels-last",
+            default=False,
+            show_default=False,
+            help="Memory format of the timed network.",
+        ),
+        timing(
+            "--command",
+            metavar="PROGRAM",
+            help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
+        ),
+        timing("--command-timeout", type=float, default=defaults.COMMAND_TIMEOUT, help="Seconds for one call."),
+        timing(
+            "--latency-target",
+            "target",
+            type=float,
+            default=100 * defaults.LATENCY_TARGET,
+            callback=percent,
+            help="Wanted half-width of a latency's 95 % interval, in percent.",
+        ),
+        timing(
+            "--latency-seconds",
+            "max_seconds",
+            type=float,
+            default=defaults.LATENCY_SECONDS,
+            help="Time for a network whose interval stays wider than that.",
+        ),
+    )

@@ -1,0 +1,122 @@
+"""Tables, JSON, bars and figures, as commands print them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..streams import encodable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def program() -> str:
+    """How this program was called, for the commands it suggests."""
+    script = Path(sys.argv[0])
+    if script.name != "cli.py":
+        return "mixnas"
+    python = Path(sys.executable)
+    inside = python.is_relative_to(Path.cwd())
+    return f"{python.relative_to(Path.cwd()) if inside else 'python'} {script}"
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def print_table(table: Table) -> None:
+    """Print a table, as wide as its figures need."""
+    from rich.console import Console
+
+    # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
+    least, most = _widths(table)
+    width = max(least, shutil.get_terminal_size().columns) if sys.stdout.isatty() else max(most, 80)
+    # with no height rich takes 80 columns on a dumb terminal
+    Console(width=width, height=shutil.get_terminal_size().lines, markup=False).print(table)
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """A table with these columns.
+
+    Args:
+        columns: their headings. A heading that ends in `>` has its cells on the right, and they are never broken.
+        title: of the table.
+    """
+    from rich.box import SIMPLE, Box
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    encoded = partial(encodable, encoding=sys.stdout.encoding)
+
+    class Printed(Table):
+        """Encodes its cells as standard output will, and never shrinks a column that must not wrap."""
+
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            cells = tuple(map(encoded, cells))
+            super().add_row(*cells, **options)
+            for column, cell in zip(self.columns, cells, strict=False):
+                if column.no_wrap:
+                    column.min_width = max(column.min_width or 0, cell_len(cell))
+
+    box = Box(encoded(str(SIMPLE)), ascii=True)  # rich would draw a grid instead where lines cannot be encoded
+    table = Printed(box=box, title=title, title_justify="left", caption_justify="left")
+    for column in map(encoded, columns):
+        name, right = column.removesuffix(">"), column.endswith(">")
+        whole = right or name == "key"
+        table.add_column(
+            name,
+            justify="right" if right else "left",
+            no_wrap=whole,
+            overflow="fold",
+            min_width=cell_len(name) if whole else None,
+        )
+    return table
+
+
+def fits(table: Table) -> bool:
+    """Whether there is room for a table as it is, without breaking its cells: always, but on a terminal."""
+    return not sys.stdout.isatty() or _widths(table)[1] <= shutil.get_terminal_size().columns
+
+
+def _widths(table: Table) -> tuple[int, int]:
+    """The least columns in which no figure of a table is cut, and those in which no cell is broken."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(markup=False)
+    least, most = Measurement.get(console, console.options.update(max_width=10_000), table)
+    return least, most
+
+
+def print_uncounted(name: str, uncounted: Sequence[str]) -> None:
+    """Why a network's MACs are only a lower bound."""
+    if uncounted:
+        more = f" and {len(uncounted) - 3} more" if len(uncounted) > 3 else ""
+        click.echo(f"not counted in {name}, so its MACs are a lower bound: {', '.join(uncounted[:3])}{more}")
+
+
+@contextmanager
+def progress_bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
+    """A bar on standard error; yields what sets its place and its note."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, note="")
+        yield lambda done, note: bar.update(task, completed=min(done, total), note=note)
+
+
+def large_number(number: int) -> str:
+    """`12,345`, or `1.2e+09` from a million on."""
+    return f"{number:,}" if number < 1e6 else f"{number:.2g}"

@@ -1,0 +1,88 @@
+"""`profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import defaults
+from .options import JSON, STORAGE, command, latency, option
+from .options import space as space_option
+from .printing import print_json, progress_bar
+
+
+@command("profile")
+@STORAGE
+@space_option()
+@latency()
+@option("--input-size", type=int, default=defaults.PROFILE_INPUT_SIZE, help="Side of the images in pixels.")
+@option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    default=defaults.PROFILE_MINUTES,
+    help="Of measuring, earlier calls included.",
+)
+@option(
+    "--held-out",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Networks to measure and compare afterwards.",
+)
+@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Of the networks that are drawn.")
+@option(
+    "--run",
+    "run_paths",
+    metavar="RUN",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="With --held-out: a run on this device, runtime and image size whose trials teach the model too; repeatable.",
+)
+@option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="PROFILE",
+    help="The folder; an existing profile goes on.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
+)
+@JSON
+def profile_command(
+    space: str,
+    input_size: int,
+    minutes: float,
+    held_out: int,
+    seed: int,
+    run_paths: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
+    import search_spaces
+
+    from ..folders.profile import ProfileConfig
+    from ..folders.run import Run
+    from ..machine.devices import resolve_device
+    from ..profile.measure import hold_out, profile, trials_of
+    from ..scoring.latency import LatencyConfig
+
+    options["device"] = resolve_device(options["device"])
+    config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
+    path = out or config.folder
+    with progress_bar("profiling", 60 * minutes) as advance:
+        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
+    report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
+    if held_out:
+        with progress_bar("held-out networks", held_out) as advance:
+            trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
+            report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
+    if as_json:
+        print_json(report)
+        return
+    click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
+    if held_out:
+        click.echo(
+            f"{report['count']} others measured: predicted within 5 % of it {100 * report['within_5']:.0f} %, within "
+            f"10 % {100 * report['within_10']:.0f} %; mean absolute error {report['mape']:.1f} %"
+            + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
+        )

@@ -1,0 +1,112 @@
+"""`train`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import defaults
+from ..errors import NasError
+from .options import CLASSES, DATA_ROOT, DEVICES, IMAGES, RECIPE, SHARE_DEVICE, STORAGE, command, option
+from .printing import new_table, print_json, print_table, program
+
+if TYPE_CHECKING:
+    from ..folders.training import Trained
+    from ..training.work import FrontTraining
+
+
+@command("train")
+@click.argument("target")
+@STORAGE
+@option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
+@option(
+    "--recipe",
+    default="auto",
+    section=RECIPE,
+    help="auto (follows the images and the start), standard, small, quick or finetune.",
+)
+@option("--set", "settings", multiple=True, metavar="KEY=VALUE", section=RECIPE, help="Change the recipe; repeatable.")
+@option("--epochs", type=int, section=RECIPE, help="The same as --set epochs=N.")
+@option("--data", section=IMAGES, help="The training split, as for `search`.  [default: the run's, else digits]")
+@option("--test-data", section=IMAGES, help="Images of the final test.  [default: the split beside --data, if any]")
+@DATA_ROOT
+@CLASSES
+@option("--input-size", type=int, section=IMAGES, help="Side of the images.  [default: the run's, else the data's own]")
+@option("--init", default="auto", section=RECIPE, help="auto (trained weights, where there are), scratch or a file.")
+@option(
+    "--teacher", metavar="TARGET", section=RECIPE, help="A trained or exported folder, or timm:NAME, to learn from."
+)
+@option("--teacher-weights", metavar="FILE", section=RECIPE, help="Of timm:NAME, a .safetensors file.")
+@option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
+@option("--workers", type=int, section=DEVICES, help="Processes that read and augment images.  [default: one a core]")
+@option("--seed", type=int, default=defaults.SEED, help="Of all that is random.")
+@option("--tensorboard", is_flag=True, help="Write logs for TensorBoard too.")
+@SHARE_DEVICE
+@option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: RUN/trained/KEY]")
+@option("--json", "as_json", is_flag=True, help="Print what was reached as JSON.")
+def train_command(
+    target: str, front: bool, recipe: str, settings: tuple[str, ...], epochs: int | None, as_json: bool, **options: Any
+) -> None:
+    """Train a network to its end, for deployment; by several processes under `torchrun`.
+
+    The same command goes on with a training that was interrupted, and so does `train FOLDER`.
+    """
+    from ..training.display import TrainingDisplay
+    from ..training.recipes import find_recipe
+    from ..training.work import TrainConfig, train, train_front
+
+    if epochs is not None:
+        settings = (*settings, f"epochs={epochs}")
+    config = TrainConfig(target=target, recipe=find_recipe(recipe, settings), **options)
+    try:
+        with TrainingDisplay() as display:
+            if front:
+                of_front = train_front(config, display.update, display.begin)
+            else:
+                trained = train(config, display.update)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo("interrupted; the same command goes on", err=True)
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first of several processes tells it
+    if front:
+        _print_trained_front(of_front, target, as_json)
+    else:
+        _print_trained(trained, as_json)
+
+
+def _print_trained(trained: Trained, as_json: bool) -> None:
+    result = trained.result or {}
+    if as_json:
+        print_json({"folder": str(trained.path), **result})
+        return
+    for part in ("holdout", "test"):
+        if share := result[part]:
+            name = share.get("name", f"{share['num_images']} held-out training images")
+            click.echo(f"top-1 {share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f}) on {name}")
+    click.echo(f"next:\n  {program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
+
+
+def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
+    if as_json:
+        print_json(told.to_dict())
+    else:
+        table = new_table(
+            "key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, trained to its end"
+        )
+        for row in told.rows:
+            final = f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "accuracy" in row else ""
+            table.add_row(
+                row["key"], "" if row["proxy"] is None else f"{row['proxy']:.4g}", final, row.get("failure", "")
+            )
+        print_table(table)
+        if told.kendall is not None:
+            from ..objectives.text import format_figure
+
+            click.echo(f"order of the proxy against final accuracy: Kendall {format_figure(told.kendall)}")
+    if failed := [row["key"] for row in told.rows if "failure" in row]:
+        raise NasError(f"{len(failed)} of {len(told.rows)} trainings failed: {', '.join(failed)}")

@@ -1,0 +1,63 @@
+"""`worker` and `serve-storage`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import defaults
+from .options import command, option
+
+
+@command("worker")
+@option("--storage", metavar="URL", required=True, help="Where the study is: postgresql://…, grpc://HOST:PORT, …")
+@option("--study", metavar="NAME", required=True, help="The name of its run folder.")
+@option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
+@option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
+@option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
+@option("--train-device", metavar="DEVICE", help="Where networks are trained here.  [default: as the search's]")
+@option("--only", metavar="PART", default=defaults.ONLY, help="train, on any device, or measure.")
+@option("--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it.")
+@option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder for weights trained here.  [default: results/STUDY]",
+)
+def worker_command(
+    storage: str,
+    study: str,
+    data: str | None,
+    data_root: str | None,
+    device: str | None,
+    train_device: str | None,
+    only: str,
+    command: str | None,
+    out: Path | None,
+) -> None:
+    """Join a search from another process or machine.
+
+    Space, objectives, proxy and conditions come from the study.
+    """
+    from ..report.live import Display
+    from ..search.config import worker_config
+    from ..search.study import join, work
+
+    run = join(storage, study, out)
+    place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
+    config = worker_config(run, storage, only, command, **place)
+    with Display() as display:
+        work(run, config, display.update)
+    click.echo(f"{study} is done; its front is where it was started")
+
+
+@command("serve-storage")
+@option("--storage", metavar="URL", required=True, help="The database.")
+@option("--host", default="localhost", help="Address to listen on; it has no password.")
+@option("--port", type=click.IntRange(1, 65535), default=13000, help="Port to listen on.")
+def serve_storage_command(storage: str, host: str, port: int) -> None:
+    """Stand between a database and workers, which join by grpc://HOST:PORT."""
+    from ..storage.serve import serve_storage as serve
+
+    serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True))
