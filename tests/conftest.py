@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
+import inspect
 import logging
 import os
 import shutil
@@ -9,7 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
@@ -70,6 +72,40 @@ def tiny_architecture(mixer_name: str) -> Architecture:
 def tiny(request: pytest.FixtureRequest) -> Architecture:
     """One tiny architecture for every token mixer."""
     return tiny_architecture(request.param)
+
+
+def table(names: str, rows: Iterable[object], by: Callable[..., str] | None = None) -> Callable[[Callable], Callable]:
+    """Like `pytest.mark.parametrize`, for rows that are too cheap to be tests of their own: one test goes through all.
+
+    With `by`, which takes a row and returns a name, each name is a test and goes through its own rows. Every row starts
+    from the same seed, and the message of a failure names its row. The rows share their fixtures.
+    """
+    keys = [name.strip() for name in names.split(",")]
+    groups: dict[str, list[tuple]] = {}
+    for row in rows:
+        values = tuple(row) if len(keys) > 1 else (row,)
+        groups.setdefault(by(*values) if by else "", []).append(values)
+    assert groups, f"a table of {names} without rows"
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def go_through(**fixtures) -> None:
+            for values in fixtures.pop("rows") if by else groups[""]:
+                row = dict(zip(keys, values, strict=True))
+                torch.manual_seed(0)
+                try:
+                    test(**fixtures, **row)
+                except BaseException as error:
+                    error.add_note("row: " + ", ".join(f"{key}={value}" for key, value in row.items()))
+                    raise
+
+        parameters = [p for name, p in inspect.signature(test).parameters.items() if name not in keys]
+        if by:
+            parameters.append(inspect.Parameter("rows", inspect.Parameter.KEYWORD_ONLY))
+        go_through.__signature__ = inspect.Signature(parameters)
+        return pytest.mark.parametrize("rows", groups.values(), ids=list(groups))(go_through) if by else go_through
+
+    return decorate
 
 
 def pytest_unconfigure() -> None:
