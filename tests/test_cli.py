@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import table
 from images import build
 
 import cli
@@ -78,8 +79,8 @@ def test_the_two_set_up_commands_stand_in_the_readme():
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+@table(
+    "arguments, code, words",
     [
         (["serch"], 2, ["serch", "search"]),
         (["search", "--bogus"], 2, ["--bogus"]),
@@ -133,6 +134,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["describe", "nothing"], 2, ["nothing"]),
         (["plot", "{tmp}" + "x" * 300], 1, ["cannot read"]),
     ],
+    by=lambda arguments, *_: arguments[0] if arguments else "nothing",
 )
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)

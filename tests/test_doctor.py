@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import table
 from test_cli import call
 from test_search import analytic_config
 
@@ -80,7 +81,7 @@ def subject(copied, tmp_path) -> Iterator[Subject]:
     return Subject(copied, tmp_path / "scratch")
 
 
-@pytest.mark.parametrize("name", ENVIRONMENT | FOLDER)
+@table("name", ENVIRONMENT | FOLDER)
 def test_every_check_says_one_line_and_changes_nothing(subject, name):
     before = content(subject.path)
     finding = (ENVIRONMENT | FOLDER)[name](subject)
@@ -92,13 +93,13 @@ def test_every_check_says_one_line_and_changes_nothing(subject, name):
     assert "\n" not in finding.line(name)
 
 
-@pytest.mark.parametrize("name", ENVIRONMENT | FOLDER)
+@table("name", ENVIRONMENT | FOLDER)
 def test_a_check_that_breaks_is_a_finding(monkeypatch, name):
     def breaks(_):
         raise ZeroDivisionError("a bug\nin two lines")
 
-    for table in (ENVIRONMENT, FOLDER):
-        monkeypatch.setattr(doctor, "ENVIRONMENT" if table is ENVIRONMENT else "FOLDER", dict.fromkeys([name], breaks))
+    for checks in ("ENVIRONMENT", "FOLDER"):
+        monkeypatch.setattr(doctor, checks, {name: breaks})
     ((_, finding),) = examine()
     assert finding.state == "problem"
     assert "ZeroDivisionError: a bug" in finding.text

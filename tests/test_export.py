@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tiny_architecture
+from conftest import table, tiny_architecture
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -609,7 +609,7 @@ def test_a_killed_export_does_not_break_the_next(run, tmp_path):
     check_files(export(Run.open(place), key, settings=Settings(formats=("onnx",))), {"timm", "onnx"})
 
 
-@pytest.mark.parametrize(("count", "of"), [(0, 7), (3, 10), (812, 1500), (64, 64)])
+@table("count, of", [(0, 7), (3, 10), (812, 1500), (64, 64)])
 def test_interval_of_a_share(count, of):
     """Wilson's formula."""
     z, p = 1.959963984540054, count / of

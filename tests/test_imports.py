@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
+from conftest import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +73,7 @@ def imports_of_source(source: str, module: str, is_package: bool) -> list[tuple[
     return found
 
 
+@functools.cache
 def imports_of(module: str) -> list[tuple[str, int]]:
     path = MODULES[module]
     return imports_of_source(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
@@ -138,7 +140,7 @@ def test_reader_finds_backward_imports():
     assert backward_imports("nas.search.study", [("nas.report.plots", 1)]) == ["nas.report.plots"]
 
 
-@pytest.mark.parametrize("module", NAS)
+@table("module", NAS)
 def test_nothing_walks_backwards(module):
     assert backward_imports(module, imports_of(module)) == []
 
@@ -150,37 +152,37 @@ def test_no_import_cycles_between_parts():
     TopologicalSorter({part: needs - {part} for part, needs in parts.items()}).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("module", NAS)
+@table("module", NAS)
 def test_nas_imports_neither_spaces_nor_command_line(module):
     assert not {name.split(".")[0] for name, _ in imports_of(module)} & {"search_spaces", "cli"}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "search_spaces"])
+@table("module", [name for name in MODULES if name.split(".")[0] == "search_spaces"])
 def test_search_spaces_are_declarations(module):
     inside = {name for name in own(module) if not name.startswith("search_spaces")}
     assert inside <= {"nas.space", "nas.architecture", "nas.errors", "nas.reading"}
     assert third_party(module) == set()
 
 
-@pytest.mark.parametrize("module", ["nas.errors", "nas.architecture", "nas.search.objectives"])
+@table("module", ["nas.errors", "nas.architecture", "nas.search.objectives"])
 def test_pure_modules_need_only_the_standard_library(module):
     assert third_party(module) == set()
     assert own(module) <= {"nas.errors"}
 
 
-@pytest.mark.parametrize("module", ["nas.space", "nas.search.pareto"])
+@table("module", ["nas.space", "nas.search.pareto"])
 def test_numeric_modules_need_only_numpy(module):
     assert third_party(module) <= {"numpy"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAS if layer(name) == "nas.models"])
+@table("module", [name for name in NAS if layer(name) == "nas.models"])
 def test_models_can_be_carried_by_an_export(module):
     assert third_party(module) <= {"torch", "timm"}
     assert all(dots for name, dots in imports_of(module) if name.split(".")[0] == "nas")
     assert {layer(name) for name in own(module)} <= {"nas.models", "nas.architecture", "nas.errors"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAS if layer(name) == "nas.scoring"])
+@table("module", [name for name in NAS if layer(name) == "nas.scoring"])
 def test_scoring_knows_neither_architectures_nor_optuna(module):
     assert not {layer(name) for name in own(module)} & {"nas.architecture", "nas.models", "nas.space"}
     assert "optuna" not in third_party(module)

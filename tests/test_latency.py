@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REFERENCE_SIZE
+from conftest import REFERENCE_SIZE, table
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
@@ -69,8 +69,8 @@ def need(runtime: str) -> None:
 # the statistic
 
 
-@pytest.mark.parametrize(
-    ("times", "mean"),
+@table(
+    "times, mean",
     [([3.0], 3.0), ([4.0, 2.0], 2.0), ([5.0, 1.0, 3.0], 2.0), ([9.0, 1.0, 2.0, 100.0], 1.5), ([7.0] * 6, 7.0)],
 )
 def test_faster_half(times, mean):
@@ -533,8 +533,8 @@ def test_a_wrong_output_is_never_timed(monkeypatch):
     assert caught.value.reason == "wrong_output"
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
+@table(
+    "options, words",
     [
         ({"runtime": "tensorrt"}, "unknown runtime"),
         ({"dtype": "int8"}, "unknown dtype"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from conftest import table
 
 import search_spaces
 from nas.errors import NasError, TrialFailure, UsageError
@@ -189,8 +190,8 @@ def test_a_bug_in_evaluate_keeps_its_traceback():
         optimize(KNOBS, lambda _: {"latency": 1 / 0}, BOTH, trials=3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@table(
+    "changes, message",
     [
         ({"knobs": {}}, "no knobs"),
         ({"knobs": [("k", (1, 2))]}, "a mapping is needed"),

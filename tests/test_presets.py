@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import table
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -277,8 +278,8 @@ def test_our_counter_to_the_unit(name):
     assert cost.uncounted == ()
 
 
-@pytest.mark.parametrize(("height", "width"), [(225, 257), (97, 31)])
-@pytest.mark.parametrize("name", ["cas_vit_xs", "s2a_r_mini"])
+@table("height, width", [(225, 257), (97, 31)])
+@table("name", ["cas_vit_xs", "s2a_r_mini"])
 def test_odd_sides_are_rounded_up(name, height, width):
     model = network(name, device="meta")
     with torch.no_grad():
@@ -298,7 +299,7 @@ def test_published_counts():
 # Presets as points of spaces and as timm models
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_distilled")])
+@table("name", [name for name in PRESETS if not name.endswith("_distilled")])
 def test_presets_are_points_of_spaces(name):
     space = search_spaces.load("cas_vit" if name.startswith("cas_vit") else "s2aformer")
     choices = space.encode(PRESETS[name])
@@ -315,7 +316,7 @@ def test_distilled_presets_differ_by_their_head(size):
         search_spaces.load("cas_vit").encode(distilled)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@table("name", PRESETS)
 def test_presets_are_timm_models(name):
     assert timm.is_model(name)
     assert timm.model_entrypoint(name).__name__ == name
@@ -368,9 +369,7 @@ def test_every_argument_of_s2a_r_is_tested():
     assert list(CHANGES) == list(inspect.signature(s2a_r).parameters)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"), [(argument, value) for argument, values in CHANGES.items() for value in values]
-)
+@table("argument, value", [(argument, value) for argument, values in CHANGES.items() for value in values])
 def test_arguments_of_s2a_r(argument, value):
     plain, grid = s2a_r(**SMALL), SMALL | {argument: value}
     changed = s2a_r(**grid)
@@ -524,7 +523,7 @@ def test_own_names_pass_unchanged():
         assert all(filtered[key] is state[key] for key in state)
 
 
-@pytest.mark.parametrize(
+@table(
     "extra",
     [
         "network.0.0.attn.extra.weight",
@@ -542,7 +541,7 @@ def test_an_unknown_official_name_is_named(extra):
         model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
 
 
-@pytest.mark.parametrize("lost", ["network.2.1.attn.dwc.bias", "patch_embed.4.running_mean", "head.weight"])
+@table("lost", ["network.2.1.attn.dwc.bias", "patch_embed.4.running_mean", "head.weight"])
 def test_a_missing_official_name_is_named(lost):
     model, weights = network("cas_vit_xs"), official_weights("xs", "plain")
     del weights[lost]
@@ -659,7 +658,7 @@ def test_channels_that_do_not_divide_a_head_are_refused():
         s2a_r((1, 1), (28, 56), (1, 2), (1, 1), qk_channels=8)
 
 
-@pytest.mark.parametrize(
+@table(
     "grid",
     [
         {"depths": (1, 1), "widths": (28, 56)},

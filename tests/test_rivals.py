@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import table
 from timm.models.byobnet import MobileOneBlock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -303,8 +304,8 @@ LOW = ("a: mystery",)
 FRONT = [trial(1, macs=10, params=9), trial(2, macs=20, params=5)]
 
 
-@pytest.mark.parametrize(
-    ("scores", "places"),
+@table(
+    "scores, places",
     [
         (Scores(macs=10, params=9), []),  # equal to a point
         (Scores(macs=15, params=4), []),

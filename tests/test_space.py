@@ -10,6 +10,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from conftest import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -255,7 +256,7 @@ def test_neighbours_are_what_one_knob_changes(space):
             assert sum(a != b for a, b in zip(architecture.stages, neighbour.stages, strict=True)) == 1
 
 
-@pytest.mark.parametrize("end", CORNERS.values(), ids=CORNERS)
+@table("end", CORNERS.values())
 def test_extremes_build_and_run(space, end):
     for mixer_number in range(max(len(s.mixers) for s in space.stages)):
         model = Backbone(corner(space, end, mixer_number), num_classes=10).eval()
@@ -491,7 +492,7 @@ BAD_STAGES = {
 }
 
 
-@pytest.mark.parametrize("changes", BAD_STAGES.values(), ids=BAD_STAGES)
+@table("changes", BAD_STAGES.values())
 def test_bad_declarations_are_refused(changes):
     with pytest.raises(UsageError) as caught:
         SearchSpace("bad", "", (FIRST, StageChoices(**PLAIN | changes)))
@@ -503,14 +504,14 @@ def test_a_huge_width_is_refused_at_once():
         SearchSpace("bad", "", (FIRST, StageChoices(mixer=Softmax(), depth=1, width=10**8 + 1)))
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../up", "x" * 65, "a\nb"])
+@table("name", ["", "a b", "../up", "x" * 65, "a\nb"])
 def test_bad_names_are_refused(name):
     with pytest.raises(UsageError) as caught:
         SearchSpace(name, "", (FIRST, FIRST))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [0, 1, 6])
+@table("number", [0, 1, 6])
 def test_two_to_five_stages(number):
     with pytest.raises(UsageError, match="2 to 5 stages"):
         SearchSpace("bad", "", (FIRST,) * number)
@@ -541,14 +542,14 @@ BAD_ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("data", BAD_DATA.values(), ids=BAD_DATA)
+@table("data", BAD_DATA.values())
 def test_bad_data_is_refused(data):
     with pytest.raises(UsageError) as caught:
         SearchSpace.from_json(json.dumps(data))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+@table("changes", BAD_ENTRIES.values())
 def test_bad_stage_entries_are_refused(changes):
     entry = {"mixer": ["softmax", "additive"], "depth": 1, "width": 16}
     good = {"name": "x", "description": "", "stages": [entry, entry]}

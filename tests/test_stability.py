@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
-from conftest import IN_ONNXRUNTIME_TOO
+from conftest import IN_ONNXRUNTIME_TOO, table
 from torch import nn
 
 import search_spaces
@@ -72,8 +72,8 @@ def test_only_what_was_measured_twice_is_compared():
     assert "fewer than two points" in compare_orders({}, {}).verdict
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "rho"),
+@table(
+    "first, second, rho",
     [([1, 2, 3], [2, 4, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2], [1, 2], None), ([1, 1, 1], [1, 2, 3], None)],
 )
 def test_rank_correlation(first, second, rho):
@@ -88,7 +88,7 @@ def brute_force_near(best, worst) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@table("seed", range(8))
 def test_near_front_is_what_no_other_beats_for_certain(seed):
     rng = np.random.default_rng(seed)
     middle = rng.integers(0, 12, (40, 2 + seed % 2)).astype(float)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import table
 
 import cli
 from nas.doctor import Finding, examine
@@ -50,8 +51,8 @@ def call(monkeypatch, encoding: str, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding", "expected"),
+@table(
+    "text, encoding, expected",
     [
         ("2 ms ±1 … ≥ 4.3 M \u00d7 2", "ascii", "2 ms +-1 ... >= 4.3 M x 2"),
         ("2 ms ±1 … é", "latin-1", "2 ms ±1 ... é"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import table
 
 from nas.search.knobs import Knobs
 from nas.search.pareto import hypervolume, non_dominated
@@ -36,7 +37,7 @@ def quality(rows: np.ndarray) -> np.ndarray:
     return rows[:, :3] @ np.array([1.0, 0.5, 2.0]) - rows[:, 3] * rows[:, 4] + 3.0 * (rows[:, 0] == rows[:, 2])
 
 
-@pytest.mark.parametrize("kind", ["linear", "log", "soft"])
+@table("kind", ["linear", "log", "soft"])
 def test_warp_is_monotone_and_has_its_inverse_and_slope(kind):
     losses = np.random.default_rng(0).lognormal(1, 1, 50)
     warp = Warp.fit(kind, losses)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_architecture
+from conftest import table, tiny_architecture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
@@ -111,7 +111,7 @@ def assert_same(one: Trained, other: Trained) -> None:
 # recipes
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@table("recipe", RECIPES.values())
 def test_every_recipe_survives_its_own_words(recipe):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert RECIPES[recipe.name] is recipe
@@ -123,8 +123,8 @@ def test_settings_change_a_recipe():
     assert find_recipe("small", ["epochs=2"]).warmup_epochs == 0.4, "a shorter training warms up for less"
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
+@table(
+    "settings, words",
     [
         (["epoch=3"], "such as epochs"),
         (["epochs"], "KEY=VALUE"),
@@ -155,8 +155,8 @@ def test_an_unknown_recipe_and_an_unknown_field():
 IMAGES = [2, 8, 100, 500, 2_000, 12_000, 100_000, 1_281_167]
 
 
-@pytest.mark.parametrize("pretrained", [True, False])
-@pytest.mark.parametrize("images", IMAGES)
+@table("pretrained", [True, False])
+@table("images", IMAGES)
 def test_auto_follows_the_number_of_images(images, pretrained):
     recipe = auto_recipe(images, 10, pretrained)
     steps = max(1, images // recipe.batch_size)
@@ -272,7 +272,7 @@ HINTS = {"translate_const": 7, "translate_pct": 0.3, "img_mean": (128, 128, 128)
 """With magnitudes up to 4 times timm's highest (`mmax`)."""
 
 
-@pytest.mark.parametrize("name", auto_augment.NAME_TO_OP)
+@table("name", auto_augment.NAME_TO_OP)
 def test_no_operation_of_timm_is_refused_at_any_magnitude(name):
     """Old: posterise to 0 bits, which Pillow 13 refuses."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), dtype=np.uint8))

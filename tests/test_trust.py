@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
-from conftest import common_place
+from conftest import common_place, table
 from filelock import FileLock
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
@@ -34,7 +34,7 @@ MINI = search_spaces.load("mini")
 # statistics
 
 
-@pytest.mark.parametrize("seed", range(5))
+@table("seed", range(5))
 def test_correlations_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
     scores, truths = rng.integers(0, 12, 40).astype(float), rng.normal(size=40)
@@ -42,7 +42,7 @@ def test_correlations_are_those_of_scipy(seed):
     assert trust.spearman(scores, truths) == pytest.approx(spearmanr(scores, truths).statistic)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@table("seed", range(5))
 def test_counting_twice_is_standing_there_twice(seed):
     rng = np.random.default_rng(seed)
     scores, truths = rng.normal(size=20), rng.normal(size=20)
@@ -240,15 +240,13 @@ def test_another_data_set_is_refused(calibrated):
         trust_report(calibrated, 64)
 
 
-@pytest.mark.parametrize(
-    "options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}]
-)
+@table("options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}])
 def test_numbers_that_make_no_calibration(options):
     with pytest.raises(UsageError):
         CalibrationConfig(MINI, **options)
 
 
-@pytest.mark.parametrize("reliability", [0.3, 0.6, 0.9])
+@table("reliability", [0.3, 0.6, 0.9])
 def test_what_a_score_without_noise_could_reach(reliability):
     """Simulated: truths are means plus noise, twice."""
     rng = np.random.default_rng(0)
@@ -265,7 +263,7 @@ def test_curves_survive_text():
     assert parse_curve("") == ()
 
 
-@pytest.mark.parametrize(("epochs", "low"), [(2, 1), (4, 1), (8, 2), (12, 2), (16, 4), (30, 4), (100, 16)])
+@table("epochs, low", [(2, 1), (4, 1), (8, 2), (12, 2), (16, 4), (30, 4), (100, 16)])
 def test_the_short_second_training(epochs, low):
     assert low_epochs(epochs) == low
 
