@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
@@ -31,15 +32,16 @@ import torch
 from nas import consent
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.repeats import REPEATS
-from nas.scoring.latency import protocol, reference
+from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import finish
 
 # the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
 protocol.FIX_SECONDS = 0.2
 finish.PART = finish.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
-# to bring each network of a front to ONNX takes seconds: where a test wants that, it puts this back
-IN_ONNXRUNTIME_TOO, finish._onnxruntime = finish._onnxruntime, lambda targets: None
+# to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
+NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
+finish.RUNTIME_TRAITS = RUNTIME_TRAITS | NO_ONNXRUNTIME
 
 
 # the same examples each time, however slow the machine is

@@ -408,8 +408,9 @@ def test_no_folder_at_all_is_a_mistake():
 def look(name: str, tmp_path: Path, before: str = "", **environment: str) -> Finding:
     """A check of the environment in a process of its own."""
     code = before + (
-        "import json, sys; from pathlib import Path; from nas.doctor import ENVIRONMENT, Subject, _look\n"
-        f"print(json.dumps(vars(_look(ENVIRONMENT[{name!r}], Subject(None, Path('.'))))))"
+        "import json, sys; from nas import doctor\n"
+        f"doctor.ENVIRONMENT = {{{name!r}: doctor.ENVIRONMENT[{name!r}]}}\n"
+        "print(json.dumps([vars(finding) for _, finding in doctor.examine()][0]))"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(

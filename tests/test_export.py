@@ -24,6 +24,7 @@ from conftest import table, tiny_architecture
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
@@ -32,6 +33,7 @@ from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
 from nas.export.checks import check_batches, paired_interval
+from nas.export.subject import Subject
 from nas.models import PRESETS
 from nas.runs import Run
 from nas.scoring.accuracy.trust import share_of
@@ -338,8 +340,8 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
     assert result.metric_value == pytest.approx(run.front()[0].scores.accuracy / 100, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "called"),
+@table(
+    "name, called",
     [
         ("/x/photos/val", "photos"),
         ("photos/train", "photos"),
@@ -350,10 +352,14 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
         ("torch/CIFAR100", "CIFAR100"),
     ],
 )
-def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(name, called, tmp_path, monkeypatch):
-    (tmp_path / "pets").mkdir()
+def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(run, exported, tmp_path, monkeypatch, name, called):
+    (tmp_path / "pets").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "pets")
-    assert card._data_set(name) == called
+    point = run.front()[0]
+    manifest = run.manifest | {"data": run.manifest["data"] | {"name": name}}
+    subject = Subject(point.key, nn.Identity(), replace(run, manifest=manifest), point)
+    text = card.model_card(subject, json.loads((exported / "export.json").read_text()), "package")
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {called}
 
 
 def test_it_loads_from_a_hub(run, exported, tmp_path):

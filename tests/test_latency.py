@@ -244,15 +244,15 @@ def test_waiting_for_a_core_is_not_counted():
             torch.mm(weights, weights)
 
     os.sched_setaffinity(0, {core})
-    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    burner = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
-        time.sleep(0.3)
+        burner.stdout.readline()
         start = time.perf_counter()
         ours = sum(cpu_clock(run)(20)) / 1e3
         wall = time.perf_counter() - start
     finally:
         burner.kill()
-        burner.wait()
+        burner.communicate()
         os.sched_setaffinity(0, before)
     assert ours < 0.8 * wall * 20 / 21
 
@@ -762,7 +762,7 @@ def test_a_measurement_waits_for_trainings_that_share_and_is_not_overtaken():
     assert inside["b"].wait(60)
     third = begin(exclusive, "alone")
     assert WAITING.wait(60)
-    time.sleep(0.3)  # it says that it waits a moment before it stands at the gate again
+    time.sleep(0.1)  # it says that it waits a moment before it stands at the gate again
     fourth = begin(shared, "c")
     end("a", first)
     end("b", second)

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -28,8 +29,6 @@ from nas.replay import FILE, KINDS, replay
 from nas.runs import Run, locked_folder
 from nas.scoring.cost import count_cost
 from nas.search import SearchConfig, search
-from nas.search import study as study_module
-from nas.search.conditions import evaluator_of
 from nas.search.knobs import Knobs
 from nas.search.samplers import SAMPLERS, suggest
 from nas.search.stability import as_figure, indistinct
@@ -334,26 +333,32 @@ MOST_SLOW = [pytest.param(n, marks=() if n == "surrogate" else pytest.mark.slow)
 def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name):
     """So many trials that each has left its random start, and some of them over budget."""
     config = analytic_config(tmp_path, space=MINI, trials=14, sampler=name, budgets={"params": 1.2e5})
-    check_redrawn(search(config))
+    check_redrawn(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOST_SLOW)
 def test_latencies_that_no_second_run_has_are_no_obstacle_to_that(tmp_path, name):
     timed = TIMED | {"objectives": ("latency", "macs", "accuracy")}
-    check_redrawn(search(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed)))
+    check_redrawn(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed))
 
 
-def check_redrawn(run: Run) -> None:
+def check_redrawn(config: SearchConfig) -> None:
     """What a sampler draws follows from the configuration's seed and the records alone."""
-    config = SearchConfig.from_run(run)
-    evaluator, _ = evaluator_of(run, config)
+    problems, make = [], SAMPLERS[config.sampler]
+
+    def watched(knobs, problem, known, seed):
+        problems.append(problem)
+        return make(knobs, problem, known, seed)
+
+    with mock.patch.dict(SAMPLERS, {config.sampler: watched}):
+        run = search(config)
+    (problem,) = problems
     recorded = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
     knobs, known = Knobs.of_space(config.space), set()
-    problem = study_module._problem(run, config, evaluator, None)
     fresh = optuna.create_study(
         directions=[o.direction for o in run.objectives],
-        sampler=SAMPLERS[config.sampler](knobs, problem, known, config.seed),
+        sampler=make(knobs, problem, known, config.seed),
     )
     assert len(recorded) >= config.trials
     for before in recorded:

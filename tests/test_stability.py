@@ -6,18 +6,19 @@ import itertools
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-from conftest import IN_ONNXRUNTIME_TOO, table
-from torch import nn
+from conftest import table
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
 from nas.measure import REST, agreement, measure
+from nas.models import Backbone
 from nas.models.zoo import check_network_name, create_network
 from nas.runs import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, Trial, doubts, to_scale
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
@@ -121,7 +122,7 @@ def run(tmp_path_factory) -> Run:
     """A search with a baseline, and a network that no small image suits."""
     config = quick(tmp_path_factory.mktemp("search"), trials=4, baselines=("test_vit", "timm:mobilenetv3_small_050"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "_onnxruntime", IN_ONNXRUNTIME_TOO)
+        patch.setattr(finish, "RUNTIME_TRAITS", RUNTIME_TRAITS)
         return search(config)
 
 
@@ -204,29 +205,31 @@ def test_the_whole_sets_the_scale_of_its_parts(run):
     assert to_scale([sure], 2.0) == [sure], "of an earlier release"
 
 
-def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
-    def refused(*_):
-        raise TrialFailure("runtime", "no such operation")
+def finished(run: Run) -> Mapping[str, Any]:
+    """What the end of a search writes into a study of its own, given the run's trials."""
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    finish.finish(study, run, evaluator_of(run, SearchConfig.from_run(run))[0], ())
+    return study.user_attrs
 
-    monkeypatch.setattr(finish, "prepare_modules", refused)
-    evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
-    assert finish._parts(run.front()[0].architecture, evaluator, evaluator.latency[0]) == []
+
+def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
+    script(monkeypatch, lambda name, call: 1.0)
+    assert finished(run)[STAGES] == {"cpu-eager": {t.key: [] for t in run.front()}}
     assert "cannot be measured: no such operation" in caplog.text
 
 
 def test_stages_are_measured_for_so_long_and_then_later(run, monkeypatch):
-    front, evaluator = run.front(), evaluator_of(run, SearchConfig.from_run(run))[0]
+    script(monkeypatch, lambda name, call: 1.0)
+    evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
     study = optuna.create_study(directions=["minimize", "maximize"])
-    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [architecture.key])
     monkeypatch.setattr(finish, "PARTS_SECONDS", -1.0)
-    finish._attribute(study, front, evaluator, "cpu-eager")
+    finish.finish(study, run, evaluator, ())
     assert STAGES not in study.user_attrs
+    first, *others = [t.key for t in run.front()]
+    study.set_user_attr(STAGES, {"cpu-eager": {first: ["known"]}})
     monkeypatch.setattr(finish, "PARTS_SECONDS", 60.0)
-    finish._attribute(study, front[:1], evaluator, "cpu-eager")
-    monkeypatch.setattr(finish, "_parts", lambda architecture, *_: [])
-    finish._attribute(study, front, evaluator, "cpu-eager")
-    first, *others = [t.key for t in front]
-    assert study.user_attrs[STAGES] == {"cpu-eager": {first: [first], **{key: [] for key in others}}}
+    finish.finish(study, run, evaluator, ())
+    assert study.user_attrs[STAGES] == {"cpu-eager": {first: ["known"], **{key: [] for key in others}}}
 
 
 def test_a_resume_with_nothing_to_do_measures_nothing_again(run, monkeypatch):
@@ -245,20 +248,32 @@ def unfinished(run, tmp_path) -> Run:
     return copied
 
 
-def script(monkeypatch, figure) -> list[set[str]]:
-    """Let `figure(name, call)` say what the second measurements find; returns the names of each call."""
+def script(monkeypatch, figure, together=True) -> list[set[str]]:
+    """Let `figure(key, call)` say what the second measurements find; returns the keys of each call.
+
+    None is a failure: at once, or when it is measured alone where networks cannot be measured `together`.
+    """
     calls: list[set[str]] = []
 
-    def measured(networks, evaluator, config):
-        calls.append(set(networks))
-        latency = asdict(Latency(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 8, 16, True))
-        found = {name: figure(name, len(calls)) for name in networks}
-        return {
-            name: {"failure": "runtime: gone"} if ms is None else latency | {"ms": ms, "low_ms": ms, "high_ms": ms}
-            for name, ms in found.items()
-        }
+    def prepared(model, *_):
+        key = model.architecture.key if isinstance(model, Backbone) else type(model).__name__
+        ms = figure(key, len(calls) + 1)
+        if ms is None and together:
+            raise TrialFailure("runtime", "gone")
+        return key, ms
 
-    monkeypatch.setattr(finish, "_measure", measured)
+    def measured(networks, *_):
+        if not together and (len(networks) > 1 or networks[0][1] is None):
+            raise TrialFailure("runtime", "gone")
+        calls.append({key for key, _ in networks})
+        return [Latency(ms, ms, ms, 0.0, 1.0, 1.0, 1.0, 1.0, 8, 16, True) for _, ms in networks]
+
+    def refused(*_):
+        raise TrialFailure("runtime", "no such operation")
+
+    monkeypatch.setattr(finish, "prepare_model", prepared)
+    monkeypatch.setattr(finish, "measure_latencies", measured)
+    monkeypatch.setattr(finish, "prepare_modules", refused)
     return calls
 
 
@@ -311,23 +326,13 @@ def test_failures_in_the_second_measurement_keep_the_first_figures(unfinished, m
     assert not any("order stability" in line for line in unfinished.verdicts())
 
 
-def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(monkeypatch):
-    def alone(networks, config, reference):
-        if len(networks) > 1:
-            raise TrialFailure("runtime", "the command failed 3 times: exit status 1: no device")
-        if networks[0].output().sum() == 0:
-            raise TrialFailure("runtime", "no device")
-        return [Latency(3.0, 2.0, 4.0, 0.1, 3.0, 3.0, 3.0, 1.0, 8, 16, True)]
-
-    monkeypatch.setattr(finish, "measure_latencies", alone)
-    zero = nn.Conv2d(3, 4, 1)
-    nn.init.zeros_(zero.weight)
-    nn.init.zeros_(zero.bias)
-    evaluator = SimpleNamespace(references={"cpu-eager": 1.0}, data=SimpleNamespace(input_size=(3, 8, 8)))
-    networks = {"good": lambda: nn.Conv2d(3, 4, 1), "bad": lambda: zero}
-    found = finish._measure(networks, evaluator, LatencyConfig(folded=False))
-    assert found["good"]["ms"] == 3.0
-    assert found["bad"] == {"failure": "runtime: no device"}
+def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(run, monkeypatch):
+    bad, *good = [t.key for t in run.trials()]
+    monkeypatch.setattr(finish, "near_trials", lambda run, trials: trials)
+    script(monkeypatch, lambda name, call: None if name == bad else 3.0, together=False)
+    found = finished(run)[REMEASURED]["cpu-eager"]
+    assert {key: found[key]["ms"] for key in good} == dict.fromkeys(good, 3.0)
+    assert found[bad] == {"failure": "runtime: gone"}
 
 
 def test_a_runs_reference_is_used_only_under_its_conditions(run):
