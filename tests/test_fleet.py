@@ -378,6 +378,7 @@ def test_one_alone_takes_up_what_several_left(tmp_path):
     assert states == {"complete": done + 3, "failed": 1}
 
 
+@pytest.mark.slow
 def test_what_a_lead_left_is_scored_where_there_is_enough_already(tmp_path):
     """It died over one too many; the next one has nothing to draw."""
     config = analytic_config(tmp_path, trials=4, workers=2)
@@ -424,6 +425,7 @@ def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
     assert len(taken) == len(set(taken)) == 20
 
 
+@pytest.mark.slow
 def test_several_workers_exhaust_a_space(tmp_path):
     """All 16 architectures, and no more; nobody falls over the end."""
     run = search(analytic_config(tmp_path, trials=40, workers=3))

@@ -705,7 +705,7 @@ def test_table_of_a_replay(example: Path, data: st.DataObject) -> None:
 names = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20)
 
 
-@fuzz(6, share=0.1)
+@fuzz(3, share=0.1)
 @given(names | st.sampled_from(("?#%", "%2F", "{0}", "a;b", "$(x)")))
 def test_folder_of_any_name(example: Path, name: str) -> None:
     """A run is read wherever it lies: its path is no part of any grammar."""

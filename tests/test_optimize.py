@@ -368,7 +368,7 @@ def test_every_allowed_choice_is_stored_and_read_back(sampler, tmp_path):
         assert all(choices[name] in plain[name] for name in plain)
         return {"latency": len(str(choices["mixed"])), "accuracy": choices["numpy"]}
 
-    for trials in (6, 14):  # the second call reads what the first one stored
+    for trials in (5, 9):  # the second call reads what the first one stored
         found = optimize(knobs, score, BOTH, sampler=sampler, trials=trials, storage=url)
-    assert len({tuple(t.choices.values()) for t in found.trials}) == 14
+    assert len({tuple(t.choices.values()) for t in found.trials}) == 9
     assert all(t.choices[name] in plain[name] for t in found.trials for name in plain)

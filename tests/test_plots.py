@@ -26,7 +26,7 @@ def run(tmp_path_factory) -> Run:
         space=search_spaces.load("mini"),
         objectives=("latency", "accuracy"),
         proxy="params",
-        trials=4,
+        trials=3,
         baselines=("mobilenetv3_small_050",),
         latency_seconds=0.02,
         out=out,

@@ -238,8 +238,10 @@ def test_the_presets_are_those_of_the_references():
     assert {size: (ref.depths, ref.widths) for size, ref in S2A_R.items()} == S2A_R_GRID
 
 
-@pytest.mark.parametrize(("suffix", "side"), [*(("", side) for side in RESOLUTIONS), ("_distilled", 224)])
-@each_cas_vit
+@table(
+    "size, suffix, side",
+    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("s", "", 384), ("m", "_distilled", 224)],
+)
 def test_cas_vit_to_the_unit(size, suffix, side):
     ref = CAS_VIT[size]
     model = network(f"cas_vit_{size}{suffix}", device="meta")
@@ -250,8 +252,7 @@ def test_cas_vit_to_the_unit(size, suffix, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@pytest.mark.parametrize("side", RESOLUTIONS)
-@each_s2a_r
+@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256), ("t", 384)])
 def test_s2a_r_to_the_unit(size, side):
     ref = S2A_R[size]
     model = network(f"s2a_r_{size}", device="meta")
@@ -263,11 +264,11 @@ def test_s2a_r_to_the_unit(size, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@table("name", PRESETS)
 def test_our_counter_to_the_unit(name):
     """`count_cost` counts attention's products too."""
     family, size = ("cas_vit", name.split("_")[2]) if name.startswith("cas") else ("s2a_r", name.split("_")[2])
-    cost = count_cost(network(name), (3, 224, 224))
+    cost = count_cost(network(name, device="meta"), (3, 224, 224))
     if family == "s2a_r":
         ref = S2A_R[size]
         assert (cost.params, cost.macs - ref.attention_macs_224) == (ref.params, ref.macs[224])
@@ -463,9 +464,6 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-each_form = pytest.mark.parametrize("form", FORMS)
-
-
 @each_cas_vit
 def test_official_names_are_all_there(size):
     ref, shapes = CAS_VIT[size], official_shapes(size, "distilled")
@@ -475,8 +473,12 @@ def test_official_names_are_all_there(size):
     assert total == ref.params_distilled
 
 
-@each_form
-@each_cas_vit
+each_size_and_form = table(
+    "size, form", [*(("xs", form) for form in FORMS), ("s", "plain"), ("m", "distilled"), ("t", "dense")]
+)
+
+
+@each_size_and_form
 def test_names_are_one_to_one_and_onto(size, form):
     """Ours are in the order of the official ones, which is a second way from one to the other."""
     model = ours(size, form, device="meta")
@@ -487,10 +489,9 @@ def test_names_are_one_to_one_and_onto(size, form):
     assert list(mapped) == list(state)
 
 
-@each_form
-@each_cas_vit
-def test_official_weights_load_strictly(size, form):
-    model, weights = ours(size, form), official_weights(size, form)
+@pytest.mark.parametrize("form", FORMS)
+def test_official_weights_load_strictly(form):
+    model, weights = ours("xs", form), official_weights("xs", form)
     result = model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
@@ -498,8 +499,7 @@ def test_official_weights_load_strictly(size, form):
         assert bool(model(images(1, 3, 32, 32)).isfinite().all())
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@each_form
+@pytest.mark.parametrize(("form", "suffix"), list(zip(FORMS, itertools.cycle((".pth", ".safetensors")), strict=False)))
 def test_official_weights_survive_a_file(form, suffix, tmp_path):
     path, model, weights = tmp_path / f"weights{suffix}", ours("xs", form), official_weights("xs", form)
     model.load_state_dict(checkpoint_filter_fn(weights, model))
@@ -556,8 +556,8 @@ def test_weights_without_a_distillation_head_do_not_fill_two():
         model.load_state_dict(checkpoint_filter_fn(official_weights("xs", "plain"), model), strict=True)
 
 
-@each_cas_vit
-def test_two_official_heads_become_their_mean_in_one(size, caplog):
+def test_two_official_heads_become_their_mean_in_one(caplog):
+    size = "xs"
     weights = official_weights(size, "distilled")
     with caplog.at_level(logging.INFO, logger="nas.models.presets"):
         one, two = ours(size, "plain"), ours(size, "distilled")
@@ -677,8 +677,8 @@ def test_a_preset_is_one_architecture():
         network("cas_vit_xs", architecture=PRESETS["cas_vit_s"])
 
 
-@each_cas_vit
-def test_timm_loads_the_dense_form(size, tmp_path):
+def test_timm_loads_the_dense_form(tmp_path):
+    size = "xs"
     weights = official_weights(size, "dense")
     torch.save({"state_dict": weights}, tmp_path / "dense.pth")
     body = pretrained(f"cas_vit_{size}", str(tmp_path / "dense.pth"), features_only=True, stage_norms=True)
@@ -722,8 +722,7 @@ def reference_weights() -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize(("folded", "tolerance"), [(False, 1e-5), (True, 1e-4)], ids=["as trained", "folded"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 80)])
+@table("height, width, folded, tolerance", [(64, 64, True, 1e-4), (96, 80, False, 1e-5)])
 def test_outputs_of_the_official_network(height, width, folded, tolerance):
     model = network("cas_vit_xs")
     model.load_state_dict(checkpoint_filter_fn(reference_weights(), model), strict=True)

@@ -121,10 +121,10 @@ def test_what_was_scored_is_not_scored_again_unless_asked(tmp_path):
 
 
 def test_only_the_front(tmp_path):
-    run = search(analytic_config(tmp_path, trials=12, sampler="random"))
+    run = search(analytic_config(tmp_path, trials=6, sampler="random"))
     keys = {t.key for t in run.front()}
     wanted = [t.key for t in run.trials() if t.key in keys]
-    assert 0 < len(wanted) < 12
+    assert 0 < len(wanted) < 6
     assert [row.trial.key for row in again(run, front=True).rows] == wanted
     assert [row.trial.key for row in again(run, front=True, limit=1).rows] == wanted[:1]
 
@@ -251,7 +251,8 @@ def test_a_runtime_and_a_latency_protocol_matter_to_latency_alone(single):
     assert not again(run).disagreeing
 
 
-def test_nothing_to_replay(tmp_path):
+def test_nothing_to_replay(tmp_path, monkeypatch):
+    monkeypatch.setattr("nas.search.loop.MAX_OVER_BUDGET", 3)
     with pytest.raises(NasError):
         search(analytic_config(tmp_path, trials=1, budgets={"params": 10.0}))
     run = Run.open(tmp_path / "run")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import table
+from conftest import required, table
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
@@ -105,6 +105,9 @@ def test_near_front_of_nothing():
     assert near_front(np.empty((0, 2)), np.empty((0, 2))).tolist() == []
 
 
+QUICK = {"max_seconds": 0.01, "warmup_seconds": 0.0, "block_ms": 1.0}
+
+
 def quick(tmp_path, **changes) -> SearchConfig:
     base = SearchConfig(
         space=search_spaces.load("mini"),
@@ -120,10 +123,8 @@ def quick(tmp_path, **changes) -> SearchConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """A search with a baseline, and a network that no small image suits."""
-    config = quick(tmp_path_factory.mktemp("search"), trials=4, baselines=("test_vit", "timm:mobilenetv3_small_050"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "RUNTIME_TRAITS", RUNTIME_TRAITS)
-        return search(config)
+    config = quick(tmp_path_factory.mktemp("search"), trials=3, baselines=("test_vit", "timm:mobilenetv3_small_050"))
+    return search(config)
 
 
 def test_the_front_is_that_of_the_second_measurement(run):
@@ -177,10 +178,22 @@ def test_wide_intervals_are_told():
     assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []
 
 
-def test_the_front_is_measured_in_onnxruntime_too(run):
-    if RUNTIME_TRAITS["onnxruntime"].missing:
-        assert ELSEWHERE not in run.attributes
-        return
+@pytest.mark.skipif(bool(RUNTIME_TRAITS["onnxruntime"].missing), reason="needs ONNX Runtime")
+def test_the_front_is_measured_in_onnxruntime_too(run, monkeypatch):
+    assert ELSEWHERE not in run.attributes, "no search of these tests sees it installed"
+    monkeypatch.setattr(finish, "RUNTIME_TRAITS", RUNTIME_TRAITS)
+    calls = script(monkeypatch, lambda name, call: 2.0)
+    there = finished(run)[ELSEWHERE]["cpu-onnxruntime"]
+    assert {key: entry["ms"] for key, entry in there.items()} == {t.key: 2.0 for t in run.front()}
+    assert calls[-1] == set(there)
+
+
+@pytest.mark.slow
+def test_a_search_ends_in_onnxruntime(tmp_path, monkeypatch):
+    if missing := RUNTIME_TRAITS["onnxruntime"].missing:
+        required("onnx", f"{', '.join(missing)} are not installed")
+    monkeypatch.setattr(finish, "RUNTIME_TRAITS", RUNTIME_TRAITS)
+    run = search(quick(tmp_path, trials=3))
     there = run.attributes[ELSEWHERE]["cpu-onnxruntime"]
     assert {t.key for t in run.front()} <= there.keys()
     assert all(entry["ms"] > 0 for entry in there.values())
@@ -398,7 +411,7 @@ def test_a_finished_front_measured_again_elsewhere(run):
 
 
 def test_parts_and_rest_make_the_whole():
-    (row,) = measure(resolve_all("cas_vit_xs"), input_size=64, per_stage=True, max_seconds=0.05, device="cpu")
+    (row,) = measure(resolve_all("cas_vit_xs"), input_size=32, per_stage=True, device="cpu", **QUICK)
     parts = {part["part"]: part["latency_ms"] for part in row["parts"]}
     assert list(parts) == ["stem", *(f"stages.{i}" for i in range(4)), "norm", "head", REST]
     assert sum(parts.values()) == pytest.approx(row["latency_ms"])

@@ -103,6 +103,7 @@ def test_a_run_of_any_name_can_be_looked_at(monkeypatch, tmp_path):
     shutil.copytree(EXAMPLE, path)
     assert call(monkeypatch, "utf-8", "plot", str(path))[::2] == (0, "")
     assert r"donn\xe9es" in (path / "front.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("nas.doctor.ENVIRONMENT", {})
     assert dict(examine(path))["tables"].state == "ok"
     with (
         pytest.raises(RunError, match=r"\\xe9esx: its path is not UTF-8; give another --out"),

@@ -159,7 +159,7 @@ def test_expected_improvement_is_the_mean_over_a_simulation():
     numeric = expected_improvement(
         [Predicted([(warp, mean[0], std[0])], -0.3), Predicted([(warp, mean[1], std[1])], -0.6)], front, reference
     )
-    draws = rng.normal(mean[:, 0], std[:, 0], (4_000, 2))
+    draws = rng.normal(mean[:, 0], std[:, 0], (2_000, 2))
     base = hypervolume(front, reference)
     simulated = np.mean([hypervolume(np.vstack([front, draw]), reference) - base for draw in draws])
     assert exact[0] == pytest.approx(simulated, rel=0.06)
