@@ -45,6 +45,7 @@ from nas.architecture import Architecture
 from nas.folders.run import Run
 from nas.machine.description import describe_machine, describe_software
 from nas.objectives.objectives import Scores
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig
 from nas.search.evaluate import Evaluation
 from nas.search.loop import Loop
@@ -146,7 +147,7 @@ def create(folder: Path, url: str | None, space: str, sampler: str, trials: int,
     name = f"{space}-{sampler}-{uuid.uuid4().hex[:8]}"
     config = SearchConfig(
         space=search_spaces.load(space),
-        device="cpu",
+        latency=(LatencyConfig(device="cpu"),),
         sampler=sampler,
         trials=trials,
         timeout_minutes=seconds / 60,

@@ -152,7 +152,7 @@ from nas.search import SearchConfig, search
 
 place = Path(sys.argv[1])
 run = search(SearchConfig(space=search_spaces.load("mini"), objectives=("macs", "accuracy"), trials=1, epochs=1,
-                          max_images=300, device="cpu", out=place / "run"))
+                          max_images=300, out=place / "run"))
 export(run, run.front()[0].key, place / "export", Settings(formats=("onnx",)))
 held = load_data("digits", max_images=300).holdout
 for i, (pixels, label) in enumerate(zip(held.pixels, held.labels)):

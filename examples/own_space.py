@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 
 from nas.architecture import Additive, Hadamard, Stem, Strip
 from nas.report.plots import plot
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.space import SearchSpace, StageChoices
 
@@ -30,7 +31,7 @@ run = search(
         proxy="params",
         trials=20,
         sampler="nsga2",
-        device="cpu",
+        latency=(LatencyConfig(device="cpu"),),
         out=Path(mkdtemp()) / "run",
     )
 )

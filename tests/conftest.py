@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
+import inspect
 import logging
 import os
 import shutil
@@ -9,7 +11,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
@@ -29,15 +32,16 @@ import torch
 from nas import consent
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.repeats import REPEATS
-from nas.scoring.latency import protocol, reference
+from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import remeasure
 
 # the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
 protocol.FIX_SECONDS = 0.2
 remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
-# to bring each network of a front to ONNX takes seconds: where a test wants that, it puts this back
-IN_ONNXRUNTIME_TOO, remeasure._onnxruntime = remeasure._onnxruntime, lambda targets: None
+# to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
+NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
+remeasure.RUNTIME_TRAITS = RUNTIME_TRAITS | NO_ONNXRUNTIME
 
 
 # the same examples each time, however slow the machine is
@@ -70,6 +74,40 @@ def tiny_architecture(mixer_name: str) -> Architecture:
 def tiny(request: pytest.FixtureRequest) -> Architecture:
     """One tiny architecture for every token mixer."""
     return tiny_architecture(request.param)
+
+
+def table(names: str, rows: Iterable[object], by: Callable[..., str] | None = None) -> Callable[[Callable], Callable]:
+    """Like `pytest.mark.parametrize`, for rows that are too cheap to be tests of their own: one test goes through all.
+
+    With `by`, which takes a row and returns a name, each name is a test and goes through its own rows. Every row starts
+    from the same seed, and the message of a failure names its row. The rows share their fixtures.
+    """
+    keys = [name.strip() for name in names.split(",")]
+    groups: dict[str, list[tuple]] = {}
+    for row in rows:
+        values = tuple(row) if len(keys) > 1 else (row,)
+        groups.setdefault(by(*values) if by else "", []).append(values)
+    assert groups, f"a table of {names} without rows"
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def go_through(**fixtures) -> None:
+            for values in fixtures.pop("rows") if by else groups[""]:
+                row = dict(zip(keys, values, strict=True))
+                torch.manual_seed(0)
+                try:
+                    test(**fixtures, **row)
+                except BaseException as error:
+                    error.add_note("row: " + ", ".join(f"{key}={value}" for key, value in row.items()))
+                    raise
+
+        parameters = [p for name, p in inspect.signature(test).parameters.items() if name not in keys]
+        if by:
+            parameters.append(inspect.Parameter("rows", inspect.Parameter.KEYWORD_ONLY))
+        go_through.__signature__ = inspect.Signature(parameters)
+        return pytest.mark.parametrize("rows", groups.values(), ids=list(groups))(go_through) if by else go_through
+
+    return decorate
 
 
 def pytest_unconfigure() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 import search_spaces
 from nas.data import load_data
 from nas.export import Settings, export, export_each
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.training.recipes import find_recipe
 from nas.training.work import TrainConfig, train
@@ -117,7 +118,7 @@ def test_search_training_and_exports_agree(photos, tmp_path):
             trials=1,
             epochs=12,
             train_batch_size=16,
-            device="cpu",
+            latency=(LatencyConfig(device="cpu"),),
             out=tmp_path / "run",
         )
     )

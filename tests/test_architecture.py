@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,10 +130,7 @@ def test_mixer_round_trip(mixer):
     assert mixer_from_dict(mixer_to_dict(mixer)) == mixer
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [("PLAIN", "a691a954f83d"), ("MIXED", "96e6d1d50225"), ("FULL", "49a7355eb545")],
-)
+@table("name, key", [("PLAIN", "a691a954f83d"), ("MIXED", "96e6d1d50225"), ("FULL", "49a7355eb545")])
 def test_key_is_pinned(name, key):
     assert PINNED[name].key == key
 
@@ -235,8 +233,8 @@ def test_one_channel_a_head_is_a_compression_by_the_channels_of_a_head():
     assert Stage(Strip(heads=2), 1, 56, compression=14).compression == 14
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
+@table(
+    "one, other",
     [
         (Softmax(window=7, kv_reduction=4, reducer="conv"), Softmax(window=7)),
         (Softmax(reducer="conv"), Softmax()),
@@ -298,7 +296,7 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize(("data", "hint"), UNKNOWN.values(), ids=UNKNOWN)
+@table("data, hint", UNKNOWN.values())
 def test_unknown_names_are_refused_with_the_nearest(data, hint):
     with pytest.raises(UsageError) as caught:
         Architecture.from_json(json.dumps(data))
@@ -391,21 +389,21 @@ def test_the_good_example_is_good():
     assert Architecture.from_json(json.dumps(GOOD)) == Architecture(stages=(Stage(Softmax(), 1, 8),) * 2)
 
 
-@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+@table("data", BAD.values())
 def test_bad_values_are_refused_in_one_line(data):
     with pytest.raises(UsageError) as caught:
         Architecture.from_json(json.dumps(data))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [1.0, True, "3", 0, 10**9, None])
-@pytest.mark.parametrize("name", ["depth", "width", "compression"])
+@table("bad", [1.0, True, "3", 0, 10**9, None])
+@table("name", ["depth", "width", "compression"])
 def test_bad_values_are_refused_in_python(name, bad):
     with pytest.raises(UsageError, match=f"Stage.{name}"):
         Stage(**{"mixer": Additive(), "depth": 1, "width": 8} | {name: bad})
 
 
-@pytest.mark.parametrize("bad", ["softmax", Softmax, None, {"name": "softmax"}])
+@table("bad", ["softmax", Softmax, None, {"name": "softmax"}])
 def test_a_mixer_must_be_a_mixer(bad):
     with pytest.raises(UsageError, match=r"Stage\.mixer"):
         Stage(bad, 1, 8)
@@ -419,9 +417,7 @@ def test_too_long_json_is_refused_before_it_is_parsed():
         Architecture.from_json(padded + " ")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "nonsense", "[1,]", '{"version":1', "\x00", '{"version":1' + "0" * 6000 + "}"]
-)
+@table("text", ["", "{", "nonsense", "[1,]", '{"version":1', "\x00", '{"version":1' + "0" * 6000 + "}"])
 def test_broken_json_is_refused(text):
     with pytest.raises(UsageError):
         Architecture.from_json(text)
@@ -451,9 +447,9 @@ def test_reduction_and_dominant_mixer():
     assert tie.dominant_mixer == "strip"
 
 
-@pytest.mark.parametrize("stride", [2, 4])
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 1), (7, 100), (65, 31)])
-@pytest.mark.parametrize("num_stages", [2, 3, 5])
+@table("stride", [2, 4])
+@table("size", [(32, 32), (33, 47), (1, 1), (7, 100), (65, 31)])
+@table("num_stages", [2, 3, 5])
 def test_resolutions_are_those_of_the_real_maps(num_stages, size, stride):
     architecture = Architecture(stages=(Stage(Additive(), 1, 4, mlp_ratio=1),) * num_stages, stem=Stem(stride))
     model = Backbone(architecture, num_classes=0).eval()

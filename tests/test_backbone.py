@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import tiny_architecture
+from conftest import table, tiny_architecture
 from timm.layers import DropPath
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
@@ -100,6 +100,11 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
     return NETWORKS[request.param]
 
 
+FRAMES = ("five stages", "reductions", "distilled")
+"""Networks that differ in all that stands around the blocks: stems, downsampling, norms, heads, numbers of stages."""
+each_frame = pytest.mark.parametrize("architecture", FRAMES, indirect=True)
+
+
 def test_the_networks_use_every_word():
     stages = [stage for a in NETWORKS.values() for stage in a.stages]
     mixers = [stage.mixer for stage in stages]
@@ -112,6 +117,14 @@ def test_the_networks_use_every_word():
     assert {a.stem.kind for a in NETWORKS.values()} == set(STEMS) == set(STEM_MODULES)
     assert {a.norm for a in NETWORKS.values()} == {a.downsample.norm for a in NETWORKS.values()} == set(NORMS)
     assert {a.head.distillation for a in NETWORKS.values()} == {False, True}
+
+
+def test_the_frames_differ_in_every_word():
+    frames = [NETWORKS[name] for name in FRAMES]
+    assert {a.stem.kind for a in frames} == set(STEMS)
+    assert {a.norm for a in frames} == {a.downsample.norm for a in frames} == set(NORMS)
+    assert {bool(a.head.width) for a in frames} == {a.head.distillation for a in frames} == {False, True}
+    assert len({len(a.stages) for a in frames}) > 1
 
 
 def create(architecture: Architecture, **kwargs) -> nn.Module:
@@ -173,6 +186,7 @@ def test_attributes(model, architecture):
     assert model.feature_info[-1]["reduction"] == architecture.reduction
 
 
+@each_frame
 def test_pretrained_cfg_names_what_exists(model, architecture):
     cfg = model.pretrained_cfg
     assert cfg is model.default_cfg
@@ -197,13 +211,14 @@ def test_pretrained_cfgs_are_not_shared():
     assert create(NETWORKS["softmax"]).pretrained_cfg["classifier"] == "head"
 
 
+@each_frame
 def test_another_input_size_has_its_own_pool_size(architecture):
     cfg = create(architecture, pretrained_cfg_overlay={"input_size": (3, 250, 100)}).pretrained_cfg
     assert cfg["input_size"] == (3, 250, 100)
     assert cfg["pool_size"] == (ceil_div(250, architecture.reduction), ceil_div(100, architecture.reduction))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@table("size", SIZES)
 def test_feature_info_is_what_comes_out(model, size):
     with torch.no_grad():
         maps = model.forward_intermediates(images(size), intermediates_only=True)
@@ -217,7 +232,7 @@ def test_feature_info_is_what_comes_out(model, size):
 # Forward
 
 
-@pytest.mark.parametrize("size", [*SIZES, (8, 8), (1, 1)])
+@table("size", [*SIZES, (8, 8), (1, 1)])
 def test_forward_is_features_then_head(model, size):
     x = images(size)
     with torch.no_grad():
@@ -246,7 +261,8 @@ def test_gradient_reaches_every_parameter(architecture):
     assert all(name.endswith("bias") for name in dead)  # zero by mathematics before a batch norm or a softmax
 
 
-@pytest.mark.parametrize("in_chans", [1, 4])
+@each_frame
+@table("in_chans", [1, 4])
 def test_other_numbers_of_channels(architecture, in_chans):
     model = create(architecture, in_chans=in_chans).eval()
     assert model.in_chans == in_chans
@@ -255,7 +271,8 @@ def test_other_numbers_of_channels(architecture, in_chans):
     assert model.stem.conv1.weight.shape[1] == in_chans
 
 
-@pytest.mark.parametrize(("pool", "factor"), [("avg", 1), ("max", 1), ("avgmax", 1), ("catavgmax", 2), ("fast", 1)])
+@each_frame
+@table("pool, factor", [("avg", 1), ("max", 1), ("avgmax", 1), ("catavgmax", 2), ("fast", 1)])
 def test_global_pool(architecture, pool, factor):
     model = create(architecture, global_pool=pool).eval()
     assert model.head_hidden_size == factor * (architecture.head.width or model.num_features)
@@ -265,6 +282,7 @@ def test_global_pool(architecture, pool, factor):
         assert model(images()).shape == (2, 10)
 
 
+@each_frame
 def test_average_pool_is_the_mean(model):
     with torch.no_grad():
         features = model.forward_features(images((40, 56)))
@@ -272,6 +290,7 @@ def test_average_pool_is_the_mean(model):
         assert torch.allclose(model.forward_head(features, pre_logits=True), mean, atol=1e-5)
 
 
+@each_frame
 def test_no_pool_no_classifier(architecture):
     model = create(architecture, num_classes=0, global_pool="").eval()
     with torch.no_grad():
@@ -292,6 +311,7 @@ def test_forward_intermediates_all(model):
         assert torch.equal(model.norm(maps[-1]), last)
 
 
+@each_frame
 def test_forward_intermediates_subsets(model):
     x, number = images(), len(model.feature_info)
     with torch.no_grad():
@@ -307,6 +327,7 @@ def test_forward_intermediates_subsets(model):
         assert torch.equal(from_the_end[0], everything[-1])
 
 
+@each_frame
 def test_forward_intermediates_norm(model):
     x = images()
     with torch.no_grad():
@@ -316,6 +337,7 @@ def test_forward_intermediates_norm(model):
         assert torch.equal(normed[-1], model.forward_features(x))
 
 
+@each_frame
 def test_forward_intermediates_stop_early(model):
     x, ran = images(), []
     for i, stage in enumerate(model.stages):
@@ -328,11 +350,13 @@ def test_forward_intermediates_stop_early(model):
     assert ran == [0]
 
 
+@each_frame
 def test_forward_intermediates_refuses_other_layouts(model):
     with pytest.raises(AssertionError, match="NCHW"):
         model.forward_intermediates(images(), output_fmt="NLC")
 
 
+@each_frame
 def test_prune_intermediate_layers(model):
     x = images()
     with torch.no_grad():
@@ -346,7 +370,8 @@ def test_prune_intermediate_layers(model):
         assert model.num_features == model.head_hidden_size == expected.shape[1]
 
 
-@pytest.mark.parametrize("indices", [1, [-1]])
+@each_frame
+@table("indices", [1, [-1]])
 def test_prune_to_the_last_stage_keeps_what_is_asked(architecture, indices):
     x, last = images(), len(architecture.stages) - 1
     with torch.no_grad():
@@ -363,6 +388,7 @@ def test_prune_to_the_last_stage_keeps_what_is_asked(architecture, indices):
         assert torch.equal(model(x), plain)
 
 
+@each_frame
 @pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
 def test_features_only(architecture, feature_cls):
     body = create(architecture, features_only=True, feature_cls=feature_cls).eval()
@@ -380,6 +406,7 @@ def test_features_only(architecture, feature_cls):
             assert all(torch.equal(a, b) for a, b in zip(outputs, same, strict=True))
 
 
+@each_frame
 def test_features_only_is_the_default_getter(architecture):
     body = create(architecture, features_only=True)
     assert type(body).__name__ == "FeatureGetterNet"
@@ -390,7 +417,8 @@ def test_features_only_is_the_default_getter(architecture):
     assert [name for name, p in body.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("indices", [(0,), (1,), (0, 1), (-1,), (-2, -1)])
+@each_frame
+@table("indices", [(0,), (1,), (0, 1), (-1,), (-2, -1)])
 def test_features_only_with_out_indices(architecture, indices):
     body = create(architecture, features_only=True, out_indices=indices).eval()
     whole = create(architecture).eval()
@@ -404,7 +432,8 @@ def test_features_only_with_out_indices(architecture, indices):
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-@pytest.mark.parametrize("indices", [(7,), (-7,)])
+@each_frame
+@table("indices", [(7,), (-7,)])
 def test_out_indices_that_are_not_there(architecture, indices):
     with pytest.raises(AssertionError):
         create(architecture, features_only=True, out_indices=indices)
@@ -413,6 +442,7 @@ def test_out_indices_that_are_not_there(architecture, indices):
 # The classifier
 
 
+@each_frame
 def test_reset_classifier_to_none(model):
     model.reset_classifier(0)
     assert model.num_classes == 0
@@ -423,6 +453,7 @@ def test_reset_classifier_to_none(model):
         assert torch.equal(y, model.forward_head(model.forward_features(images()), pre_logits=True))
 
 
+@each_frame
 def test_reset_classifier_and_pool_to_none(model, architecture):
     model.reset_classifier(0, "")
     with torch.no_grad():
@@ -431,6 +462,7 @@ def test_reset_classifier_and_pool_to_none(model, architecture):
     assert tuple(y.shape) == (2, architecture.head.width or model.num_features, side, side)
 
 
+@each_frame
 def test_reset_classifier_to_seven(model):
     model.reset_classifier(7)
     assert model.num_classes == 7
@@ -445,6 +477,7 @@ def test_reset_classifier_to_seven(model):
         assert 0.01 < float(classifier.weight.detach().std()) < 0.04
 
 
+@each_frame
 def test_reset_classifier_keeps_device_dtype_and_pool(architecture):
     model = create(architecture, global_pool="catavgmax").to(torch.bfloat16).train()
     model.reset_classifier(5)
@@ -457,6 +490,7 @@ def test_reset_classifier_keeps_device_dtype_and_pool(architecture):
     assert model.head.weight.device.type == "meta"
 
 
+@each_frame
 def test_num_classes_zero(architecture):
     model = create(architecture, num_classes=0).eval()
     with torch.no_grad():
@@ -479,6 +513,7 @@ def test_grad_checkpointing_changes_nothing(architecture):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(grads, same_grads, strict=True))
 
 
+@each_frame
 def test_grad_checkpointing_runs_blocks_again(architecture):
     model, calls = create(architecture).train(), []
     model.set_grad_checkpointing()
@@ -497,7 +532,7 @@ def test_grad_checkpointing_runs_blocks_again(architecture):
     assert {calls.count(name) for name in calls} == {2}
 
 
-@pytest.mark.parametrize("coarse", [False, True])
+@table("coarse", [False, True])
 def test_group_matcher_covers_all_parameters(model, coarse):
     groups = group_parameters(model, model.group_matcher(coarse=coarse))
     named = [name for names in groups.values() for name in names]
@@ -506,6 +541,7 @@ def test_group_matcher_covers_all_parameters(model, coarse):
     assert "head.weight" in groups[max(groups)]
 
 
+@each_frame
 def test_group_matcher_orders_by_depth(model, architecture):
     groups = group_parameters(model, model.group_matcher())
     place = {name: layer for layer, names in groups.items() for name in names}
@@ -524,6 +560,7 @@ def test_group_matcher_orders_by_depth(model, architecture):
     assert layer("head.") == max(place.values()) > order[-1]
 
 
+@each_frame
 def test_layer_decay_groups(model):
     groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -539,6 +576,7 @@ def test_no_weight_decay_on_biases_and_norms(model):
     assert {id(p) for p in undecayed} == expected  # the windows' position bias, of three dimensions, among them
 
 
+@each_frame
 def test_drop_path_rises_linearly(architecture):
     model = create(architecture, drop_path_rate=0.3)
     number = sum(s.depth for s in architecture.stages)
@@ -557,6 +595,7 @@ def test_drop_path_rises_linearly(architecture):
     assert not torch.equal(model(images()), model(images()))
 
 
+@each_frame
 def test_drop_rate_acts_in_training_only(architecture):
     model = create(architecture, drop_rate=0.5).eval()
     with torch.no_grad():
@@ -569,6 +608,7 @@ def test_drop_rate_acts_in_training_only(architecture):
 # Construction and copies
 
 
+@each_frame
 def test_the_same_from_architecture_dict_and_json(architecture):
     names = [list(create(form).state_dict()) for form in (architecture, architecture.to_dict(), architecture.to_json())]
     assert names[0] == names[1] == names[2]
@@ -586,9 +626,7 @@ def test_meta_device(architecture):
     assert create(architecture, device="meta").head.weight.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.bfloat16, 0.04), (torch.float16, 0.005), (torch.float64, 1e-6)], ids=str
-)
+@table("dtype, error", [(torch.bfloat16, 0.04), (torch.float16, 0.005), (torch.float64, 1e-6)])
 def test_dtypes(model, architecture, dtype, error):
     other = create(architecture, dtype=dtype).eval()
     other.load_state_dict(model.state_dict())
@@ -619,6 +657,7 @@ def test_state_dict_round_trip(architecture, tmp_path):
         assert torch.equal(model.eval()(images()), other(images()))
 
 
+@each_frame
 def test_checkpoint_path(architecture, tmp_path):
     model = create(architecture).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -630,7 +669,8 @@ def test_checkpoint_path(architecture, tmp_path):
         assert torch.equal(model(images()), other(images()))
 
 
-@pytest.mark.parametrize(("num_classes", "in_chans"), [(1000, 3), (7, 3), (0, 1)])
+@each_frame
+@table("num_classes, in_chans", [(1000, 3), (7, 3), (0, 1)])
 def test_pretrained_weights_for_another_task(architecture, num_classes, in_chans, tmp_path):
     """As timm's suite loads them: other classes keep all but the classifiers, grey images sum the stem's weights."""
     source = randomise(create(architecture, num_classes=1000)).eval()
@@ -647,6 +687,7 @@ def test_pretrained_weights_for_another_task(architecture, num_classes, in_chans
             assert torch.equal(model(x), source(x))
 
 
+@each_frame
 def test_deepcopy(model):
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -677,7 +718,7 @@ def test_a_bad_architecture():
         timm.create_model("mixnas", architecture=3)
 
 
-@pytest.mark.parametrize("kwargs", [{"num_clases": 3}, {"drop_path": 0.1}, {"archtecture": {}}])
+@table("kwargs", [{"num_clases": 3}, {"drop_path": 0.1}, {"archtecture": {}}])
 def test_misspelled_arguments_are_named(kwargs):
     with pytest.raises(TypeError, match=next(iter(kwargs))):
         timm.create_model("mixnas", architecture=NETWORKS["softmax"], **kwargs)
@@ -788,6 +829,7 @@ def test_inductor_trains(name):
     assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4 * scale) for a, b in zip(grads, same, strict=True))
 
 
+@each_frame
 def test_feature_extractor_reaches_inside(model):
     extractor = timm.models.create_feature_extractor(model, {"stem": "stem", "stages.0.blocks.0.mixer": "mixed"})
     inside = {}
@@ -856,6 +898,7 @@ def dense(architecture) -> Backbone:
     return randomise(create(architecture, stage_norms=True)).eval()
 
 
+@each_frame
 def test_stage_norms_are_each_stages_own(dense, architecture):
     x = images((33, 47))
     assert isinstance(dense.norm, nn.Identity)
@@ -874,6 +917,7 @@ def test_stage_norms_are_each_stages_own(dense, architecture):
         assert torch.equal(dense.forward_head(last), dense(x))
 
 
+@each_frame
 def test_stage_norms_in_features_only(dense, architecture):
     x = images((33, 47))
     body = create(architecture, features_only=True, stage_norms=True).eval()
@@ -886,7 +930,8 @@ def test_stage_norms_in_features_only(dense, architecture):
     assert [name for name, p in body.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("indices", [(1,), (0, 1), (-1,)])
+@each_frame
+@table("indices", [(1,), (0, 1), (-1,)])
 def test_stage_norms_with_out_indices(dense, architecture, indices):
     x, chosen = images(), [range(len(architecture.stages))[i] for i in indices]
     body = create(architecture, features_only=True, out_indices=indices, stage_norms=True).eval()
@@ -900,6 +945,7 @@ def test_stage_norms_with_out_indices(dense, architecture, indices):
         assert all(torch.equal(a, b) for a, b in zip(body(x), expected, strict=True))
 
 
+@each_frame
 def test_stage_norms_are_pruned_where_unwanted(dense):
     x = images()
     with torch.no_grad():
@@ -910,6 +956,7 @@ def test_stage_norms_are_pruned_where_unwanted(dense):
         assert all(torch.equal(a, b) for a, b in zip(plain[:2], same, strict=True))
 
 
+@each_frame
 def test_stage_norms_are_traced_and_grouped(dense):
     check_fx(dense)
     groups = group_parameters(dense, dense.group_matcher())
@@ -928,7 +975,7 @@ WORDS = [
     for words in itertools.product(*STAGE_WORDS.values())
     if words[0] != "none" or words[1] == "add"  # without a local unit there is nothing to join
 ]
-every_word = pytest.mark.parametrize("words", WORDS, ids=lambda words: "-".join(words.values()))
+every_word = table("words", WORDS, by=lambda words: f"{words['local']}-{words['fusion']}")
 
 
 def conv(state, name, x, groups=1, stride=1):
@@ -1015,8 +1062,7 @@ def test_block_by_hand(words, norm):
     assert {name.split(".")[0] for name in block.state_dict()} == kept
 
 
-@pytest.mark.parametrize("local", ["dw", "conv"])
-@pytest.mark.parametrize("mixer", [kind() for kind in MIXER_TYPES.values()], ids=lambda m: m.name)
+@table("mixer, local", itertools.product((kind() for kind in MIXER_TYPES.values()), ("dw", "conv")))
 def test_hadamard_fusion_is_a_product(mixer, local):
     block = build_block(Stage(mixer, 1, WIDTH, local=local, fusion="hadamard", mlp="none"))
     x = images((6, 6), channels=WIDTH)
@@ -1043,7 +1089,7 @@ def test_gate_is_on_the_mixers_output():
         assert torch.allclose(block(x), x + block.mixer(block.norm1(x)) / (1 + np.exp(-1.5)), atol=1e-5)
 
 
-@pytest.mark.parametrize("fusion", ["add", "hadamard"])
+@table("fusion", ["add", "hadamard"])
 def test_a_dropped_block_keeps_its_local_unit(fusion):
     stage = Stage(Additive(), 1, WIDTH, local="conv", fusion=fusion, interaction="conv")
     block = build_block(stage, drop_path=1 - 1e-12)
@@ -1096,7 +1142,7 @@ def test_block_cost(words):
     assert cost.uncounted == ()
 
 
-@pytest.mark.parametrize("width", [8, 48, 100])
+@table("width", [8, 48, 100])
 def test_costs_of_the_parts(width):
     n = 6 * 9
 
@@ -1145,9 +1191,7 @@ def stem_by_hand(stem, kind, stride, x):
     return normed(state, "norm", conv(state, "embed", x, stride=stride // 2))
 
 
-@pytest.mark.parametrize("width", [0, 6])
-@pytest.mark.parametrize("stride", [2, 4])
-@pytest.mark.parametrize("kind", STEMS)
+@table("kind, stride, width", itertools.product(STEMS, (2, 4), (0, 6)))
 def test_stem(kind, stride, width):
     c, size = 20, (33, 46)
     for chans in (3, 5):
@@ -1162,8 +1206,7 @@ def test_stem(kind, stride, width):
             assert torch.allclose(y, stem_by_hand(stem, kind, stride, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("k", [1, 3, 5])
+@table("k, norm", itertools.product((1, 3, 5), NORMS))
 def test_downsampling(k, norm):
     a, b, size = 12, 20, (9, 14)
     torch.manual_seed(0)
@@ -1182,7 +1225,7 @@ def test_downsampling(k, norm):
 # Whole networks: CAS-ViT's block and stem layer by layer (a.4), and the head
 
 
-@pytest.mark.parametrize("width", [8, 48, 220])
+@table("width", [8, 48, 220])
 def test_cas_vit_block_closed_form(width):
     stage = Stage(Additive(), 1, width, local="conv")
     model = Backbone(Architecture(stages=(stage, stage)), num_classes=10)
@@ -1306,10 +1349,10 @@ def check_cut_down(model) -> None:
     assert model.num_features == model.head_hidden_size == architecture.stages[1].width
 
 
-FEWER = every_network(POINTS // 5)
+FEW = every_network(2)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEWER else pytest.mark.slow) for n in EVERY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in EVERY])
 def test_every_network(name):
     model = EVERY[name](drop_rate=0.1)
     check_in_use(model)
@@ -1380,7 +1423,7 @@ def test_a_new_classifier_after_the_heads_convolution_was_pruned():
         assert model(images()).shape == (2, 10)
 
 
-@pytest.mark.parametrize("feature_cls", ["fx", "hook"])
+@table("feature_cls", ["fx", "hook"])
 def test_stage_norms_need_the_getter(feature_cls):
     with pytest.raises(UsageError, match="leave feature_cls out"):
         timm.create_model("cas_vit_xs", features_only=True, stage_norms=True, feature_cls=feature_cls)

@@ -31,6 +31,7 @@ def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_named_with_its_last_words(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
     (run.path / "run.json").rename(run.path / "moved.json")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import table
 from images import build
 
 from nas import commands
@@ -43,22 +45,33 @@ def keep_signal_handlers():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("searched") / "run"
+    with pytest.raises(SystemExit) as caught:
+        commands.main([*SEARCH, "--out", str(path)])
+    assert not caught.value.code
+    return path
+
+
 @pytest.fixture
-def run_path(tmp_path, capsys) -> str:
-    code, _, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run"))
-    assert code == 0
-    return str(tmp_path / "run")
+def run_path(searched, tmp_path) -> str:
+    return str(shutil.copytree(searched, tmp_path / "run"))
 
 
 def test_help_loads_nothing_heavy():
     heavy = {"torch", "timm", "matplotlib", "optuna", "numpy", "pandas", "plotly", "rich", "sklearn"}
-    for command in ([], *([name] for name in commands.cli.commands)):
-        code = (
-            "import sys\nfrom nas import commands\n"
-            f"try: commands.main({[*command, '--help']!r})\n"
-            f"except SystemExit as end: assert not end.code and not {heavy!r} & set(sys.modules)"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    code = f"""
+import sys
+from nas import commands
+for command in ([], *([name] for name in commands.cli.commands)):
+    try:
+        commands.main([*command, "--help"])
+    except SystemExit as end:
+        loaded = {heavy!r} & set(sys.modules)
+        assert not end.code and not loaded, (command, loaded)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_every_command_and_option_has_help():
@@ -116,8 +129,8 @@ def test_the_two_set_up_commands_stand_in_the_readme():
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+@table(
+    "arguments, code, words",
     [
         (["serch"], 2, ["serch", "search"]),
         (["search", "--bogus"], 2, ["--bogus"]),
@@ -171,6 +184,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["describe", "nothing"], 2, ["nothing"]),
         (["plot", "{tmp}" + "x" * 300], 1, ["cannot read"]),
     ],
+    by=lambda arguments, *_: arguments[0] if arguments else "nothing",
 )
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
@@ -188,10 +202,12 @@ def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, w
 
 
 def test_search_prints_the_front_and_what_to_type_next(capsys, tmp_path):
-    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"))
+    """A name with brackets, which are no markup, is printed as it is."""
+    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run[v2][/b] x"))
     assert code == 0
     assert "Pareto front of" in out
-    assert f"report {tmp_path / 'run'}" in out
+    assert "run[v2][/b] x" in out
+    assert f"report '{tmp_path}/run[v2][/b] x'" in out
     assert "[3/3]" in err
 
 
@@ -220,18 +236,14 @@ def test_front_writes_nothing(capsys, run_path):
     assert {f: f.stat().st_mtime_ns for f in Path(run_path).rglob("*")} == before
 
 
-def test_names_with_brackets_are_printed_as_they_are(capsys, tmp_path):
-    code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run[v2][/b] x"))
-    assert code == 0
-    assert "run[v2][/b] x" in out
-    assert f"report '{tmp_path}/run[v2][/b] x'" in out
-
-
-def test_a_point_is_measured_under_its_runs_conditions(capsys, tmp_path):
-    code, _, err = call(capsys, *SEARCH, "--batch-size", "3", "--out", str(tmp_path / "run"))
-    assert code == 0, err
-    _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")
-    target = f"{tmp_path / 'run'}@{json.loads(front)['points'][0]['key']}"
+@pytest.mark.slow
+def test_a_point_is_measured_under_its_runs_conditions(capsys, run_path):
+    manifest = Path(run_path) / "run.json"
+    data = json.loads(manifest.read_text())
+    data["config"]["batch_size"] = 3
+    manifest.write_text(json.dumps(data))
+    _, front, _ = call(capsys, "front", run_path, "--json")
+    target = f"{run_path}@{json.loads(front)['points'][0]['key']}"
     assert json.loads(call(capsys, "measure", target, "--json")[1])[0]["batch_size"] == 3
     assert json.loads(call(capsys, "measure", target, "--json", "--batch-size", "1")[1])[0]["batch_size"] == 1
 
@@ -262,6 +274,7 @@ def test_search_json_is_the_front(capsys, tmp_path):
     assert json.loads(out) == json.loads(front)
 
 
+@pytest.mark.slow
 def test_plot_names_its_files(capsys, run_path):
     code, out, _ = call(capsys, "plot", run_path)
     assert code == 0
@@ -305,15 +318,16 @@ def test_a_whole_run_is_measured_and_compared(capsys, run_path):
         assert sum(part["latency_ms"] for part in row["parts"]) == pytest.approx(row["latency_ms"])
 
 
+@pytest.mark.slow
 def test_baselines_stand_beside_the_front(capsys, tmp_path):
     # with MACs and parameters alone a network of millions of both is beaten in one and wins in the other
-    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--baseline", "resnet18,timm:vgg11")
+    code, out, err = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--baseline", "resnet18,timm:resnet10t")
     assert code == 0, err
     assert "resnet18" in out
     assert "none of the front" in out
     _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")
     baselines = json.loads(front)["baselines"]
-    assert set(baselines) == {"resnet18", "timm:vgg11"}
+    assert set(baselines) == {"resnet18", "timm:resnet10t"}
     assert all(entry["dominated_by"] == [] for entry in baselines.values())
 
 
@@ -368,6 +382,7 @@ def test_spaces_lists_every_declaration(capsys):
         assert call(capsys, "describe", name)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_space_file_of_ones_own(capsys, tmp_path):
     _, out, _ = call(capsys, "describe", "mini", "--json")
     (tmp_path / "own.json").write_text(out.replace('"mini"', '"own"'))
@@ -424,6 +439,7 @@ def test_a_listing_without_training(capsys, photos):
     assert "no such file" in err
 
 
+@pytest.mark.slow
 def test_what_was_found_is_said_once_and_first(capsys, caplog, photos, tmp_path):
     def said(*arguments: str) -> list[str]:
         caplog.clear()

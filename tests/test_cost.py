@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -222,8 +223,8 @@ PRODUCTS = {
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("case", PRODUCTS)
+@table("device", ["cpu", "meta"])
+@table("case", PRODUCTS)
 def test_products_outside_layers(case, device):
     work, macs, *module = PRODUCTS[case]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -232,8 +233,8 @@ def test_products_outside_layers(case, device):
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-@pytest.mark.parametrize(
-    ("work", "names"),
+@table(
+    "work, names",
     [
         (lambda x, _: torch.linalg.inv(torch.eye(3, device=x.device)), ("(model): linalg_inv_ex",)),
         (lambda x, _: torch.cdist(*zeros(x, (1, 30, 3), (1, 30, 3))), ("(model): _euclidean_dist",)),
@@ -241,7 +242,6 @@ def test_products_outside_layers(case, device):
         (lambda x, _: F.interpolate(x[0], size=9, mode="linear"), ()),
         (lambda x, _: F.normalize(x).cumsum(1), ()),
     ],
-    ids=["inverse", "distances", "bilinear resize", "linear resize", "norm"],
 )
 def test_what_multiplies_without_a_formula_is_named(work, names):
     cost = count_cost(Does(work), (3, 8, 8))
@@ -437,9 +437,15 @@ def state_of(model: nn.Module):
     )
 
 
-@pytest.mark.parametrize("measure", [count_cost, measure_memory_mib], ids=["cost", "memory"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("training", [True, False])
+@table(
+    "measure, dtype, training",
+    [
+        (count_cost, torch.float32, True),
+        (count_cost, torch.bfloat16, False),
+        (measure_memory_mib, torch.float32, False),
+        (measure_memory_mib, torch.bfloat16, True),
+    ],
+)
 def test_the_model_stays_as_it_is(tiny, measure, dtype, training):
     model = Backbone(tiny, num_classes=10).to(dtype).train(training)
     model.stages[0].eval()  # a mixed mode is kept too

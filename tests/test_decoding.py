@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import table
 from images import build
 from PIL import Image, features
 
@@ -52,8 +53,8 @@ TURNED_BACK = {  # EXIF orientation: what a camera did to the picture
 }
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF", "MPO"])
-@pytest.mark.parametrize("orientation", TURNED_BACK)
+@table("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF", "MPO"])
+@table("orientation", TURNED_BACK)
 def test_photos_are_turned_as_viewers_show_them(kind, orientation):
     stored = Image.fromarray(np.ascontiguousarray(TURNED_BACK[orientation](np.asarray(RGB))))
     exif = Image.Exif()
@@ -109,8 +110,8 @@ def test_transparency_of_grey_and_of_palettes():
 # More than 8 bits
 
 
-@pytest.mark.parametrize(
-    ("values", "kind"),
+@table(
+    "values, kind",
     [
         ((RAMP * 65_535).astype(np.uint16), "PNG"),
         ((RAMP * 65_535).astype(np.uint16), "TIFF"),
@@ -183,7 +184,7 @@ WRITTEN = (
 )
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@table("kind", WRITTEN)
 def test_formats_are_known_by_their_content(kind):
     assert kind in FORMATS
     if kind == "AVIF" and not features.check("avif"):
@@ -197,7 +198,7 @@ def test_formats_are_known_by_their_content(kind):
 # What is refused
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@table("kind", WRITTEN)
 def test_damaged_images_end_in_one_kind_of_error(kind):
     """Cut off and overwritten at many places: an image or the one error, no warning, nothing else."""
     options = {"ICO": {"sizes": [(48, 48)]}}.get(kind, {})

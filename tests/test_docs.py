@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 import pytest
-from conftest import required
+from conftest import required, table
 from markdown_it import MarkdownIt
 
 from nas.architecture import HADAMARD_KINDS
@@ -111,9 +111,7 @@ def test_commands_are_found():
     assert {words[0] for _, _, words in COMMANDS} >= set(cli.commands) - {"spaces"}
 
 
-@pytest.mark.parametrize(
-    ("page", "line", "words"), [pytest.param(*c, id=f"{name(c[0])}:{c[1]}:{c[2][0]}") for c in COMMANDS]
-)
+@table("page, line, words", COMMANDS, by=lambda page, *_: name(page))
 def test_command_exists(page, line, words):
     """Its options are those of the command line, and take what they are given. Nothing is run."""
     command = cli.commands.get(words[0])
@@ -159,7 +157,7 @@ def links(page: Path) -> Iterator[str]:
                 yield unquote(str(target))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@table("page", PAGES)
 def test_links_lead_somewhere(page):
     for link in links(page):
         path, _, anchor = link.partition("#")

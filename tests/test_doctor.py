@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import table
 from test_cli import call
 from test_search import analytic_config
 
@@ -25,6 +26,7 @@ from nas.errors import RunError
 from nas.export import export
 from nas.folders.files import locked_folder
 from nas.folders.run import Run
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.workers.claims import WORKER
 
@@ -39,7 +41,7 @@ def trained(tmp_path_factory) -> Path:
     config = SearchConfig(
         space=analytic_config(Path()).space,
         objectives=("macs", "accuracy"),
-        device="cpu",
+        latency=(LatencyConfig(device="cpu"),),
         epochs=1,
         max_images=200,
         train_batch_size=32,
@@ -70,7 +72,9 @@ def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
 def findings(path: Path) -> dict[str, Finding]:
     """What the checks of a folder find; nothing in it may change by that."""
     before = content(path)
-    found = {name: finding for name, finding in examine(path) if name in FOLDER}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "ENVIRONMENT", {})
+        found = dict(examine(path))
     assert content(path) == before
     return found
 
@@ -81,7 +85,7 @@ def subject(copied, tmp_path) -> Iterator[Subject]:
     return Subject(copied, tmp_path / "scratch")
 
 
-@pytest.mark.parametrize("name", ENVIRONMENT | FOLDER)
+@table("name", ENVIRONMENT | FOLDER)
 def test_every_check_says_one_line_and_changes_nothing(subject, name):
     before = content(subject.path)
     finding = (ENVIRONMENT | FOLDER)[name](subject)
@@ -93,13 +97,13 @@ def test_every_check_says_one_line_and_changes_nothing(subject, name):
     assert "\n" not in finding.line(name)
 
 
-@pytest.mark.parametrize("name", ENVIRONMENT | FOLDER)
+@table("name", ENVIRONMENT | FOLDER)
 def test_a_check_that_breaks_is_a_finding(monkeypatch, name):
     def breaks(_):
         raise ZeroDivisionError("a bug\nin two lines")
 
-    for table in (ENVIRONMENT, FOLDER):
-        monkeypatch.setattr(doctor, "ENVIRONMENT" if table is ENVIRONMENT else "FOLDER", dict.fromkeys([name], breaks))
+    for checks in ("ENVIRONMENT", "FOLDER"):
+        monkeypatch.setattr(doctor, checks, {name: breaks})
     ((_, finding),) = examine()
     assert finding.state == "problem"
     assert "ZeroDivisionError: a bug" in finding.text
@@ -408,8 +412,9 @@ def test_no_folder_at_all_is_a_mistake():
 def look(name: str, tmp_path: Path, before: str = "", **environment: str) -> Finding:
     """A check of the environment in a process of its own."""
     code = before + (
-        "import json, sys; from pathlib import Path; from nas.doctor import ENVIRONMENT, Subject, _look\n"
-        f"print(json.dumps(vars(_look(ENVIRONMENT[{name!r}], Subject(None, Path('.'))))))"
+        "import json, sys; from nas import doctor\n"
+        f"doctor.ENVIRONMENT = {{{name!r}: doctor.ENVIRONMENT[{name!r}]}}\n"
+        "print(json.dumps([vars(finding) for _, finding in doctor.examine()][0]))"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(

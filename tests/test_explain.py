@@ -289,7 +289,7 @@ def test_a_run_of_chance(tmp_path):
     from nas.search import SearchConfig, search
 
     config = SearchConfig(
-        SPACE, ("macs", "accuracy"), proxy="params", sampler="random", trials=12, out=tmp_path / "run", device="cpu"
+        SPACE, ("macs", "accuracy"), proxy="params", sampler="random", trials=12, out=tmp_path / "run"
     )
     run = search(config)
     found = explain(run, run.front()[0].key)

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tiny_architecture
+from conftest import table, tiny_architecture
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
@@ -32,6 +33,7 @@ from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
 from nas.export.checks import check_batches, paired_interval
+from nas.export.subject import Subject
 from nas.folders.run import Run
 from nas.folders.training import Trained
 from nas.models import PRESETS
@@ -83,7 +85,7 @@ def run(tmp_path_factory) -> Run:
         trials=3,
         epochs=1,
         sampler="random",
-        device="cpu",
+        latency=(LatencyConfig(device="cpu"),),
         out=out,
     )
     return search(config)
@@ -338,8 +340,8 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
     assert result.metric_value == pytest.approx(run.front()[0].scores.accuracy / 100, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "called"),
+@table(
+    "name, called",
     [
         ("/x/photos/val", "photos"),
         ("photos/train", "photos"),
@@ -350,10 +352,14 @@ def test_the_metadata_is_what_hugging_face_reads(run, exported):
         ("torch/CIFAR100", "CIFAR100"),
     ],
 )
-def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(name, called, tmp_path, monkeypatch):
-    (tmp_path / "pets").mkdir()
+def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(run, exported, tmp_path, monkeypatch, name, called):
+    (tmp_path / "pets").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "pets")
-    assert card._data_set(name) == called
+    point = run.front()[0]
+    manifest = run.manifest | {"data": run.manifest["data"] | {"name": name}}
+    subject = Subject(point.key, nn.Identity(), replace(run, manifest=manifest), point)
+    text = card.model_card(subject, json.loads((exported / "export.json").read_text()), "package")
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {called}
 
 
 def test_it_loads_from_a_hub(run, exported, tmp_path):
@@ -417,7 +423,9 @@ def test_it_is_used_in_a_process_of_its_own(run, exported, pictures):
 @pytest.mark.slow
 def test_files_are_timed_in_their_runtimes(tmp_path):
     space, out = search_spaces.load("mini"), tmp_path / "run"
-    run = search(SearchConfig(space=space, trials=1, epochs=1, latency_seconds=0.02, device="cpu", out=out))
+    run = search(
+        SearchConfig(space=space, trials=1, epochs=1, latency=(LatencyConfig(max_seconds=0.02, device="cpu"),), out=out)
+    )
     latency = LatencyConfig(threads=1, max_seconds=0.1)
     folder = export(run, run.front()[0].key, tmp_path / "out", replace(ALL_FORMATS, latency=latency))
     files = json.loads((folder / "export.json").read_text())["files"]
@@ -609,7 +617,7 @@ def test_a_killed_export_does_not_break_the_next(run, tmp_path):
     check_files(export(Run.open(place), key, settings=Settings(formats=("onnx",))), {"timm", "onnx"})
 
 
-@pytest.mark.parametrize(("count", "of"), [(0, 7), (3, 10), (812, 1500), (64, 64)])
+@table("count, of", [(0, 7), (3, 10), (812, 1500), (64, 64)])
 def test_interval_of_a_share(count, of):
     """Wilson's formula."""
     z, p = 1.959963984540054, count / of

@@ -140,19 +140,20 @@ def test_workers_that_draw_at_once_never_draw_the_same(tmp_path, server, request
 
 
 def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.2)
+    now = 0.0
+    monkeypatch.setattr(claims.OUTAGES, "clock", lambda: now)
     knobs = Knobs({"x": tuple(range(8))})
     dead, living = (fleet_of(tmp_path, None, knobs, name) for name in ("dead", "living"))
     trial, point = dead.draw()
     living.bury()
     assert living.study.get_trials()[0].state == TrialState.RUNNING, "it was only just seen"
-    time.sleep(0.3)
+    now += 1.1 * claims.GRACE_SECONDS
     living.bury()
     assert [t.state for t in living.study.get_trials()] == [TrialState.FAIL, TrialState.WAITING]
     again, same = dead.draw()  # as if another one that dies, too
     assert (again.number, same) == (1, point)
     living.bury()
-    time.sleep(0.3)
+    now += 1.1 * claims.GRACE_SECONDS
     living.bury()
     states = [t.state for t in living.study.get_trials()]
     assert states == [TrialState.FAIL, TrialState.FAIL], "twice is enough"
@@ -160,6 +161,10 @@ def test_a_dead_workers_trial_is_repeated_once_and_then_fails(tmp_path, monkeypa
     assert living.draw()[1] != point
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         trial.set_user_attr("scores", {})
+
+
+def beat_of(worker: Fleet) -> object:
+    return worker.trials()[0].user_attrs.get(claims.BEAT)
 
 
 def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
@@ -172,8 +177,8 @@ def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
     with one.beating(trial):
         for _ in range(4):
             other.bury()
-            before, deadline = claims._beat(other.trials()[0]), time.monotonic() + 60
-            while claims._beat(other.trials()[0]) == before and time.monotonic() < deadline:
+            before, deadline = beat_of(other), time.monotonic() + 60
+            while beat_of(other) == before and time.monotonic() < deadline:
                 time.sleep(0.05)
             now += 0.9 * claims.GRACE_SECONDS
         other.bury()
@@ -183,7 +188,8 @@ def test_a_beating_trial_is_left_alone(tmp_path, monkeypatch):
 
 def test_a_burial_that_was_cut_short_is_finished(tmp_path, monkeypatch):
     """The one that ended the trial died before it could queue it again."""
-    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.1)
+    now = 0.0
+    monkeypatch.setattr(claims.OUTAGES, "clock", lambda: now)
     knobs = Knobs({"x": tuple(range(8))})
     one = fleet_of(tmp_path, None, knobs, "one")
     trial, point = one.draw()
@@ -191,7 +197,7 @@ def test_a_burial_that_was_cut_short_is_finished(tmp_path, monkeypatch):
     one.study.tell(trial, state=TrialState.FAIL)
     one.bury()
     assert len(one.study.get_trials()) == 1
-    time.sleep(0.2)
+    now += 1.1 * claims.GRACE_SECONDS
     one.bury()
     one.bury()
     assert len(one.study.get_trials()) == 2
@@ -224,7 +230,8 @@ def test_one_of_two_that_repeat_the_same_gives_way(tmp_path):
 
 def test_what_is_handed_on_keeps_its_number_and_its_measurements(tmp_path, monkeypatch):
     """Drawn by one that trains, measured by another, and trained by a third after the first has died over it."""
-    monkeypatch.setattr(claims, "GRACE_SECONDS", 0.2)
+    now = 0.0
+    monkeypatch.setattr(claims.OUTAGES, "clock", lambda: now)
     knobs = Knobs({"x": tuple(range(8))})
     trainer, measurer, other = (
         fleet_of(tmp_path, None, knobs, name, only=only)
@@ -247,7 +254,7 @@ def test_what_is_handed_on_keeps_its_number_and_its_measurements(tmp_path, monke
     again, same = trainer.draw()
     assert (again.number, same, again.user_attrs["scores"]["latency_ms"]) == (trial.number, point, 2.0)
     other.bury()
-    time.sleep(0.3)
+    now += 1.1 * claims.GRACE_SECONDS
     other.bury()
     repeated, same = other.draw(new=False)
     assert (repeated.number, same, repeated.user_attrs["scores"]["latency_ms"]) == (trial.number + 2, point, 2.0)
@@ -376,6 +383,7 @@ def test_one_alone_takes_up_what_several_left(tmp_path):
     assert states == {"complete": done + 3, "failed": 1}
 
 
+@pytest.mark.slow
 def test_what_a_lead_left_is_scored_where_there_is_enough_already(tmp_path):
     """It died over one too many; the next one has nothing to draw."""
     config = analytic_config(tmp_path, trials=4, workers=2)
@@ -403,25 +411,26 @@ def test_what_was_spared_may_be_drawn_again(tmp_path):
 def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
     """SQLite has no row locks: two must not take the same trial from the queue."""
     url = request.getfixturevalue("database") if server else None
-    knobs = Knobs({"x": tuple(range(60))})
+    knobs = Knobs({"x": tuple(range(20))})
     first = fleet_of(tmp_path, url, knobs, "first")
-    for x in range(60):
+    for x in range(20):
         first.study.enqueue_trial({"x": x})
     taken: list[int] = []
 
     def take(name: str) -> None:
         own = fleet_of(tmp_path, url, knobs, name)
-        while (trial_id := own._take(own.trials())) is not None:
-            taken.append(trial_id)
+        while (drawn := own.draw(new=False)) is not None:
+            taken.append(drawn[0].number)
 
     threads = [threading.Thread(target=take, args=(str(i),)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(taken) == len(set(taken)) == 60
+    assert len(taken) == len(set(taken)) == 20
 
 
+@pytest.mark.slow
 def test_several_workers_exhaust_a_space(tmp_path):
     """All 16 architectures, and no more; nobody falls over the end."""
     run = search(analytic_config(tmp_path, trials=40, workers=3))

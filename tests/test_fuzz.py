@@ -263,7 +263,7 @@ def test_space(tmp_path: Path, text: bytes) -> None:
 def test_describing_and_measuring_an_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, text: bytes
 ) -> None:
-    monkeypatch.setattr("nas.measure._measure_together", no_work)
+    monkeypatch.setattr("nas.measure.prepare_model", no_work)
     (tmp_path / "a.json").write_bytes(text)
     command(verb, str(tmp_path / "a.json"))
 
@@ -321,7 +321,7 @@ BEGINNINGS = [
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command that works for long ends where that would begin."""
-    monkeypatch.setattr("nas.measure._measure_together", no_work)
+    monkeypatch.setattr("nas.measure.prepare_model", no_work)
     monkeypatch.setattr("nas.search.evaluate.Evaluator.evaluate", no_work)
     monkeypatch.setattr("optuna.storages.run_grpc_proxy_server", no_work)
     for module in ("search.study", "calibration.work", "profile"):
@@ -705,7 +705,7 @@ def test_table_of_a_replay(example: Path, data: st.DataObject) -> None:
 names = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20)
 
 
-@fuzz(6, share=0.1)
+@fuzz(3, share=0.1)
 @given(names | st.sampled_from(("?#%", "%2F", "{0}", "a;b", "$(x)")))
 def test_folder_of_any_name(example: Path, name: str) -> None:
     """A run is read wherever it lies: its path is no part of any grammar."""

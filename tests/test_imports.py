@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +59,7 @@ def imports_of_source(source: str, module: str, is_package: bool) -> list[tuple[
     return found
 
 
+@functools.cache
 def imports_of(module: str) -> list[tuple[str, int]]:
     path = MODULES[module]
     return imports_of_source(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
@@ -131,32 +133,32 @@ def test_only_commands_import_spaces():
     assert [m for m in others if "search_spaces" in {name.split(".")[0] for name, _ in imports_of(m)}] == []
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "search_spaces"])
+@table("module", [name for name in MODULES if name.split(".")[0] == "search_spaces"])
 def test_search_spaces_are_declarations(module):
     inside = {name for name in own(module) if not name.startswith("search_spaces")}
     assert inside <= {"nas.space", "nas.architecture", "nas.errors", "nas.foreign_files"}
     assert third_party(module) == set()
 
 
-@pytest.mark.parametrize("module", ["nas.errors", "nas.architecture", "nas.objectives.objectives"])
+@table("module", ["nas.errors", "nas.architecture", "nas.objectives.objectives"])
 def test_pure_modules_need_only_the_standard_library(module):
     assert third_party(module) == set()
     assert own(module) <= {"nas.errors", "nas.interval"}
 
 
-@pytest.mark.parametrize("module", ["nas.space", "nas.objectives.pareto"])
+@table("module", ["nas.space", "nas.objectives.pareto"])
 def test_numeric_modules_need_only_numpy(module):
     assert third_party(module) <= {"numpy"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAS if part(name) == "nas.models"])
+@table("module", [name for name in NAS if part(name) == "nas.models"])
 def test_models_can_be_carried_by_an_export(module):
     assert third_party(module) <= {"torch", "timm"}
     assert all(dots for name, dots in imports_of(module) if name.split(".")[0] == "nas")
     assert {part(name) for name in own(module)} <= {"nas.models", "nas.architecture", "nas.errors"}
 
 
-@pytest.mark.parametrize("module", [name for name in NAS if part(name) == "nas.scoring"])
+@table("module", [name for name in NAS if part(name) == "nas.scoring"])
 def test_scoring_knows_neither_architectures_nor_optuna(module):
     assert not {part(name) for name in own(module)} & {"nas.architecture", "nas.models", "nas.space"}
     assert "optuna" not in third_party(module)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import table
 from rich.console import Console
 
 from nas.folders.run import Run
@@ -55,8 +56,8 @@ def shown(view: View, width: int, height: int, encoding: str = "utf-8") -> list[
     return file.buffer.getvalue().decode(encoding).splitlines()
 
 
-@pytest.mark.parametrize(("times", "workers"), [(1, 0), (20, 3), (4, 50)])
-@pytest.mark.parametrize("size", [(60, 12), (61, 13), (80, 24), (99, 20), (100, 20), (120, 40), (300, 90)])
+@table("times, workers", [(1, 0), (20, 3), (4, 50)])
+@table("size", [(60, 12), (61, 13), (80, 24), (99, 20), (100, 20), (120, 40), (300, 90)])
 def test_it_fits_the_terminal(run, trials, size, times, workers):
     view = View()
     view.update(progress(run, trials, trials[9], times, workers))
@@ -140,8 +141,8 @@ def test_ascii_terminals_get_ascii(run, trials):
     assert "Latency (ms)" in text
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
+@table(
+    "names, expected",
     [
         (("latency", "accuracy"), ("latency", "accuracy")),
         (("accuracy", "latency"), ("latency", "accuracy")),

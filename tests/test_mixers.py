@@ -5,11 +5,13 @@ kernel; the tables' own formulas are in `PUBLISHED_BLOCKS` and `PUBLISHED_MIXERS
 
 from __future__ import annotations
 
+import itertools
 from math import ceil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import table
 from timm.models.focalnet import FocalModulation
 from timm.models.mambaout import GatedConvBlock
 from timm.models.pvt_v2 import Attention as SpatialReductionAttention
@@ -166,15 +168,22 @@ COSTS = {
     "hadamard": closed_form_hadamard,
 }
 
-variant = pytest.mark.parametrize("options", VARIANTS, ids=str)
-compressions = pytest.mark.parametrize("compression", COMPRESSIONS)
-sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+
+def kind(options, *_):
+    """The mixer that a row of a table is about: one test for each."""
+    return getattr(options, "kind", options.name)
+
+
+variant = table("options", VARIANTS, by=kind)
+variant_and_compression = table("options, compression", itertools.product(VARIANTS, (1, 4)), by=kind)
+sizes = table("size", SIZES)
+sizes_and_compressions = table("size, compression", zip(SIZES, itertools.cycle(COMPRESSIONS), strict=False))
 
 
 def each_with_each(variants):
     """Every variant with every compression, at sizes in turn: each kind of mixer sees each size."""
     forms = [(v, c, SIZES[(i + j) % len(SIZES)]) for i, v in enumerate(variants) for j, c in enumerate(COMPRESSIONS)]
-    return pytest.mark.parametrize(("options", "compression", "size"), forms, ids=str)
+    return table("options, compression, size", forms, by=kind)
 
 
 def fits(options, width):
@@ -233,8 +242,7 @@ def test_maps_keep_their_shape(options, compression, size):
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mixer.parameters())
 
 
-@compressions
-@variant
+@variant_and_compression
 def test_gradient_reaches_every_parameter(options, compression):
     mixer = make(options, compression)
     x = images((9, 7)).requires_grad_()  # two keys even of patches of 8: of one, softmax has no gradient
@@ -258,8 +266,7 @@ def test_images_of_a_batch_do_not_mix(options, compression, size):
         assert not torch.allclose(together[1], together[0])
 
 
-@compressions
-@variant
+@variant_and_compression
 def test_positions_do_mix(options, compression):
     """A change at one corner is seen below or beside it: a token mixer is no 1x1 convolution."""
     mixer = exact(options, compression)
@@ -283,8 +290,9 @@ def test_cost_equals_its_closed_form(options, compression, size):
     assert counter.get_total_flops() == 2 * macs
 
 
-@pytest.mark.parametrize(("options", "width"), [(v, w) for v in VARIANTS for w in (16, 24) if fits(v, w)], ids=str)
-def test_compression_never_costs_more(options, width):
+@variant
+def test_compression_never_costs_more(options):
+    width = 24 if fits(options, 24) else WIDTH
     costs = [count_cost(make(options, c, width), (width, 6, 5)) for c in (1, 2, 4, 8)]
     params, macs = [c.params for c in costs], [c.macs for c in costs]
     assert params == sorted(params, reverse=True)
@@ -300,15 +308,14 @@ def test_compression_always_pays_at_full_width(options):
     assert macs == sorted(set(macs), reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("options", "width", "compression"),
-    [
-        (v, width, compression)
-        for v in VARIANTS
-        for width, compression in [(8, 1), (24, 2), (40, 3), (16, 7), (80, 3), (8, 8), (8, 100), (16, 100)]
-        if fits(v, width)
-    ],
-    ids=str,
+WIDTHS_AND_COMPRESSIONS = ((8, 1), (24, 2), (40, 3), (16, 7), (80, 3), (8, 8), (8, 100), (16, 100))
+
+
+@table(
+    "options, width, compression",
+    # every other one for each variant, in turn
+    [(v, *w) for i, v in enumerate(VARIANTS) for w in WIDTHS_AND_COMPRESSIONS[i % 2 :: 2] if fits(v, w[0])],
+    by=kind,
 )
 def test_any_width_and_compression(options, width, compression):
     mixer = make(options, compression, width)
@@ -318,10 +325,10 @@ def test_any_width_and_compression(options, width, compression):
     assert mixer(images((3, 4), width=width)).shape == (2, width, 3, 4)
 
 
-@pytest.mark.parametrize("kind", [Softmax, Strip])
-def test_inner_width_is_split_over_heads(kind):
+@table("mixer", [Softmax, Strip])
+def test_inner_width_is_split_over_heads(mixer):
     inner = {
-        (c, h, r): Stage(kind(heads=h), 1, c, compression=r).inner_width
+        (c, h, r): Stage(mixer(heads=h), 1, c, compression=r).inner_width
         for c in (16, 48)
         for h in (1, 8)
         for r in (1, 3, 64)
@@ -330,7 +337,7 @@ def test_inner_width_is_split_over_heads(kind):
     assert (inner[16, 1, 3], inner[48, 8, 3], inner[16, 8, 64]) == (5, 16, 8)
 
 
-@pytest.mark.parametrize("options", [Additive(), *map(Hadamard, ("conv_modulation", "lka", "focal"))])
+@table("options", [Additive(), *map(Hadamard, ("conv_modulation", "lka", "focal"))])
 def test_inner_width_is_the_whole_map_compressed(options):
     inner = {(c, r): Stage(options, 1, c, compression=r).inner_width for c in (16, 50) for r in (1, 3, 64)}
     assert inner == {(c, r): max(1, c // r) for c, r in inner}
@@ -365,8 +372,7 @@ def test_inner_width_of_gnconv_is_a_multiple_of_its_first_width_doubled():
     assert (inner[2, 16, 3], inner[4, 48, 3], inner[5, 48, 2], inner[5, 16, 64]) == (4, 16, 16, 16)
 
 
-@compressions
-@variant
+@variant_and_compression
 def test_meta_device_and_dtype(options, compression):
     mixer = build_mixer(WIDTH, options, compression, device="meta", dtype=torch.bfloat16)
     assert {p.device.type for p in mixer.parameters()} == {"meta"}
@@ -374,8 +380,7 @@ def test_meta_device_and_dtype(options, compression):
     assert sum(p.numel() for p in mixer.parameters()) == COSTS[options.name](WIDTH, 1, 1, options, compression)[0]
 
 
-@compressions
-@variant
+@variant_and_compression
 def test_fx_trace_holds_at_every_size(options, compression):
     mixer = exact(options, compression)
     traced = torch.fx.symbolic_trace(mixer)
@@ -518,27 +523,24 @@ PUBLISHED_MIXERS = {
         for h, w in ((2, 4), (8, 8))
     },
 }
-published_widths = pytest.mark.parametrize("width", [64, 128])
+PUBLISHED_WIDTHS = (64, 128)
 
 
-@published_widths
-@pytest.mark.parametrize("options", PUBLISHED_BLOCKS, ids=str)
+@table("options, width", itertools.product(PUBLISHED_BLOCKS, PUBLISHED_WIDTHS), by=kind)
 def test_block_costs_what_its_table_says(options, width):
     params, macs = PUBLISHED_BLOCKS[options]
     cost = count_cost(Block(Stage(options, 1, width, local="none", mlp="none"), norm="ln"), (width, 8, 16))
     assert (cost.params, cost.macs, cost.uncounted) == (params(width), macs(width, 128), ())
 
 
-@published_widths
-@pytest.mark.parametrize("options", PUBLISHED_MIXERS, ids=str)
+@table("options, width", itertools.product(PUBLISHED_MIXERS, PUBLISHED_WIDTHS), by=kind)
 def test_mixer_costs_what_its_table_says(options, width):
     params, macs = PUBLISHED_MIXERS[options]
     cost = count_cost(make(options, width=width), (width, 8, 16))
     assert (cost.params, cost.macs, cost.uncounted) == (params(width), macs(width, 128), ())
 
 
-@published_widths
-@pytest.mark.parametrize("r", [1, 2, 4, 8])
+@table("r, width", itertools.product((1, 2, 4, 8), PUBLISHED_WIDTHS))
 def test_strip_costs_what_its_table_says(r, width):
     """One channel of queries and keys a head: the strongest compression."""
     options = Strip(heads=4, kv_reduction=r)
@@ -569,8 +571,8 @@ def channels_first(x):
     return x.permute(0, 3, 1, 2)
 
 
-@sizes
 @pytest.mark.parametrize("expansion", [3, 4])
+@sizes
 def test_star_is_timms(expansion, size):
     block = exact_block(Hadamard("star", expansion=expansion))
     ours, theirs = block.mixer, StarBlock(WIDTH, mlp_ratio=expansion).double().eval()
@@ -590,8 +592,8 @@ def test_star_is_timms(expansion, size):
     agree(block(x), theirs(x))
 
 
-@sizes
 @pytest.mark.parametrize(("window", "levels"), [(3, 1), (3, 2), (3, 3), (7, 2)])
+@sizes
 def test_focal_is_timms(window, levels, size):
     ours = exact(Hadamard("focal", kernel_size=window, levels=levels))
     theirs = FocalModulation(WIDTH, focal_window=window, focal_level=levels).double().eval()
@@ -604,8 +606,8 @@ def test_focal_is_timms(window, levels, size):
     agree(ours(x), theirs(x))
 
 
-@sizes
 @pytest.mark.parametrize(("kernel_size", "expansion"), [(7, 8 / 3), (3, 8 / 3), (7, 1.5)])
+@sizes
 def test_gated_conv_is_timms(kernel_size, expansion, size):
     block = exact_block(Hadamard("gated_conv", kernel_size=kernel_size, expansion=expansion))
     ours, theirs = block.mixer, GatedConvBlock(WIDTH, expansion, kernel_size).double().eval()
@@ -654,8 +656,8 @@ def test_reduction_by_convolution_is_timms(heads, r, size):
 # The published forms, written a second time
 
 
-@sizes
 @pytest.mark.parametrize("heads", [1, 4])
+@sizes
 def test_softmax_is_multi_head_attention(heads, size):
     mixer = exact(Softmax(heads=heads))
     reference = nn.MultiheadAttention(WIDTH, heads, batch_first=True).double()
@@ -728,10 +730,9 @@ def reduce_patch(convolution, norm, patch):
     return layer_norm(norm, value + convolution.bias)
 
 
-@sizes
-@compressions
 @pytest.mark.parametrize("r", [2, 3])
 @pytest.mark.parametrize("reducer", KV_REDUCERS)
+@sizes_and_compressions
 def test_reduced_softmax_by_hand(reducer, r, compression, size):
     mixer = exact(Softmax(heads=4, kv_reduction=r, reducer=reducer), compression)
     x = images(size).double()
@@ -749,9 +750,8 @@ def test_reduced_softmax_by_hand(reducer, r, compression, size):
         agree(mixer(x), conv(mixer.proj, attended))
 
 
-@sizes
-@compressions
 @pytest.mark.parametrize("r", [1, 2, 3, 8])
+@sizes_and_compressions
 def test_strip_by_hand(r, compression, size):
     mixer = exact(Strip(heads=4, kv_reduction=r), compression)
     x = images(size).double()
@@ -782,11 +782,16 @@ def attend_in_window(mixer, qkv, i, j, heads, w):
     return torch.cat(outputs)
 
 
-@compressions
-@pytest.mark.parametrize(
-    ("heads", "window", "size"),
-    [(2, 2, (3, 5)), (4, 3, (4, 3)), (1, 3, (2, 5)), (4, 7, (2, 3)), (8, 2, (1, 1)), (2, 2, (4, 2))],
-    ids=str,
+@table(
+    "heads, window, size, compression",
+    [
+        (2, 2, (3, 5), 1),
+        (4, 3, (4, 3), 2),
+        (1, 3, (2, 5), 4),
+        (4, 7, (2, 3), 1),
+        (8, 2, (1, 1), 2),
+        (2, 2, (4, 2), 4),
+    ],
 )
 def test_windows_by_hand(heads, window, size, compression):
     """Position by position; the map's sides are multiples of the window's, or not, or smaller."""
@@ -801,8 +806,7 @@ def test_windows_by_hand(heads, window, size, compression):
         agree(mixer(x), conv(mixer.proj, expected))
 
 
-@pytest.mark.parametrize("size", [(5, 7), (6, 6), (2, 8)], ids=str)
-@pytest.mark.parametrize("window", [2, 3, 7])
+@table("size, window", [((5, 7), 2), ((6, 6), 3), ((2, 8), 7), ((5, 7), 3), ((6, 6), 7), ((2, 8), 2)])
 def test_windows_see_themselves_only(window, size):
     """A change moves the outputs of its whole window and of nothing else."""
     mixer = exact(Softmax(heads=2, window=window))
@@ -819,9 +823,11 @@ def test_windows_see_themselves_only(window, size):
         assert changed.tolist() == same
 
 
-@pytest.mark.parametrize("bias", [None, (5, 7), (2, 1, 5, 7), (2, 4, 5, 7)], ids=str)
-@pytest.mark.parametrize(("d", "e"), [(1, 4), (1, 1), (4, 4), (2, 6)])
-def test_attention_is_torchs(d, e, bias):
+@table(
+    "bias, d, e",
+    [(b, *c) for b in (None, (5, 7), (2, 1, 5, 7), (2, 4, 5, 7)) for c in ((1, 4), (1, 1), (4, 4), (2, 6))],
+)
+def test_attention_is_torchs(bias, d, e):
     """Explicit softmax, torch's own function and our product, from one channel of queries a head upwards."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, *s, generator=generator).double() for s in ((5, d), (7, d), (7, e)))
@@ -834,8 +840,8 @@ def test_attention_is_torchs(d, e, bias):
     assert ScaledDotProduct().extra_macs(q, k, v, bias) == 2 * 4 * 5 * 7 * (d + e)
 
 
-@sizes
 @pytest.mark.parametrize("options", [Strip(heads=4), Softmax(heads=4)], ids=str)
+@sizes
 def test_one_channel_a_head(options, size):
     """The published strip: scores are plain products of two numbers, softmax(q_n k_m) without a scale."""
     mixer = exact(options, compression=WIDTH // 4)
@@ -856,9 +862,8 @@ def test_one_channel_a_head(options, size):
         agree(mixer(x), conv(mixer.proj, fused))
 
 
-@sizes
-@compressions
 @pytest.mark.parametrize("kernel_size", [3, 5])
+@sizes_and_compressions
 def test_additive_by_hand(kernel_size, compression, size):
     mixer = exact(Additive(kernel_size=kernel_size), compression)
     x = images(size).double()

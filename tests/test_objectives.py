@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from conftest import table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ FIELDS = {f.name for f in dataclasses.fields(Scores)}
 MINIMISED = [name for name, o in OBJECTIVES.items() if o.minimize]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@table("name", OBJECTIVES)
 def test_every_objective_reads_its_field(name):
     objective = OBJECTIVES[name]
     assert objective.name == name
@@ -29,7 +30,7 @@ def test_every_objective_reads_its_field(name):
     assert objective.direction == {True: "minimize", False: "maximize"}[objective.minimize]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@table("name", OBJECTIVES)
 def test_less_loss_is_better(name):
     objective = OBJECTIVES[name]
     better, worse = sorted((1.0, 2.0), reverse=not objective.minimize)
@@ -51,14 +52,14 @@ def test_objectives_keep_their_order():
     assert parse_objectives(("latency", "accuracy"), "train", True) == (OBJECTIVES["latency"], OBJECTIVES["accuracy"])
 
 
-@pytest.mark.parametrize("number", range(2, MAX_OBJECTIVES + 1))
+@table("number", range(2, MAX_OBJECTIVES + 1))
 def test_two_to_four_objectives(number):
     names = list(OBJECTIVES)[:number]
     assert [o.name for o in parse_objectives(names, "train", True)] == names
 
 
-@pytest.mark.parametrize(
-    ("names", "hint"),
+@table(
+    "names, hint",
     [
         ([], "two to four"),
         (["latency"], "two to four"),
@@ -89,8 +90,8 @@ def test_an_untrained_proxy_is_not_called_accuracy():
 # parse_budgets
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "value"),
+@table(
+    "text, name, value",
     [
         ("latency=5ms", "latency", 5.0),
         ("latency=5", "latency", 5.0),
@@ -118,18 +119,16 @@ def test_several_budgets():
     assert parse_budgets([]) == {}
 
 
-@pytest.mark.parametrize(
-    "amount", ["", "0", "-1", "nan", "inf", "-inf", "five", "5s", "5 5", "1e400", "0x10", "ms", "M", "5MM", "--5"]
-)
-@pytest.mark.parametrize("name", MINIMISED)
+@table("amount", ["", "0", "-1", "nan", "inf", "-inf", "five", "5s", "5 5", "1e400", "0x10", "ms", "M", "5MM", "--5"])
+@table("name", MINIMISED)
 def test_bad_amounts_are_refused(name, amount):
     with pytest.raises(UsageError, match=f"--max {name}") as caught:
         parse_budgets([f"{name}={amount}"])
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("texts", "hint"),
+@table(
+    "texts, hint",
     [
         (["latencyy=5"], "Did you mean 'latency'"),
         (["=5"], "unknown objective"),
@@ -158,7 +157,7 @@ def test_any_plain_number_is_a_budget(value, name):
     assert parse_budgets([f"{name}={value}"]) == {name: value}
 
 
-@pytest.mark.parametrize("name", MINIMISED)
+@table("name", MINIMISED)
 def test_the_example_of_an_error_is_good(name):
     with pytest.raises(UsageError) as caught:
         parse_budgets([f"{name}=?"])
@@ -169,8 +168,8 @@ def test_the_example_of_an_error_is_good(name):
 # format_value
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
+@table(
+    "name, value, text",
     [
         ("latency", 1.23456, "1.23 ms"),
         ("accuracy", 98.0, "98.00 %"),

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import table
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -22,7 +23,7 @@ SETS = [
     for n, levels in ((1, 3), (12, 3), (40, 6), (60, 1000))
     for seed in range(3)
 ]
-random_sets = pytest.mark.parametrize(("m", "n", "levels", "seed"), SETS)
+random_sets = table("m, n, levels, seed", SETS)
 
 
 def random_losses(m: int, n: int, levels: int, seed: int) -> np.ndarray:
@@ -87,15 +88,15 @@ def test_hypervolume_against_optuna_and_pymoo(m, n, levels, seed):
     assert volume == pytest.approx(compute_hypervolume(inside, reference))
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(5))
+@table("m", [1, 2, 3, 4])
+@table("seed", range(5))
 def test_hypervolume_against_cells(m, seed):
     losses = random_losses(m, 9, 5, seed)
     reference = np.full(m, 4.5)
     assert hypervolume(losses, reference) == pytest.approx(volume_by_cells(losses.tolist(), reference.tolist()))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 30])
+@table("n", [1, 2, 7, 30])
 def test_staircase_in_two_dimensions(n):
     """Points (i, n - 1 - i) under (n, n): column i is filled above n - 1 - i, so 1 + 2 + … + n."""
     points = np.array([(i, n - 1 - i) for i in range(n)], dtype=float)
@@ -104,7 +105,7 @@ def test_staircase_in_two_dimensions(n):
     assert hypervolume(shuffled, [n, n]) == n * (n + 1) / 2
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9])
+@table("n", [1, 2, 5, 9])
 def test_staircase_in_three_dimensions(n):
     """All (i, j, k) with i + j + k = n - 1 under (n, n, n) cover each cell whose corner sums to n - 1 or more."""
     points = [(i, j, n - 1 - i - j) for i in range(n) for j in range(n - i)]
@@ -113,13 +114,13 @@ def test_staircase_in_three_dimensions(n):
     assert hypervolume(points, [n, n, n]) == n**3 - below
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
+@table("m", [1, 2, 3, 4, 5])
 def test_one_point_is_a_box(m):
     sides = np.arange(1, m + 1)
     assert hypervolume([10.0 - sides], np.full(m, 10.0)) == np.prod(sides)
 
 
-@pytest.mark.parametrize("m", [2, 3, 4])
+@table("m", [2, 3, 4])
 def test_two_boxes_by_inclusion_and_exclusion(m):
     a, b = np.zeros(m), np.ones(m)
     a[0], b[0] = 2.0, 0.0
@@ -128,14 +129,14 @@ def test_two_boxes_by_inclusion_and_exclusion(m):
     assert hypervolume([a, b], corner) == pytest.approx(volume)
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
+@table("m", OBJECTIVES)
 def test_a_chain_has_one_point_a_front(m):
     chain = np.arange(6.0)[:, None].repeat(m, axis=1)
     assert nondomination_ranks(chain).tolist() == [0, 1, 2, 3, 4, 5]
     assert nondomination_ranks(chain[::-1], max_rank=2).tolist() == [3, 3, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
+@table("m", OBJECTIVES)
 def test_better_in_one_and_equal_in_the_rest_dominates(m):
     point = np.ones(m)
     for axis in range(m):
@@ -149,7 +150,7 @@ def test_one_objective():
     assert hypervolume([[3.0], [1.0]], [5.0]) == 4.0
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
+@table("m", OBJECTIVES)
 def test_max_rank_cuts_the_rest_together(m):
     losses = random_losses(m, 40, 6, 0)
     full = nondomination_ranks(losses)
@@ -157,7 +158,7 @@ def test_max_rank_cuts_the_rest_together(m):
         assert nondomination_ranks(losses, max_rank=cut).tolist() == np.minimum(full, cut + 1).tolist()
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
+@table("m", OBJECTIVES)
 def test_infinite_losses_are_the_worst(m):
     losses = np.full((3, m), np.inf)
     losses[0, 0] = losses[1] = 1.0
@@ -165,10 +166,8 @@ def test_infinite_losses_are_the_worst(m):
     assert hypervolume(losses, np.full(m, 2.0)) == 1.0
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
-@pytest.mark.parametrize(
-    "function", [non_dominated, nondomination_ranks, lambda a: hypervolume(a, np.full(a.shape[1], 5.0))]
-)
+@table("m", OBJECTIVES)
+@table("function", [non_dominated, nondomination_ranks, lambda a: hypervolume(a, np.full(a.shape[1], 5.0))])
 def test_nan_is_refused(function, m):
     losses = np.ones((3, m))
     losses[1, -1] = np.nan
@@ -194,7 +193,7 @@ def test_bad_shapes_are_refused():
             hypervolume([[0.0, 0.0]], corner)
 
 
-@pytest.mark.parametrize("m", OBJECTIVES)
+@table("m", OBJECTIVES)
 def test_points_outside_the_reference_add_nothing(m):
     losses = random_losses(m, 10, 4, 1)
     corner = np.full(m, 4.0)

@@ -15,6 +15,7 @@ import search_spaces
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
 from nas.report import plots
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.space import SearchSpace, StageChoices
 
@@ -26,9 +27,9 @@ def run(tmp_path_factory) -> Run:
         space=search_spaces.load("mini"),
         objectives=("latency", "accuracy"),
         proxy="params",
-        trials=4,
+        trials=3,
         baselines=("mobilenetv3_small_050",),
-        latency_seconds=0.02,
+        latency=(LatencyConfig(device="auto", max_seconds=0.02),),
         out=out,
     )
     return search(config)
@@ -79,7 +80,7 @@ def test_what_chance_would_give_where_all_is_scored(tmp_path):
     assert "random search on all 4" in plots.plot([run])[-1].read_text()
 
 
-def test_three_objectives_give_two_panels(tmp_path):
+def test_three_objectives_give_two_panels(tmp_path, monkeypatch):
     config = SearchConfig(
         space=search_spaces.load("mini"),
         objectives=("macs", "accuracy", "params"),
@@ -87,9 +88,10 @@ def test_three_objectives_give_two_panels(tmp_path):
         trials=3,
         out=tmp_path / "r",
     )
-    found = search(config)
-    scored = [t for t in found.trials() if t.state == "complete"]
-    figure = plots._draw([(found, scored, found.front())])
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or [])
+    plots.plot([search(config)])
+    figure = drawn[0]
     assert [axes.get_ylabel() for axes in figure.axes] == ["Proxy params (untrained)", "Parameters"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"MACs"}
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import table
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -237,8 +238,10 @@ def test_the_presets_are_those_of_the_references():
     assert {size: (ref.depths, ref.widths) for size, ref in S2A_R.items()} == S2A_R_GRID
 
 
-@pytest.mark.parametrize(("suffix", "side"), [*(("", side) for side in RESOLUTIONS), ("_distilled", 224)])
-@each_cas_vit
+@table(
+    "size, suffix, side",
+    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("s", "", 384), ("m", "_distilled", 224)],
+)
 def test_cas_vit_to_the_unit(size, suffix, side):
     ref = CAS_VIT[size]
     model = network(f"cas_vit_{size}{suffix}", device="meta")
@@ -249,8 +252,7 @@ def test_cas_vit_to_the_unit(size, suffix, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@pytest.mark.parametrize("side", RESOLUTIONS)
-@each_s2a_r
+@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256), ("t", 384)])
 def test_s2a_r_to_the_unit(size, side):
     ref = S2A_R[size]
     model = network(f"s2a_r_{size}", device="meta")
@@ -262,11 +264,11 @@ def test_s2a_r_to_the_unit(size, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@table("name", PRESETS)
 def test_our_counter_to_the_unit(name):
     """`count_cost` counts attention's products too."""
     family, size = ("cas_vit", name.split("_")[2]) if name.startswith("cas") else ("s2a_r", name.split("_")[2])
-    cost = count_cost(network(name), (3, 224, 224))
+    cost = count_cost(network(name, device="meta"), (3, 224, 224))
     if family == "s2a_r":
         ref = S2A_R[size]
         assert (cost.params, cost.macs - ref.attention_macs_224) == (ref.params, ref.macs[224])
@@ -277,8 +279,8 @@ def test_our_counter_to_the_unit(name):
     assert cost.uncounted == ()
 
 
-@pytest.mark.parametrize(("height", "width"), [(225, 257), (97, 31)])
-@pytest.mark.parametrize("name", ["cas_vit_xs", "s2a_r_mini"])
+@table("height, width", [(225, 257), (97, 31)])
+@table("name", ["cas_vit_xs", "s2a_r_mini"])
 def test_odd_sides_are_rounded_up(name, height, width):
     model = network(name, device="meta")
     with torch.no_grad():
@@ -298,7 +300,7 @@ def test_published_counts():
 # Presets as points of spaces and as timm models
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("_distilled")])
+@table("name", [name for name in PRESETS if not name.endswith("_distilled")])
 def test_presets_are_points_of_spaces(name):
     space = search_spaces.load("cas_vit" if name.startswith("cas_vit") else "s2aformer")
     choices = space.encode(PRESETS[name])
@@ -315,7 +317,7 @@ def test_distilled_presets_differ_by_their_head(size):
         search_spaces.load("cas_vit").encode(distilled)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@table("name", PRESETS)
 def test_presets_are_timm_models(name):
     assert timm.is_model(name)
     assert timm.model_entrypoint(name).__name__ == name
@@ -368,9 +370,7 @@ def test_every_argument_of_s2a_r_is_tested():
     assert list(CHANGES) == list(inspect.signature(s2a_r).parameters)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"), [(argument, value) for argument, values in CHANGES.items() for value in values]
-)
+@table("argument, value", [(argument, value) for argument, values in CHANGES.items() for value in values])
 def test_arguments_of_s2a_r(argument, value):
     plain, grid = s2a_r(**SMALL), SMALL | {argument: value}
     changed = s2a_r(**grid)
@@ -464,9 +464,6 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-each_form = pytest.mark.parametrize("form", FORMS)
-
-
 @each_cas_vit
 def test_official_names_are_all_there(size):
     ref, shapes = CAS_VIT[size], official_shapes(size, "distilled")
@@ -476,8 +473,12 @@ def test_official_names_are_all_there(size):
     assert total == ref.params_distilled
 
 
-@each_form
-@each_cas_vit
+each_size_and_form = table(
+    "size, form", [*(("xs", form) for form in FORMS), ("s", "plain"), ("m", "distilled"), ("t", "dense")]
+)
+
+
+@each_size_and_form
 def test_names_are_one_to_one_and_onto(size, form):
     """Ours are in the order of the official ones, which is a second way from one to the other."""
     model = ours(size, form, device="meta")
@@ -488,10 +489,9 @@ def test_names_are_one_to_one_and_onto(size, form):
     assert list(mapped) == list(state)
 
 
-@each_form
-@each_cas_vit
-def test_official_weights_load_strictly(size, form):
-    model, weights = ours(size, form), official_weights(size, form)
+@pytest.mark.parametrize("form", FORMS)
+def test_official_weights_load_strictly(form):
+    model, weights = ours("xs", form), official_weights("xs", form)
     result = model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
@@ -499,8 +499,7 @@ def test_official_weights_load_strictly(size, form):
         assert bool(model(images(1, 3, 32, 32)).isfinite().all())
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@each_form
+@pytest.mark.parametrize(("form", "suffix"), list(zip(FORMS, itertools.cycle((".pth", ".safetensors")), strict=False)))
 def test_official_weights_survive_a_file(form, suffix, tmp_path):
     path, model, weights = tmp_path / f"weights{suffix}", ours("xs", form), official_weights("xs", form)
     model.load_state_dict(checkpoint_filter_fn(weights, model))
@@ -524,7 +523,7 @@ def test_own_names_pass_unchanged():
         assert all(filtered[key] is state[key] for key in state)
 
 
-@pytest.mark.parametrize(
+@table(
     "extra",
     [
         "network.0.0.attn.extra.weight",
@@ -542,7 +541,7 @@ def test_an_unknown_official_name_is_named(extra):
         model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
 
 
-@pytest.mark.parametrize("lost", ["network.2.1.attn.dwc.bias", "patch_embed.4.running_mean", "head.weight"])
+@table("lost", ["network.2.1.attn.dwc.bias", "patch_embed.4.running_mean", "head.weight"])
 def test_a_missing_official_name_is_named(lost):
     model, weights = network("cas_vit_xs"), official_weights("xs", "plain")
     del weights[lost]
@@ -557,8 +556,8 @@ def test_weights_without_a_distillation_head_do_not_fill_two():
         model.load_state_dict(checkpoint_filter_fn(official_weights("xs", "plain"), model), strict=True)
 
 
-@each_cas_vit
-def test_two_official_heads_become_their_mean_in_one(size, caplog):
+def test_two_official_heads_become_their_mean_in_one(caplog):
+    size = "xs"
     weights = official_weights(size, "distilled")
     with caplog.at_level(logging.INFO, logger="nas.models.presets"):
         one, two = ours(size, "plain"), ours(size, "distilled")
@@ -659,7 +658,7 @@ def test_channels_that_do_not_divide_a_head_are_refused():
         s2a_r((1, 1), (28, 56), (1, 2), (1, 1), qk_channels=8)
 
 
-@pytest.mark.parametrize(
+@table(
     "grid",
     [
         {"depths": (1, 1), "widths": (28, 56)},
@@ -678,8 +677,8 @@ def test_a_preset_is_one_architecture():
         network("cas_vit_xs", architecture=PRESETS["cas_vit_s"])
 
 
-@each_cas_vit
-def test_timm_loads_the_dense_form(size, tmp_path):
+def test_timm_loads_the_dense_form(tmp_path):
+    size = "xs"
     weights = official_weights(size, "dense")
     torch.save({"state_dict": weights}, tmp_path / "dense.pth")
     body = pretrained(f"cas_vit_{size}", str(tmp_path / "dense.pth"), features_only=True, stage_norms=True)
@@ -723,8 +722,7 @@ def reference_weights() -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize(("folded", "tolerance"), [(False, 1e-5), (True, 1e-4)], ids=["as trained", "folded"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 80)])
+@table("height, width, folded, tolerance", [(64, 64, True, 1e-4), (96, 80, False, 1e-5)])
 def test_outputs_of_the_official_network(height, width, folded, tolerance):
     model = network("cas_vit_xs")
     model.load_state_dict(checkpoint_filter_fn(reference_weights(), model), strict=True)

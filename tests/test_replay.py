@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -29,13 +30,12 @@ from nas.interval import Interval
 from nas.models import create_backbone
 from nas.replay import FILE, KINDS, replay
 from nas.scoring.cost import count_cost
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
-from nas.search import study as study_module
-from nas.search.comparable import evaluator_of
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.table import SAMPLERS, suggest
 
-TIMED = {"objectives": ("latency", "macs"), "device": "cpu", "dtype": "bf16", "latency_seconds": 0.01}
+TIMED = {"objectives": ("latency", "macs"), "device": "cpu", "dtype": "bf16", "max_seconds": 0.01}
 """Timed, and not in ONNX Runtime as well, which has no bf16."""
 TRAINED = {
     "objectives": ("macs", "accuracy"),
@@ -123,10 +123,10 @@ def test_what_was_scored_is_not_scored_again_unless_asked(tmp_path):
 
 
 def test_only_the_front(tmp_path):
-    run = search(analytic_config(tmp_path, trials=12, sampler="random"))
+    run = search(analytic_config(tmp_path, trials=6, sampler="random"))
     keys = {t.key for t in run.front()}
     wanted = [t.key for t in run.trials() if t.key in keys]
-    assert 0 < len(wanted) < 12
+    assert 0 < len(wanted) < 6
     assert [row.trial.key for row in again(run, front=True).rows] == wanted
     assert [row.trial.key for row in again(run, front=True, limit=1).rows] == wanted[:1]
 
@@ -253,7 +253,8 @@ def test_a_runtime_and_a_latency_protocol_matter_to_latency_alone(single):
     assert not again(run).disagreeing
 
 
-def test_nothing_to_replay(tmp_path):
+def test_nothing_to_replay(tmp_path, monkeypatch):
+    monkeypatch.setattr("nas.search.loop.MAX_OVER_BUDGET", 3)
     with pytest.raises(NasError):
         search(analytic_config(tmp_path, trials=1, budgets={"params": 10.0}))
     run = Run.open(tmp_path / "run")
@@ -335,26 +336,32 @@ MOST_SLOW = [pytest.param(n, marks=() if n == "surrogate" else pytest.mark.slow)
 def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name):
     """So many trials that each has left its random start, and some of them over budget."""
     config = analytic_config(tmp_path, space=MINI, trials=14, sampler=name, budgets={"params": 1.2e5})
-    check_redrawn(search(config))
+    check_redrawn(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOST_SLOW)
 def test_latencies_that_no_second_run_has_are_no_obstacle_to_that(tmp_path, name):
     timed = TIMED | {"objectives": ("latency", "macs", "accuracy")}
-    check_redrawn(search(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed)))
+    check_redrawn(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed))
 
 
-def check_redrawn(run: Run) -> None:
+def check_redrawn(config: SearchConfig) -> None:
     """What a sampler draws follows from the configuration's seed and the records alone."""
-    config = SearchConfig.from_run(run)
-    evaluator, _ = evaluator_of(run, config)
+    problems, make = [], SAMPLERS[config.sampler]
+
+    def watched(knobs, problem, known, seed):
+        problems.append(problem)
+        return make(knobs, problem, known, seed)
+
+    with mock.patch.dict(SAMPLERS, {config.sampler: watched}):
+        run = search(config)
+    (problem,) = problems
     recorded = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
     knobs, known = Knobs.of_space(config.space), set()
-    problem = study_module._problem(run, config, evaluator, None)
     fresh = optuna.create_study(
         directions=[o.direction for o in run.objectives],
-        sampler=SAMPLERS[config.sampler](knobs, problem, known, config.seed),
+        sampler=make(knobs, problem, known, config.seed),
     )
     assert len(recorded) >= config.trials
     for before in recorded:
@@ -377,7 +384,7 @@ def test_trainings_come_out_the_same_the_stopped_ones_too(tmp_path, monkeypatch)
     config = SearchConfig(
         space=MINI,
         objectives=("macs", "accuracy"),
-        device="cpu",
+        latency=(LatencyConfig(device="cpu"),),
         epochs=4,
         max_images=400,
         train_batch_size=32,

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from conftest import required
+from conftest import required, table
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from test_search import analytic_config
@@ -217,8 +217,8 @@ def test_full_trainings_beside_the_short_ones(run, tmp_path):
         facts.trained(other, other.trials())
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
+@table(
+    "url, shown",
     [
         (None, "study.db in the run folder"),
         ("postgresql://me:secret@db.lan:5433/nas?password=secret", "postgresql://db.lan:5433/nas"),
@@ -334,8 +334,8 @@ def test_the_dashboard_shows_one_study_for_reading(run):
             refused()
 
 
-@pytest.mark.parametrize(
-    ("listens", "asked", "origin", "method", "writable", "answered"),
+@table(
+    "listens, asked, origin, method, writable, answered",
     [
         ("127.0.0.1", "127.0.0.1:8080", None, "GET", False, True),
         ("127.0.0.1", "localhost:8080", "http://localhost:8080", "GET", False, True),

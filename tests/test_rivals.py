@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import table
 from timm.models.byobnet import MobileOneBlock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +29,7 @@ from nas.report import facts
 from nas.report.html import report
 from nas.report.plots import plot
 from nas.scoring.cost import count_cost
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
 
@@ -41,7 +43,7 @@ BRANCHING: dict[str, float | None] = {
     **dict.fromkeys(("levit_128s", "iformer_t", "shvit_s1", "lcnetv2_small")),
 }
 """Families whose training branches or norms timm fuses -> published millions of parameters after it, of some."""
-FEW = ("repvgg_a0", "fastvit_t8", "tiny_vit_5m_224", "efficientvit_m0")
+FEW = ("repvgg_a0", "efficientvit_m0")
 
 
 def with_norms_that_do_something(model: nn.Module) -> nn.Module:
@@ -232,7 +234,7 @@ def run(tmp_path_factory) -> Run:
             objectives=("macs", "params"),
             sampler="random",
             trials=3,
-            device="cpu",
+            latency=(LatencyConfig(device="cpu"),),
             input_size=64,
             baselines=("test_vit", "coat_lite_tiny", "mobileone_s0", "pit_ti_224", *own),
             out=tmp_path_factory.mktemp("rivals") / "run",
@@ -253,6 +255,7 @@ def test_baselines_are_counted_in_their_deployed_form(run):
     assert {name for name, scores in found.items() if scores.form} == {"mobileone_s0"}
 
 
+@pytest.mark.slow
 def test_a_lower_bound_is_shown_as_one_and_not_compared_further_than_it_bears(run, capsys, tmp_path):
     document = json.loads((run.path / "front.json").read_text())
     baselines, keys = document["baselines"], {point["key"] for point in document["points"]}
@@ -305,8 +308,8 @@ LOW = ("a: mystery",)
 FRONT = [trial(1, macs=10, params=9), trial(2, macs=20, params=5)]
 
 
-@pytest.mark.parametrize(
-    ("scores", "places"),
+@table(
+    "scores, places",
     [
         (Scores(macs=10, params=9), []),  # equal to a point
         (Scores(macs=15, params=4), []),

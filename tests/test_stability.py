@@ -6,14 +6,14 @@ import itertools
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-from conftest import IN_ONNXRUNTIME_TOO
-from torch import nn
+from conftest import required, table
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
@@ -22,11 +22,12 @@ from nas.folders.trial import Trial
 from nas.folders.verdicts import doubts
 from nas.interval import Interval
 from nas.measure import REST, agreement, measure
+from nas.models import Backbone
 from nas.models.timm_models import check_network_name, create_network
 from nas.objectives.agreement import compare_orders, rank_correlation, ties
 from nas.objectives.objectives import Scores, parse_objectives
 from nas.objectives.pareto import near_front, non_dominated
-from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig
+from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig, latency_targets
 from nas.search import SearchConfig, evaluate, remeasure, search
 from nas.search.comparable import evaluator_of
 from nas.targets import resolve_all
@@ -81,8 +82,8 @@ def test_only_what_was_measured_twice_is_compared():
     assert "fewer than two points" in compare_orders({}, {}).verdict
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "rho"),
+@table(
+    "first, second, rho",
     [([1, 2, 3], [2, 4, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2], [1, 2], None), ([1, 1, 1], [1, 2, 3], None)],
 )
 def test_rank_correlation(first, second, rho):
@@ -97,7 +98,7 @@ def brute_force_near(best, worst) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@table("seed", range(8))
 def test_near_front_is_what_no_other_beats_for_certain(seed):
     rng = np.random.default_rng(seed)
     middle = rng.integers(0, 12, (40, 2 + seed % 2)).astype(float)
@@ -113,13 +114,20 @@ def test_near_front_of_nothing():
     assert near_front(np.empty((0, 2)), np.empty((0, 2))).tolist() == []
 
 
+QUICK = {"max_seconds": 0.01, "warmup_seconds": 0.0, "block_ms": 1.0}
+
+
+def on(*runtimes: str) -> tuple[LatencyConfig, ...]:
+    return latency_targets([("cpu", runtime) for runtime in runtimes], max_seconds=0.02)
+
+
 def quick(tmp_path, **changes) -> SearchConfig:
     base = SearchConfig(
         space=search_spaces.load("mini"),
         objectives=("latency", "accuracy"),
         proxy="params",
         trials=6,
-        latency_seconds=0.02,
+        latency=(LatencyConfig(device="auto", max_seconds=0.02),),
         out=tmp_path / "run",
     )
     return replace(base, **changes)
@@ -128,10 +136,8 @@ def quick(tmp_path, **changes) -> SearchConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """A search with a baseline, and a network that no small image suits."""
-    config = quick(tmp_path_factory.mktemp("search"), trials=4, baselines=("test_vit", "timm:mobilenetv3_small_050"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remeasure, "_onnxruntime", IN_ONNXRUNTIME_TOO)
-        return search(config)
+    config = quick(tmp_path_factory.mktemp("search"), trials=3, baselines=("test_vit", "timm:mobilenetv3_small_050"))
+    return search(config)
 
 
 def test_the_front_is_that_of_the_second_measurement(run):
@@ -185,10 +191,22 @@ def test_wide_intervals_are_told():
     assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []
 
 
-def test_the_front_is_measured_in_onnxruntime_too(run):
-    if RUNTIME_TRAITS["onnxruntime"].missing:
-        assert ELSEWHERE not in run.attributes
-        return
+@pytest.mark.skipif(bool(RUNTIME_TRAITS["onnxruntime"].missing), reason="needs ONNX Runtime")
+def test_the_front_is_measured_in_onnxruntime_too(run, monkeypatch):
+    assert ELSEWHERE not in run.attributes, "no search of these tests sees it installed"
+    monkeypatch.setattr(remeasure, "RUNTIME_TRAITS", RUNTIME_TRAITS)
+    calls = script(monkeypatch, lambda name, call: 2.0)
+    there = finished(run)[ELSEWHERE]["cpu-onnxruntime"]
+    assert {key: entry["ms"] for key, entry in there.items()} == {t.key: 2.0 for t in run.front()}
+    assert calls[-1] == set(there)
+
+
+@pytest.mark.slow
+def test_a_search_ends_in_onnxruntime(tmp_path, monkeypatch):
+    if missing := RUNTIME_TRAITS["onnxruntime"].missing:
+        required("onnx", f"{', '.join(missing)} are not installed")
+    monkeypatch.setattr(remeasure, "RUNTIME_TRAITS", RUNTIME_TRAITS)
+    run = search(quick(tmp_path, trials=3))
     there = run.attributes[ELSEWHERE]["cpu-onnxruntime"]
     assert {t.key for t in run.front()} <= there.keys()
     assert all(entry["ms"] > 0 for entry in there.values())
@@ -213,29 +231,31 @@ def test_the_whole_sets_the_scale_of_its_parts(run):
     assert to_scale([sure], 2.0) == [sure], "of an earlier release"
 
 
-def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
-    def refused(*_):
-        raise TrialFailure("runtime", "no such operation")
+def finished(run: Run) -> Mapping[str, Any]:
+    """What the end of a search writes into a study of its own, given the run's trials."""
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    remeasure.finish(study, run, evaluator_of(run, SearchConfig.from_run(run))[0], ())
+    return study.user_attrs
 
-    monkeypatch.setattr(remeasure, "prepare_modules", refused)
-    evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
-    assert remeasure._parts(run.front()[0].architecture, evaluator, evaluator.latency[0]) == []
+
+def test_stages_that_a_runtime_has_not_are_left_out(run, monkeypatch, caplog):
+    script(monkeypatch, lambda name, call: 1.0)
+    assert finished(run)[STAGES] == {"cpu-eager": {t.key: [] for t in run.front()}}
     assert "cannot be measured: no such operation" in caplog.text
 
 
 def test_stages_are_measured_for_so_long_and_then_later(run, monkeypatch):
-    front, evaluator = run.front(), evaluator_of(run, SearchConfig.from_run(run))[0]
+    script(monkeypatch, lambda name, call: 1.0)
+    evaluator = evaluator_of(run, SearchConfig.from_run(run))[0]
     study = optuna.create_study(directions=["minimize", "maximize"])
-    monkeypatch.setattr(remeasure, "_parts", lambda architecture, *_: [architecture.key])
     monkeypatch.setattr(remeasure, "PARTS_SECONDS", -1.0)
-    remeasure._attribute(study, front, evaluator, "cpu-eager")
+    remeasure.finish(study, run, evaluator, ())
     assert STAGES not in study.user_attrs
+    first, *others = [t.key for t in run.front()]
+    study.set_user_attr(STAGES, {"cpu-eager": {first: ["known"]}})
     monkeypatch.setattr(remeasure, "PARTS_SECONDS", 60.0)
-    remeasure._attribute(study, front[:1], evaluator, "cpu-eager")
-    monkeypatch.setattr(remeasure, "_parts", lambda architecture, *_: [])
-    remeasure._attribute(study, front, evaluator, "cpu-eager")
-    first, *others = [t.key for t in front]
-    assert study.user_attrs[STAGES] == {"cpu-eager": {first: [first], **{key: [] for key in others}}}
+    remeasure.finish(study, run, evaluator, ())
+    assert study.user_attrs[STAGES] == {"cpu-eager": {first: ["known"], **{key: [] for key in others}}}
 
 
 def test_a_resume_with_nothing_to_do_measures_nothing_again(run, monkeypatch):
@@ -254,20 +274,32 @@ def unfinished(run, tmp_path) -> Run:
     return copied
 
 
-def script(monkeypatch, figure) -> list[set[str]]:
-    """Let `figure(name, call)` say what the second measurements find; returns the names of each call."""
+def script(monkeypatch, figure, together=True) -> list[set[str]]:
+    """Let `figure(key, call)` say what the second measurements find; returns the keys of each call.
+
+    None is a failure: at once, or when it is measured alone where networks cannot be measured `together`.
+    """
     calls: list[set[str]] = []
 
-    def measured(networks, evaluator, config):
-        calls.append(set(networks))
-        latency = asdict(Latency(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 8, 16, True))
-        found = {name: figure(name, len(calls)) for name in networks}
-        return {
-            name: {"failure": "runtime: gone"} if ms is None else latency | {"ms": ms, "low_ms": ms, "high_ms": ms}
-            for name, ms in found.items()
-        }
+    def prepared(model, *_):
+        key = model.architecture.key if isinstance(model, Backbone) else type(model).__name__
+        ms = figure(key, len(calls) + 1)
+        if ms is None and together:
+            raise TrialFailure("runtime", "gone")
+        return key, ms
 
-    monkeypatch.setattr(remeasure, "_measure", measured)
+    def measured(networks, *_):
+        if not together and (len(networks) > 1 or networks[0][1] is None):
+            raise TrialFailure("runtime", "gone")
+        calls.append({key for key, _ in networks})
+        return [Latency(ms, ms, ms, 0.0, 1.0, 1.0, 1.0, 1.0, 8, 16, True) for _, ms in networks]
+
+    def refused(*_):
+        raise TrialFailure("runtime", "no such operation")
+
+    monkeypatch.setattr(remeasure, "prepare_model", prepared)
+    monkeypatch.setattr(remeasure, "measure_latencies", measured)
+    monkeypatch.setattr(remeasure, "prepare_modules", refused)
     return calls
 
 
@@ -320,23 +352,13 @@ def test_failures_in_the_second_measurement_keep_the_first_figures(unfinished, m
     assert not any("order stability" in line for line in unfinished.verdicts())
 
 
-def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(monkeypatch):
-    def alone(networks, config, reference):
-        if len(networks) > 1:
-            raise TrialFailure("runtime", "the command failed 3 times: exit status 1: no device")
-        if networks[0].output().sum() == 0:
-            raise TrialFailure("runtime", "no device")
-        return [Latency(3.0, 2.0, 4.0, 0.1, 3.0, 3.0, 3.0, 1.0, 8, 16, True)]
-
-    monkeypatch.setattr(remeasure, "measure_latencies", alone)
-    zero = nn.Conv2d(3, 4, 1)
-    nn.init.zeros_(zero.weight)
-    nn.init.zeros_(zero.bias)
-    evaluator = SimpleNamespace(references={"cpu-eager": 1.0}, data=SimpleNamespace(input_size=(3, 8, 8)))
-    networks = {"good": lambda: nn.Conv2d(3, 4, 1), "bad": lambda: zero}
-    found = remeasure._measure(networks, evaluator, LatencyConfig(folded=False))
-    assert found["good"]["ms"] == 3.0
-    assert found["bad"] == {"failure": "runtime: no device"}
+def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(run, monkeypatch):
+    bad, *good = [t.key for t in run.trials()]
+    monkeypatch.setattr(remeasure, "near_trials", lambda run, trials: trials)
+    script(monkeypatch, lambda name, call: None if name == bad else 3.0, together=False)
+    found = finished(run)[REMEASURED]["cpu-eager"]
+    assert {key: found[key]["ms"] for key in good} == dict.fromkeys(good, 3.0)
+    assert found[bad] == {"failure": "runtime: gone"}
 
 
 def test_a_runs_reference_is_used_only_under_its_conditions(run):
@@ -376,7 +398,7 @@ def test_a_runtime_that_cannot_run_some_networks_does_not_stop_a_search(tmp_path
 @pytest.mark.slow
 def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNTIMES, "compile", RUNTIMES["eager"])
-    run = search(quick(tmp_path, also=(("cpu", "compile"),), trials=3))
+    run = search(quick(tmp_path, latency=on("eager", "compile"), trials=3))
     assert [o.name for o in run.objectives] == ["latency@cpu-eager", "latency@cpu-compile", "proxy_params"]
     for trial in run.front():
         values = [o.read(trial.scores) for o in run.objectives]
@@ -388,7 +410,7 @@ def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
     assert "latency_ms@cpu-compile" in text
     assert set(run.reference) == {o.name for o in run.objectives}
     with pytest.raises(UsageError, match="each may be named once"):
-        quick(tmp_path, also=(("auto", "eager"),))
+        quick(tmp_path, latency=on("eager", "eager"))
 
 
 def test_a_finished_front_measured_again_elsewhere(run):
@@ -402,7 +424,7 @@ def test_a_finished_front_measured_again_elsewhere(run):
 
 
 def test_parts_and_rest_make_the_whole():
-    (row,) = measure(resolve_all("cas_vit_xs"), input_size=64, per_stage=True, max_seconds=0.05, device="cpu")
+    (row,) = measure(resolve_all("cas_vit_xs"), input_size=32, per_stage=True, device="cpu", **QUICK)
     parts = {part["part"]: part["latency_ms"] for part in row["parts"]}
     assert list(parts) == ["stem", *(f"stages.{i}" for i in range(4)), "norm", "head", REST]
     assert sum(parts.values()) == pytest.approx(row["latency_ms"])

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import table
 
 from nas import commands
 from nas.doctor import Finding, examine
@@ -50,8 +51,8 @@ def call(monkeypatch, encoding: str, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding", "expected"),
+@table(
+    "text, encoding, expected",
     [
         ("2 ms ±1 … ≥ 4.3 M \u00d7 2", "ascii", "2 ms +-1 ... >= 4.3 M x 2"),
         ("2 ms ±1 … é", "latin-1", "2 ms ±1 ... é"),
@@ -102,6 +103,7 @@ def test_a_run_of_any_name_can_be_looked_at(monkeypatch, tmp_path):
     shutil.copytree(EXAMPLE, path)
     assert call(monkeypatch, "utf-8", "plot", str(path))[::2] == (0, "")
     assert r"donn\xe9es" in (path / "front.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("nas.doctor.ENVIRONMENT", {})
     assert dict(examine(path))["tables"].state == "ok"
     with (
         pytest.raises(RunError, match=r"\\xe9esx: its path is not UTF-8; give another --out"),

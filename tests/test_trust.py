@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
-from conftest import common_place
+from conftest import common_place, table
 from filelock import FileLock
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
@@ -25,6 +25,7 @@ from nas.errors import RunError, UsageError
 from nas.folders.calibration import Calibration, find_trust, format_curve, parse_curve
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.early_stopping import FEWEST, Finished, Stopped, best_final, check_rung, needed_accuracy
 
@@ -34,7 +35,7 @@ MINI = search_spaces.load("mini")
 # statistics
 
 
-@pytest.mark.parametrize("seed", range(5))
+@table("seed", range(5))
 def test_correlations_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
     scores, truths = rng.integers(0, 12, 40).astype(float), rng.normal(size=40)
@@ -42,7 +43,7 @@ def test_correlations_are_those_of_scipy(seed):
     assert trust.spearman(scores, truths) == pytest.approx(spearmanr(scores, truths).statistic)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@table("seed", range(5))
 def test_counting_twice_is_standing_there_twice(seed):
     rng = np.random.default_rng(seed)
     scores, truths = rng.normal(size=20), rng.normal(size=20)
@@ -240,15 +241,13 @@ def test_another_data_set_is_refused(calibrated):
         trust_report(calibrated, 64)
 
 
-@pytest.mark.parametrize(
-    "options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}]
-)
+@table("options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}])
 def test_numbers_that_make_no_calibration(options):
     with pytest.raises(UsageError):
         CalibrationConfig(MINI, **options)
 
 
-@pytest.mark.parametrize("reliability", [0.3, 0.6, 0.9])
+@table("reliability", [0.3, 0.6, 0.9])
 def test_what_a_score_without_noise_could_reach(reliability):
     """Simulated: truths are means plus noise, twice."""
     rng = np.random.default_rng(0)
@@ -265,7 +264,7 @@ def test_curves_survive_text():
     assert parse_curve("") == ()
 
 
-@pytest.mark.parametrize(("epochs", "low"), [(2, 1), (4, 1), (8, 2), (12, 2), (16, 4), (30, 4), (100, 16)])
+@table("epochs, low", [(2, 1), (4, 1), (8, 2), (12, 2), (16, 4), (30, 4), (100, 16)])
 def test_the_short_second_training(epochs, low):
     assert low_epochs(epochs) == low
 
@@ -298,7 +297,7 @@ def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
             max_images=240,
             train_batch_size=32,
             trials=3,
-            device="cpu",
+            latency=(LatencyConfig(device="cpu"),),
             out=calibrated.path.parent / "run",
         )
     )

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import table
 from torch import nn
 
 import nas.models  # noqa: F401 - registers `mixnas` with timm
@@ -52,7 +53,7 @@ def test_grad_norm_is_that_of_softmax_regression(data):
     assert score("grad_norm", model, data) == pytest.approx(float((error.T @ x).norm() + error.sum(0).norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
+@table("depth", [1, 2, 4])
 def test_synflow_of_a_chain_is_its_output_times_its_depth(data, depth):
     """Each layer's sum of weight x gradient is the output itself: log(depth x 1\u1d40|W_n|...|W_1|1)."""
     sizes = [3 * 32 * 32, *([7] * (depth - 1)), 10]
@@ -132,7 +133,7 @@ def test_entropy_is_largest_where_all_axes_are_alike():
     assert _entropy(x[:, :1].expand(-1, 8)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("gain", [0.25, 1.0, 4.0])
+@table("gain", [0.25, 1.0, 4.0])
 def test_amplification_of_a_plain_gain(gain):
     torch.manual_seed(0)
     before = torch.randn(8, 4, 32, 32, requires_grad=True)
@@ -140,9 +141,7 @@ def test_amplification_of_a_plain_gain(gain):
     assert _amplification_miss(before, torch.ones(8, 4, 32, 32, requires_grad=True) * 2) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [("resnet18", 8), ("vit_tiny_patch16_224", 12), ("convnext_atto", 12), ("cas_vit_xs", 10)]
-)
+@table("name, count", [("resnet18", 8), ("vit_tiny_patch16_224", 12), ("convnext_atto", 12), ("cas_vit_xs", 10)])
 def test_blocks_are_those_that_people_count(name, count):
     assert len(_blocks(timm.create_model(name))) == count
 
