@@ -98,7 +98,7 @@ import os.path
 from . import b
 from .. import models as m
 from ..architecture import Stage
-from .objectives import Scores
+from .config import SearchConfig
 if TYPE_CHECKING:
     import numpy as np
 def f():
@@ -110,7 +110,7 @@ def f():
         "nas.search",
         "nas.models",
         "nas.architecture",
-        "nas.objectives.objectives",
+        "nas.search.config",
         "numpy",
         "torch",
     }
