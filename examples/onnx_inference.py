@@ -2,9 +2,9 @@
 
     python onnx_inference.py EXPORT IMAGES [--file model.int8.onnx] [--each]
 
-EXPORT is a folder made by `mixnas export … --format onnx`. If IMAGES is a folder of class folders or a .tar of them, the
-program prints top-1 accuracy. If it is an image or a folder of images, it prints their classes. Without arguments it
-runs a small demonstration on a file that it makes itself; this needs mixnas (and torch, in another process).
+EXPORT is a folder made by `mixnas export … --format onnx`. If IMAGES is a folder of class folders or a .tar of them,
+the program prints top-1 accuracy. If it is an image or a folder of images, it prints their classes. Without arguments
+it runs a small demonstration on a file that it makes itself; this needs mixnas (and torch, in another process).
 """
 
 import argparse
