@@ -1,10 +1,10 @@
-"""A program for `--runtime command`: what stands between this machine and a phone, a board or a simulator.
+"""A program for `--runtime command`, to adapt to a phone, a board or a simulator.
 
     mixnas measure cas_vit_xs --runtime command --command "python examples/board.py {model} {input} {output}"
 
-It is given an ONNX model and an input, runs the model on the device, writes the output and prints the milliseconds of
-some passes. Here the device is this machine's own CPU with ONNX Runtime. For a phone it would push both files with adb,
-call a benchmark binary there, pull the output back, and print what the binary said; for a board the same over ssh.
+It takes an ONNX model and an input, runs the model on the device, writes the output and prints the milliseconds of
+some passes. Here the device is this machine's own CPU with ONNX Runtime. For a phone, push both files with adb, call a
+benchmark binary there, pull the output back, and print the binary's times. For a board, do the same over ssh.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(model: str, images: str, output: str, passes: int = 20) -> None:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: np.load(images)}
-    np.save(output, session.run(None, feed)[0])  # the first pass is for the output, and to warm up
+    np.save(output, session.run(None, feed)[0])  # the first pass gives the output and warms up
     times_ms = []
     for _ in range(passes):
         start = time.perf_counter()
@@ -33,7 +33,7 @@ def main(model: str, images: str, output: str, passes: int = 20) -> None:
 
 
 def demonstrate() -> None:
-    """Measure a small network through this very program."""
+    """Measures a small network with this program."""
     import shlex
 
     from nas.measure import measure

@@ -3,7 +3,7 @@
     python examples/detection.py                       # a small network of the space `mini`, as a demonstration
     python examples/detection.py results/photos/exports/KEY
 
-It learns to find squares on noise, for some steps only. The lines that matter are in `Pyramid`.
+It learns to find squares on noise, for a few steps only. The important lines are in `Pyramid`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 
 
 class Pyramid(nn.Module):
-    """The maps of a backbone, each brought to the same number of channels and told of the coarser ones."""
+    """A feature pyramid: each map of a backbone gets the same number of channels and information from coarser maps."""
 
     def __init__(self, backbone: nn.Module, channels: int = 64) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ class Pyramid(nn.Module):
         self.pyramid = FeaturePyramidNetwork(backbone.feature_info.channels(), channels)
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        maps = self.backbone(images)  # a list, finest first: what features_only=True is for
+        maps = self.backbone(images)  # a list, finest first, thanks to features_only=True
         return self.pyramid(OrderedDict((str(i), each) for i, each in enumerate(maps)))
 
 
 def load_backbone(export: str | None) -> nn.Module:
-    """An exported folder's network with its weights, or an untrained one; each map with a norm of its own."""
+    """Loads an exported network with its weights, or builds an untrained one. Each map has its own norm."""
     if export is not None:
         sys.path.insert(0, export)
         import mixnas_model  # noqa: F401  the network's source, carried by the export
 
         return timm.create_model(f"local-dir:{export}", pretrained=True, features_only=True)
-    import nas.models  # noqa: F401  makes `mixnas` and the presets known to timm
+    import nas.models  # noqa: F401  registers `mixnas` and the presets in timm
     from nas.architecture import Architecture, Hadamard, Stage, Stem, Strip
 
     architecture = Architecture(
@@ -56,7 +56,7 @@ def load_backbone(export: str | None) -> nn.Module:
 
 
 def squares(count: int, generator: torch.Generator, side: int = 96) -> tuple[list[torch.Tensor], list[dict]]:
-    """Images of noise, each with a bright square, and where it is."""
+    """Makes images of noise, each with a bright square, and the boxes of the squares."""
     images, targets = [], []
     for _ in range(count):
         image = 0.2 * torch.rand(3, side, side, generator=generator)

@@ -2,9 +2,9 @@
 
     python onnx_inference.py EXPORT IMAGES [--file model.int8.onnx] [--each]
 
-EXPORT is a folder made by `mixnas export … --format onnx`. IMAGES is a folder of class folders or a .tar of them, for
-top-1 accuracy; or an image, or a folder of images, whose classes are printed. Without arguments a small demonstration
-runs on the file that it makes itself, where mixnas is installed (which takes torch, in another process).
+EXPORT is a folder made by `mixnas export … --format onnx`. If IMAGES is a folder of class folders or a .tar of them,
+the program prints top-1 accuracy. If it is an image or a folder of images, it prints their classes. Without arguments
+it runs a small demonstration on a file that it makes itself; this needs mixnas (and torch, in another process).
 """
 
 import argparse
@@ -30,12 +30,12 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if 
 
 
 def class_name(folder: str) -> str:
-    """A folder's name as class names are written in the export: composed Unicode, undecodable bytes as escapes."""
+    """Returns a folder's name as the export spells classes: composed Unicode, undecodable bytes as escapes."""
     return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "backslashreplace"))
 
 
 def read_images(path: Path, classes: list[str]) -> Iterator[tuple[str, str, bytes]]:
-    """Name, class ('' where there is none) and content of each file; the class is the first folder below `path`."""
+    """Yields name, class ('' if unknown) and content of each file. The class is the first folder below `path`."""
     if path.suffix.lower() in SUFFIXES:
         yield path.name, "", path.read_bytes()
     elif path.is_file():
@@ -59,12 +59,12 @@ def read_images(path: Path, classes: list[str]) -> Iterator[tuple[str, str, byte
 
 
 def is_image(parts: Sequence[str]) -> bool:
-    """Whether a path is an image's, with nothing hidden on the way."""
+    """Whether a path names an image and no part of it is hidden."""
     return not any(part.startswith(".") for part in parts) and Path(parts[-1]).suffix.lower() in SUFFIXES
 
 
 def decode(content: bytes, told: dict) -> Image.Image:
-    """An image in RGB as a viewer shows it, as `preprocessing.json` tells: turned, on its background, in 8 bits."""
+    """Decodes an image to RGB as `preprocessing.json` describes: orientation and background applied, 8 bits."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -83,7 +83,7 @@ def decode(content: bytes, told: dict) -> Image.Image:
 
 
 def prepare(image: Image.Image, told: dict) -> np.ndarray:
-    """An RGB image as the network takes it, as `preprocessing.json` tells."""
+    """Turns an RGB image into the network's input as `preprocessing.json` describes."""
     side = told["input_size"][1]
     filter_ = Image.Resampling[told["interpolation"].upper()]
     width, height = image.size
@@ -102,13 +102,13 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
 
 
 def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> None:
-    """Print the class of each image, or how many are right."""
+    """Prints the class of each image, or the share of correct ones."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a class may have any name
     if not (export / "preprocessing.json").is_file():
         sys.exit(f"{export} is no export: give the folder that `mixnas export` printed, such as RUN/exports/KEY")
     told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8-sig"))
     session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
-    takes = session.get_inputs()[0].shape[0]  # a number, where it was exported with `--batch N`
+    takes = session.get_inputs()[0].shape[0]  # a number if it was exported with `--batch N`
     fixed = takes if isinstance(takes, int) else 0
     right = labelled = count = 0
     waiting = []

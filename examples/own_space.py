@@ -1,6 +1,6 @@
-"""Declare a space of one's own, search it by the library, and look at the front.
+"""Declares a search space, searches it with the library, and prints the front.
 
-Scores are exact here (MACs against the number of parameters), so it takes seconds; for real scores set
+Scores are exact here (MACs against the number of parameters), so it takes seconds. For real scores set
 `objectives=("latency", "accuracy")` and leave out `proxy`.
 """
 
