@@ -48,10 +48,10 @@ from nas.objectives.objectives import Scores
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig
 from nas.search.evaluate import Evaluation
-from nas.search.loop import Loop
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.problem import Problem
 from nas.search.samplers.table import SAMPLERS, distributions
+from nas.search.take_part import open_state, take_part
 from nas.search.workers import claims
 from nas.storage.connect import open_storage
 from nas.storage.serve import serve_storage
@@ -186,12 +186,13 @@ def work(folder: str, begin: Any, results: Any) -> None:
     """One worker: the search's loop over a run, from the moment on when all are ready."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run, scorer = Run.open(folder), Free()
-    search = Loop(run, SearchConfig.from_run(run), problem_of(run), scorer, None, lead=False)  # type: ignore[arg-type]
-    ledger = Ledger(search.study._storage)
+    config = SearchConfig.from_run(run)
+    state = open_state(run, config, problem_of(run))
+    ledger = Ledger(state.study._storage)
     scorer.scored = lambda: ledger.order.append("score")
     begin.wait()
     cpu = time.process_time()
-    search.run_trials()
+    take_part(state, run, config, scorer, lead=False)  # type: ignore[arg-type]
     found = {"cpu": time.process_time() - cpu, "scores": ledger.order.count("score"), "cycle": ledger.cycle()}
     results.put(found | {"wall": dict(ledger.wall), "call_cpu": dict(ledger.cpu)})
     begin.wait()  # the server's processes are counted as long as they are there

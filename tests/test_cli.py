@@ -188,7 +188,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
 )
 def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, code, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nas.search.loop.MAX_OVER_BUDGET", 10)
+    monkeypatch.setattr("nas.search.giving_up.MAX_OVER_BUDGET", 10)
     got, out, err = call(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     told = ("[", "run folder", "measuring", "calibrating")
     lines = [line for line in err.splitlines() if not line.startswith(told)]

@@ -31,7 +31,7 @@ from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import LatencyConfig
 from nas.scoring.latency.config import IN_RUNS
-from nas.search import SearchConfig, configure, loop, search
+from nas.search import SearchConfig, configure, search, standing
 from nas.search import evaluate as evaluate_module
 from nas.search.comparable import make_evaluator
 from nas.search.config import local_config, worker_config
@@ -98,7 +98,7 @@ def test_all_of_mini_gives_the_brute_force_front(tmp_path):
 
 @pytest.mark.slow
 def test_the_main_job_scores_all_it_should(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SURPRISE", 1e9)  # whatever is measured the second time, its weights are there
+    monkeypatch.setattr(standing, "SURPRISE", 1e9)  # whatever is measured the second time, its weights are there
     seen = []
     config = SearchConfig(
         space=MINI, trials=3, epochs=1, latency=(LatencyConfig(device="auto", max_seconds=0.02),), out=tmp_path / "run"

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SearchConfig, configure
-    from .engine import Result, optimize
+    from .engine import optimize
     from .progress import Progress
+    from .result import Result
     from .study import search
 
 __all__ = ["Progress", "Result", "SearchConfig", "configure", "optimize", "search"]
 
 _PLACES = {
     "Progress": "progress",
-    "Result": "engine",
+    "Result": "result",
     "SearchConfig": "config",
     "configure": "config",
     "optimize": "engine",

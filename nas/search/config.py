@@ -23,6 +23,7 @@ from ..storage.connect import check_storage
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
 from .warm_start import starting_points
+from .workers.engines import ENGINES
 
 MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
 """Bounds that a run's manifest has, too."""
@@ -57,7 +58,7 @@ class SearchConfig:
         trials: architectures to score in all, resumed ones included.
         timeout_minutes: no trial is started after this long.
         trial_timeout_minutes: a training that takes longer fails. Everything is then scored in a process of its own,
-            which is ended where it hangs (`nas.search.workers.executors.hang_seconds`). If it dies, the trial fails.
+            which is ended where it hangs (`nas.search.workers.engines.hang_seconds`). If it dies, the trial fails.
         sampler: a row of `SAMPLERS`.
         start: architectures of the space to score first: known good ones.
         until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
@@ -132,7 +133,7 @@ class SearchConfig:
             ("proxy", self.proxy, set(ESTIMATORS)),
             ("sampler", self.sampler, set(SAMPLERS)),
             ("part", self.only, {*PARTS, ALL}),
-            ("engine", self.engine, {"local", "ray"}),
+            ("engine", self.engine, set(ENGINES)),
         ):
             if name not in table:
                 raise unknown_name(what, name, table)

@@ -42,9 +42,9 @@ from .comparable import (
 )
 from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
-from .loop import Loop
 from .progress import Progress
 from .samplers.problem import Problem
+from .take_part import open_state, take_part
 from .workers.local import local_workers
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0
         with storage_errors(run.path), local_workers(run, processes), REPEATS.summarised(log):
-            return Loop(run, config, problem, evaluator, on_trial).run_trials()
+            return take_part(open_state(run, config, problem), run, config, evaluator, on_trial)
 
 
 def join(storage: str, study: str, out: Path | None) -> Run:
@@ -160,7 +160,8 @@ def work(
     with storage_errors(run.path), REPEATS.summarised(log):
         profile = _open_profile(config, evaluator)
         problem = _problem(run, config, evaluator, profile)
-        return Loop(run, config, problem, evaluator, on_trial, lead=False, parent=parent).run_trials()
+        state = open_state(run, config, problem)
+        return take_part(state, run, config, evaluator, on_trial, lead=False, parent=parent)
 
 
 def _absolute(data: str) -> str:

@@ -20,7 +20,9 @@ RELEASED = "interrupted: its worker was stopped"
 NOT_NEEDED = "killed: another worker has it, and nothing else was left"
 SPARED = "killed: enough were scored before it was trained"
 HANDED_ON = frozenset({DIED, RELEASED, NOT_NEEDED, SPARED})
-"""Failures that say nothing of an architecture."""
+"""Failures that say nothing about an architecture."""
+RETRY = "retry_of"
+"""Attribute of a trial that repeats another one: the number of that one."""
 NOISE = "noise"
 """Attribute of a complete trial: objective -> standard error of its value."""
 ESTIMATES = "estimates"
@@ -56,6 +58,18 @@ EARLY_STOPPING = "early_stopping"
 """A constraint that is no property of a point: stopped trials have estimates instead. It is there for Optuna's TPE."""
 GAIN = "gain"
 """Attribute of a trial: the gain that its sampler expected when it was drawn, as a share of the hypervolume."""
+
+
+def spared(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Returns the numbers of trials that ended unscored because enough were scored, and of those they repeated.
+
+    Their points are free.
+    """
+    numbers: set[int] = set()
+    for trial in reversed(trials):
+        if trial.number in numbers or trial.user_attrs.get("failure") == SPARED:
+            numbers |= {trial.number, trial.user_attrs.get(RETRY, trial.number)}
+    return numbers
 
 
 class Reader:

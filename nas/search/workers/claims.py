@@ -1,15 +1,16 @@
-"""Several workers on one study: no point is drawn twice, and what a dead worker left is done by another.
+"""Several workers on one study: no two score the same point, and another one repeats what a dead worker left.
 
-All they share is the study's storage. Each running trial says who works on it and which point it claims, and beats: a
-number that its worker raises every few seconds. Whoever sees it stand still for too long buries the trial, and another
-one takes its place, once. Nothing hangs on clocks that agree: each worker waits by its own.
+All that they share is the study's storage. Each running trial says which worker scores it and which point it claims.
+The worker keeps raising a number in it, its heartbeat. A worker that sees a heartbeat stand still for too long presumes
+the trial dead and ends it; the point is then queued again, once. The workers' clocks need not agree, because each
+judges the silence by its own.
 
-A worker need not do all of a trial: one that only trains hands what is to be measured on, back into the study's queue,
-to one that measures, which hands it back to be trained. It is the same trial all along.
+A worker need not do all of a trial. One that only trains puts a trial that must be measured back into the study's
+queue, for one that measures; that one hands it back to be trained. It stays the same trial, under one number.
 
-Claims: a worker writes its point, then looks at what the others wrote, so of two that want the same at least one sees
-the other. A trial gives way to one with a lower number; one with a lower number waits until the other has given way, or
-finds that it was too late.
+A worker claims a point by writing it down and then reading what the others wrote. So of two that want the same point at
+least one sees the other. A trial gives way to one with a lower number. The one with the lower number waits until the
+other has given way, or until that one turns out to have been first.
 """
 
 from __future__ import annotations
@@ -33,32 +34,32 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ...storage.outages import OUTAGES
 from ..evaluate import ALL, MEASURE, TRAIN
-from ..samplers.history import DIED, NOT_NEEDED, RELEASED, SPARED
+from ..samplers.history import DIED, NOT_NEEDED, RELEASED, RETRY, spared
 from ..samplers.knobs import Knobs, Point
 from ..samplers.table import suggest
 
 log = logging.getLogger(__name__)
 
-WORKER, BEAT, CLAIM, SETTLED, RETRY = "worker", "beat", "claim", "architecture", "retry_of"
-"""Attributes of a trial. `SETTLED` is written once the claim stands; `RETRY` is the number of the trial it repeats."""
+WORKER, BEAT, CLAIM, SETTLED = "worker", "beat", "claim", "architecture"
+"""Attributes of a trial. `SETTLED` is written once the claim stands."""
 LEFT, SCORES = "left", "scores"
-"""Of a trial that was handed on: the part that comes next (of `nas.search.evaluate.PARTS`), and what is known."""
+"""Attributes of a trial that was handed on: the next part (of `nas.search.evaluate.PARTS`), and the scores so far."""
 BEAT_SECONDS = 5.0
 GRACE_SECONDS = 45.0
-"""A trial that did not beat for so long is given up."""
+"""A trial without a heartbeat for this long is presumed dead."""
 POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Who works on a trial.
+    """A process that scores trials.
 
     Args:
-        host: the machine's name.
-        pid: of the process.
-        device: that it trains and measures on.
+        host: name of its machine.
+        pid: number of the process.
+        device: device that it trains and measures on.
         lead: whether it holds the run folder.
-        name: no other worker has it.
+        name: unique name of the worker.
         only: the one part of a trial that it does, or `all`.
     """
 
@@ -71,19 +72,25 @@ class Worker:
 
     @classmethod
     def here(cls, device: str, lead: bool, only: str = ALL) -> Worker:
-        """This process."""
+        """Returns this process as a worker."""
         return cls(socket.gethostname(), os.getpid(), device, lead, uuid.uuid4().hex[:12], only)
 
     def does(self, trial: FrozenTrial) -> bool:
-        """Whether what is left of a trial is for this worker."""
+        """Whether this worker does what is left of a trial."""
         return self.only == ALL or trial.user_attrs.get(LEFT, self.only) == self.only
 
 
 class Fleet:
-    """One worker's view of the others. The study's sampler draws; `known` are the points that it must not propose.
+    """One worker's view of the others.
+
+    Args:
+        study: the shared study; its sampler draws.
+        knobs: what may be chosen.
+        known: points that the sampler must not propose; grows with what the others claim.
+        worker: this worker.
 
     Attributes:
-        kept: numbers of trials that nobody beats for yet, and that are not to be given up.
+        kept: numbers of trials that are not presumed dead although they have no heartbeat yet.
     """
 
     def __init__(self, study: optuna.Study, knobs: Knobs, known: set[Point], worker: Worker) -> None:
@@ -95,29 +102,20 @@ class Fleet:
         self.kept: set[int] = set()
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials; what they claim is known from now on."""
+        """Returns all trials. Their points are known from now on."""
         found = self.study.get_trials(deepcopy=False)
         self.known.update(point for _, point in self._claims(found))
         return found
 
     def _claims(self, trials: Sequence[FrozenTrial]) -> Iterator[tuple[FrozenTrial, Point]]:
-        """Trials that hold a point, with it."""
-        spared = self.spared(trials)
+        """Yields each trial that holds a point, with the point."""
+        free = spared(trials)
         for trial in trials:
-            if trial.number not in spared and (point := self.claim_of(trial)) is not None:
+            if trial.number not in free and (point := self.claim_of(trial)) is not None:
                 yield trial, point
 
-    @staticmethod
-    def spared(trials: Sequence[FrozenTrial]) -> set[int]:
-        """Numbers of trials that were given up unscored, and of those they were to repeat: their points are free."""
-        numbers = set()
-        for trial in reversed(trials):
-            if trial.number in numbers or trial.user_attrs.get("failure") == SPARED:
-                numbers |= {trial.number, trial.user_attrs.get(RETRY, trial.number)}
-        return numbers
-
     def claim_of(self, trial: FrozenTrial) -> Point | None:
-        """The point that a trial is or will be of; None where there is none yet."""
+        """Returns the point that a trial scores or will score; None where it has none yet."""
         if CLAIM in trial.user_attrs:
             return tuple(trial.user_attrs[CLAIM])
         fixed = trial.system_attrs.get("fixed_params", {})
@@ -127,13 +125,14 @@ class Fleet:
         return None
 
     def draw(self, new: bool = True) -> tuple[optuna.Trial, Point] | None:
-        """A trial of one's own with a point that no other has: one that waits in the queue, or a new one.
+        """Draws a trial for this worker, with a point that no other trial has: from the queue, or a new one.
 
         Args:
             new: whether it may be a new one.
 
         Returns:
-            The trial and its point; None where nothing is left to draw, or what was handed on has to come back first.
+            The trial and its point; None where nothing is left to draw, or where a trial that was handed on must come
+            back first.
         """
         while True:
             self.study._thread_local.cached_all_trials = None  # as `ask` does, for samplers that read the cache
@@ -155,13 +154,13 @@ class Fleet:
             self.drop(trial._trial_id, NOT_NEEDED)
 
     def drop(self, trial_id: int, reason: str) -> None:
-        """End a trial that nobody is to score; nothing happens where it has ended already."""
+        """Ends a trial that nobody is to score. Does nothing where it has ended already."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial_id, "failure", reason)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _take(self, trials: Sequence[FrozenTrial]) -> int | None:
-        """The first trial of the queue that is for this worker, which no other one gets then."""
+        """Claims the first queued trial that this worker may run, and returns its identifier."""
         for trial in trials:
             if trial.state == TrialState.WAITING and self.worker.does(trial):
                 with contextlib.suppress(UpdateFinishedTrialError):
@@ -170,9 +169,9 @@ class Fleet:
         return None
 
     def _is_ahead(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether what this worker handed on is still with those who measure: it draws no faster than they work.
+        """Whether this worker must wait for the others.
 
-        One that only measures draws nothing: it would be ahead of those who train.
+        A worker that trains draws no faster than its trials are measured. A worker that only measures draws nothing.
         """
         return self.worker.only == MEASURE or any(
             t.number in self._handed_on and not t.state.is_finished() and t.user_attrs.get(LEFT) == MEASURE
@@ -180,21 +179,21 @@ class Fleet:
         )
 
     def hand_on(self, trial: optuna.Trial, part: str, known: Mapping[str, Any]) -> None:
-        """Put a trial back into the queue, for one that does the part that is next.
+        """Puts a trial back into the queue, for a worker that does the next part.
 
         Args:
-            trial: of this worker.
-            part: what is to be done.
+            trial: a trial of this worker.
+            part: the next part.
             known: the scores so far.
         """
         trial.set_user_attr(SCORES, dict(known))
         trial.set_user_attr(LEFT, part)
-        trial.set_user_attr(WORKER, {})  # so that nobody takes the next one's beat for this one's last
+        trial.set_user_attr(WORKER, {})  # so that nobody confuses the next worker's heartbeat with this one's
         self._handed_on.add(trial.number)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def _settle(self, trial: optuna.Trial) -> tuple[optuna.Trial, Point] | None:
-        """A trial with its point; None where another worker has it, and this one cannot have another."""
+        """Returns a trial with its point; None where another worker has the point and no other one can be drawn."""
         fixed = self._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
         if fixed is not None:
             point = self.knobs.point(fixed)
@@ -207,7 +206,7 @@ class Fleet:
         return trial, point
 
     def _claim(self, trial: optuna.Trial, point: Point) -> bool:
-        """Whether the trial has the point now; False where another one has it."""
+        """Claims a point for a trial. Returns False where another trial has it."""
         trial.set_user_attr(CLAIM, list(point))
         while True:
             rivals = [
@@ -228,7 +227,7 @@ class Fleet:
 
     @contextlib.contextmanager
     def beating(self, trial: optuna.Trial) -> Iterator[None]:
-        """Say that a trial is alive, as long as this lasts."""
+        """Sends heartbeats for a trial, as long as the context lasts."""
         over = threading.Event()
 
         def beat() -> None:
@@ -251,7 +250,7 @@ class Fleet:
             thread.join()
 
     def bury(self) -> list[FrozenTrial]:
-        """End the trials of dead workers, and see that each is repeated once; returns what it has read."""
+        """Ends the trials of dead workers, has each repeated once, and returns all trials as it read them."""
         now, found = OUTAGES.clock(), self.trials()
         for trial in found:
             mine = trial.number in self.kept or trial.user_attrs.get(WORKER, {}).get("name") == self.worker.name
@@ -265,7 +264,7 @@ class Fleet:
                 log.warning("trial %d: its worker is gone (%s); another one repeats it", trial.number, _place(trial))
                 self.give_up(trial._trial_id, DIED)
         repeated = {t.user_attrs[RETRY] for t in found if RETRY in t.user_attrs}
-        for trial in found:  # whoever ended a trial queues it again; should that one have died in between, so do others
+        for trial in found:  # whoever ended a trial queues it again; where that one died in between, others do it
             if _to_repeat(trial) and trial.number not in repeated:
                 _, since = self._seen.setdefault(-1 - trial.number, (None, now))
                 if now - since > GRACE_SECONDS:
@@ -273,21 +272,21 @@ class Fleet:
         return found
 
     def give_up(self, trial_id: int, reason: str) -> None:
-        """End a trial that somebody is to repeat; nothing happens where it has ended already."""
+        """Ends a trial that another worker is to repeat. Does nothing where it has ended already."""
         with contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial_id, "failure", reason)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
             self._repeat(self._storage.get_trial(trial_id))
 
     def _repeat(self, trial: FrozenTrial) -> None:
-        """Queue a trial's architecture again, unless it was deadly twice."""
+        """Queues a trial's point again, unless two workers died over it."""
         point, deaths = self.claim_of(trial), _deaths(trial)
         if point is not None and deaths <= 1:
             known = {name: trial.user_attrs[name] for name in (LEFT, SCORES) if trial.user_attrs.get(LEFT) == TRAIN}
             self.study.enqueue_trial(self.knobs.read(point), {RETRY: trial.number, "deaths": deaths} | known)
 
     def others(self, trials: Sequence[FrozenTrial]) -> list[Member]:
-        """Who else works on what, among these trials."""
+        """Returns the other workers that score one of these trials."""
         now = OUTAGES.clock()
         members = []
         for trial in trials:
@@ -310,12 +309,12 @@ class Member:
     """A worker that is at work.
 
     Args:
-        place: host and process.
-        device: that it works on.
+        place: its host and process.
+        device: device that it works on.
         trial: number of its trial.
-        age: of that trial, in seconds.
-        silent: seconds without a beat, as far as was seen.
-        part: of the trial that it does; '' where it does all.
+        age: age of the trial in seconds.
+        silent: seconds without a heartbeat, as far as this process saw.
+        part: the part of the trial that it does; '' where it does all.
     """
 
     place: str
@@ -332,7 +331,7 @@ class Member:
 
 
 def _beat(trial: FrozenTrial) -> tuple[Any, Any]:
-    """What changes as long as a trial's worker lives, and when it gets another."""
+    """Returns what keeps changing while a trial's worker lives, and changes when the trial gets another worker."""
     return (trial.user_attrs.get(WORKER) or {}).get("name"), trial.user_attrs.get(BEAT)
 
 
@@ -342,10 +341,10 @@ def _place(trial: FrozenTrial) -> str:
 
 
 def _to_repeat(trial: FrozenTrial) -> bool:
-    """Whether a trial ended with its worker and not by its own score."""
+    """Whether a trial ended because its worker did, and not because it was scored."""
     return trial.state == TrialState.FAIL and trial.user_attrs.get("failure") in (DIED, RELEASED)
 
 
 def _deaths(trial: FrozenTrial) -> int:
-    """How many workers died over an architecture so far."""
+    """Returns how many workers died over a point so far."""
     return int(trial.user_attrs.get("deaths", 0)) + (trial.user_attrs.get("failure") == DIED)

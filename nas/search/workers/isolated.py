@@ -1,8 +1,8 @@
-"""Scoring in a process of its own, so that neither a hang nor a crash in it is the end of a search.
+"""Scoring in a subprocess, so that neither a hang nor a crash ends a search.
 
-A runtime may deadlock, a driver may hang, a kernel may be killed for want of memory: what cannot be caught where it
-happens is caught here. The process stays from one architecture to the next; only after a hang or a crash there is
-another one.
+A runtime may deadlock, a driver may hang, the system may kill a process that needs too much memory. No handler inside
+that process can catch this, so it is caught from outside. The subprocess serves one candidate after the other; only
+after a hang or a crash a new one is started.
 """
 
 from __future__ import annotations
@@ -29,42 +29,57 @@ from ...objectives.objectives import Scores
 from ...repeats import REPEATS
 from ..early_stopping import Judge
 from ..evaluate import Evaluation, Evaluator
+from .executors import outcome_of
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 START_SECONDS = 300.0
-"""How long the process may take to start: torch alone may take a minute from a slow disk."""
+"""The process must start within this time. Importing torch from a slow disk may take a minute."""
 SIGN_SECONDS = 1.0
-"""How often the process says whether it waits for its turn on the device, which is not held against it."""
+"""The process says this often whether it waits for its turn on the device, because that time does not count."""
 
 
 class IsolatedEvaluator:
-    """Does what an `Evaluator` does, elsewhere.
+    """Does what an `Evaluator` does, in a subprocess; also the executor that scores there, one candidate at a time.
 
     Args:
-        evaluator: what scores.
-        seconds: for one architecture, without the time it waits for its turn on the device; None for no limit.
+        evaluator: scores the candidates.
+        seconds: time limit of one candidate, without the time that it waits for its turn on the device; None for no
+            limit.
     """
+
+    slots = 1
 
     def __init__(self, evaluator: Evaluator, seconds: float | None) -> None:
         self._pickled, self._seconds = pickle.dumps(evaluator), seconds
+        self._submitted: list[tuple[int, tuple[Any, ...]]] = []
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
+
+    def submit(self, number: int, task: tuple[Any, ...]) -> None:
+        """Keeps the task for `next`."""
+        self._submitted.append((number, task))
+
+    def next(self) -> tuple[int, Evaluation | TrialFailure]:
+        """Scores the candidate."""
+        number, task = self._submitted.pop()
+        return number, outcome_of(self.evaluate, task)
 
     def evaluate(
         self, architecture: Architecture, judge: Judge | None = None, measured: Scores | None = None
     ) -> Evaluation:
-        """Score one architecture.
+        """Scores one candidate.
 
         Raises:
-            TrialFailure: as the evaluator does; `timeout` where it took too long, `killed` where the process died.
+            TrialFailure: as the evaluator does; also `timeout` after the time limit, and `killed` where the process
+                died.
         """
         if self._process is not None and not self._process.is_alive():
-            self.close()  # it died between two: no fault of this one
+            self.close()  # it died between two candidates, which is no fault of this one
         try:
             connection = self._connection or self._start()
-            # bytes, and not what the module makes of tensors: that would go through shared memory, which may be small
+            # as bytes, because multiprocessing would send tensors through shared memory, which may be small
             connection.send_bytes(pickle.dumps((architecture, judge, measured)))
             kind, content = self._answer(connection)
         except (EOFError, OSError):
@@ -86,7 +101,7 @@ class IsolatedEvaluator:
         return content
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
@@ -138,25 +153,25 @@ class IsolatedEvaluator:
 
 
 class _Sender(logging.Handler):
-    """Sends what is to be said to the process that asked; its records too."""
+    """Sends messages, log records among them, to the process that asked."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
         self._connection, self._one_at_a_time = connection, threading.Lock()
 
     def send(self, kind: str, content: Any) -> None:
-        """One message."""
+        """Sends one message."""
         with self._one_at_a_time:
             self._connection.send_bytes(pickle.dumps((kind, content)))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A log record as a message."""
+        """Sends a log record."""
         self.send("log", (record.levelno, "%s", record.getMessage()))
 
 
 def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) -> None:
-    """The process: answers until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends this
+    """The main function of the subprocess: scores candidates until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(signal.SIGKILL, parent)
     torch.set_num_threads(threads)
@@ -175,7 +190,7 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
                 if busy.wait(SIGN_SECONDS):
                     sender.send("waiting", WAITING.is_set())
                     time.sleep(SIGN_SECONDS)
-        os._exit(1)  # nobody is left who could end a hang
+        os._exit(1)  # no process is left that could end a hang
 
     threading.Thread(target=watch, daemon=True).start()
     while True:
@@ -188,14 +203,14 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
             answer: tuple[str, Any] = ("done", evaluator.evaluate(architecture, judge, measured))
         except NasError as failure:
             answer = ("failure", failure)
-        except Exception:  # the search must end with it, and with where it happened
+        except Exception:  # a bug: the search ends with its traceback
             answer = ("error", traceback.format_exc())
         if answer[0] != "done":
             try:
                 for device in {evaluator.device, *(c.device for c in evaluator.latency)}:
                     if device.startswith("cuda"):
                         torch.cuda.synchronize(device)
-            except RuntimeError:  # an error that stays: nothing runs on that GPU in this process any more
+            except RuntimeError:  # the error stays: this process cannot use that GPU any more
                 REPEATS.tell(
                     log,
                     "errors of a GPU that end the scoring process",

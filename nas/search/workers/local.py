@@ -18,14 +18,18 @@ from ...machine.children import python_module
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 20.0
-"""Time for a local worker to end when it is asked to."""
+"""A local worker that is asked to end is killed after this long."""
 
 
 @contextlib.contextmanager
 def local_workers(run: Run, count: int) -> Iterator[None]:
-    """Further processes on this machine that work on a run; they end with this one's search.
+    """Runs further worker processes on this machine, which end with the context.
 
-    What they log is in `workers/N.log` of the run folder. Of one that dies the search says so, and goes on.
+    Their logs go to `workers/N.log` of the run folder. Where a worker dies, a warning says so and the search goes on.
+
+    Args:
+        run: the run that they work on.
+        count: number of processes.
     """
     processes: list[subprocess.Popen[str]] = []
     ending = threading.Event()
@@ -38,7 +42,8 @@ def local_workers(run: Run, count: int) -> Iterator[None]:
             why = f": {one_line(last[0], 200)}" if last else ""
             log.warning("a worker of this search died (%s), see %s%s", how, log_file, why)
 
-    allowed = {name: run.manifest["config"].get(name) for name in ("storage", "command")}  # here, so there
+    # the workers may use what the user allowed here
+    allowed = {name: run.manifest["config"].get(name) for name in ("storage", "command")}
     try:
         for number in range(1, count + 1):
             file = run.path / "workers" / f"{number}.log"

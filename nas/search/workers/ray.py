@@ -1,8 +1,8 @@
 """Scoring on a Ray cluster: the search draws here, the cluster trains, and one actor measures.
 
-The actor sits on the machine where the search was started, since what it measures is compared with what the search has
-measured there; a GPU that is a target is the actor's alone. Ray repeats once what a lost process or node was at; the
-study stays the truth.
+The actor runs on the machine where the search was started, because its latencies are compared with those that the
+search has measured there. Where a GPU is the target, the actor has it alone. Ray repeats a task once when its process
+or node is lost. The study stays the truth.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from ...errors import RunError, TrialFailure, UsageError
 from ...objectives.objectives import Scores
 from ..early_stopping import Judge
 from ..evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
+from .executors import outcome_of
 from .isolated import IsolatedEvaluator
 
 log = logging.getLogger(__name__)
 
 Outcome = Evaluation | TrialFailure
-"""What a task gives: a failure is no error of the task, which Ray would wrap."""
+"""What a task returns. A failure is returned too, because Ray would wrap an exception."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Resources:
     """Where a search's trials run.
 
     Args:
-        address: of the cluster: `auto` for the one that this machine belongs to, `HOST:PORT`, or `local` for a new one
-            on this machine.
-        workers: trials at a time.
-        gpus_per_trial: that a training asks for; a fraction lets several share one.
+        address: address of the cluster: `auto` for the one that this machine belongs to, `HOST:PORT`, or `local` for a
+            new one on this machine.
+        workers: number of trials at a time.
+        gpus_per_trial: GPUs that a training asks for; a fraction lets several trainings share one.
     """
 
     address: str
@@ -48,18 +49,19 @@ class Resources:
 
 
 class Cluster:
-    """Takes architectures, gives evaluations.
+    """The executor that scores on a Ray cluster.
 
     Args:
-        evaluator: what scores; its data is sent to the cluster once.
-        resources: where.
-        seconds: for scoring one architecture, after which its process is ended; None for no limit.
+        evaluator: scores the candidates; its data is sent to the cluster once.
+        resources: where the trials run.
+        seconds: time limit of one candidate, after which its process is ended; None for no limit.
 
     Raises:
-        RunError: where Ray is not installed or the cluster cannot be reached or has not what is asked for.
+        RunError: where Ray is not installed, or the cluster cannot be reached or lacks what the search asks for.
     """
 
     def __init__(self, evaluator: Evaluator, resources: Resources, seconds: float | None) -> None:
+        self.slots = resources.workers
         self._ray = ray = _connected(resources.address)
         wanted = {*evaluator.objectives, *evaluator.budgets}
         measured, trained = bool(MEASURED & wanted), "accuracy" in wanted
@@ -84,22 +86,21 @@ class Cluster:
             actor = ray.remote(
                 num_cpus=0, num_gpus=float(on_gpu), max_restarts=-1, max_task_retries=1, scheduling_strategy=here
             )(Target)
-            # what is "torch's own" is not the same in one of Ray's processes
+            # torch's own number of threads is another one in Ray's processes
             timed = tuple(replace(c, threads=c.threads or torch.get_num_threads()) for c in evaluator.latency)
             self._measurer = ray.put(replace(evaluator, parts=(MEASURE,), latency=timed))
             self._target = actor.remote([self._measurer], seconds)
         self._seconds = seconds
         self._under_way: dict[Any, int] = {}
 
-    def submit(self, number: int, architecture: Architecture, judge: Judge | None, measured: Scores | None) -> None:
-        """Begin to score an architecture.
+    def submit(self, number: int, task: tuple[Architecture, Judge | None, Scores | None]) -> None:
+        """Begins to score a candidate.
 
         Args:
-            number: of its trial.
-            architecture: what is scored.
-            judge: may stop its training.
-            measured: what was measured of it already.
+            number: number of its trial.
+            task: the architecture, what may stop its training, and the scores that were measured before.
         """
+        architecture, judge, measured = task
         known: Any = None if measured is None else Evaluation(measured, {}, left=TRAIN)
         if self._target is not None and known is None:
             known = self._target.measure.remote(architecture)
@@ -112,7 +113,7 @@ class Cluster:
         self._under_way[answer] = number
 
     def next(self) -> tuple[int, Outcome]:
-        """The next trial that is done, and what came of it; waits for it."""
+        """Waits for the next trial that is done, and returns its number and outcome."""
         ray = self._ray
         while True:
             ready, _ = ray.wait(list(self._under_way), num_returns=1, timeout=1.0)  # so that Ctrl-C is seen
@@ -132,7 +133,7 @@ class Cluster:
             return number, TrialFailure("killed", f"its process or node was lost twice ({cause})")
 
     def close(self) -> None:
-        """End what is under way, and leave the cluster."""
+        """Ends what is under way, and leaves the cluster."""
         for answer in self._under_way:
             self._ray.cancel(answer, force=self._train is not None)
         self._under_way.clear()
@@ -140,13 +141,13 @@ class Cluster:
 
 
 class Target:
-    """The actor that measures, one architecture after the other.
+    """The actor that measures one candidate after the other.
 
-    In a process of its own: Ray would count its death against all that wait behind the one that it died of.
+    It measures in a subprocess: were the actor itself to die, Ray would count that against all candidates that wait.
 
     Args:
-        evaluator: what measures, as a reference in a list.
-        seconds: for one architecture; None for no limit.
+        evaluator: measures; given as a reference in a list.
+        seconds: time limit of one candidate; None for no limit.
     """
 
     def __init__(self, evaluator: list[Any], seconds: float | None) -> None:
@@ -155,21 +156,18 @@ class Target:
         self._evaluator = IsolatedEvaluator(ray.get(evaluator[0]), seconds)
 
     def measure(self, architecture: Architecture) -> Outcome:
-        """All scores but those of the training."""
-        try:
-            return self._evaluator.evaluate(architecture)
-        except TrialFailure as failure:
-            return failure
+        """Returns all scores but those of the training."""
+        return outcome_of(self._evaluator.evaluate, (architecture,))
 
 
 _FETCHED: dict[str, Evaluator | IsolatedEvaluator] = {}
-"""What scores in the search that this process works for."""
+"""The evaluator of the search that this process works for, by its reference."""
 
 
 def _train(
     evaluator: list[Any], architecture: Architecture, judge: Judge | None, known: Outcome | None, seconds: float | None
 ) -> Outcome:
-    """What is left of scoring an architecture: a task of the cluster."""
+    """Does what is left of scoring a candidate: a task of the cluster."""
     import ray
 
     if known is not None and (isinstance(known, TrialFailure) or not known.left):
@@ -179,14 +177,11 @@ def _train(
         _FETCHED.clear()
         fetched = ray.get(evaluator[0])
         _FETCHED[name] = fetched if seconds is None else IsolatedEvaluator(fetched, seconds)
-    try:
-        return _FETCHED[name].evaluate(architecture, judge, None if known is None else known.scores)
-    except TrialFailure as failure:
-        return failure
+    return outcome_of(_FETCHED[name].evaluate, (architecture, judge, None if known is None else known.scores))
 
 
 def _check_gpus(nodes: list[dict[str, float]], gpus: float, on_gpu: bool, evaluator: Evaluator) -> None:
-    """Refuse what would wait for ever."""
+    """Refuses a request that would wait for ever."""
     there = [node.get("GPU", 0.0) for node in nodes]
     if gpus > max(there):
         raise RunError(f"a training asks for {gpus:g} GPUs, no node of the cluster has more than {max(there):g}")
@@ -198,7 +193,7 @@ def _check_gpus(nodes: list[dict[str, float]], gpus: float, on_gpu: bool, evalua
 
 
 def _connected(address: str) -> Any:
-    """Ray's module, connected to a cluster."""
+    """Returns Ray's module, connected to a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

@@ -16,21 +16,22 @@ from ..study import work
 
 
 def main(path: str, parent: int) -> int:
-    """Work until the run is done; 143 where it was asked to stop.
+    """Works until the run is done. Returns the exit status, 143 where the process was asked to stop.
 
-    What the search's user allowed, the arguments of `consent.allow`, comes as JSON on the standard input: a storage's
-    URL may hold a password, and what a command line says everybody on the machine can read.
+    The standard input holds what the user of the search allowed, the arguments of `consent.allow` as JSON. The command
+    line would be the wrong place: a storage's URL may hold a password, and everybody on the machine can read command
+    lines.
 
     Args:
-        path: of the run.
-        parent: the search's process.
+        path: folder of the run.
+        parent: process of the search.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("nas.data").setLevel(logging.ERROR)  # the search says what its images are, once for all
+    logging.getLogger("nas.data").setLevel(logging.ERROR)  # the search itself has said what it found
     for number in ending_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends its workers
-    end_with_parent(signal.SIGTERM, parent)  # hands its trial back, even in the midst of a training
+    end_with_parent(signal.SIGTERM, parent)  # hands its trial back, even during a training
     try:
         consent.allow(**json.load(sys.stdin))
         run = Run.open(path)
