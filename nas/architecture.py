@@ -1,9 +1,10 @@
-"""What a network is, as data: a stem, two to five stages and a head.
+"""Describes a network as data: a stem, two to five stages and a head.
 
-Everything here is frozen, validated on construction and free of torch. An architecture is named by its `key`, a short
-hash of its canonical JSON. Defaults are left out of that JSON, so a field added later (with a default that means "as
-before") renames no network. What has no effect on the network (an option of another kind, a compression that rounds to
-the same channels) is brought to one form on construction, so that equal networks have equal keys.
+All classes here are frozen, check their values on construction and do not need torch. The name of an architecture is
+its `key`, a short hash of its canonical JSON. That JSON leaves out defaults. So a field that is added later, with a
+default that means "as before", renames no network. Settings that do not change the network (an option of another kind,
+or a compression that rounds to the same number of channels) are brought to one form on construction. So equal networks
+have equal keys.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .errors import UsageError, unknown_name
 
 VERSION = 1
 MAX_STAGES = 5
-MAX_DEPTH = 256  # bounds that no sane network meets, so that a hostile file cannot ask for a terabyte
+MAX_DEPTH = 256  # no sane network reaches these bounds; they keep a hostile file from asking for a terabyte
 MAX_WIDTH = 16_384
 MAX_PARAMS = 10**9
 MAX_MLP_RATIO = 64.0
@@ -29,7 +30,7 @@ MAX_COMPRESSION = int(MAX_WIDTH * MAX_MLP_RATIO)
 MAX_JSON_CHARS = 100_000
 MAX_NESTING = 32
 
-# words a field may take, from least to most work
+# allowed words of each field, from least to most work
 LOCAL_UNITS = ("none", "dw", "conv")
 FUSIONS = ("add", "hadamard")
 GATES = ("none", "se")
@@ -46,7 +47,7 @@ HADAMARD_KINDS = {
     "gated_conv": ("kernel_size", "expansion"),
     "polynomial": ("expansion",),
 }
-"""Kind of Hadamard mixer -> the options it reads."""
+"""Maps each kind of Hadamard mixer to the options it uses."""
 PUBLISHED_EXPANSION = {"star": 4.0, "gated_conv": 8 / 3, "polynomial": 1.0}
 
 
@@ -65,7 +66,7 @@ def _set_ratio(obj: object, name: str, high: float, zero: bool = False) -> None:
     value = getattr(obj, name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (0 < value <= high or (zero and value == 0)):
-        allowed = f"0 or a number above it, at most {high:g}" if zero else f"a number above 0, at most {high:g}"
+        allowed = f"a number from 0 to {high:g}" if zero else f"a number above 0, at most {high:g}"
         raise UsageError(f"{type(obj).__name__}.{name} is {value!r}: it must be {allowed}")
     object.__setattr__(obj, name, float(value))
 
@@ -88,7 +89,7 @@ def _set_odd(obj: object, name: str) -> None:
 
 
 def _reset(obj: Any, *names: str) -> None:
-    """Bring fields that have no effect here to their defaults."""
+    """Sets fields that have no effect here to their defaults."""
     for f in fields(obj):
         if f.name in names:
             object.__setattr__(obj, f.name, f.default)
@@ -104,15 +105,15 @@ def _qk_width(heads: int, width: int, compression: int) -> int:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Multi-head softmax attention: over all positions, over reduced keys and values, or within windows.
+    """Multi-head softmax attention over all positions, over reduced keys and values, or within windows.
 
     Args:
-        heads: number of heads; divides the stage's width.
-        kv_reduction: side of the patch that becomes one key and value; 1 is full attention.
-        reducer: how a patch becomes one: `pool` (average), `dwconv` (depthwise convolution and layer norm, CMT) or
+        heads: number of heads. It must divide the width of the stage.
+        kv_reduction: side of the patch that is reduced to one key and value. 1 is full attention.
+        reducer: how a patch is reduced: `pool` (average), `dwconv` (depthwise convolution and layer norm, CMT) or
             `conv` (full convolution and layer norm, PVT).
-        window: side of the windows within which positions attend, with a relative position bias (Swin); 0 for none.
-            Windows see all their own positions, so they take no `kv_reduction`.
+        window: side of the attention windows, with a relative position bias (Swin). 0 means no windows. With windows,
+            every position of a window is a key, so `kv_reduction` has no effect.
     """
 
     name: ClassVar[str] = "softmax"
@@ -132,16 +133,16 @@ class Softmax:
             _reset(self, "reducer")
 
     def inner_width(self, width: int, compression: int) -> int:
-        """Channels of queries (and of keys), all heads together."""
+        """Returns the number of query channels over all heads. Keys have the same number."""
         return _qk_width(self.heads, width, compression)
 
 
 @dataclass(frozen=True)
 class Additive:
-    """CAS-ViT's convolutional additive attention (CATM).
+    """Convolutional additive attention of CAS-ViT (CATM).
 
     Args:
-        kernel_size: odd side of the mixer's depthwise convolutions; 3 is the published form.
+        kernel_size: odd side of the depthwise convolutions in the mixer. CAS-ViT uses 3.
     """
 
     name: ClassVar[str] = "additive"
@@ -151,17 +152,18 @@ class Additive:
         _set_odd(self, "kernel_size")
 
     def inner_width(self, width: int, compression: int) -> int:
-        """Channels of queries, keys and values."""
+        """Returns the number of channels of the queries, the keys and the values."""
         return max(1, width // compression)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """S2AFormer's strip self-attention: spatially reduced keys and values, channel-compressed queries and keys.
+    """Strip self-attention of S2AFormer: spatially reduced keys and values, channel-compressed queries and keys.
 
     Args:
-        heads: number of heads; divides the stage's width.
-        kv_reduction: side and stride of the depthwise convolution that makes the map for keys and values; 1 is none.
+        heads: number of heads. It must divide the width of the stage.
+        kv_reduction: side and stride of the depthwise convolution that produces the map for keys and values. 1 means no
+            reduction.
     """
 
     name: ClassVar[str] = "strip"
@@ -173,23 +175,26 @@ class Strip:
         _set_int(self, "kv_reduction", 1, 64)
 
     def inner_width(self, width: int, compression: int) -> int:
-        """Channels of queries (and of keys), all heads together."""
+        """Returns the number of query channels over all heads. Keys have the same number."""
         return _qk_width(self.heads, width, compression)
 
 
 @dataclass(frozen=True)
 class Hadamard:
-    """A Hadamard product of two branches, of which at least one looks around (survey: arXiv 2504.13112).
+    """Hadamard product of two branches, at least one of which mixes positions (survey: arXiv 2504.13112).
 
     Args:
-        kind: a key of `HADAMARD_KINDS`. `conv_modulation` (Conv2Former), `lka` (large-kernel attention, VAN), `gnconv`
+        kind: a key of `HADAMARD_KINDS`: `conv_modulation` (Conv2Former), `lka` (large-kernel attention, VAN), `gnconv`
             (recursive gated convolution, HorNet), `star` (star operation, StarNet), `focal` (focal modulation,
-            FocalNet), `gated_conv` (gated CNN, MambaOut), `polynomial` (MONet; no activation). `star` and `gated_conv`
-            are mixer and MLP in one where they come from: `Stage.mlp="none"` gives those blocks.
-        kernel_size: odd side of the depthwise convolution; of the dilated one in `lka`, of the first level in `focal`.
-        order: number of recursive products of `gnconv`, 2 to 5; 2 ** (order - 1) divides the stage's width.
-        levels: number of nested contexts of `focal`, each two wider than the one before.
-        expansion: hidden width over the stage's of `star`, `gated_conv` and `polynomial`; 0 is the published one.
+            FocalNet), `gated_conv` (gated CNN, MambaOut) or `polynomial` (MONet, without activation). StarNet and
+            MambaOut use `star` and `gated_conv` as mixer and MLP in one; `Stage.mlp="none"` gives their blocks.
+        kernel_size: odd side of the depthwise convolution. In `lka` it is the dilated convolution, in `focal` the first
+            level.
+        order: number of recursive products of `gnconv`, 2 to 5. 2 ** (order - 1) must divide the width of the stage.
+        levels: number of nested contexts of `focal`. The kernel of each context is two wider than that of the context
+            before.
+        expansion: hidden width of `star`, `gated_conv` and `polynomial`, divided by the width of the stage. 0 is the
+            published value.
     """
 
     name: ClassVar[str] = "hadamard"
@@ -211,14 +216,14 @@ class Hadamard:
 
     @property
     def granularity(self) -> int:
-        """The stage's width, and the inner width, are multiples of this."""
+        """Number that must divide the width of the stage. It also divides the inner width."""
         return 2 ** (self.order - 1) if self.kind == "gnconv" else 1
 
     def inner_width(self, width: int, compression: int) -> int:
-        """Channels in which the branches are multiplied."""
+        """Returns the number of channels in which the branches are multiplied."""
         expansion = self.expansion or PUBLISHED_EXPANSION.get(self.kind, 1.0)
         inner = int(expansion * width) // compression
-        # a polynomial's layer norms need something to normalise, and its shifts channels for every direction
+        # the layer norms of a polynomial need several channels, and its shifts need channels for every direction
         least = 8 if self.kind == "polynomial" else self.granularity
         return max(inner - inner % self.granularity, least)
 
@@ -228,13 +233,13 @@ MIXER_TYPES: dict[str, type[Mixer]] = {t.name: t for t in (Softmax, Additive, St
 
 
 def mixer_label(mixer: Mixer) -> str:
-    """The mixer's name, with its options where they are not the defaults: `strip(heads=4)`."""
+    """Returns the name of the mixer, with the options that are not defaults: `strip(heads=4)`."""
     options = ",".join(f"{k}={v}" for k, v in _non_defaults(mixer).items())
     return f"{mixer.name}({options})" if options else mixer.name
 
 
 def block_label(stage: Stage) -> str:
-    """A block's steps in order, such as `conv + mixer + mlp` or `dw * mixer se + gated mlp`."""
+    """Returns the steps of a block in order, such as `conv + mixer + mlp` or `dw * mixer se + gated mlp`."""
     mixer = "mixer se" if stage.gate == "se" else "mixer"
     steps = [mixer] if stage.local == "none" else [stage.local, mixer]
     text = (" * " if stage.fusion == "hadamard" else " + ").join(steps)
@@ -245,13 +250,13 @@ def block_label(stage: Stage) -> str:
 
 @dataclass(frozen=True)
 class Stem:
-    """3x3 convolutions from the image to the first stage's width.
+    """3x3 convolutions from the image to the width of the first stage.
 
     Args:
-        stride: total stride, 4 or (for images of 32 pixels or so) 2; the first convolution always has stride 2.
-        kind: `conv2` (CAS-ViT: two convolutions with batch norm and ReLU) or `conv3` (S2A-R, CMT: three with GELU and
-            batch norm, then a patch embedding, a convolution with layer norm).
-        width: channels before the last convolution; 0 for half the first stage's.
+        stride: total stride: 4, or 2 for images of about 32 pixels. The first convolution always has stride 2.
+        kind: `conv2` (CAS-ViT: two convolutions with batch norm and ReLU) or `conv3` (S2A-R, CMT: three convolutions
+            with GELU and batch norm, then a patch embedding, which is a convolution with layer norm).
+        width: channels before the last convolution. 0 means half the width of the first stage.
     """
 
     stride: int = 4
@@ -268,11 +273,11 @@ class Stem:
 
 @dataclass(frozen=True)
 class Downsample:
-    """The stride-2 convolution and norm before every stage but the first.
+    """Stride-2 convolution and norm before every stage except the first.
 
     Args:
         kernel_size: odd side of the convolution.
-        norm: `bn` or `ln`.
+        norm: `bn` (batch norm) or `ln` (layer norm over channels).
     """
 
     kernel_size: int = 3
@@ -288,19 +293,19 @@ class Stage:
     """Blocks of one width at one resolution.
 
     Args:
-        mixer: the token mixer of every block, with its options.
+        mixer: token mixer of every block, with its options.
         depth: number of blocks.
-        width: channels.
-        mlp_ratio: hidden width of the MLP over `width`.
-        compression: channel compression ratio of the mixer (see `inner_width` of each mixer); brought to one
-            of the ratios that leave as many channels, the largest where there is one.
+        width: number of channels.
+        mlp_ratio: hidden width of the MLP divided by `width`.
+        compression: channel compression ratio of the mixer (see `inner_width` of each mixer). Several ratios can leave
+            the same number of channels; they are replaced by one of them, the largest if there is a largest.
         local: local unit before the mixer: `none`, `dw` (depthwise 3x3) or `conv` (CAS-ViT: 1x1, depthwise 3x3, 1x1).
-        fusion: how local unit and mixer are joined: `add` (one residual step after the other) or `hadamard` (one step,
-            their product).
-        interaction: residual step after the mixer: `none`, `dw` (depthwise 3x3) or `conv` (S2A-R's local interaction
-            module: 1x1, depthwise 3x3, 1x1).
-        gate: `none`, or `se`, a squeeze-and-excitation gate on the mixer's output.
-        mlp: channel mixer: `plain`, `gated` (gated linear unit with a depthwise 3x3; two thirds of the hidden width, so
+        fusion: how the local unit and the mixer are combined: `add` (two residual steps, one after the other) or
+            `hadamard` (one residual step with their product).
+        interaction: residual step after the mixer: `none`, `dw` (depthwise 3x3) or `conv` (local interaction module of
+            S2A-R: 1x1, depthwise 3x3, 1x1).
+        gate: gate on the output of the mixer: `none` or `se` (squeeze-and-excitation).
+        mlp: channel mixer: `plain`, `gated` (gated linear unit with a depthwise 3x3; its hidden width is two thirds, so
             that both cost nearly the same) or `none`.
     """
 
@@ -329,25 +334,25 @@ class Stage:
             raise UsageError(f"Stage.width {self.width} is not divisible by the mixer's {heads} heads")
         parts = getattr(self.mixer, "granularity", 1)
         if self.width % parts:
-            raise UsageError(f"Stage.width {self.width} is not divisible by {parts}, as the mixer's order asks")
+            raise UsageError(f"Stage.width {self.width} is not divisible by {parts}, as the mixer's order requires")
         if self.local == "none":
             _reset(self, "fusion")
         if self.mlp == "none":
             _reset(self, "mlp_ratio")
-        # one ratio for each inner width: 28 for one channel of a head's 28, whatever was asked for above 14
+        # one ratio for each inner width: with 28 channels a head, all ratios above 14 leave one channel and become 28
         inner = self.inner_width
         ratio = self.mixer.inner_width(self.width, 1) // inner
-        ratio += self.mixer.inner_width(self.width, ratio) != inner  # a least width that no ratio meets
+        ratio += self.mixer.inner_width(self.width, ratio) != inner  # if no ratio gives exactly the minimum width
         object.__setattr__(self, "compression", ratio)
 
     @property
     def inner_width(self) -> int:
-        """The mixer's compressed width: of queries and keys (softmax, strip), or of the whole mixer (the others)."""
+        """Compressed width of the mixer. Softmax and strip compress queries and keys, others the whole mixer."""
         return self.mixer.inner_width(self.width, self.compression)
 
     @property
     def mlp_width(self) -> int:
-        """Hidden channels of the MLP, 0 where there is none."""
+        """Number of hidden channels of the MLP, 0 without an MLP."""
         share = {"none": 0.0, "plain": 1.0, "gated": 2 / 3}[self.mlp]
         return max(1, round(self.width * self.mlp_ratio * share)) if share else 0
 
@@ -359,7 +364,7 @@ STAGE_WORDS = {
     "gate": GATES,
     "mlp": MLPS,
 }
-"""Field of a stage -> the words it may take, from least to most work."""
+"""Maps each field of a stage to its allowed words, from least to most work."""
 
 
 @dataclass(frozen=True)
@@ -367,8 +372,9 @@ class Head:
     """Norm, global average pool and a linear classifier.
 
     Args:
-        width: channels of a 1x1 convolution before the pool (with batch norm and SiLU); 0 for none.
-        distillation: a second classifier, taught by a teacher; in use, logits are the mean of the two (DeiT, CAS-ViT).
+        width: channels of a 1x1 convolution before the pool, with batch norm and SiLU. 0 means no convolution.
+        distillation: whether there is a second classifier that learns from a teacher. At inference, logits are the mean
+            of both classifiers (DeiT, CAS-ViT).
     """
 
     width: int = 0
@@ -381,14 +387,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A backbone: everything that decides its modules, and nothing that depends on the task (classes, image size).
+    """Description of a backbone: all that decides its modules, without the task (number of classes, image size).
 
     Args:
-        stages: two to five stages; every stage after the first halves the resolution (rounding up).
-        stem: how the image becomes the first map.
-        head: what follows the last stage.
-        norm: `bn` (batch norm) or `ln` (layer norm over channels) before mixers and MLPs.
-        downsample: what halves the map between stages.
+        stages: two to five stages. Every stage after the first halves the resolution and rounds up.
+        stem: layers from the image to the first map.
+        head: layers after the last stage.
+        norm: norm before mixers and MLPs: `bn` (batch norm) or `ln` (layer norm over channels).
+        downsample: layers that halve the map between stages.
     """
 
     stages: tuple[Stage, ...]
@@ -405,12 +411,12 @@ class Architecture:
 
     @property
     def reduction(self) -> int:
-        """Total stride from the image to the last stage's map."""
+        """Total stride from the image to the map of the last stage."""
         return self.stem.stride << (len(self.stages) - 1)
 
     @property
     def dominant_mixer(self) -> str:
-        """The mixer used by most blocks; of equals, the one that comes last, where networks are widest."""
+        """Mixer of most blocks. In a tie, the mixer that comes last, where networks are widest."""
         blocks: dict[str, int] = {}
         for stage in reversed(self.stages):
             blocks[stage.mixer.name] = blocks.get(stage.mixer.name, 0) + stage.depth
@@ -418,11 +424,11 @@ class Architecture:
 
     @cached_property
     def key(self) -> str:
-        """The architecture's name: 12 hexadecimal digits of the SHA-256 of its canonical JSON."""
+        """Name of the architecture: the first 12 hexadecimal digits of the SHA-256 of its canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, defaults left out, with the format's `version`."""
+        """Returns plain data with the `version` of the format, without defaults."""
         data: dict[str, Any] = {"version": VERSION, "stages": [stage_to_dict(s) for s in self.stages]}
         for name in FRAME:
             if changed := _non_defaults(getattr(self, name)):
@@ -432,20 +438,20 @@ class Architecture:
         return data
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
+        """Returns canonical JSON, with sorted keys and without spaces."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """The inverse of `to_dict`.
+        """Builds an architecture from the data that `to_dict` returns.
 
         Raises:
-            UsageError: where a field is unknown, missing or has a value that is not allowed.
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         fields_ = check_mapping(data, "an architecture", ("version", "stages", "norm", *FRAME), ("version", "stages"))
         if fields_["version"] != VERSION or isinstance(fields_["version"], bool):
             raise UsageError(
-                f"architecture version {fields_['version']!r} is not known: this release reads version {VERSION}"
+                f"architecture version {fields_['version']!r} is unknown: this release reads version {VERSION}"
             )
         if not isinstance(fields_["stages"], list | tuple) or len(fields_["stages"]) > MAX_STAGES:
             raise UsageError(f"an architecture's stages must be a list of 2 to {MAX_STAGES} stages")
@@ -457,16 +463,16 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str) -> Architecture:
-        """The inverse of `to_json`; refuses text of more than 100,000 characters before parsing it."""
+        """Builds an architecture from the text of `to_json`. Refuses to parse more than 100,000 characters."""
         return cls.from_dict(parse_json(text, "an architecture"))
 
 
 FRAME: dict[str, type[Stem | Head | Downsample]] = {"stem": Stem, "head": Head, "downsample": Downsample}
-"""What an architecture has beside its stages and its norm."""
+"""Maps the name of each part of an architecture, except stages and norm, to its class."""
 
 
 def frame_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stem, head and downsampling from plain data, for those named there."""
+    """Returns those of stem, head and downsampling that `data` contains, built from plain data."""
     return {
         name: kind(**check_mapping(data[name], f"a {name}", tuple(f.name for f in fields(kind))))
         for name, kind in FRAME.items()
@@ -475,12 +481,12 @@ def frame_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mixer_to_dict(mixer: Mixer) -> dict[str, Any]:
-    """`{"name": …}` and the options that differ from their defaults."""
+    """Returns `{"name": …}` with the options that differ from their defaults."""
     return {"name": mixer.name, **_non_defaults(mixer)}
 
 
 def mixer_from_dict(data: Any) -> Mixer:
-    """The inverse of `mixer_to_dict`; a bare name stands for the mixer with its defaults."""
+    """Builds a mixer from the data that `mixer_to_dict` returns. A bare name means the mixer with its defaults."""
     if isinstance(data, str):
         data = {"name": data}
     name = data.get("name") if isinstance(data, Mapping) else data
@@ -493,31 +499,36 @@ def mixer_from_dict(data: Any) -> Mixer:
 
 
 def stage_to_dict(stage: Stage) -> dict[str, Any]:
-    """A stage as plain data, defaults left out."""
+    """Returns a stage as plain data, without defaults."""
     return _non_defaults(stage) | {"mixer": mixer_to_dict(stage.mixer)}
 
 
 def stage_from_dict(data: Any) -> Stage:
-    """The inverse of `stage_to_dict`."""
+    """Builds a stage from the data that `stage_to_dict` returns."""
     values = check_mapping(data, "a stage", tuple(f.name for f in fields(Stage)), ("mixer", "depth", "width"))
     return Stage(**values | {"mixer": mixer_from_dict(values["mixer"])})
 
 
 def parse_json(text: str, what: str, most: int = MAX_JSON_CHARS) -> Any:
-    """The data in `text`, or a `UsageError`; nothing longer than `most` is parsed, nor taken where nested deeply."""
+    """Parses JSON text from an untrusted source.
+
+    Raises:
+        UsageError: if the text has more than `most` characters (it is then not parsed), is not JSON or is nested too
+            deeply.
+    """
     if len(text) > most:
-        raise UsageError(f"{what} in {len(text):,} characters is too long: at most {most:,}")
+        raise UsageError(f"{what} has {len(text):,} characters: at most {most:,} are allowed")
     try:
         data = json.loads(text.removeprefix("\ufeff"))  # a byte-order mark
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"not the JSON of {what}: {error}") from None
+        raise UsageError(f"the JSON of {what} cannot be parsed: {error}") from None
     if is_too_deep(data):
-        raise UsageError(f"{what} is nested too deeply: at most {MAX_NESTING} levels")
+        raise UsageError(f"{what} is nested too deeply: at most {MAX_NESTING} levels are allowed")
     return data
 
 
 def is_too_deep(data: Any) -> bool:
-    """Whether data is nested so deeply that what walks it, or only prints it, may run out of stack."""
+    """Tells whether data is nested so deeply that code that walks or prints it may run out of stack."""
     level = [data]
     for _ in range(MAX_NESTING):
         inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
@@ -526,7 +537,11 @@ def is_too_deep(data: Any) -> bool:
 
 
 def check_mapping(data: Any, what: str, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`data` as a dict, or a `UsageError` that names the unknown or missing field of `what`."""
+    """Returns `data` as a dict.
+
+    Raises:
+        UsageError: if it is no mapping, or a field of `what` is unknown or missing; the message names the field.
+    """
     if not isinstance(data, Mapping):
         raise UsageError(f"{what} must be a JSON object, not {str(data)[:40]!r}")
     for name in data:
@@ -538,6 +553,6 @@ def check_mapping(data: Any, what: str, allowed: tuple[str, ...], required: tupl
 
 
 def resolutions(architecture: Architecture, height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of each stage's map for an image of `height` x `width`: every strided convolution rounds up."""
+    """Returns height and width of the map of each stage. Every strided convolution rounds up."""
     h, w = (math.ceil(n / architecture.stem.stride) for n in (height, width))
     return [(math.ceil(h / 2**i), math.ceil(w / 2**i)) for i in range(len(architecture.stages))]

@@ -1,11 +1,11 @@
-"""A search space: a fixed, ordered set of knobs, each a tuple of choices, and how they become an architecture.
+"""Search spaces: an ordered set of knobs, each with a tuple of choices, that decodes to architectures.
 
-A space is written stage by stage. Wherever a `StageChoices` field holds a tuple there is a knob named
-`stage<i>.<field>`; a single value is fixed. Mixer options are knobs too (`options`), shared by the mixers that have
-them. Every combination of choices decodes to a valid architecture: heads that do not divide the width become the
-nearest divisor, an order that does not fit it is lowered, options of other mixers are dropped, and what has no effect
-is brought to one form (`nas.architecture`). So equal networks have equal keys, and `size` counts networks, not
-spellings.
+A space is declared stage by stage. Each field of `StageChoices` that holds a tuple becomes a knob named
+`stage<i>.<field>`; a single value is fixed. Mixer options are knobs too (`options`), and all mixers that have an option
+share its knob. Every combination of choices decodes to a valid architecture: a number of heads that does not divide the
+width becomes the nearest divisor, an order that does not fit the width is lowered, options of other mixers are dropped,
+and settings without effect are brought to one form (`nas.architecture`). So equal networks have equal keys, and `size`
+counts distinct networks.
 """
 
 from __future__ import annotations
@@ -48,37 +48,38 @@ if TYPE_CHECKING:
     import numpy as np
 
 Choice = int | float | str
-"""What a knob takes: a number, a word, or a mixer's label."""
+"""Value of a knob: a number, a word, or the label of a mixer."""
 
 MAX_SPELLINGS = 20_000
-"""Combinations of a stage's choices that are gone through once."""
+"""Maximum number of combinations of a stage's choices, all of which are built once."""
 MAX_SETTLED = 200_000
-"""Stages whose first choices are remembered."""
+"""Maximum number of stages whose first choices are cached."""
 
 _PLAIN_FIELDS = ("depth", "width", "mlp_ratio", "compression", *STAGE_WORDS)
 _CORE_FIELDS = ("mixer", "width", "compression")
 _FREE_GROUPS = (("depth",), ("mlp", "mlp_ratio"), ("local", "fusion"), ("interaction",), ("gate",))
-"""The fields beside the core (and the mixer's options), grouped so that only fields of one group act on each other."""
+"""Fields besides the core and the mixer's options, in groups. Fields affect only other fields of their own group."""
 _WORDS = STAGE_WORDS | {"reducer": KV_REDUCERS}
 
 
 @dataclass(frozen=True)
 class StageChoices:
-    """What one stage may be. A tuple is a knob; a single value is fixed.
+    """Choices of one stage. A tuple is a knob; a single value is fixed.
 
     Args:
         mixer: token mixers with their options.
         depth: numbers of blocks.
-        width: channels.
+        width: numbers of channels.
         mlp_ratio: MLP ratios.
         compression: channel compression ratios.
-        local: local units.
-        fusion: ways to join local unit and mixer.
+        local: local units before the mixer.
+        fusion: ways to combine local unit and mixer.
         interaction: steps after the mixer.
-        gate: gates on the mixer's output.
+        gate: gates on the output of the mixer.
         mlp: channel mixers.
-        options: mixer option -> choices, for the mixers that have it; the others keep what `mixer` says. An option
-            without effect in `mixer` as it stands (an order of another kind, say) is lost there: name it here.
+        options: maps mixer options to their choices, for the mixers that have the option. Options that are not named
+            keep their value in `mixer`. An option without effect in `mixer` (for example `order` with a kind that does
+            not use it) is lost there, so name it here.
     """
 
     mixer: Mixer | tuple[Mixer, ...]
@@ -100,7 +101,7 @@ class StageChoices:
         for name, choices in self.options.items():
             if any(isinstance(choice, bool) or not isinstance(choice, int | float | str) for choice in choices):
                 raise UsageError(f"option {name} has choices that are neither numbers nor words")
-        # build each choice once on its own, so that a bad one is found here and not in the middle of a search
+        # builds each choice once on its own, so that a bad choice is found here and not in the middle of a search
         plain: dict[str, Any] = {"mixer": Additive(), "depth": 1, "width": 2}
         for name in _PLAIN_FIELDS:
             for choice in getattr(self, name):
@@ -115,30 +116,32 @@ class StageChoices:
                     type(mixer)(**option)
         kinds = {*self.options.get("kind", ()), *(m.kind for m in mixers if isinstance(m, Hadamard))}
         if "gnconv" in kinds and any(width % 2 for width in _as_tuple(self.width)):
-            raise UsageError("a stage with gnconv has an odd width: its products halve the channels")
+            raise UsageError("a stage with gnconv has an odd width: gnconv halves the channels, so use even widths")
         spellings = sum(math.prod(map(len, own.values())) for mixer in mixers for own in self._own_options(mixer))
         spellings *= len(_as_tuple(self.width)) * len(_as_tuple(self.compression))
         spellings += sum(math.prod(len(getattr(self, name)) for name in names) for names in _FREE_GROUPS)
         if spellings > MAX_SPELLINGS:
-            raise UsageError(f"a stage combines its choices in {spellings:,} ways: at most {MAX_SPELLINGS:,}")
+            raise UsageError(
+                f"a stage has {spellings:,} combinations of choices: at most {MAX_SPELLINGS:,} are allowed"
+            )
         if len(set(mixers)) != len(mixers):
             raise UsageError(f"a stage repeats a mixer: {', '.join(map(mixer_label, mixers))}")
 
     @cached_property
     def mixers(self) -> dict[str, Mixer]:
-        """Label -> mixer. A label is the mixer's name; where two share it, the options are added."""
+        """Maps labels to mixers. A label is the mixer's name; mixers that share a name add their options."""
         mixers = _as_tuple(self.mixer)
         names = [m.name for m in mixers]
         return {m.name if names.count(m.name) == 1 else mixer_label(m): m for m in mixers}
 
     @cached_property
     def choices(self) -> dict[str, tuple[Choice, ...]]:
-        """Every field (and mixer option) with what it may be, in order; one choice means fixed."""
+        """Maps every field and mixer option to its choices, in a fixed order. One choice means fixed."""
         plain: dict[str, tuple[Choice, ...]] = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         return {"mixer": tuple(self.mixers)} | plain | dict(self.options)
 
     def build(self, chosen: Mapping[str, Any]) -> Stage:
-        """The stage for one choice per field, repaired where the choices do not fit together."""
+        """Returns the stage for one choice per field, after repairing choices that do not fit together."""
         mixer = self.mixers[chosen["mixer"]]
         own = {f.name for f in fields(mixer)}
         mixer = _fit(replace(mixer, **{name: chosen[name] for name in self.options if name in own}), chosen["width"])
@@ -150,7 +153,7 @@ class StageChoices:
 
     @cached_property
     def cores(self) -> dict[tuple[Mixer, int, int], dict[str, Choice]]:
-        """Distinct (mixer, width, compression) of the stage -> the first choices that give it."""
+        """Maps each distinct (mixer, width, compression) of the stage to the first choices that give it."""
         cores: dict[tuple[Mixer, int, int], dict[str, Choice]] = {}
         for label, mixer in self.mixers.items():
             for options in self._own_options(mixer):
@@ -165,7 +168,7 @@ class StageChoices:
         return cores
 
     def _own_options(self, mixer: Mixer) -> Iterator[dict[str, tuple[Choice, ...]]]:
-        """The options that a mixer reads, with their choices; for a Hadamard mixer, kind by kind."""
+        """Yields the options that a mixer uses, with their choices; one dict for each Hadamard kind."""
         kinds: tuple[Choice, ...] = self.options.get("kind", (mixer.kind,)) if isinstance(mixer, Hadamard) else ("",)
         for kind in kinds:
             reads = HADAMARD_KINDS[str(kind)] if kind else [f.name for f in fields(mixer)]
@@ -176,7 +179,7 @@ class StageChoices:
 
     @cached_property
     def free(self) -> list[dict[tuple[Choice, ...], dict[str, Choice]]]:
-        """For each group of the other fields: distinct values in a stage -> the first choices that give them."""
+        """Maps, for each group of the other fields, distinct values in a stage to the first choices that give them."""
         groups = []
         for names in _FREE_GROUPS:
             group: dict[tuple[Choice, ...], dict[str, Choice]] = {}
@@ -188,11 +191,11 @@ class StageChoices:
 
     @property
     def size(self) -> int:
-        """The number of distinct stages."""
+        """Number of distinct stages."""
         return len(self.cores) * math.prod(len(group) for group in self.free)
 
     def find(self, stage: Stage) -> dict[str, Choice] | None:
-        """The first choices that build `stage`; None where none do."""
+        """Returns the first choices that build `stage`, or None if no choices do."""
         parts = [self.cores.get((stage.mixer, stage.width, stage.compression))]
         parts += [group.get(_read(stage, names)) for names, group in zip(_FREE_GROUPS, self.free, strict=True)]
         found: dict[str, Choice] = {}
@@ -203,7 +206,11 @@ class StageChoices:
         return found
 
     def settled(self, values: tuple[Choice, ...]) -> dict[str, Choice]:
-        """The first choices that build the same stage as these, one for each of `choices`, in its order."""
+        """Returns the first choices that build the same stage as `values`.
+
+        Args:
+            values: one value for each of `choices`, in its order.
+        """
         if values not in self._settled:
             if len(self._settled) >= MAX_SETTLED:
                 self._settled.clear()
@@ -217,19 +224,19 @@ class StageChoices:
         return {}
 
     def __iter__(self) -> Iterator[Stage]:
-        """Every distinct stage once, in a fixed order."""
+        """Yields every distinct stage once, in a fixed order."""
         for parts in itertools.product(self.cores.values(), *(group.values() for group in self.free)):
             yield self.build(dict(itertools.chain.from_iterable(part.items() for part in parts)))
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A declared space of architectures.
+    """Declared space of architectures.
 
     Args:
-        name: a short word; names run folders.
+        name: a short word, which also names run folders.
         description: one line for people.
-        stages: the choices stage by stage.
+        stages: choices of each stage.
         stem: fixed stem.
         head: fixed head.
         norm: fixed norm.
@@ -246,7 +253,7 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "_-" for c in self.name) or len(self.name) > 64:
-            raise UsageError(f"space name {self.name[:80]!r}: letters, digits, '-' and '_' only, at most 64")
+            raise UsageError(f"space name {self.name[:80]!r}: use at most 64 letters, digits, '-' and '_'")
         for number, stage in enumerate(self.stages, start=1):
             for name, choices in stage.choices.items():
                 where = f"space {self.name}: stage{number}.{name}"
@@ -261,7 +268,7 @@ class SearchSpace:
 
     @cached_property
     def knobs(self) -> dict[str, tuple[Choice, ...]]:
-        """Knob name -> its choices, in a fixed order."""
+        """Maps knob names to their choices, in a fixed order."""
         return {
             f"stage{i}.{name}": choices
             for i, stage in enumerate(self.stages, start=1)
@@ -275,17 +282,17 @@ class SearchSpace:
 
     @cached_property
     def size(self) -> int:
-        """The number of distinct architectures."""
+        """Number of distinct architectures."""
         return math.prod(stage.size for stage in self.stages)
 
     def _frame(self, stages: Iterable[Stage]) -> Architecture:
         return Architecture(tuple(stages), self.stem, self.head, self.norm, self.downsample)
 
     def decode(self, choices: Mapping[str, Choice]) -> Architecture:
-        """The architecture for one choice per knob; every combination gives one.
+        """Returns the architecture for one choice per knob. Every combination gives an architecture.
 
         Raises:
-            UsageError: where a knob is missing or unknown, or its value is not one of its choices.
+            UsageError: if a knob is missing or unknown, or its value is not one of its choices.
         """
         if set(choices) != set(self.knobs):
             odd = sorted(set(choices) ^ set(self.knobs))
@@ -301,28 +308,33 @@ class SearchSpace:
         )
 
     def encode(self, architecture: Architecture) -> dict[str, Choice]:
-        """Choices that decode to `architecture`; a knob without effect gets its first choice (or what repair asks for).
+        """Returns choices that decode to `architecture`.
+
+        A knob without effect gets its first choice, or the value that the repair needs.
 
         Raises:
-            UsageError: where the architecture is not a point of this space.
+            UsageError: if the architecture is not in this space.
         """
         if self._frame(architecture.stages) != architecture or len(architecture.stages) != len(self.stages):
             raise UsageError(
                 f"architecture {architecture.key} is not in space {self.name}: its stem, head, norm, downsampling or "
-                "number of stages"
+                "number of stages differs"
             )
         found = dict(self._first)
         for i, (stage, declared) in enumerate(zip(architecture.stages, self.stages, strict=True), start=1):
             chosen = declared.find(stage)
             if chosen is None:
                 raise UsageError(
-                    f"architecture {architecture.key} is not in space {self.name}: stage {i} is none of its choices"
+                    f"architecture {architecture.key} is not in space {self.name}: no choices give its stage {i}"
                 )
             found |= {knob: value for name, value in chosen.items() if (knob := f"stage{i}.{name}") in found}
         return found
 
     def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
-        """The choices that `encode` gives for what `choices` decode to; faster than both where stages come again."""
+        """Returns the choices that `encode` gives for the architecture that `choices` decode to.
+
+        This is faster than `decode` and `encode` when stages repeat, because their results are cached.
+        """
         found: dict[str, Choice] = {}
         for i, declared in enumerate(self.stages, start=1):
             wanted = tuple(choices.get(f"stage{i}.{n}", c[0]) for n, c in declared.choices.items())
@@ -332,11 +344,11 @@ class SearchSpace:
         return found
 
     def sample(self, rng: np.random.Generator) -> Architecture:
-        """An architecture with every knob drawn uniformly."""
+        """Returns an architecture for which every knob is drawn uniformly."""
         return self.decode({name: choices[int(rng.integers(len(choices)))] for name, choices in self.knobs.items()})
 
     def neighbours(self, architecture: Architecture) -> list[Architecture]:
-        """The distinct other architectures that one knob's change gives, in the order of the knobs."""
+        """Returns the distinct other architectures that differ in one knob, in the order of the knobs."""
         base = self.encode(architecture)
         near = (
             self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name]
@@ -344,12 +356,12 @@ class SearchSpace:
         return [a for a in dict.fromkeys(near) if a != architecture]
 
     def __iter__(self) -> Iterator[Architecture]:
-        """Every distinct architecture once, in a fixed order; see `size` before you ask for all."""
+        """Yields every distinct architecture once, in a fixed order. Look at `size` first."""
         for stages in itertools.product(*(list(stage) for stage in self.stages)):
             yield self._frame(stages)
 
     def largest(self) -> list[Architecture]:
-        """For each mixer label (and Hadamard kind), the architecture with the most work, all sizes at the top."""
+        """Returns, for each mixer label and Hadamard kind, the architecture with the most work."""
         labels = {label: mixer for stage in self.stages for label, mixer in stage.mixers.items()}
         products = [label for label, mixer in labels.items() if isinstance(mixer, Hadamard)]
         kinds = dict.fromkeys(kind for stage in self.stages for kind in stage.options.get("kind", ()))
@@ -365,7 +377,7 @@ class SearchSpace:
         return list(dict.fromkeys(result))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, from which `from_dict` makes an equal space."""
+        """Returns plain data from which `from_dict` builds an equal space."""
         return {
             "name": self.name,
             "description": self.description,
@@ -382,10 +394,10 @@ class SearchSpace:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
-        """The inverse of `to_dict`; reads data only, runs no code.
+        """Builds a space from the data that `to_dict` returns. Runs no code.
 
         Raises:
-            UsageError: where a field is unknown, missing or has a value that is not allowed.
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         names = tuple(f.name for f in fields(cls))
         values = check_mapping(data, "a search space", names, ("name", "description", "stages"))
@@ -414,11 +426,11 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
-        """The inverse of `to_json`; refuses text of more than 100,000 characters before parsing it."""
+        """Builds a space from the text of `to_json`. Refuses to parse more than 100,000 characters."""
         return cls.from_dict(parse_json(text, "a search space"))
 
     def to_json(self) -> str:
-        """Canonical JSON: equal spaces give equal text."""
+        """Returns canonical JSON: equal spaces give equal text."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
@@ -431,7 +443,7 @@ def _read(stage: Stage, names: tuple[str, ...]) -> tuple[Choice, ...]:
 
 
 def _most_work(name: str, values: tuple[Choice, ...]) -> Choice:
-    """Of a knob's choices the one with the most work; the first where they do not differ in that."""
+    """Returns the choice of a knob with the most work, or the first choice if all have the same work."""
     if name in ("compression", "kv_reduction"):
         return min(values)
     if name == "window" and 0 in values:
@@ -442,7 +454,10 @@ def _most_work(name: str, values: tuple[Choice, ...]) -> Choice:
 
 
 def _fit(mixer: Mixer, width: int) -> Mixer:
-    """The mixer for this width: heads become the nearest divisor, an order is lowered until its parts divide it."""
+    """Adapts a mixer to a width.
+
+    The number of heads becomes the nearest divisor; an order is lowered until its granularity divides the width.
+    """
     if isinstance(mixer, Softmax | Strip) and width % mixer.heads:
         return replace(mixer, heads=_nearest_divisor(width, mixer.heads))
     while isinstance(mixer, Hadamard) and width % mixer.granularity and mixer.order > 2:
@@ -451,6 +466,6 @@ def _fit(mixer: Mixer, width: int) -> Mixer:
 
 
 def _nearest_divisor(width: int, heads: int) -> int:
-    """The divisor of `width` nearest to `heads`; of two equally near, the smaller."""
+    """Returns the divisor of `width` nearest to `heads`, and the smaller of two that are equally near."""
     divisors = [d for d in range(1, width + 1) if width % d == 0]
     return min(divisors, key=lambda d: (abs(d - heads), d))
