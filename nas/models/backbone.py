@@ -290,9 +290,8 @@ def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, *
         if kwargs.get("feature_cls", "getter") != "getter":
             raise UsageError("with stage_norms, features come by feature_cls='getter' only: leave feature_cls out")
         feature_cfg["norm"] = True
-    if (
-        architecture.head.distillation
-    ):  # set before weights are loaded, so that timm drops both classifiers when the number of classes differs
+    if architecture.head.distillation:
+        # set before weights are loaded, so that timm drops both classifiers when the number of classes differs
         both = {"classifier": ("head", "head_dist")}
         kwargs["pretrained_cfg_overlay"] = both | (kwargs.get("pretrained_cfg_overlay") or {})
     if (params := count_params(architecture, kwargs.get("num_classes") or 0)) > MAX_PARAMS:

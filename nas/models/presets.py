@@ -62,7 +62,7 @@ def s2a_r(
     """
     if len({len(depths), len(widths), len(heads), len(kv_reductions)}) > 1:
         raise UsageError(
-            "depths, widths, heads and kv_reductions of s2a_r must have equal lengths: one entry for each stage"
+            "s2a_r needs depths, widths, heads and kv_reductions of equal length, with one entry for each stage"
         )
     for width, number in zip(widths, heads, strict=True):
         if qk_channels < 1 or number < 1:
