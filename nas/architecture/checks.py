@@ -76,7 +76,7 @@ def parse_json(text: str, what: str, most: int = MAX_JSON_CHARS) -> Any:
             deeply.
     """
     if len(text) > most:
-        raise UsageError(f"{what} has {len(text):,} characters: at most {most:,} are allowed")
+        raise UsageError(f"{what} is too long: it has {len(text):,} characters, at most {most:,} are allowed")
     try:
         data = json.loads(text.removeprefix("\ufeff"))  # a byte-order mark
     except (ValueError, RecursionError) as error:
