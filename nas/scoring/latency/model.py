@@ -1,9 +1,9 @@
-"""A model of latency: pieces of networks, each predicted from what it executes, and what their sum lacks.
+"""Predicts latency from measured pieces of networks and a correction of their sum.
 
-A piece's time is a weighted sum of its operations' numbers, multiply-adds and elements (weights not below 0), times a
-correction learned by a Gaussian process. A network's time is the sum of its pieces times what the sum lacks, learned by
-ridge regression from networks that were measured as a whole; how far it misses each of them when learned from the
-others is the uncertainty.
+The time of a piece is a weighted sum of its operations' counts, multiply-adds and elements (with weights not below 0),
+times a correction that a Gaussian process learns. The time of a network is the sum of its pieces, times a correction
+that a ridge regression learns from networks measured as a whole. The uncertainty is the error for each of these
+networks when it is left out of the regression.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..regression import ridge
 Floats = NDArray[np.float64]
 
 LENGTHS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.5)
-"""Length scales of the correction that are tried, in multiples of the root of the number of features."""
+"""Length scales that are tried for the correction, in multiples of the square root of the number of features."""
 NOISES = (0.15, 0.3, 0.6)
-"""Noise of a measured piece, as a share of the correction's own spread."""
+"""Noise of a measured piece, as a share of the spread of the correction."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ class LatencyModel:
 
     @classmethod
     def fit(cls, pieces: Floats, pieces_ms: Floats, networks: Sequence[Floats], networks_ms: Floats) -> LatencyModel:
-        """Learn from measured pieces and networks.
+        """Learns from measured pieces and networks.
 
         Args:
             pieces: features of shape (pieces, features).
-            pieces_ms: their latencies.
-            networks: features of each network's pieces, of shape (pieces, features) each.
-            networks_ms: their latencies as a whole.
+            pieces_ms: latencies of the pieces.
+            networks: features of the pieces of each network, each of shape (pieces, features).
+            networks_ms: latencies of the whole networks.
         """
         size = np.abs(pieces).max(axis=0)
         scaled = pieces / np.where(size > 0, size, 1.0)
-        # relative errors: a small piece counts as much as a large one
+        # the errors are relative, so that a small piece counts as much as a large one
         weights, _ = nnls(scaled / pieces_ms[:, None], np.ones(len(pieces)))
         weights = weights / np.where(size > 0, size, 1.0)
         logs = np.log1p(pieces)
@@ -86,10 +86,10 @@ class LatencyModel:
         return cls(weights, centre, scale, inputs, solved, length, coefficients, middle, width, uncertainty)
 
     def predict(self, networks: Sequence[Floats]) -> tuple[Floats, Floats]:
-        """Milliseconds of each network, and the standard deviation of the error, as a share.
+        """Returns the milliseconds of each network, and the relative standard deviation of the error.
 
         Args:
-            networks: features of each one's pieces, of shape (pieces, features) each.
+            networks: features of the pieces of each network, each of shape (pieces, features).
         """
         summaries = np.array([self._summary(network) for network in networks])
         design = np.c_[np.ones(len(summaries)), (summaries - self.middle) / self.width]
@@ -97,11 +97,11 @@ class LatencyModel:
         return totals, np.full(len(totals), self.uncertainty)
 
     def _summary(self, network: Floats) -> Floats:
-        """Of a network: the logarithm of the sum of its pieces' times, and of its features in all."""
+        """Returns the log of the sum of the pieces' times, and the logs of the network's total features."""
         return np.concatenate([[np.log(self.predict_pieces(network).sum())], np.log1p(network.sum(axis=0))])
 
     def predict_pieces(self, pieces: Floats) -> Floats:
-        """Milliseconds of pieces, from features of shape (pieces, features)."""
+        """Returns the milliseconds of pieces with features of shape (pieces, features)."""
         inputs = (np.log1p(pieces) - self.centre) / self.scale
         correction = _kernel(inputs, self.inputs, self.length) @ self.solved
         predicted: Floats = _linear(pieces, self.weights) * np.exp(correction)
@@ -113,7 +113,7 @@ def _linear(pieces: Floats, weights: Floats) -> Floats:
 
 
 def _kernel(a: Floats, b: Floats, length: float) -> Floats:
-    """Matérn 5/2."""
+    """Computes the Matérn 5/2 kernel."""
     squares = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0)
     r = np.sqrt(5 * squares / a.shape[1]) / length
     values: Floats = (1 + r + r**2 / 3) * np.exp(-r)
@@ -121,7 +121,7 @@ def _kernel(a: Floats, b: Floats, length: float) -> Floats:
 
 
 def _gaussian_process(inputs: Floats, targets: Floats) -> tuple[float, Floats]:
-    """Length scale and solved weights with the largest marginal likelihood over a grid."""
+    """Returns the length scale and the solved weights with the largest marginal likelihood over a grid."""
     n, best = len(targets), (-np.inf, 1.0, np.zeros(len(targets)))
     spread = float(targets.var()) + 1e-12
     for length in LENGTHS:

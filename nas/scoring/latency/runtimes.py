@@ -1,4 +1,4 @@
-"""What runs a network: each runtime makes it ready, runs it once for its output, and times passes of it."""
+"""Runtimes: each prepares a network, runs it once for its output, and times passes."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ from .clocks import TimeBlock, cpu_clock, cuda_clock
 from .config import DTYPES, LatencyConfig, import_package
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
-"""How far a runtime's output may be from eager's: max|a - b| / max|b|."""
+"""Allowed deviation of a runtime's output from eager's: max|a - b| / max|b|."""
 TOLERANCE_TF32 = 5e-3
-"""On CUDA convolutions in fp32 multiply in TF32, as PyTorch has it, whose ten bits alone make a difference of 1e-3."""
+"""Allowed deviation on CUDA in fp32. PyTorch's convolutions then multiply in TF32, whose ten bits alone cause a
+deviation of 1e-3."""
 COMMAND_TRIES = 3
 MAX_PRINTED, KEPT_BYTES = 2**26, 2**20
-"""Bytes that a call of the command may print, and how many of the last ones are read."""
+"""Bytes that a call of the command may print, and bytes from the end of the output that are kept."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network that a runtime has made ready.
+    """A network that a runtime has prepared.
 
     Args:
-        run: one pass.
-        time_block: runs that many passes and returns the milliseconds of each.
-        output: runs once and returns the output, as float32 on the CPU.
-        deviation: how far that is from eager's output, max|a - b| / max|b|.
-        seconds: what making it ready took.
-        keeps: what must live as long as this does.
+        run: runs one pass.
+        time_block: runs a number of passes and returns the milliseconds of each.
+        output: runs one pass and returns the output, as float32 on the CPU.
+        deviation: deviation of the output from eager's, max|a - b| / max|b|.
+        seconds: time of the preparation.
+        keeps: objects that must live as long as this one.
     """
 
     run: Callable[[], object]
@@ -65,17 +66,17 @@ class Prepared:
 
 
 def random_images(input_size: tuple[int, int, int], config: LatencyConfig) -> torch.Tensor:
-    """A batch of normally distributed images of `input_size` (channels, height, width)."""
+    """Returns a batch of normally distributed images of `input_size` (channels, height, width)."""
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randn(config.batch_size, *input_size, generator=generator)
 
 
 def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """Make a copy of `model` ready to be timed on `images`, and check its output.
+    """Prepares a copy of `model` for timing on `images`, and checks its output.
 
     Raises:
-        TrialFailure: where export or compilation fails (`runtime`), or the output is not eager's (`wrong_output`).
-        UsageError: where the runtime cannot run here at all.
+        TrialFailure: if export or compilation fails (`runtime`), or the output differs from eager's (`wrong_output`).
+        UsageError: if the runtime cannot run on this machine.
     """
     probe, images = _deployed(model, images, config)
     (expected,) = _eager_outputs(probe, images, config)
@@ -83,9 +84,10 @@ def prepare(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Pr
 
 
 def prepare_chain(parts: Sequence[nn.Module], images: torch.Tensor, config: LatencyConfig) -> Iterator[Prepared]:
-    """Make the network that runs `parts` one after another ready, then each part with the input that it gets there.
+    """Prepares the network that runs `parts` one after another, then each part with its input in the network.
 
-    Nothing is made ready before it is asked for. Runtimes that take ONNX share one export, the most of their time.
+    Nothing is prepared before it is requested. Runtimes that take ONNX share one export, which takes most of their
+    time.
 
     Raises:
         TrialFailure: as `prepare`.
@@ -111,7 +113,7 @@ def prepare_chain(parts: Sequence[nn.Module], images: torch.Tensor, config: Late
 
 
 class _Chain(nn.Module):
-    """Parts that run one after another; returns the output of each."""
+    """Parts that run one after another. It returns the output of each."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class _Chain(nn.Module):
 
 
 def _deployed(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> tuple[Any, torch.Tensor]:
-    """A copy of `model` in the form, and `images` in the format, that `config` asks for."""
+    """Returns a copy of `model` in the form, and `images` in the format, that `config` requires."""
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     weight = next(model.parameters(), images)
     probe = deploy(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
@@ -138,10 +140,10 @@ def _deployed(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> 
 
 
 def _eager_outputs(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> list[torch.Tensor]:
-    """What the network returns, as a list.
+    """Returns the outputs of the network as a list.
 
     Raises:
-        TrialFailure: where eager has no such operation in a short type.
+        TrialFailure: if eager lacks an operation in a short type.
     """
     try:
         with torch.inference_mode():
@@ -154,7 +156,7 @@ def _eager_outputs(probe: nn.Module, images: torch.Tensor, config: LatencyConfig
 
 
 def _checked(make: Callable[[], Prepared], expected: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """What `make` makes ready, its output compared with eager's and its time noted."""
+    """Prepares a network with `make`, compares its output with eager's and records the time."""
     start = time.perf_counter()
     with _failures_told(config):
         prepared = make()
@@ -175,7 +177,10 @@ def _checked(make: Callable[[], Prepared], expected: torch.Tensor, config: Laten
 
 @contextmanager
 def _failures_told(config: LatencyConfig) -> Iterator[None]:
-    """Exporters and compilers raise whatever they like: what one cannot take is a fact about the architecture."""
+    """Turns errors of exporters and compilers into `TrialFailure`.
+
+    These errors can have any type, and they mean that the runtime cannot run the architecture.
+    """
     try:
         yield
     except (TrialFailure, UsageError):
@@ -213,21 +218,23 @@ def _eager(probe: Callable[[torch.Tensor], Any], images: torch.Tensor, config: L
 
 
 def _compile(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """A function of its own for each network: torch keeps compiled code by function, and only a few for each."""
+    """Compiles a function of its own for each network, because torch keeps only a few compilations per function."""
 
     def call() -> Any:
         return probe(images)
 
     own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     with _quiet():
-        run = torch.compile(own, dynamic=False, fullgraph=True)  # what cannot be one graph is not timed in pieces
+        run = torch.compile(
+            own, dynamic=False, fullgraph=True
+        )  # a network that cannot be one graph is refused, not timed in pieces
         for _ in range(2):
             run()
     return Prepared(run, _torch_clock(run, images.device), lambda: _to_cpu(run()))
 
 
 def _cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """The kernels of one pass, recorded and replayed without the host."""
+    """Records the kernels of one pass and replays them without the host."""
     side = torch.cuda.Stream(images.device)
     side.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(side):
@@ -237,7 +244,7 @@ def _cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) ->
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         result = probe(images)
-    result.zero_()  # so that only a replay can make it right
+    result.zero_()  # so that only a replay can give the right output
 
     def output() -> torch.Tensor:
         graph.replay()
@@ -248,7 +255,10 @@ def _cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) ->
 
 
 def _exportable(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> tuple[nn.Module, torch.Tensor]:
-    """Weights and images as they are exported; ONNX knows no bf16 in which a CPU computes: that is a setting."""
+    """Returns weights and images as they are exported.
+
+    ONNX has no bf16 in which a CPU computes, so bf16 is exported as fp32 and set in the runtime.
+    """
     return (probe.float(), images.float()) if config.dtype == "bf16" else (probe, images)
 
 
@@ -258,7 +268,7 @@ def _onnxruntime(model: bytes, images: torch.Tensor, config: LatencyConfig) -> P
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # else the threads of one network go on spinning while the next has its turn on the same cores
+    # otherwise the threads of one network keep spinning while the next one runs on the same cores
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if images.device.type == "cuda":
         provider = ("CUDAExecutionProvider", {"device_id": images.device.index or 0})
@@ -277,7 +287,7 @@ def _onnxruntime(model: bytes, images: torch.Tensor, config: LatencyConfig) -> P
 
         return Prepared(run, cpu_clock(run), lambda: torch.from_numpy(run()[0]).float())
 
-    # on a GPU input and output stay there; a run returns when the device is done, so wall time is its time
+    # on a GPU, input and output stay there; a run returns when the device is done, so wall time is correct
     binding = session.io_binding()
     kind, index = images.device.type, images.device.index or 0
     binding.bind_ortvalue_input("images", onnxruntime.OrtValue.ortvalue_from_numpy(images.cpu().numpy(), kind, index))
@@ -314,7 +324,7 @@ def _openvino(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prep
 
 
 def _command(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
-    """A user's own program, given an ONNX file and an input; it prints its times and writes its output."""
+    """Prepares a user's program, which takes an ONNX file and an input, prints its times and writes its output."""
     assert config.command is not None
     folder = Path(tempfile.mkdtemp(prefix="mixnas-"))
     places = {name: folder / file for name, file in _COMMAND_FILES.items()}
@@ -323,10 +333,10 @@ def _command(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepa
     words = [_fill(word, places) for word in shlex.split(config.command)]
 
     def time_block(passes: int) -> list[float]:
-        # the program decides how many passes a call makes
+        # the program decides how many passes one call makes
         return [float(np.median(_call_command(words, config.command_timeout)))]
 
-    weakref.finalize(time_block, shutil.rmtree, folder, ignore_errors=True)  # its files live as long as it
+    weakref.finalize(time_block, shutil.rmtree, folder, ignore_errors=True)  # the files live as long as the function
 
     def output() -> torch.Tensor:
         time_block(1)
@@ -348,10 +358,10 @@ def _fill(word: str, places: dict[str, Path]) -> str:
 
 
 def _call_command(words: list[str], timeout: float) -> list[float]:
-    """Milliseconds of the passes of one call.
+    """Calls the command and returns the milliseconds of its passes.
 
     Raises:
-        TrialFailure: where it failed, was silent or too slow each time it was tried.
+        TrialFailure: if each try failed, printed no times or took too long.
     """
     problem = ""
     for _ in range(COMMAND_TRIES):
@@ -363,7 +373,7 @@ def _call_command(words: list[str], timeout: float) -> list[float]:
         except OSError as error:
             raise UsageError(f"the command {words[0]} cannot be run: {error.strerror or error}") from None
         if status:
-            last = (complaints.strip() or printed.strip() or "it said nothing").splitlines()[-1][:200]
+            last = (complaints.strip() or printed.strip() or "it printed nothing").splitlines()[-1][:200]
             problem = f"exit status {status}: {last}"
             continue
         times_ms = _read_times(printed)
@@ -374,14 +384,15 @@ def _call_command(words: list[str], timeout: float) -> list[float]:
 
 
 def _run_program(words: list[str], timeout: float) -> tuple[int, str, str]:
-    """Exit status, and the end of standard output and standard error.
+    """Runs a program and returns its exit status and the ends of its standard output and standard error.
 
-    After the timeout, or once it has printed `MAX_PRINTED` bytes, it is ended with all that it started.
+    After the timeout, or after it has printed `MAX_PRINTED` bytes, the program and all processes that it started are
+    killed.
 
     Raises:
         subprocess.TimeoutExpired: at the timeout.
-        OSError: where it cannot be run.
-        TrialFailure: where it prints too much.
+        OSError: if the program cannot be started.
+        TrialFailure: if it prints too much.
     """
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     deadline, printed = time.monotonic() + timeout, 0
@@ -432,7 +443,7 @@ def _quiet() -> Iterator[None]:
 
 OnnxRuntime = Callable[[bytes, torch.Tensor, LatencyConfig], Prepared]
 ONNX_RUNTIMES: dict[str, OnnxRuntime] = {"onnxruntime": _onnxruntime, "openvino": _openvino, "command": _command}
-"""Of `RUNTIMES`, those that take an ONNX model; here by what makes one ready."""
+"""Rows of `RUNTIMES` that take an ONNX model, with the functions that prepare it."""
 
 
 def _of_module(load: OnnxRuntime) -> Runtime:
