@@ -27,21 +27,16 @@ NOISES = (0.15, 0.3, 0.6)
 
 
 @dataclass(frozen=True)
-class LatencyModel:
-    """Predicts milliseconds from the features of a network's pieces.
+class PieceModel:
+    """Predicts the milliseconds of pieces from their features.
 
     Args:
-        weights: of the features, in milliseconds each.
+        weights: milliseconds for each unit of each feature.
         centre: mean of the logarithmic features.
-        scale: their standard deviation.
+        scale: standard deviation of the logarithmic features.
         inputs: standardised logarithmic features of the measured pieces.
-        solved: the Gaussian process's weights of the measured pieces.
-        length: its length scale.
-        coefficients: of the logarithm of a network's time over the sum of its pieces': a constant, then one for each of
-            its standardised summaries (`_summary`).
-        middle: mean of the summaries.
-        width: their standard deviation.
-        uncertainty: standard deviation of a network's prediction, as a share.
+        solved: weight of each measured piece in the Gaussian process.
+        length: length scale of the Gaussian process.
     """
 
     weights: Floats
@@ -50,6 +45,54 @@ class LatencyModel:
     inputs: Floats
     solved: Floats
     length: float
+
+    @classmethod
+    def fit(cls, pieces: Floats, pieces_ms: Floats) -> PieceModel:
+        """Learns from measured pieces.
+
+        Args:
+            pieces: features of shape (pieces, features).
+            pieces_ms: latencies of the pieces.
+        """
+        size = np.abs(pieces).max(axis=0)
+        scaled = pieces / np.where(size > 0, size, 1.0)
+        # the errors are relative, so that a small piece counts as much as a large one
+        weights, _ = nnls(scaled / pieces_ms[:, None], np.ones(len(pieces)))
+        weights = weights / np.where(size > 0, size, 1.0)
+        logs = np.log1p(pieces)
+        centre, scale = logs.mean(axis=0), logs.std(axis=0)
+        scale = np.where(scale > 1e-9, scale, 1.0)
+        inputs = (logs - centre) / scale
+        residual = np.log(pieces_ms / _linear(pieces, weights))
+        length, solved = _gaussian_process(inputs, residual)
+        return cls(weights, centre, scale, inputs, solved, length)
+
+    def predict(self, pieces: Floats) -> Floats:
+        """Returns the milliseconds of pieces with features of shape (pieces, features)."""
+        inputs = (np.log1p(pieces) - self.centre) / self.scale
+        correction = _kernel(inputs, self.inputs, self.length) @ self.solved
+        predicted: Floats = _linear(pieces, self.weights) * np.exp(correction)
+        return predicted
+
+    def summary(self, network: Floats) -> Floats:
+        """Returns the log of the sum of the pieces' times, and the logs of the network's total features."""
+        return np.concatenate([[np.log(self.predict(network).sum())], np.log1p(network.sum(axis=0))])
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Predicts the milliseconds of networks from the features of their pieces.
+
+    Args:
+        pieces: model of the pieces.
+        coefficients: a constant, then one coefficient for each standardised summary (`PieceModel.summary`). They give
+            the logarithm of a network's time over the sum of its pieces' times.
+        middle: mean of the summaries.
+        width: standard deviation of the summaries.
+        uncertainty: relative standard deviation of a network's prediction.
+    """
+
+    pieces: PieceModel
     coefficients: Floats
     middle: Floats
     width: Floats
@@ -65,25 +108,13 @@ class LatencyModel:
             networks: features of the pieces of each network, each of shape (pieces, features).
             networks_ms: latencies of the whole networks.
         """
-        size = np.abs(pieces).max(axis=0)
-        scaled = pieces / np.where(size > 0, size, 1.0)
-        # the errors are relative, so that a small piece counts as much as a large one
-        weights, _ = nnls(scaled / pieces_ms[:, None], np.ones(len(pieces)))
-        weights = weights / np.where(size > 0, size, 1.0)
-        logs = np.log1p(pieces)
-        centre, scale = logs.mean(axis=0), logs.std(axis=0)
-        scale = np.where(scale > 1e-9, scale, 1.0)
-        inputs = (logs - centre) / scale
-        residual = np.log(pieces_ms / _linear(pieces, weights))
-        length, solved = _gaussian_process(inputs, residual)
-        plain = cls(weights, centre, scale, inputs, solved, length, np.zeros(0), np.zeros(0), np.ones(0), 0.0)
-        summaries = np.array([plain._summary(network) for network in networks])
+        of_pieces = PieceModel.fit(pieces, pieces_ms)
+        summaries = np.array([of_pieces.summary(network) for network in networks])
         middle, width = summaries.mean(axis=0), summaries.std(axis=0)
         width = np.where(width > 1e-9, width, 1.0)
         ratios = np.log(networks_ms) - summaries[:, 0]
         coefficients, left_out = ridge((summaries - middle) / width, ratios)
-        uncertainty = float(np.sqrt((left_out**2).mean()))
-        return cls(weights, centre, scale, inputs, solved, length, coefficients, middle, width, uncertainty)
+        return cls(of_pieces, coefficients, middle, width, float(np.sqrt((left_out**2).mean())))
 
     def predict(self, networks: Sequence[Floats]) -> tuple[Floats, Floats]:
         """Returns the milliseconds of each network, and the relative standard deviation of the error.
@@ -91,21 +122,10 @@ class LatencyModel:
         Args:
             networks: features of the pieces of each network, each of shape (pieces, features).
         """
-        summaries = np.array([self._summary(network) for network in networks])
+        summaries = np.array([self.pieces.summary(network) for network in networks])
         design = np.c_[np.ones(len(summaries)), (summaries - self.middle) / self.width]
         totals: Floats = np.exp(summaries[:, 0] + design @ self.coefficients)
         return totals, np.full(len(totals), self.uncertainty)
-
-    def _summary(self, network: Floats) -> Floats:
-        """Returns the log of the sum of the pieces' times, and the logs of the network's total features."""
-        return np.concatenate([[np.log(self.predict_pieces(network).sum())], np.log1p(network.sum(axis=0))])
-
-    def predict_pieces(self, pieces: Floats) -> Floats:
-        """Returns the milliseconds of pieces with features of shape (pieces, features)."""
-        inputs = (np.log1p(pieces) - self.centre) / self.scale
-        correction = _kernel(inputs, self.inputs, self.length) @ self.solved
-        predicted: Floats = _linear(pieces, self.weights) * np.exp(correction)
-        return predicted
 
 
 def _linear(pieces: Floats, weights: Floats) -> Floats:
