@@ -20,7 +20,7 @@ def escaped(character: str) -> str:
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:
     """Returns the text as one line, without characters that a terminal would interpret.
 
-    Of a text longer than `most` characters, it keeps the beginning and the end.
+    A text longer than `most` characters is shortened to its beginning and its end.
     """
     shown = (c if c.isprintable() else escaped(c) if "\ud800" <= c <= "\udfff" else " " for c in text)
     line = " ".join("".join(shown).split())

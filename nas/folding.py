@@ -30,7 +30,7 @@ from .errors import NasError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WAY_OUT = "measure it as it is with --no-fold (folded=False)"
+WAY_OUT = "measure it unfolded with --no-fold (folded=False)"
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Names of the methods with which timm's modules fuse their training branches."""
 
@@ -121,7 +121,7 @@ def _fuse_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module | str, 
                 reparameterize_model(holder, inplace=True)
             found = holder.eval()(images)
             if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(found)):
-                return "its outputs lie in objects, so they cannot be compared", math.inf
+                return "its outputs are inside objects, so they cannot be compared", math.inf
             return holder[0], _largest_difference(expected, found)
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -277,7 +277,7 @@ def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
                 if isinstance(leaf, torch.Tensor):
                     recorder.value(leaf).readers.append(None)
                 elif not isinstance(leaf, int | float | str | None):
-                    raise NasError(f"this network's outputs lie in a {type(leaf).__name__}: {WAY_OUT}")
+                    raise NasError(f"this network returns its outputs in a {type(leaf).__name__}: {WAY_OUT}")
     finally:
         for handle in handles:
             handle.remove()

@@ -246,8 +246,8 @@ WRITERS = {"plot", "report", "export", "train", "replay", "profile", "calibrate"
 """Commands that write into the folder that they are given; the others leave it as it is."""
 NEEDS_THE_STUDY = {"front", "plot", "report", "export", "explain", "dashboard"}
 ASKS = {
-    "far": ["by --storage"],
-    "proxied": ["by --storage"],
+    "far": ["with --storage"],
+    "proxied": ["with --storage"],
     "search": ["with --command", "with --storage", "measures with runtime eager, the profile"],
     "replay": ["with --command", "with --storage"],
 }

@@ -57,7 +57,7 @@ def open_files(name: str, classes: Sequence[str]) -> Opened:
         where = f"{base}/{labelled[0].name}"
         why_no_train = why_no_train if train is None else ""
         return Opened(train, lambda: _source(labelled[0], where, Counter()), why_no_train, pointed_at=pointed_at)
-    why_no_test = f"{listed(s.name for s in tests)} holds no folders of the training split's classes" if tests else ""
+    why_no_test = f"{listed(s.name for s in tests)} has no folders of the training split's classes" if tests else ""
     return Opened(train, None, why_no_train if train is None else "", why_no_test)
 
 

@@ -101,7 +101,7 @@ def load_data(
         name: name of the data set, see `nas.data.sources`.
         input_size: side of the square images. None takes the native size of the data, a multiple of 32 from 32 to 224.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
-        max_images: maximum number of training images. Of a larger split, a stratified sample is used.
+        max_images: maximum number of images of the training split. A larger split is reduced to a stratified sample.
         seed: random seed of the sample and of the held-out part.
         classes: class folders of a folder or an archive. Empty means that they are found.
 
@@ -179,8 +179,7 @@ def reduced(data: ImageData, images: int | None = None, input_size: int | None =
 
     Args:
         data: data to reduce. It is not changed.
-        images: maximum number of training images. Of a larger training part, a stratified sample is used. None means
-            all.
+        images: maximum number of training images. A larger part is reduced to a stratified sample. None means all.
         input_size: side to which images are scaled down. None keeps their size.
         seed: random seed of the sample.
 

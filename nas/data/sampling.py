@@ -17,7 +17,7 @@ def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.nd
 
     Args:
         targets: classes of the images of the split.
-        max_images: maximum number of images. Of a larger split, a stratified sample is used.
+        max_images: maximum number of images. A larger split is reduced to a stratified sample.
         seed: random seed of the sample and of the held-out part.
     """
     rng = np.random.default_rng(seed)

@@ -246,7 +246,7 @@ def _splits_in_classes(
     for label, folders in classes.items():
         for name, child in ((name, child) for folder in folders for name, child in folder.children().items()):
             kind = kinds[label][name]
-            # several training folders of a class are one split
+            # several training folders of a class form one split
             members = found.setdefault(kind, {}).setdefault(TRAIN if kind == TRAIN else readable(name), {})
             members[label] = (*members.get(label, ()), child)
     return [Split(name, kind, members, ()) for kind, named in found.items() for name, members in named.items()]

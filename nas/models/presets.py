@@ -110,7 +110,7 @@ NOTES: dict[str, str] = (
     | {f"cas_vit_{size}_distilled": f"{_CAS_VIT_NOTE} with its distillation head" for size in CAS_VIT_GRID}
     | {f"s2a_r_{size}": _S2A_R_NOTE for size in S2A_R_GRID}
 )
-"""What a user should know about each preset."""
+"""Facts that a user should know about each preset."""
 
 # official names (Tianfang-Zhang/CAS-ViT, class RCViT) -> our names; their index of a stage is twice ours
 _STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}

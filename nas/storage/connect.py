@@ -115,9 +115,9 @@ def _check_database(path: Path, url: str | None) -> None:
         with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as database:
             found = database.execute(f"SELECT name FROM sqlite_master WHERE {computing}").fetchone()
     except sqlite3.Error as error:
-        raise RunError(f"{file} cannot be read ({error}): bring it back, or start another run") from None
+        raise RunError(f"{file} cannot be read ({error}): restore it, or start another run") from None
     if found:
-        raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
+        raise RunError(f"{file} is no study of a run: it contains {found[0]}, which is not a plain table")
 
 
 _CHECKED: set[tuple[str, int, int]] = set()
@@ -229,7 +229,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise RunError(
-            f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
+            f"the storage of {path} cannot be read or written ({cause}): restore it, or start another run"
         ) from None
 
 

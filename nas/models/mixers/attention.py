@@ -20,7 +20,7 @@ def attend(
     width of the values took 1.1 to 3.4 times as long (`benchmarks/mixers.py`).
     """
     if q_BGND.device.type != "cpu" and q_BGND.shape[3] == v_BGME.shape[3]:
-        # the fused kernels need the channels of a head side by side; in heads split off an NCHW map, pixels are
+        # the fused kernels need the channels of a head side by side in memory, but in an NCHW map the pixels are
         q_BGND, k_BGMD, v_BGME = (x if x.stride(3) == 1 else x.contiguous() for x in (q_BGND, k_BGMD, v_BGME))
         return F.scaled_dot_product_attention(
             q_BGND, k_BGMD, v_BGME, attn_mask=None if bias is None else bias.to(q_BGND.dtype)

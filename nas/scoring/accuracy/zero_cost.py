@@ -71,7 +71,7 @@ def synflow(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, de
         flow = [(p.detach() * g).abs().sum() for p, g in zip(parameters, gradients, strict=True) if g is not None]
         total = float(torch.stack(flow).sum())
         if total <= 0:
-            raise FloatingPointError("nothing flows through it")
+            raise FloatingPointError("its synaptic flow is 0")
         return math.log(total)
 
     return _score("synflow", score, model, data, fidelity, seed, device)
@@ -104,7 +104,7 @@ def naswot(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, dev
             raise NotApplicable("naswot", f"the network has no activation that cuts at 0 ({', '.join(ACTIVATIONS)})")
         sign, value = torch.linalg.slogdet(found.kernel)
         if sign <= 0:
-            raise NotApplicable("naswot", "two images switch exactly the same activations on")
+            raise NotApplicable("naswot", "two images activate exactly the same units")
         return float(value)
 
     return _score("naswot", score, model, data, fidelity, seed, device)
@@ -176,7 +176,7 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
         progress = min(after - before for before, after in pairwise(entropies))
         misses = [miss for pair in pairwise(outputs) if (miss := _amplification_miss(*pair)) is not None]
         if not misses:
-            raise NotApplicable("az", "no block depends on the one before")
+            raise NotApplicable("az", "no block depends on the block before it")
         trouble = sum(misses) / len(misses)
         cost = count_cost(model, data.input_size)
         if cost.at_least:
@@ -232,7 +232,7 @@ def _entropy(tokens: torch.Tensor) -> float:
     centred = tokens.double() - tokens.double().mean(dim=0)
     variances = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp_min(0)
     if float(variances.sum()) == 0:
-        raise FloatingPointError("a block gives a constant")
+        raise FloatingPointError("the output of a block is constant")
     shares = variances / variances.sum()
     return float(-(shares * shares.clamp_min(1e-30).log()).sum())
 
