@@ -1,7 +1,7 @@
-"""What the pieces of an architecture (stem, stages, head) hold and execute, each counted once and then remembered.
+"""Counts the pieces of an architecture (stem, stages, head), and caches each count.
 
-Neighbours in a space share all but one or two pieces, so that counting one more of them costs little. Nothing is
-computed: shapes are followed on torch's meta device.
+Neighbours in a space share all but one or two pieces, so counting the next one is cheap. Nothing is computed: shapes
+are followed on torch's meta device.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .architecture import Architecture, Downsample, Stem
-from .architecture import Stage as StageSpec
+from .architecture import Architecture, Downsample, Stage, Stem
 from .models import Backbone, create_backbone
-from .models.blocks import STEMS, Stage
+from .models.blocks import STEMS, StageModule
 from .scoring.latency.features import FEATURES, operation_features
 
 Floats = NDArray[np.float64]
@@ -26,7 +25,7 @@ Size = tuple[int, int]
 
 
 def pieces_of(backbone: Backbone) -> list[nn.Module]:
-    """Stem, stages and what comes after them, as modules that run one after the other."""
+    """Returns the stem, the stages and the layers after them, as modules that run one after the other."""
     classifier = backbone.head if backbone.head_dist is None else _Both(backbone.head, backbone.head_dist)
     head = nn.Sequential(backbone.norm, backbone.head_conv, backbone.global_pool, classifier)
     return [backbone.stem, *backbone.stages, head]
@@ -49,8 +48,8 @@ class Pieces:
     """Counts of stem, stages and head, in this order.
 
     Args:
-        params: parameters of each, of shape (pieces,).
-        features: what each executes, of shape (pieces, features); columns are `FEATURES`.
+        params: number of parameters of each piece, of shape (pieces,).
+        features: operations of each piece, of shape (pieces, features). The columns are `FEATURES`.
     """
 
     params: NDArray[np.int64]
@@ -58,7 +57,7 @@ class Pieces:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all, for the batch they were counted with."""
+        """Multiply-adds of all pieces, for the batch size they were counted with."""
         return sum(self.macs_each)
 
     @property
@@ -68,7 +67,7 @@ class Pieces:
 
 
 def count_pieces(architecture: Architecture, input_size: int, batch_size: int = 1, num_classes: int = 1000) -> Pieces:
-    """Count each piece of a network for images of `input_size` x `input_size`."""
+    """Counts each piece of a network for images of `input_size` x `input_size`."""
     stages = architecture.stages
     once, size = _stem(architecture.stem, stages[0].width, batch_size, (input_size, input_size))
     params, features = [once.params], [once.features]
@@ -79,7 +78,7 @@ def count_pieces(architecture: Architecture, input_size: int, batch_size: int = 
         )
         params.append(once.params + stage.depth * each.params)
         features.append(once.features + stage.depth * each.features)
-    # only the last width and map matter, but a network needs two stages
+    # only the last width and map affect the head, but a network needs two stages
     small = replace(architecture, stages=(replace(stages[-1], depth=1),) * 2)
     head = _head(small, batch_size, num_classes, size)
     return Pieces(np.array([*params, head.params]), np.stack([*features, head.features]))
@@ -109,10 +108,14 @@ def _stem(spec: Stem, width: int, batch_size: int, size: Size) -> tuple[_Count, 
 
 @lru_cache(maxsize=65536)
 def _stage(
-    spec: StageSpec, norm: str, before: int | None, downsample: Downsample, batch_size: int, size: Size
+    spec: Stage, norm: str, before: int | None, downsample: Downsample, batch_size: int, size: Size
 ) -> tuple[_Count, _Count, Size]:
-    """Of a stage with one block: what runs once, what runs in each block, and the size of the map."""
-    stage = Stage(spec, norm, before, downsample, [0.0], device="meta").eval()
+    """Counts a stage with one block.
+
+    Returns:
+        The count of the layers that run once, the count of one block, and the size of the map.
+    """
+    stage = StageModule(spec, norm, before, downsample, [0.0], device="meta").eval()
     once, x = _count(stage.downsample, _map(before or spec.width, batch_size, size))
     each, x = _count(stage.blocks, x)
     return once, each, (x.shape[2], x.shape[3])
@@ -125,6 +128,6 @@ def _head(architecture: Architecture, batch_size: int, num_classes: int, size: S
 
 
 def part_in_words(path: str) -> str:
-    """A part's path in a network for people: `stages.0` is `stage 1`, others are as they are."""
+    """Returns the path of a part for people: `stages.0` becomes `stage 1`, other paths stay."""
     stem, _, number = path.partition(".")
     return f"stage {int(number) + 1}" if stem == "stages" and number.isdecimal() else path

@@ -856,7 +856,8 @@ def _exports(subject: Subject) -> Finding:
     folders = [f for f in sorted((subject.path / "exports").glob("*")) if f.is_dir() and not f.name.startswith(".")]
     for folder in folders:
         again = f"mixnas export {subject.path} --arch {folder.name} makes it anew"
-        if missing := [name for name in wanted if not (folder / name).exists()]:
+        # in exports of version 0.1.0, `architecture` is one file
+        if missing := [n for n in wanted if not ((folder / n).exists() or (folder / f"{n}.py").exists())]:
             return _problem(f"{folder} lacks {', '.join(missing)}", again)
         try:
             read_config(folder)

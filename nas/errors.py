@@ -1,4 +1,4 @@
-"""What can go wrong, by cause. A `NasError` is the user's to mend: the command line prints it as one line."""
+"""Errors by cause. The user can fix a `NasError`, and the command line prints it as one line."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ MAX_MESSAGE = 800
 
 
 def escaped(character: str) -> str:
-    r"""A character in ASCII, as `\xe9`. A lone surrogate stands for a byte of a path that is no text: that byte."""
+    r"""Returns a character as an ASCII escape, such as `\xe9`.
+
+    A lone surrogate stands for a byte of a path that is not valid text. It becomes the escape of that byte.
+    """
     byte = ord(character) - 0xDC00
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("ascii", "backslashreplace").decode()
 
 
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:
-    """The text in one line, without what a terminal would act on; of a long one the beginning and the end."""
+    """Returns the text as one line, without characters that a terminal would interpret.
+
+    A text longer than `most` characters is shortened to its beginning and its end.
+    """
     shown = (c if c.isprintable() else escaped(c) if "\ud800" <= c <= "\udfff" else " " for c in text)
     line = " ".join("".join(shown).split())
     return line if len(line) <= most else f"{line[: most // 2]} … {line[3 - most // 2 :]}"
 
 
 class NasError(ValueError):
-    """Something the user can mend; the message names the bad value, what is allowed and what to do.
+    """Error that the user can fix. The message names the bad value, the allowed values and the fix.
 
-    Whatever a file says may stand in it, so that it is brought to one line here.
+    The message may contain text from a file, so it is reduced to one line here.
     """
 
     exit_code = 1
@@ -40,25 +46,24 @@ class UsageError(NasError):
 
 
 class DataError(NasError):
-    """An image data set is missing, unreadable or unfit for classification."""
+    """An image data set is missing, cannot be read or cannot serve for classification."""
 
 
 class RunError(NasError):
-    """A run folder cannot be used: foreign, damaged, unwritable, or made under other conditions."""
+    """A run folder cannot be used, because it is foreign, damaged, not writable or made under other conditions."""
 
 
 class InfeasibleError(NasError):
-    """No architecture was found that meets the stated budgets."""
+    """No architecture that was found meets the budgets."""
 
     exit_code = 3
 
 
 class TrialFailure(NasError):
-    """Scoring one architecture failed in an expected way; the search records the reason and goes on.
+    """Scoring an architecture failed in an expected way. The search records the reason and continues.
 
     Attributes:
-        reason: one of `out_of_memory`, `non_finite`, `timeout`, `killed`, `runtime`, `wrong_output`,
-            `not_applicable`.
+        reason: one of `out_of_memory`, `non_finite`, `timeout`, `killed`, `runtime`, `wrong_output`, `not_applicable`.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -70,21 +75,24 @@ class TrialFailure(NasError):
 
 
 class NotApplicable(TrialFailure):
-    """An accuracy estimator cannot say anything about this network."""
+    """An accuracy estimator cannot score this network."""
 
     def __init__(self, proxy: str, message: str) -> None:
         super().__init__("not_applicable", f"{proxy}: {message}")
 
 
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UsageError:
-    """A `UsageError` that lists the allowed names (of more than 20, the nearest) and suggests one that is close."""
+    """Returns a `UsageError` that lists the allowed names and suggests a similar one.
+
+    Of more than 20 names, the message lists only the nearest.
+    """
     names = sorted(allowed)
     close = difflib.get_close_matches(str(name), names, n=5)
     if len(names) > 20:
         listed = (
-            f"nearest of {len(names)} names are {', '.join(close)}."
+            f"of {len(names)} names the nearest are {', '.join(close)}."
             if close
-            else f"none of {len(names)} names is near."
+            else f"none of the {len(names)} names is similar."
         )
         return UsageError(f"unknown {what} {str(name)[:80]!r}: {listed}")
     hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -1,11 +1,11 @@
-"""The form in which a network is deployed: training branches fused, batch norms folded into neighbouring convolutions.
+"""The deployed form of a network: fused training branches, and batch norms folded into neighbouring convolutions.
 
-Some networks (MobileOne, RepVGG, FastViT, …) train with parallel branches and norms that one layer can do afterwards.
-timm knows how to fuse each of them (`reparameterize_model`); here that is done on a copy and its output compared.
+Some networks (MobileOne, RepVGG, FastViT, …) train with parallel branches and norms that one layer can replace after
+training. timm can fuse each of them (`reparameterize_model`). This module does so on a copy and compares the outputs.
 
-In eval mode a batch norm is one multiplication and one addition a channel, which the convolution before it (or, where
-it pads nothing, the one after it) can do on the side. Works on any module, ours or not: what feeds what is read off one
-forward pass, not off names or classes of blocks.
+In eval mode, a batch norm is one multiplication and one addition per channel. The convolution before it can do both,
+and so can the one after it if that pads nothing. This works on any module: one forward pass shows which operation feeds
+which, so names and classes of blocks do not matter.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from .errors import NasError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WAY_OUT = "measure it as it is with --no-fold (folded=False)"
+WAY_OUT = "measure it unfolded with --no-fold (folded=False)"
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")
-"""Methods by which modules of timm fuse their training branches."""
+"""Names of the methods with which timm's modules fuse their training branches."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A network and what was done about its training branches.
+    """A network and the result of fusing its training branches.
 
     Args:
-        model: the network without training branches, a copy in eval mode; the caller's own where there is none to fuse,
-            or they could not be fused.
+        model: the network without training branches, as a copy in eval mode. It is the caller's network if there is
+            nothing to fuse, or fusing failed.
         done: whether training branches were fused.
-        problem: why they could not be fused; empty otherwise.
+        problem: reason why they could not be fused, otherwise empty.
     """
 
     model: nn.Module
@@ -52,17 +52,19 @@ class Fused:
 
     @property
     def form(self) -> str:
-        """The form for people; empty for a network that has no training branches."""
+        """Description of the form for people. Empty for a network without training branches."""
         if self.problem:
             return f"with training branches, which cannot be fused ({self.problem})"
         return "with training branches fused, as deployed" if self.done else ""
 
 
 def deploy(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """A copy of `model` as it is deployed: training branches fused where possible, then batch norms folded.
+    """Returns a copy of `model` in its deployed form.
+
+    Training branches are fused if possible, and then batch norms are folded.
 
     Args:
-        model: any module that takes `images`; stays as it is.
+        model: any module that takes `images`. It is not changed.
         images: an example input, on the model's device and of its type.
 
     Raises:
@@ -72,23 +74,23 @@ def deploy(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 def fuse_branches(model: nn.Module, images: torch.Tensor) -> Fused:
-    """The network without the parallel branches and norms that only its training needs, by timm's own methods.
+    """Fuses the parallel branches and norms that a network only needs for training, with timm's methods.
 
-    Outputs are equal up to rounding, which is checked on `images` as `fold_batch_norms` does it. A network whose
-    branches cannot be fused, or whose output that would change, is given back as it is, with the reason.
+    Outputs are equal up to rounding, which is checked on `images` as in `fold_batch_norms`. If branches cannot be
+    fused, or fusing would change the output, the network is returned unchanged with the reason.
 
     Args:
-        model: any module that takes `images`; stays as it is.
+        model: any module that takes `images`. It is not changed.
         images: an example input, on the model's device and of its type.
     """
     branching = Counter(child for m in model.modules() for child in m._modules.values() if _fusible(child))
     if not branching and not _fusible(model):
         return Fused(model)
-    if max(branching.values(), default=1) > 1:  # each of its places would get a copy of its own
+    if max(branching.values(), default=1) > 1:  # each of its places would get its own copy
         return Fused(model, problem="a module that has them is used in several places")
     result, error = _fuse_all(model, images)
     allowed = _tolerance(images)
-    if isinstance(result, nn.Module) and allowed < error < math.inf:  # rounding, perhaps: as for batch norms
+    if isinstance(result, nn.Module) and allowed < error < math.inf:  # perhaps rounding, as for batch norms
         exact = images.double()
         _, error = _fuse_all(copy.deepcopy(model).double(), exact)
         allowed = _tolerance(exact)
@@ -104,48 +106,52 @@ def _fusible(module: nn.Module | None) -> bool:
 
 
 def _fuse_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module | str, float]:
-    """The fused copy, or why there is none, and the largest difference of its outputs over the largest output."""
-    holder = nn.Sequential(copy.deepcopy(model).eval())  # timm fuses what is inside a module, not the module itself
+    """Fuses all branches of a copy.
+
+    Returns:
+        The copy, or the reason why there is none, and the largest difference of its outputs over the largest output.
+    """
+    holder = nn.Sequential(copy.deepcopy(model).eval())  # timm fuses the children of a module, not the module itself
     dtype = torch.get_default_dtype()
     with torch.no_grad():
         expected = holder(images)
         try:
-            torch.set_default_dtype(images.dtype)  # some methods make layers of the default type and device
+            torch.set_default_dtype(images.dtype)  # some methods create layers of the default type and device
             with torch.device(images.device):
                 reparameterize_model(holder, inplace=True)
             found = holder.eval()(images)
             if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(found)):
-                return "its outputs lie in objects, so they cannot be compared", math.inf
+                return "its outputs are inside objects, so they cannot be compared", math.inf
             return holder[0], _largest_difference(expected, found)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # other people's code, stopped half-way
+        except Exception as error:  # code of other packages can raise any error
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", math.inf
         finally:
             torch.set_default_dtype(dtype)
 
 
 def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """A copy of `model` in eval mode without the batch norms that a neighbouring convolution can do.
+    """Returns a copy of `model` in eval mode in which convolutions replace neighbouring batch norms.
 
-    A batch norm goes into the convolution before it where nothing else reads that convolution's output, else into all
-    the convolutions after it where they alone read its output and pad nothing. What remains: batch norms without such a
-    neighbour, with batch statistics, or with hooks. The copy gives equal outputs up to rounding, NaN and infinity where
-    the original gives them, which is checked on `images`; it is for inference only, on inputs that take the same way
-    through the network.
+    A batch norm is folded into the convolution before it if nothing else reads the output of that convolution.
+    Otherwise it is folded into all convolutions after it, if only they read its output and they pad nothing. Batch
+    norms without such a neighbour, with batch statistics or with hooks remain. The outputs of the copy are equal up to
+    rounding, with NaN and infinity in the same places, which is checked on `images`. The copy is only for inference, on
+    inputs that take the same path through the network.
 
     Args:
-        model: any module that takes `images`; stays as it is.
+        model: any module that takes `images`. It is not changed.
         images: an example input, on the model's device and of its type.
 
     Raises:
-        NasError: where the network cannot do without its batch norms (its code reads them, say), or hides its outputs
-            in objects.
+        NasError: if the network needs its batch norms (for example because its code reads them), or returns its outputs
+            inside objects.
     """
     folded, error = _fold_all(model, images)
     allowed = _tolerance(images)
     if allowed < error < math.inf:
-        # deep networks with unlucky weights amplify rounding, folded or not: double precision tells that from a bug
+        # some deep networks amplify rounding, folded or not; double precision distinguishes that from a bug
         images = images.double()
         error, allowed = _fold_all(copy.deepcopy(model).double(), images)[1], _tolerance(images)
     if error > allowed:
@@ -154,14 +160,14 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 def _tolerance(images: torch.Tensor) -> float:
-    """Largest difference of outputs over the largest output; single precision usually gives 1e-7 to 1e-5."""
+    """Returns the largest allowed difference of outputs over the largest output. float32 usually gives 1e-7 to 1e-5."""
     return {torch.float64: 1e-7, torch.float32: 1e-3}.get(images.dtype, 1e-1)
 
 
 def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]:
-    """The folded copy, and the largest difference of its outputs over the largest output."""
+    """Returns the folded copy, and the largest difference of its outputs over the largest output."""
     result: tuple[nn.Module, float] | None = None
-    for shorten in (True, False):  # some networks count the places of a Sequential
+    for shorten in (True, False):  # some networks depend on the positions in a Sequential
         folded = copy.deepcopy(model).eval()
         with torch.no_grad():
             trace = _trace(folded, images)
@@ -171,7 +177,7 @@ def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]
             except (AttributeError, AssertionError, IndexError, RuntimeError, TypeError, ValueError, KeyError) as error:
                 if shorten:
                     continue
-                if isinstance(error, RuntimeError):  # memory, perhaps, which is the caller's to tell
+                if isinstance(error, RuntimeError):  # perhaps out of memory, which the caller reports
                     raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 raise NasError(f"this network does not run without its batch norms ({reason}): {WAY_OUT}") from None
@@ -183,7 +189,10 @@ def _fold_all(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, float]
 
 
 def _largest_difference(expected: Any, found: Any) -> float:
-    """Over the largest finite output; infinite where one is finite and the other is not."""
+    """Returns the largest difference over the largest finite output.
+
+    It is infinite if one output is finite where the other is not.
+    """
     errors = [0.0]
     for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         if isinstance(a, torch.Tensor) and a.numel():
@@ -198,7 +207,7 @@ def _largest_difference(expected: Any, found: Any) -> float:
 
 @dataclass
 class _Value:
-    """A tensor on its way: who made it, who reads it. None stands for anything but a convolution or batch norm."""
+    """A tensor with the modules that made it and read it. None stands for anything but a convolution or batch norm."""
 
     maker: nn.Module | None
     readers: list[nn.Module | None] = field(default_factory=list)
@@ -206,9 +215,9 @@ class _Value:
 
 @dataclass
 class _Trace:
-    """One forward pass: the batch norms that ran once, and convolutions that did so with weights of their own.
+    """One forward pass: the batch norms and the convolutions with their own weights that ran exactly once.
 
-    Weights are a convolution's own where no other module has them and nothing else reads them.
+    A convolution has its own weights if no other module has them and nothing else reads them.
     """
 
     norms: list[nn.Module]
@@ -219,7 +228,7 @@ class _Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes for every tensor which operations read it, and on behalf of which convolution or batch norm."""
+    """Records for every tensor which operations read it, and for which convolution or batch norm they did so."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -268,7 +277,7 @@ def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
                 if isinstance(leaf, torch.Tensor):
                     recorder.value(leaf).readers.append(None)
                 elif not isinstance(leaf, int | float | str | None):
-                    raise NasError(f"this network's outputs lie in a {type(leaf).__name__}: {WAY_OUT}")
+                    raise NasError(f"this network returns its outputs in a {type(leaf).__name__}: {WAY_OUT}")
     finally:
         for handle in handles:
             handle.remove()
@@ -285,11 +294,11 @@ def _trace(model: nn.Module, images: torch.Tensor) -> _Trace:
 
 
 def _fold(norm: nn.Module, trace: _Trace) -> bool:
-    """Fold one batch norm where that is exact, and say whether it was."""
-    assert isinstance(norm, BATCH_NORMS)  # of which BatchNormAct2d is one
+    """Folds one batch norm if that is exact, and returns whether it did."""
+    assert isinstance(norm, BATCH_NORMS)  # BatchNormAct2d is one of them
     if norm.running_mean is None or norm.running_var is None:
         return False
-    # what it does is y = scale * x + shift; in double precision
+    # the norm computes y = scale * x + shift, here in double precision
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * scale
     if norm.affine:
@@ -302,7 +311,7 @@ def _fold(norm: nn.Module, trace: _Trace) -> bool:
         _set(before, weight, shift if before.bias is None else before.bias.double() * scale + shift)
         return True
 
-    # a shift of a convolution's input is a shift of its output only where it pads nothing
+    # a shift of a convolution's input is a shift of its output only without padding
     readers = set(trace.outputs[norm].readers)
     after = [conv for conv in readers & trace.convolutions if isinstance(conv, CONVOLUTIONS) and not _pads(conv)]
     if type(norm) is BatchNormAct2d or not after or len(after) < len(readers):
@@ -327,7 +336,10 @@ def _set(conv: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> None:
 
 
 def _remove(model: nn.Module, norms: list[nn.Module], shorten: bool) -> None:
-    """Take batch norms out, of a `Sequential` with their place where asked; what `BatchNormAct2d` does beside stays."""
+    """Removes batch norms, and with `shorten` also their place in a `Sequential`.
+
+    The dropout and activation of a `BatchNormAct2d` stay.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not any(child is norm for norm in norms):

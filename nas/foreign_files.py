@@ -1,9 +1,13 @@
-"""Files that somebody else may have written: bounded before they are read, of a declared shape before they are used.
+"""Reads files that somebody else may have written, with a limit on their size and a check of their shape.
 
-A shape is written as the data it describes. `{"name": shape}` is an object that has at least these fields, `"name?"`
-one that may be missing; `{str: shape}` has any names. `[shape]` is a list of any length, `[shape, shape]` one of two;
-`(shape, None)` one or the other. The rest are `str` (any text), `LINE` (a short one, for people), `bool`, `dict`
-(looked at elsewhere), a `range` of whole numbers, and `Number(low, high)`.
+A shape is written like the data it describes:
+
+- `{"name": shape}` is an object with at least these fields. A field `"name?"` may be missing. `{str: shape}` has any
+  names.
+- `[shape]` is a list of any length, `[shape, shape]` a list of two.
+- `(shape, None)` is one or the other.
+- `str` is any text, `LINE` a short text for people, `bool` a bool and `dict` an object that is checked elsewhere.
+- A `range` is a whole number in it, and `Number(low, high)` a number between the bounds.
 """
 
 from __future__ import annotations
@@ -21,16 +25,18 @@ MAX_MANIFEST_BYTES = 2**23
 MAX_TABLE_BYTES = 2**26
 MAX_LINE = 300
 
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what Windows calls "Unicode"; UTF-32 begins so too
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # Windows calls this "Unicode"; UTF-32 starts the same way
 
 
 @dataclass(frozen=True)
 class Number:
-    """Numbers from `low` to `high`; no figure of ours leaves these bounds, and their products stay finite.
+    """Numbers from `low` to `high`.
+
+    No figure of this project exceeds the default bounds, and products of such numbers stay finite.
 
     Args:
-        low: the least.
-        high: the largest.
+        low: smallest number.
+        high: largest number.
     """
 
     low: float = -1e60
@@ -43,11 +49,15 @@ POSITIVE = Number(1e-30)
 COUNT = range(2**62)
 MAX_SIDE = 4096
 SIDE = range(1, MAX_SIDE + 1)
-"""Of images, in pixels."""
+"""Side of an image in pixels."""
 
 
 def is_file(path: Path, error: type[NasError]) -> bool:
-    """Whether a regular file is there; a path that no system takes raises `error`."""
+    """Tells whether a path is a regular file.
+
+    Raises:
+        NasError: of type `error`, if no system accepts the path.
+    """
     try:
         return path.is_file()
     except OSError as why:
@@ -55,17 +65,21 @@ def is_file(path: Path, error: type[NasError]) -> bool:
 
 
 def read_text(path: Path, most: int, error: type[NasError]) -> str:
-    """The UTF-8 text of a regular file of at most `most` bytes; anything else raises `error`."""
+    """Returns the UTF-8 text of a regular file of at most `most` bytes.
+
+    Raises:
+        NasError: of type `error`, for any other file.
+    """
     try:
-        if not path.is_file():  # a pipe or a device may have no end
-            raise error(f"cannot read {path}: it is not there, or no file")
+        if not path.is_file():  # reading a pipe or a device might never end
+            raise error(f"cannot read {path}: it does not exist, or is not a file")
         with path.open("rb") as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise error(f"{path} is too large: at most {most:,} bytes are read")
         if content.startswith(_UTF_16):
             raise error(f"cannot read {path}: it is UTF-16; save it as UTF-8")
-        return content.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+        return content.decode("utf-8-sig")  # some editors start a file with a byte-order mark
     except OSError as why:
         raise error(f"cannot read {path}: {why.strerror or why}") from None
     except UnicodeDecodeError as why:
@@ -73,7 +87,11 @@ def read_text(path: Path, most: int, error: type[NasError]) -> str:
 
 
 def read_json(path: Path, what: str, shape: Any, error: type[NasError], most: int = MAX_MANIFEST_BYTES) -> Any:
-    """The data in a JSON file of a declared shape; anything else raises `error`."""
+    """Returns the data of a JSON file that has a declared shape.
+
+    Raises:
+        NasError: of type `error`, for any other file.
+    """
     text = read_text(path, most, error)
     try:
         data = parse_json(text, what, most)
@@ -84,13 +102,17 @@ def read_json(path: Path, what: str, shape: Any, error: type[NasError], most: in
 
 
 def check(data: Any, shape: Any, where: str, error: type[NasError]) -> None:
-    """Raise `error` where data is not of a shape; it names the first fault."""
+    """Checks that data has a shape.
+
+    Raises:
+        NasError: of type `error`. The message names the first fault.
+    """
     if fault := "it is nested too deeply" if is_too_deep(data) else _fault(data, shape, ""):
         raise error(f"{where} is damaged ({fault})")
 
 
 def _fault(value: Any, shape: Any, at: str) -> str:
-    """What is wrong with a value; empty where nothing is."""
+    """Returns what is wrong with a value, or an empty text if nothing is."""
     match shape:
         case None:
             wanted = "" if value is None else "null"

@@ -1,4 +1,4 @@
-"""In which order a network's images lie in memory while it is trained: channels last where that is safe."""
+"""Chooses the memory format of images while a network is trained: channels last if that is safe."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import torch
 from torch import nn
 
 NARROW = 16
-"""Input channels below which oneDNN's strided 1x1 convolutions are unsafe in channels-last format."""
+"""Number of input channels below which oneDNN's strided 1x1 convolutions are unsafe in channels-last format."""
 
 
 def training_format(model: nn.Module, device: torch.device, channels_last: bool = True) -> torch.memory_format:
-    """The memory format to train a network in.
+    """Returns the memory format for training a network.
 
-    Channels last trains convolutional networks faster, on the CPU too (1.6 times for EfficientNet-Lite0 at 96 pixels).
-    But oneDNN has a fault there: for the gradient of the weights of a strided 1x1 convolution with fewer input channels
-    than its kernels take at a time (16 with AVX-512, 8 with AVX2), it writes beyond its workspace (oneDNN issue 6035,
-    torch 2.14). The process aborts, or memory is overwritten unnoticed. MobileOne, RepVGG and FastViT have such a
-    convolution on the image itself.
+    Channels last trains convolutional networks faster, also on the CPU (1.6 times for EfficientNet-Lite0 at 96 pixels).
+    But oneDNN has a fault there (oneDNN issue 6035, torch 2.14). It concerns the weight gradient of a strided 1x1
+    convolution with fewer input channels than its kernels take at a time (16 with AVX-512, 8 with AVX2). oneDNN then
+    writes beyond its workspace, so the process aborts or memory is overwritten unnoticed. MobileOne, RepVGG and FastViT
+    have such a convolution on the image itself.
 
     Args:
-        model: what is trained.
-        device: where.
+        model: network to train.
+        device: device to train on.
         channels_last: whether that format is wanted.
 
     Returns:
-        `torch.channels_last`, or `torch.contiguous_format` where it is not wanted or not safe.
+        `torch.channels_last`, or `torch.contiguous_format` if channels last is not wanted or not safe.
     """
     safe = device.type != "cpu" or not any(_overruns(module) for module in model.modules())
     return torch.channels_last if channels_last and safe else torch.contiguous_format
 
 
 def _overruns(module: nn.Module) -> bool:
-    """Whether it is a convolution that oneDNN has the fault for."""
+    """Tells whether a module is a convolution with this fault of oneDNN."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)

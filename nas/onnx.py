@@ -1,4 +1,4 @@
-"""Module -> ONNX, by torch's graph-capturing exporter."""
+"""Exports a module to ONNX, with torch's graph-capturing exporter."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from torch import nn
 INPUT, OUTPUT = "images", "output"
 """Names of a model's only input and output."""
 BATCH = "batch"
-"""Name of their first dimension, where it is free."""
+"""Name of the first dimension of input and output, if it is free."""
 OPSET = 20
-"""Of models to give away: the exporter's own, said so that it stays; ONNX Runtime takes it since 1.17."""
+"""Opset of models for other programs. It is the exporter's default, fixed here; ONNX Runtime accepts it since 1.17."""
 
 
 def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
-    """An ONNX model with input `images` and output `output`, for images of exactly this shape and type.
+    """Returns an ONNX model with input `images` and output `output`, for images of exactly this shape and type.
 
     Args:
-        model: in eval mode; stays as it is.
+        model: module in eval mode. It is not changed.
         images: `(batch, channels, height, width)` on the model's device.
 
     Raises:
-        Exception: of many types, where the exporter cannot express the model.
+        Exception: of many types, if the exporter cannot express the model.
     """
     serialised: bytes = _export(model, (images,), [OUTPUT]).SerializeToString()
     return serialised
 
 
 def export_chain(chain: nn.Module, images: torch.Tensor, parts: int) -> list[bytes]:
-    """ONNX models of a network and of its parts, from one export, which is what takes time.
+    """Returns ONNX models of a network and of its parts from one export, which takes most of the time.
 
     Args:
-        chain: in eval mode; returns the outputs of its parts, each of which has the output before as its only input.
+        chain: module in eval mode that returns the outputs of its parts. The input of each part is the output of the
+            part before.
         images: as in `export_onnx`.
-        parts: how many there are.
+        parts: number of parts.
 
     Returns:
-        The network as a whole, with the last part's output alone, then its parts.
+        The whole network, with only the output of the last part, then its parts.
 
     Raises:
-        Exception: of many types, where the exporter cannot express them.
+        Exception: of many types, if the exporter cannot express them.
     """
     from onnx.utils import Extractor
 
@@ -55,16 +56,17 @@ def export_chain(chain: nn.Module, images: torch.Tensor, parts: int) -> list[byt
 
 
 def export_program(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:
-    """An ONNX model to give away: opset `OPSET`, input and output named as above, and the batch, where it is free.
+    """Returns an ONNX model for other programs, with opset `OPSET`.
 
-    What the exporter notes for its own users, such as source files by their paths, is left out.
+    Input and output have the names above, and so has the batch dimension if it is free. Notes of the exporter for its
+    own users, such as paths of source files, are left out.
 
     Args:
-        program: what `torch.export` made of a network that takes images alone.
-        metadata: what the model is to say of itself.
+        program: export of `torch.export` of a network whose only input is images.
+        metadata: metadata of the model.
 
     Raises:
-        Exception: of many types, where the exporter cannot express the network.
+        Exception: of many types, if the exporter cannot express the network.
     """
     model = _export(program, (), [OUTPUT], opset_version=OPSET)
     for part in (model.graph, *model.functions):
@@ -81,7 +83,7 @@ def export_program(program: torch.export.ExportedProgram, metadata: Mapping[str,
 
 
 def _forget_origin(part: Any) -> None:
-    """Drop what a graph or function, and all that is in it, says of where it came from."""
+    """Removes notes about the origin of a graph or function, and of all its contents."""
     part.doc_string = ""
     del part.metadata_props[:]
     if hasattr(part, "initializer"):
@@ -100,7 +102,7 @@ def _forget_origin(part: Any) -> None:
 
 
 def _cut(extractor: Any, start: str, end: str) -> bytes:
-    """What leads from one value to another, with the names that every model's input and output have."""
+    """Returns the part of the model between two values, with the common names of input and output."""
     model = extractor.extract_model([start], [end])
     names = {start: INPUT, end: OUTPUT}
     for value in (*model.graph.input, *model.graph.output):

@@ -1,7 +1,7 @@
-"""Messages that would come again with every trial: the first is logged at once, the others are counted.
+"""Logs messages that would repeat with every trial: the first at once, the others only as a count.
 
-A process that tells "trainings out of memory" twelve times logs the first message, and in the end "12 trainings out of
-memory, the last: …".
+For example, if "trainings out of memory" occur twelve times in a process, it logs the first message, and at the end "12
+trainings out of memory, the last: …".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class _Kind:
 
 
 class Repeats:
-    """What was told in this process.
+    """Counts the messages of this process.
 
     Attributes:
-        forward: takes each message, in a process that works for another one: that one logs and counts.
+        forward: function that gets each message in a worker process. The parent process then logs and counts it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Repeats:
         self._texts: set[str] = set()
 
     def once(self, log: logging.Logger, text: str, level: int = logging.INFO) -> None:
-        """Log a message, unless the very same was logged before; it is not counted."""
+        """Logs a message unless the same text was logged before. It is not counted."""
         if self.forward is None and text not in self._texts:
             self._texts.add(text)
             log.log(level, "%s", text)
@@ -40,14 +40,15 @@ class Repeats:
     def tell(
         self, log: logging.Logger, what: str, text: str, severity: float = 0.0, level: int = logging.WARNING
     ) -> None:
-        """Log a message, unless one of its kind was logged before.
+        """Logs a message unless one of its kind was logged before.
 
         Args:
-            log: where to.
-            what: the kind, in the plural, as the summary counts it: "trainings out of memory".
+            log: logger.
+            what: kind of the message in the plural, as in the summary: "trainings out of memory".
             text: the message.
-            severity: how bad this one is; the summary repeats the worst, or the last where none has a severity.
-            level: of the message and of its summary.
+            severity: severity of this message. The summary repeats the worst message, or the last if none has a
+                severity.
+            level: level of the message and of its summary.
         """
         if self.forward is not None:
             self.forward(what, text, severity, level)
@@ -61,7 +62,7 @@ class Repeats:
 
     @contextmanager
     def summarised(self, log: logging.Logger) -> Iterator[None]:
-        """In the end, log how often each kind came that came more than once, and forget all."""
+        """Logs at the end how often each repeated kind occurred, and then forgets all messages."""
         try:
             yield
         finally:

@@ -1,8 +1,8 @@
-"""Standard output and standard error as users have them: in any encoding, full or closed.
+"""Standard output and standard error of any encoding, even if they are full or closed.
 
-The command line enters `guarded_streams` once and then prints to `sys.stdout` and `sys.stderr` as usual. A character
-that a stream cannot encode becomes a readable stand-in. Standard output that cannot be written ends the command with
-one line. Standard error that cannot be written is ignored, because a message is no reason to lose a result.
+The command line enters `guarded_streams` once and then prints to `sys.stdout` and `sys.stderr` as usual. If a stream
+cannot encode a character, it prints a readable replacement. If standard output cannot be written, the command ends with
+one line. If standard error cannot be written, that is ignored, because a message is no reason to lose a result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STAND_INS = {
     **{"\u2013": "-", "\u2014": "-", "\u2018": "'", "\u2019": "'", "“": '"', "”": '"', "\u00a0": " "},
     **{"─": "-", "━": "-", "│": "|", "└": "+", "●": "o", "○": "."},
 }
-"""Character -> what an encoding without it gets. Other characters are escaped, as `\\xe9`."""
+"""Maps characters to replacements for encodings without them. Other characters become escapes, such as `\\xe9`."""
 
 _WHY = {errno.EBADF: "it is closed", errno.EPIPE: "its reader has ended"}
 
@@ -33,7 +33,7 @@ class OutputError(NasError):
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    """The error handler of `encodable`."""
+    """Handles encoding errors for `encodable`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wrong = error.object[error.start : error.end]
@@ -44,17 +44,17 @@ codecs.register_error("nas.stand_in", _stand_in)
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text with a stand-in for each character that `encoding` lacks."""
+    """Returns the text with a replacement for each character that `encoding` lacks."""
     return text.encode(encoding, "nas.stand_in").decode(encoding)
 
 
 class _Guarded(io.TextIOBase):
-    """A text stream that encodes everything.
+    """Text stream that can encode every character.
 
-    It has no `buffer`: click would write UTF-8 to that of an ASCII stream.
+    It has no `buffer`, because click would write UTF-8 to the buffer of an ASCII stream.
 
     Args:
-        stream: where the text goes; None where the system gave this process none.
+        stream: stream for the text. None if the system gave this process none.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -83,7 +83,7 @@ class _Guarded(io.TextIOBase):
         if self._stream is not None and self._failure is None:
             try:
                 self._stream.write(told)
-            except (OSError, ValueError) as error:  # ValueError: somebody has closed it
+            except (OSError, ValueError) as error:  # ValueError means that it is closed
                 self._give_up(error)
         self._report()
         return len(text)
@@ -97,7 +97,10 @@ class _Guarded(io.TextIOBase):
         self._report()
 
     def _give_up(self, error: OSError | ValueError) -> None:
-        """Let go of what is still to be written: the interpreter would try that again when it ends, and say so."""
+        """Discards the text that is still to be written.
+
+        Otherwise the interpreter would try to write it at exit and report an error.
+        """
         self._failure = error
         with suppress(OSError, ValueError, AttributeError):
             number = self.fileno()
@@ -106,11 +109,11 @@ class _Guarded(io.TextIOBase):
             os.close(null)
 
     def _report(self) -> None:
-        """Nothing: what cannot be said to standard error is not said."""
+        """Does nothing, because an error cannot be reported on standard error."""
 
 
 class _Output(_Guarded):
-    """Standard output."""
+    """Standard output, which raises an error if it cannot be written."""
 
     def _report(self) -> None:
         if (error := self._failure) is not None:
@@ -120,10 +123,10 @@ class _Output(_Guarded):
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Put guarded streams in the place of `sys.stdout` and `sys.stderr`.
+    """Replaces `sys.stdout` and `sys.stderr` by guarded streams.
 
     Raises:
-        OutputError: from whatever writes to `sys.stdout`, where that is not possible.
+        OutputError: from code that writes to `sys.stdout`, if that fails.
     """
     before = sys.stdout, sys.stderr
     _occupy_closed()
@@ -135,9 +138,10 @@ def guarded_streams() -> Iterator[None]:
 
 
 def _occupy_closed() -> None:
-    """Open the null device as each standard stream that is closed.
+    """Opens the null device for each standard stream that is closed.
 
-    Otherwise the next file to be opened, such as a database, would take its number and get all that libraries print.
+    Otherwise the next file that is opened, such as a database, would get the number of the stream and the output of
+    libraries.
     """
     for number in range(3):
         try:

@@ -1,6 +1,6 @@
-"""WHAT may be built: one declaration a file, each with a `SPACE`.
+"""Declarations of search spaces: one `SPACE` per file.
 
-To add a space, add a file; `names()` finds it.
+To add a space, add a file. `names()` finds it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nas.space import SearchSpace
 
 
 def names() -> list[str]:
-    """The names of the declared spaces."""
+    """Returns the names of the declared spaces."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def is_space_file(path: str) -> bool:
-    """Whether a `.json` file describes a space and not an architecture: only spaces have names."""
+    """Tells whether a `.json` file describes a space and not an architecture. Only spaces have names."""
     try:
         data = parse_json(_read(path), "a search space") if path.endswith(".json") else None
     except UsageError:
@@ -34,10 +34,10 @@ def _read(path: str) -> str:
 
 
 def load(name_or_path: str) -> SearchSpace:
-    """A declared space by its name, or one from a `.json` file as `SearchSpace.to_dict` describes it.
+    """Returns a declared space by name, or a space from a `.json` file in the format of `SearchSpace.to_dict`.
 
     Raises:
-        UsageError: where there is no such space, or the file does not describe one.
+        UsageError: if there is no such space, or the file does not describe one.
     """
     if name_or_path.endswith(".json"):
         if not is_file(Path(name_or_path), UsageError):

@@ -1,11 +1,14 @@
-"""CAS-ViT and its neighbours: additive attention everywhere; the four published networks are points."""
+"""CAS-ViT and its neighbours: additive attention in every stage. The space contains the four published networks."""
 
 from nas.architecture import Additive
 from nas.space import SearchSpace, StageChoices
 
 
 def stage(depth: tuple[int, ...], width: tuple[int, ...]) -> StageChoices:
-    """Published are MLP ratio 4, no compression, the 1x1-3x3-1x1 local unit, and kernels of 3."""
+    """Returns the choices of a stage.
+
+    The published networks have MLP ratio 4, no compression, the 1x1-3x3-1x1 local unit and kernels of side 3.
+    """
     return StageChoices(
         mixer=Additive(),
         depth=depth,

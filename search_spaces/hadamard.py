@@ -1,11 +1,14 @@
-"""The Hadamard product as an architectural primitive: which product, where, of which order, and how it is joined."""
+"""Networks of Hadamard products: their kind, place, order and combination with other layers."""
 
 from nas.architecture import HADAMARD_KINDS, Hadamard
 from nas.space import SearchSpace, StageChoices
 
 
 def stage(depth: tuple[int, ...], width: tuple[int, ...]) -> StageChoices:
-    """Every kind at every stage, and products between local unit and mixer, in the MLP and in a gate."""
+    """Returns the choices of a stage.
+
+    Every stage has every kind of Hadamard mixer, and products of local unit and mixer, in the MLP and in a gate.
+    """
     return StageChoices(
         mixer=Hadamard(),
         depth=depth,

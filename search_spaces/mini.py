@@ -1,10 +1,13 @@
-"""A few hundred points for 32-pixel images: small enough to enumerate, and what the tests and the first search use."""
+"""A few hundred networks for 32-pixel images, few enough to enumerate.
+
+The tests and the first search use this space.
+"""
 
 from nas.architecture import Additive, Hadamard, Softmax, Strip
 from nas.space import SearchSpace, StageChoices
 
 MIXERS = (Softmax(heads=4), Additive(), Strip(heads=4, kv_reduction=2), Hadamard(kernel_size=5))
-MLP = ("none", "plain")  # at 32 pixels a network's time is the number of its operations
+MLP = ("none", "plain")  # at 32 pixels, the number of operations determines the latency
 
 SPACE = SearchSpace(
     name="mini",

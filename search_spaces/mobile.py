@@ -1,11 +1,14 @@
-"""The default for real images: four stages, every mixer at every stage, with all its options."""
+"""The default for real images: four stages, with every mixer in every stage and all its options."""
 
 from nas.architecture import HADAMARD_KINDS, Additive, Hadamard, Softmax, Strip
 from nas.space import SearchSpace, StageChoices
 
 
 def stage(depth: tuple[int, ...], width: tuple[int, ...], kv_reduction: int, heads: tuple[int, ...]) -> StageChoices:
-    """The earlier the stage, the larger its map, and the fewer keys attention over all of it may have."""
+    """Returns the choices of a stage.
+
+    Earlier stages have larger maps, so attention over the whole map may use fewer keys there.
+    """
     return StageChoices(
         mixer=(Softmax(kv_reduction=kv_reduction), Additive(), Strip(kv_reduction=kv_reduction), Hadamard()),
         depth=depth,
@@ -18,7 +21,7 @@ def stage(depth: tuple[int, ...], width: tuple[int, ...], kv_reduction: int, hea
         mlp=("plain", "gated"),
         options={
             "heads": heads,
-            "reducer": ("pool", "conv"),  # of softmax; the depthwise one is strip's
+            "reducer": ("pool", "conv"),  # for softmax; the depthwise reducer belongs to strip
             "window": (0, 7),
             "kernel_size": (3, 5, 7),
             "kind": tuple(HADAMARD_KINDS),

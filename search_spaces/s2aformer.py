@@ -1,4 +1,4 @@
-"""S2AFormer's design: strip attention everywhere; the five S2A-R reconstructions are points."""
+"""The design of S2AFormer: strip attention in every stage. The space contains the five S2A-R reconstructions."""
 
 from nas.architecture import Downsample, Head, Stem, Strip
 from nas.space import SearchSpace, StageChoices
@@ -7,7 +7,10 @@ ONE_CHANNEL = 1024  # compresses queries and keys to one channel a head at any w
 
 
 def stage(depth: tuple[int, ...], width: tuple[int, ...], kv_reduction: tuple[int, ...]) -> StageChoices:
-    """S2A-R has one query and key channel a head, MLP ratio 4 and the interaction module `conv`."""
+    """Returns the choices of a stage.
+
+    S2A-R has one query and key channel a head, MLP ratio 4 and the interaction module `conv`.
+    """
     return StageChoices(
         mixer=Strip(),
         depth=depth,

@@ -1,11 +1,14 @@
-"""For photographs of 32 to 64 pixels: every mixer at every stage, in networks small enough to train many of them."""
+"""For photographs of 32 to 64 pixels: every mixer in every stage, in networks small enough to train many of them."""
 
 from nas.architecture import Additive, Hadamard, Softmax, Strip
 from nas.space import SearchSpace, StageChoices
 
 
 def stage(depth: tuple[int, ...], width: tuple[int, ...], heads: int) -> StageChoices:
-    """Maps are small here: attention over all of them is cheap."""
+    """Returns the choices of a stage.
+
+    Maps are small here, so attention over the whole map is cheap.
+    """
     return StageChoices(
         mixer=(Softmax(heads=heads), Additive(), Strip(heads=heads, kv_reduction=2), Hadamard(kernel_size=5)),
         depth=depth,

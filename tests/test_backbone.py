@@ -44,8 +44,7 @@ from nas.architecture import (
 from nas.errors import UsageError
 from nas.models import PRESETS, Backbone
 from nas.models.blocks import STEMS as STEM_MODULES
-from nas.models.blocks import Block, build_local_unit, build_mlp
-from nas.models.blocks import Stage as StageModule
+from nas.models.blocks import Block, StageModule, build_local_unit, build_mlp
 from nas.scoring.cost import count_cost
 
 SIZES = ((32, 32), (33, 47))

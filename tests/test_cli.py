@@ -258,7 +258,7 @@ def test_a_folders_program_is_not_run_unasked(capsys, tmp_path, run_path):
     for target in (f"{run_path}@{key}", run_path):
         code, _, err = call(capsys, "measure", target)
         assert (code, err.count("\n")) == (2, 1)
-        assert "say it again by --command" in err
+        assert "pass it with --command" in err
     for command in (("search", "--out", run_path, "--trials", "5"), ("replay", run_path)):
         code, _, err = call(capsys, *command)
         assert code != 0

@@ -338,8 +338,8 @@ def test_all_images_corrupt(tmp_path):
     for label in "ab":
         (tmp_path / label).mkdir()
         (tmp_path / label / f"{label}.png").write_bytes(b"no image")
-    refused(DataError, r"none of its 2 images could be read.*a\.png", tmp_path, input_size=32)
-    refused(DataError, r"none of its 2 images could be read.*a\.png", tmp_path)
+    refused(DataError, r"none of its 2 images can be read.*a\.png", tmp_path, input_size=32)
+    refused(DataError, r"none of its 2 images can be read.*a\.png", tmp_path)
 
 
 def test_missing_path(tmp_path):
@@ -357,7 +357,7 @@ def test_text_file_named_tar(tmp_path):
 
 def test_file_that_is_no_archive(tmp_path):
     save(Image.new("RGB", (8, 8)), tmp_path / "one.png")
-    refused(DataError, r"not a \.tar", tmp_path / "one.png")
+    refused(DataError, r"nor a \.tar", tmp_path / "one.png")
 
 
 @pytest.mark.parametrize("name", ["torch/cifar10", "hfds/cifar10", "TORCH/mnist"])

@@ -440,9 +440,9 @@ def test_archives_that_cannot_be_read(tmp_path):
     refused("no images could be read", name=tmp_path / "cut.tar")
     with tarfile.open(tmp_path / "compressed.tar", "w:gz") as tar:
         tar.add(pets, arcname=".")
-    refused("not compressed", name=tmp_path / "compressed.tar")
+    refused("not an uncompressed", name=tmp_path / "compressed.tar")
     (tmp_path / "photos.zip").write_bytes(b"PK")
-    refused("not a .tar", name=tmp_path / "photos.zip")
+    refused("nor a .tar", name=tmp_path / "photos.zip")
 
 
 # Names

@@ -300,7 +300,7 @@ def test_a_program_must_be_allowed(capsys, single):
     edit_manifest(run, lambda m: m["config"].update(runtime="command", command="rm {model} {input} {output}"))
     code, out, err = call(capsys, "replay", str(run.path))
     assert (code, out) == (2, "")
-    assert "say it again by --command" in err
+    assert "pass it with --command" in err
     assert call(capsys, "replay", str(run.path), "--no-latency")[0] == 0
 
 

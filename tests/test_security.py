@@ -221,7 +221,7 @@ def test_a_folder_connects_nobody(tmp_path: Path, server: Server, capsys: pytest
         change(run.path / "run.json", storage=url)
         code, _, said = call(capsys, "front", str(run.path))
         assert (code, said.count("\n")) == (1, 1)
-        assert "say it again by --storage" in said
+        assert "pass it with --storage" in said
         assert SECRET not in said
     code, _, said = call(capsys, "front", str(run.path), "--storage", url)
     assert (code, said.count("\n")) == (1, 1), said
@@ -246,10 +246,10 @@ WRITERS = {"plot", "report", "export", "train", "replay", "profile", "calibrate"
 """Commands that write into the folder that they are given; the others leave it as it is."""
 NEEDS_THE_STUDY = {"front", "plot", "report", "export", "explain", "dashboard"}
 ASKS = {
-    "far": ["by --storage"],
-    "proxied": ["by --storage"],
-    "search": ["by --command", "by --storage", "measures with runtime eager, the profile"],
-    "replay": ["by --command", "by --storage"],
+    "far": ["with --storage"],
+    "proxied": ["with --storage"],
+    "search": ["with --command", "with --storage", "measures with runtime eager, the profile"],
+    "replay": ["with --command", "with --storage"],
 }
 """Of what is not done: what is said of it. By folder for commands that read the study, by command for others."""
 PROGRAMS = {f"('git', ['git', '-C', '{ROOT}', 'rev-parse', 'HEAD'])", "('uname', ['uname', '-p'])"}

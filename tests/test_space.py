@@ -567,7 +567,7 @@ def test_unknown_spaces_are_refused_with_the_nearest(tmp_path):
         search_spaces.load(str(tmp_path / "absent.json"))
     broken = tmp_path / "broken.json"
     broken.write_text("{", encoding="utf-8")
-    with pytest.raises(UsageError, match="not the JSON of a search space"):
+    with pytest.raises(UsageError, match="the JSON of a search space cannot be parsed"):
         search_spaces.load(str(broken))
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -176,7 +176,7 @@ def test_a_head_of_zeros_has_no_synflow(data):
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    with pytest.raises(NotApplicable, match="nothing flows"):
+    with pytest.raises(NotApplicable, match="synaptic flow is 0"):
         score("synflow", model, data)
 
 

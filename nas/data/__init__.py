@@ -1,10 +1,14 @@
-"""Image classification data: what a folder holds (`scan`, `splits`), how an image is decoded, and data sets by name.
+"""Data for image classification: the content of a folder, decoding of images, and data sets by name.
 
-`sources` opens a split, `memory` decodes one for a search, `nas.training.images` reads one epoch by epoch.
+`scan` and `splits` find classes and splits in a folder. `sources` opens a split by name, with `files` for folders and
+archives and `installed` for sets of other packages. `memory` decodes a split for a search, and `nas.training.images`
+reads a split epoch by epoch.
 """
 
 from ..defaults import MAX_IMAGES
 from .decoding import BACKGROUND, UnreadableImage, decode, quiet
+from .installed import DIGITS_TEST_SHARE
+from .listing import Listing, Opened, Source
 from .memory import (
     NOT_MIRRORED,
     ImageData,
@@ -15,17 +19,7 @@ from .memory import (
     reduced,
 )
 from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
-from .sources import (
-    DIGITS_TEST_SHARE,
-    EMBEDDED,
-    Listing,
-    Opened,
-    Source,
-    match_classes,
-    open_data_set,
-    open_split,
-    open_test_set,
-)
+from .sources import EMBEDDED, match_classes, open_data_set, open_split, open_test_set
 from .splits import class_name, split_kind
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""Image classification data for scoring: decoded once, kept in memory, split so that a search never sees a test image.
+"""Image data for scoring: decoded once, kept in memory, and split so that a search never sees a test image.
 
-A search reads the training split only. A stratified share of it is held out to measure proxy accuracy; the rest trains.
+A search reads only the training split. A stratified share of it is held out to measure proxy accuracy, and the rest is
+used for training.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from ..defaults import MAX_IMAGES
 from ..errors import DataError, UsageError
 from ..repeats import REPEATS
 from .decoding import UnreadableImage, quiet
+from .listing import Listing, Source
 from .sampling import SPLIT_SEED, search_split, stratified_split
-from .sources import EMBEDDED, Listing, Source, open_split
+from .sources import EMBEDDED, open_split
 from .splits import listed
 
 log = logging.getLogger(__name__)
 
 MAX_INPUT_SIZE = 1024
 NOT_MIRRORED = (EMBEDDED, "torch/mnist", "torch/qmnist", "torch/kmnist", "torch/svhn")
-"""Sets whose images mean something else when mirrored."""
+"""Data sets whose images change their meaning when they are mirrored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +57,20 @@ class ImageData:
     """A training split, ready for scoring.
 
     Args:
-        name: as the user gave it.
-        train: what proxies train on.
-        holdout: what proxy accuracy is measured on; disjoint from `train`, no test image in it.
+        name: name of the data set, as the user gave it.
+        train: images on which proxies train.
+        holdout: images on which proxy accuracy is measured. They are not in `train` and contain no test image.
         classes: class names in the order of the labels.
         input_size: (channels, height, width).
-        interpolation: how images were resized, in timm's words.
-        mean: of the training pixels by channel, on a scale of 0 to 1.
-        std: likewise.
+        interpolation: timm's name of the interpolation with which images were resized.
+        mean: mean of the training pixels for each channel, on a scale of 0 to 1.
+        std: standard deviation of the training pixels for each channel, on a scale of 0 to 1.
         mirrored: whether training may mirror images left to right.
-        num_available: images of the training split before any subset was drawn.
+        num_available: number of images of the training split before any subset was drawn.
         corrupt: names of the images that could not be read.
-        fingerprint: short hash of every decoded pixel and label, training part first: it tells splits apart too.
-        listing: what was found where the images lie.
+        fingerprint: short hash of every decoded pixel and label, training part first, so that it also differs between
+            splits.
+        listing: description of the files that were found.
     """
 
     name: str
@@ -93,25 +96,26 @@ def load_data(
     seed: int = SPLIT_SEED,
     classes: Sequence[str] = (),
 ) -> ImageData:
-    """Read, decode and split a data set, and log what was found in one line.
+    """Reads, decodes and splits a data set, and logs one line about what was found.
 
     Args:
-        name: see `nas.data.sources`.
-        input_size: side of the square images; None takes the data's own, a multiple of 32 from 32 to 224.
-        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
-        max_images: of a larger training split, a stratified sample of this many is used.
-        seed: of the sample and the held-out part.
-        classes: of a folder or an archive, the class folders; empty to find them.
+        name: name of the data set, see `nas.data.sources`.
+        input_size: side of the square images. None takes the native size of the data, a multiple of 32 from 32 to 224.
+        data_root: folder of `torch/NAME` and `hfds/NAME` sets.
+        max_images: maximum number of images of the training split. A larger split is reduced to a stratified sample.
+        seed: random seed of the sample and of the held-out part.
+        classes: class folders of a folder or an archive. Empty means that they are found.
 
     Raises:
-        DataError: where the set is missing, unreadable or empty, has one class only, or has folders of unclear meaning.
-        UsageError: where the name or a number is not allowed.
+        DataError: if the set is missing, cannot be read or is empty, has only one class, or has folders of unclear
+            meaning.
+        UsageError: if the name or a number is not allowed.
     """
     if max_images < 2:
         raise UsageError(f"--images {max_images}: at least 2 are needed")
     if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
-    # what is on disk may change, what is embedded does not; small, it is kept
+    # the embedded set never changes, so small versions of it are cached; files on disk may change
     load = _load_embedded if name == EMBEDDED and (input_size or 0) <= 64 else _load
     return load(name, input_size, data_root, max_images, seed, tuple(classes))
 
@@ -127,7 +131,7 @@ def _load(
     source = open_split(name, data_root, classes)
     REPEATS.once(log, source.listing.line(name))
     rest, held = search_split(source.targets, max_images, seed)
-    # decoded in the order of the parts, so that both are views of one block of memory
+    # images are decoded in the order of the parts, so that both parts are views of one block of memory
     ordered = np.concatenate((rest, held))
     if len(ordered) == 0:
         raise DataError(f"{name}: no images found")
@@ -135,19 +139,19 @@ def _load(
     pixels, corrupt = _decode(source, ordered, size)
     if corrupt:
         shown = (f"{source.name(i)} ({why})" for i, why in corrupt)
-        log.warning("%s: %d images could not be read and are left out: %s", name, len(corrupt), listed(shown, 3, 120))
+        log.warning("%s: %d images cannot be read, so they are skipped: %s", name, len(corrupt), listed(shown, 3, 120))
     if len(corrupt) == len(ordered):
         first, why = source.name(corrupt[0][0]), corrupt[0][1]
-        raise DataError(f"{name}: none of its {len(ordered)} images could be read, the first is {first} ({why})")
+        raise DataError(f"{name}: none of its {len(ordered)} images can be read; the first is {first} ({why})")
     bad = {index for index, _ in corrupt}
     labels = torch.from_numpy(source.targets[[i for i in ordered if i not in bad]])
     num_classes = len(labels.unique())
     if num_classes < 2:
-        raise DataError(f"{name}: images of {num_classes} class found, classification needs at least 2")
+        raise DataError(f"{name}: found images of {num_classes} class, but classification needs at least 2")
     num_train = sum(int(i) not in bad for i in rest)
     train, holdout = Images(pixels[:num_train], labels[:num_train]), Images(pixels[num_train:], labels[num_train:])
     if not (len(train) and len(holdout)):
-        raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: 4 or more of a class are needed")
+        raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: a class needs 4 or more")
     digest = hashlib.sha256(pixels.numpy().data)
     digest.update(labels.numpy().data)
     mean, std = channel_statistics(train.pixels)
@@ -172,27 +176,27 @@ _load_embedded = lru_cache(maxsize=4)(_load)
 
 
 def reduced(data: ImageData, images: int | None = None, input_size: int | None = None, seed: int = 0) -> ImageData:
-    """The same data at less effort: fewer training images, or smaller ones in both parts.
+    """Returns the same data with less effort: fewer training images, or smaller images in both parts.
 
     Args:
-        data: what is reduced; stays as it is.
-        images: of a larger training part, a stratified sample of this many is taken; None for all.
-        input_size: side that images are scaled down to; None for theirs.
-        seed: of the sample.
+        data: data to reduce. It is not changed.
+        images: maximum number of training images. A larger part is reduced to a stratified sample. None means all.
+        input_size: side to which images are scaled down. None keeps their size.
+        seed: random seed of the sample.
 
     Raises:
-        UsageError: for fewer than two images, or a size that is no reduction.
+        UsageError: if fewer than two images are asked for, or the size is larger than that of the images.
     """
     train, holdout = data.train, data.holdout
     if images is not None and images < 2:
-        raise UsageError(f"{images} images for the proxy: at least 2 are needed")
+        raise UsageError(f"the proxy cannot use {images} images: at least 2 are needed")
     if images is not None and images < len(train):
         rng = np.random.default_rng(seed)
         chosen = torch.from_numpy(stratified_split(train.labels.numpy(), images / len(train), rng, at_least=1)[0])
         train = Images(train.pixels[chosen], train.labels[chosen])
     side = data.input_size[1]
     if input_size is not None and not 1 <= input_size <= side:
-        raise UsageError(f"images of {input_size} pixels for the proxy: it must be from 1 to their size, {side}")
+        raise UsageError(f"the proxy cannot use images of {input_size} pixels: the size must be from 1 to {side}")
     if input_size is not None and input_size < side:
         train, holdout = (Images(_scaled(part.pixels, input_size), part.labels) for part in (train, holdout))
         side = input_size
@@ -205,7 +209,7 @@ def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def native_size(source: Source, chosen: np.ndarray) -> int:
-    """The median shorter side of up to 64 images, as a multiple of 32 between 32 and 224."""
+    """Returns the median shorter side of up to 64 images, as a multiple of 32 between 32 and 224."""
     sides = []
     with quiet():
         for i in chosen[:: max(1, len(chosen) // 64)]:
@@ -217,7 +221,11 @@ def native_size(source: Source, chosen: np.ndarray) -> int:
 
 
 def _decode(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """The chosen images' central squares at `size`, and (index, reason) of those that cannot be read."""
+    """Decodes the central squares of the chosen images at `size`.
+
+    Returns:
+        The pixels, and (index, reason) of the images that cannot be read.
+    """
     resample = Image.Resampling[source.interpolation.upper()]
 
     def fit(i: int) -> np.ndarray | str:
@@ -246,7 +254,10 @@ def _decode(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor
 
 
 def channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by channel on a scale of 0 to 1; a constant channel gets a deviation of 1."""
+    """Returns mean and standard deviation for each channel on a scale of 0 to 1.
+
+    A constant channel gets a standard deviation of 1.
+    """
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(pixels.shape[1]):

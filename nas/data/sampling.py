@@ -1,4 +1,4 @@
-"""Which images of a training split a search trains on, and which it holds out."""
+"""Selects the images of a training split that a search trains on and those that it holds out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 HOLDOUT_SHARE = 0.25
 SPLIT_SEED = 0
-"""Of what every search holds out, whatever its own seed is."""
+"""Random seed of the held-out part of every search, independent of the seed of the search."""
 
 
 def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a search trains on and what it holds out, as indices into a training split.
+    """Selects the images that a search trains on and those that it holds out, as indices into a training split.
 
     Args:
-        targets: classes of the split's images.
-        max_images: of a larger split, a stratified sample of this many is used.
-        seed: of the sample and of the held-out part.
+        targets: classes of the images of the split.
+        max_images: maximum number of images. A larger split is reduced to a stratified sample.
+        seed: random seed of the sample and of the held-out part.
     """
     rng = np.random.default_rng(seed)
     chosen, _ = stratified_split(targets, max_images / max(len(targets), 1), rng, at_least=1)
@@ -28,10 +28,10 @@ def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.nd
 def stratified_split(
     targets: np.ndarray | Sequence[int], share: float, rng: np.random.Generator, at_least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of a random `share` of each class, and of the rest.
+    """Returns the sorted indices of a random `share` of each class, and those of the rest.
 
-    The number taken of a class is rounded, `at_least` so many; beyond those a class keeps one image in the rest, unless
-    `share` is 1 or more.
+    The number of images of a class is rounded and is at least `at_least`. Above `at_least`, each class keeps one image
+    in the rest. If `share` is 1 or more, all images are taken.
     """
     targets = np.asarray(targets)
     if share >= 1:

@@ -1,8 +1,9 @@
-"""Which image files lie in a folder or a `.tar`, as a tree. Nothing is opened: names, kinds and sizes are enough.
+"""Finds the image files in a folder or a `.tar` archive, as a tree.
 
-Only regular files count, by the endings of their names. Hidden files are left out, and so is what systems and programs
-keep for themselves. Links are followed, but not to a folder that holds them, and each real folder is looked into once.
-What is left out is counted by its reason.
+The scan reads names, kinds and sizes, but opens no image. Only regular files count, and the suffix of a name decides
+whether a file is an image. Hidden files, and files that systems and programs keep for themselves, are skipped. Links
+are followed, except to a folder that contains them, and each real folder is read once. Skipped entries are counted by
+reason.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ SYSTEM_NAMES = frozenset(
         "__pycache__",
     }
 )
-"""In lower case: what storage devices, systems and programs leave in a folder. Hidden names begin with a dot."""
+"""Names, in lower case, that storage devices, systems and programs leave in a folder. Hidden names start with a dot."""
 MAX_ENTRIES = 20_000_000
-"""Files and folders that one data set may have; a link to a whole disk has more."""
+"""Maximum number of files and folders in a data set. A link to a whole disk leads to more."""
 MAX_SUFFIX = 6
 HIDDEN, BROKEN, LOOPS, SPECIAL, UNREADABLE, LINKS, OTHERS = (
     "hidden or system entries",
@@ -40,7 +41,7 @@ HIDDEN, BROKEN, LOOPS, SPECIAL, UNREADABLE, LINKS, OTHERS = (
     "links inside the archive",
     "other files",
 )
-"""Reasons why something is left out; files that are no images are counted by the endings of their names."""
+"""Reasons for skipping an entry. Files that are not images are counted by suffix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,11 @@ class File:
     """An image file.
 
     Args:
-        path: of the file, or of the archive that it lies in.
-        name: its path below the root of the data set, with `/` between folders.
-        identity: equal for two names of one file.
-        offset: where it begins in `path`.
-        size: its length in bytes; None for up to the end.
+        path: path of the file, or of the archive that contains it.
+        name: path below the root of the data set, with `/` between folders.
+        identity: value that is equal for two names of one file.
+        offset: byte of `path` at which the image starts.
+        size: length in bytes. None means up to the end.
     """
 
     path: str
@@ -67,11 +68,11 @@ class Folder:
     """A folder of a data set.
 
     Args:
-        name: its path below the root, with `/` between folders; empty for the root.
-        files: its image files.
-        linked_files: image files that it holds links to.
-        folders: the folders in it, by name.
-        links: folders that it holds links to, by the link's name.
+        name: path below the root, with `/` between folders. Empty for the root.
+        files: image files in the folder.
+        linked_files: image files that links in the folder point to.
+        folders: folders in the folder, by name.
+        links: folders that links in the folder point to, by name of the link.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Folder:
     links: dict[str, Folder] = field(default_factory=dict)
 
     def own_files(self) -> Iterator[File]:
-        """The files in it and in the folders below it, links left out."""
+        """Yields the files in the folder and in the folders below it, without links."""
         waiting = [self]
         while waiting:
             folder = waiting.pop()
@@ -89,13 +90,16 @@ class Folder:
             waiting += folder.folders.values()
 
     def all_files(self) -> Iterator[File]:
-        """The files that it leads to, through links too; one that has several names may come several times."""
+        """Yields all files that the folder leads to, also through links.
+
+        A file with several names may come several times.
+        """
         for folder in self.all_folders():
             yield from folder.files
             yield from folder.linked_files
 
     def all_folders(self) -> Iterator[Folder]:
-        """Itself and all that it leads to, through links too, each once."""
+        """Yields the folder and all folders that it leads to, also through links. Each folder comes once."""
         waiting, seen = [self], {id(self)}
         while waiting:
             folder = waiting.pop()
@@ -107,38 +111,38 @@ class Folder:
 
     @property
     def has_images(self) -> bool:
-        """Whether it leads to any image."""
+        """Whether the folder leads to any image."""
         return next(self.all_files(), None) is not None
 
     @property
     def loose(self) -> int:
-        """Images that lie in it directly."""
+        """Number of images directly in the folder."""
         return len(self.files) + len(self.linked_files)
 
     def children(self) -> dict[str, Folder]:
-        """The folders in it that lead to images, by name, links included."""
+        """Returns the folders in the folder that lead to images, by name, links included."""
         return {name: f for name, f in sorted({**self.links, **self.folders}.items()) if f.has_images}
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an entry of this name is left out."""
+    """Tells whether an entry of this name is skipped."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def readable(name: str) -> str:
-    """A name of the file system as text that can be printed and stored: undecodable bytes become escapes."""
+    """Returns a file name as text that can be printed and stored. Undecodable bytes become escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def scan_folder(path: Path, skipped: Counter[str]) -> Folder:
-    """The tree of a folder.
+    """Returns the tree of a folder.
 
     Args:
-        path: of the folder.
-        skipped: counts what is left out, by its reason.
+        path: path of the folder.
+        skipped: counter of skipped entries by reason, to which this function adds.
 
     Raises:
-        DataError: where the folder cannot be read, or leads to far too much.
+        DataError: if the folder cannot be read, or leads to more than `MAX_ENTRIES` files and folders.
     """
     top, start = Folder(""), os.path.realpath(path)
     known = {start: top}
@@ -146,7 +150,7 @@ def scan_folder(path: Path, skipped: Counter[str]) -> Folder:
     links: deque[tuple[str, Folder, str]] = deque()
     entries = 0
     while waiting or links:
-        if not waiting:  # what is really there comes before what is linked
+        if not waiting:  # real files and folders come before linked ones
             waiting += _follow(*links.popleft(), known, skipped)
             continue
         place, folder = waiting.pop()
@@ -180,14 +184,14 @@ def scan_folder(path: Path, skipped: Counter[str]) -> Folder:
 def _follow(
     place: str, folder: Folder, name: str, known: dict[str, Folder], skipped: Counter[str]
 ) -> list[tuple[str, Folder]]:
-    """Add what a link leads to; returns the folder that is to be looked into, if it is a new one.
+    """Adds the target of a link to the tree, and returns the folders that are still to be read: one or none.
 
     Args:
         place: real path of the folder with the link.
-        folder: that folder.
-        name: of the link.
-        known: folders by their real paths; a new one is added.
-        skipped: counts what is left out.
+        folder: the folder with the link.
+        name: name of the link.
+        known: folders by their real paths. A new one is added.
+        skipped: counter of skipped entries by reason, to which this function adds.
     """
     try:
         target = os.path.realpath(os.path.join(place, name), strict=True)
@@ -211,14 +215,14 @@ def _follow(
 
 
 def scan_archive(path: Path, skipped: Counter[str]) -> Folder:
-    """The tree of a `.tar` archive that is not compressed.
+    """Returns the tree of an uncompressed `.tar` archive.
 
     Args:
-        path: of the archive.
-        skipped: counts what is left out, by its reason.
+        path: path of the archive.
+        skipped: counter of skipped entries by reason, to which this function adds.
 
     Raises:
-        DataError: where it cannot be read.
+        DataError: if the archive cannot be read.
     """
     top = Folder("")
     files: dict[str, File] = {}
@@ -228,7 +232,7 @@ def scan_archive(path: Path, skipped: Counter[str]) -> Folder:
             for number, member in enumerate(archive):
                 if number > MAX_ENTRIES:
                     raise DataError(f"{path} holds more than {MAX_ENTRIES:,} files")
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte of each
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps a kilobyte for each member
                 name = posixpath.normpath(member.name).lstrip("/")
                 parts = name.split("/")
                 if member.isdir():
@@ -248,10 +252,10 @@ def scan_archive(path: Path, skipped: Counter[str]) -> Folder:
     except DataError:
         raise
     except MemoryError:
-        raise DataError(f"{path} is damaged: it holds a header that does not fit in memory") from None
+        raise DataError(f"{path} is damaged: it has a header that does not fit in memory") from None
     except (OSError, EOFError, ValueError, OverflowError, struct.error, tarfile.TarError) as error:
         why = one_line(str(error), 120)
-        raise DataError(f"{path}: no images could be read from it as a .tar that is not compressed ({why})") from None
+        raise DataError(f"{path}: no images could be read: it is damaged or not an uncompressed .tar ({why})") from None
     for name, file in files.items():
         folder = top
         for part in name.split("/")[:-1]:
@@ -267,7 +271,7 @@ def _below(folder: Folder, name: str) -> str:
 
 
 def _is_image(name: str, skipped: Counter[str]) -> bool:
-    """Whether a name ends as an image's does; what does not is counted by its ending."""
+    """Tells whether a name has the suffix of an image. Other names are counted by suffix."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in SUFFIXES:
         return True

@@ -1,9 +1,9 @@
-"""Which folders of a data set are splits, and which are classes.
+"""Finds out which folders of a data set are splits and which are classes.
 
-Classes are the folders on the first level below the root of a split; whatever lies deeper belongs to them. Folders are
-splits where all of them, side by side, are called so: at the root, one level down, or inside every class folder. Where
-names say one thing and their neighbours another, nothing is guessed: a `DataError` says what was found and how to say
-what is meant.
+Classes are the folders on the first level below the root of a split. Deeper folders belong to their class. Folders are
+splits if all folders at one level have names of splits: at the root, one level down, or inside every class folder. If a
+name says one thing and the names beside it say another, this module does not guess. It raises a `DataError` that says
+what was found and how the user can say what is meant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .scan import Folder, readable
 
 TRAIN, VALIDATION, TEST, UNLABELLED = "train", "validation", "test", "unlabelled"
 EVALUATION = (TEST, VALIDATION)
-"""Kinds of splits that a search never sees, in the order in which a final test takes them."""
+"""Kinds of splits that a search never sees, in the order in which a final test uses them."""
 SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     TRAIN: ("train", "training", "trainval"),
     VALIDATION: (
@@ -28,7 +28,7 @@ SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     TEST: ("test", "tests", "testing", "holdout", "heldout", "pred", "predict", "prediction", "predictions"),
     UNLABELLED: ("unlabelled", "unlabeled"),
 }
-"""What a split is called, by its kind: one of these words in any case, alone or with some of `FILLERS`."""
+"""Names of splits by kind: one of these words in any case, alone or together with some of `FILLERS`."""
 FILLERS = frozenset(
     {
         *("set", "sets", "split", "data", "dataset", "folder", "dir", "fold", "part", "seg"),
@@ -36,9 +36,10 @@ FILLERS = frozenset(
         *("jpg", "jpeg", "jpegs", "png"),
     }
 )
-"""Words beside it that change nothing (`test_set`, `dev_images`, `seg_train`), as numbers do (`train2017`).
+"""Words that change nothing beside the name of a split (`test_set`, `dev_images`, `seg_train`).
 
-A folder that is alone at its level and called by nothing else (`images`, `data`) is looked through.
+Numbers change nothing either (`train2017`). A folder that is alone at its level and has only such words in its name
+(`images`, `data`) is skipped over: its content counts.
 """
 MAX_LISTED = 4
 
@@ -48,13 +49,13 @@ _KINDS = {word: kind for kind, words in SPLIT_WORDS.items() for word in words}
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set.
+    """One split of a data set.
 
     Args:
-        name: of its folder, or of the folder that every class has; empty where the whole set is the split.
+        name: name of its folder, or of the folder inside every class folder. Empty if the whole set is the split.
         kind: `TRAIN`, `VALIDATION`, `TEST` or `UNLABELLED`.
-        classes: the folders of each class, by its name; empty where there are no class folders.
-        roots: the folders that the split is.
+        classes: folders of each class, by class name. Empty if there are no class folders.
+        roots: folders that make up the split.
     """
 
     name: str
@@ -64,29 +65,35 @@ class Split:
 
     @property
     def loose(self) -> int:
-        """Images that lie beside the class folders."""
+        """Number of images beside the class folders."""
         return sum(root.loose for root in self.roots)
 
 
 def class_name(name: str) -> str:
-    """What a class in a folder of this name is called: composed Unicode (NFC), undecodable bytes as escapes."""
+    """Returns the class name of a folder.
+
+    The name is composed Unicode (NFC), with escapes for undecodable bytes.
+    """
     return unicodedata.normalize("NFC", readable(name))
 
 
 def split_kind(name: str) -> str | None:
-    """The kind of split that a folder's name stands for; None for none."""
-    told = "".join(word for word in _words(name) if word not in FILLERS | _UNITS)  # `hold_out` is one word, too
+    """Returns the kind of split that a folder's name stands for, or None if it stands for none."""
+    told = "".join(word for word in _words(name) if word not in FILLERS | _UNITS)  # so `hold_out` is one word too
     ends = (told.removeprefix(filler).removesuffix(filler) for filler in sorted(FILLERS))  # `trainset`
     return _KINDS.get(told) or next((_KINDS[end] for end in ends if end in _KINDS), None)
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name in lower case; numbers and signs are none."""
+    """Returns the words of a name in lower case. Numbers and signs are not words."""
     return re.findall(r"[^\W\d_]+", class_name(name).casefold())
 
 
 def kinds_of_all(names: Iterable[str]) -> dict[str, str | None]:
-    """The kinds that names side by side stand for; words that all of them have at an end do not count."""
+    """Returns the kind of split that each of several names side by side stands for.
+
+    Words that all names have in common at one end are ignored.
+    """
     words = {name: re.split(r"[\s_.\-]+", class_name(name)) for name in names}
     for end in (0, -1):
         while (
@@ -99,17 +106,17 @@ def kinds_of_all(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def find_splits(top: Folder, where: str, named: Sequence[str] = (), holder: str = "") -> list[Split]:
-    """The splits of a data set, its training split among them at most once; a set without splits is a training split.
+    """Returns the splits of a data set, with at most one training split. A set without splits is a training split.
 
     Args:
-        top: its root.
-        where: how the user named it, for messages.
-        named: the classes, where the user says them. Folders of these names at the root are the classes, whatever else
-            they look like; else a split's other classes are left out.
-        holder: what the root is called.
+        top: root of the data set.
+        where: name of the data set as the user gave it, for messages.
+        named: class folders, if the user names them. If these folders are at the root, they are the classes, even if
+            their names look like splits. Otherwise other classes of each split are ignored.
+        holder: name of the root.
 
     Raises:
-        DataError: where it holds no class folders, or it is not clear which they are.
+        DataError: if there are no class folders, or it is not clear which folders they are.
     """
     top = inside(top, holder if split_kind(holder) is None else "")
     wanted = tuple(dict.fromkeys(class_name(name) for name in named))
@@ -127,7 +134,10 @@ def find_splits(top: Folder, where: str, named: Sequence[str] = (), holder: str 
 
 
 def by_class(folder: Folder) -> dict[str, tuple[Folder, ...]]:
-    """The folders in a folder by the names of the classes that they are; spellings of one name are one class."""
+    """Returns the folders in a folder by class name.
+
+    Spellings of one name are one class.
+    """
     found: dict[str, tuple[Folder, ...]] = {}
     for name, child in folder.children().items():
         found[class_name(name)] = (*found.get(class_name(name), ()), child)
@@ -135,23 +145,25 @@ def by_class(folder: Folder) -> dict[str, tuple[Folder, ...]]:
 
 
 def listed(names: Iterable[str], most: int = MAX_LISTED, length: int = 40) -> str:
-    """Some names with commas between, each of so many characters at most."""
+    """Returns up to `most` names separated by commas, each with at most `length` characters."""
     names = list(names)
     shown = [one_line(readable(name), length) for name in names[:most]]
     return ", ".join(shown) + (", …" if len(names) > most else "")
 
 
 def _as_option(classes: Iterable[str]) -> str:
-    """The option that says which folders are classes."""
+    """Returns the option that names the class folders."""
     return f"--classes {listed(classes).replace(', ', ',')}"
 
 
 def inside(folder: Folder, holder: str) -> Folder:
-    """A folder, or what it is looked through to: a folder alone in it whose name says nothing, or the same again.
+    """Returns the folder that holds the content: `folder`, or a folder that is alone in it.
+
+    The search goes down while a folder is alone and its name means nothing or repeats the name above it.
 
     Args:
-        folder: the folder.
-        holder: what it is called.
+        folder: folder to start from.
+        holder: name of the folder.
     """
     while True:
         children = folder.children()
@@ -171,7 +183,7 @@ def _splits_at(top: Folder, where: str) -> list[Split]:
     children = top.children()
     if not children:
         raise DataError(
-            f"{where}: {top.loose:,} images and no class folders: put each class's images into a folder of its own"
+            f"{where} has {top.loose:,} images and no class folders: put the images of each class into its own folder"
             if top.loose
             else f"{where}: no images found in class folders"
         )
@@ -185,8 +197,8 @@ def _splits_at(top: Folder, where: str) -> list[Split]:
             return _splits_at(only, f"{where}/{readable(name)}")
         if inner:
             raise DataError(
-                f"{where} holds one folder, {readable(name)}, with {listed(inner)} in it: where these are the classes, "
-                f"give {where}/{readable(name)}; where they are parts of one class, another class is missing"
+                f"{where} holds one folder, {readable(name)}, with {listed(inner)} in it. If these are the classes, "
+                f"give {where}/{readable(name)}. If they are parts of one class, another class is missing"
             )
     _refuse_mixture(children, kinds, where)
     classes = by_class(top)
@@ -208,15 +220,18 @@ def _all_splits(children: Mapping[str, Folder], kinds: Mapping[str, str], where:
         root = inside(children[name], name)
         if kind == TRAIN and not root.children():
             raise DataError(
-                f"{where}/{readable(name)} is called as a training split is, but holds no class folders: where it is a "
-                f"class itself, say so by {_as_option(children)}"
+                f"{where}/{readable(name)} has the name of a training split, but holds no class folders. If it is a "
+                f"class itself, pass {_as_option(children)}"
             )
         found.append(Split(readable(name), kind, by_class(root), (root,)))
     return found
 
 
 def _kinds_inside(folders: Sequence[Folder]) -> dict[str, str]:
-    """Of a class whose images all lie in splits of its own, their kinds by name; nothing for any other one."""
+    """Returns the kinds of splits by name for a class whose images all lie in splits of its own.
+
+    For any other class, the result is empty.
+    """
     kinds = kinds_of_all({name for folder in folders for name in folder.children()})
     if None in kinds.values() or any(folder.loose for folder in folders):
         return {}
@@ -226,19 +241,22 @@ def _kinds_inside(folders: Sequence[Folder]) -> dict[str, str]:
 def _splits_in_classes(
     classes: Mapping[str, tuple[Folder, ...]], kinds: Mapping[str, Mapping[str, str]]
 ) -> list[Split]:
-    """Splits inside each class folder, as `cat/train` and `cat/test`."""
+    """Returns the splits inside class folders, such as `cat/train` and `cat/test`."""
     found: dict[str, dict[str, dict[str, tuple[Folder, ...]]]] = {}
     for label, folders in classes.items():
         for name, child in ((name, child) for folder in folders for name, child in folder.children().items()):
             kind = kinds[label][name]
-            # several training folders of a class are one split
+            # several training folders of a class form one split
             members = found.setdefault(kind, {}).setdefault(TRAIN if kind == TRAIN else readable(name), {})
             members[label] = (*members.get(label, ()), child)
     return [Split(name, kind, members, ()) for kind, named in found.items() for name, members in named.items()]
 
 
 def _refuse_mixture(children: Mapping[str, Folder], kinds: Mapping[str, str | None], where: str) -> None:
-    """Raise where some folders look like splits beside others that are none; a class may be called `train`, though."""
+    """Raises `DataError` if some folders look like splits and others beside them do not.
+
+    A class may be called `train`, so a single such folder that holds nothing similar to the others is accepted.
+    """
     splits = [name for name, kind in kinds.items() if kind is not None]
     others = [name for name, kind in kinds.items() if kind is None]
     inside = {name: set(by_class(children[name])) for name in children}
@@ -250,27 +268,30 @@ def _refuse_mixture(children: Mapping[str, Folder], kinds: Mapping[str, str | No
     if len(splits) > 1 or alike:
         first = next((name for name in splits if kinds[name] == TRAIN), others[0])
         raise DataError(
-            f"{where} holds folders called as splits are ({listed(splits)}) beside others ({listed(others)}): give the "
-            f"training images alone, as {where}/{readable(first)}, or say by {_as_option(children)} which are classes"
+            f"{where} holds folders with names of splits ({listed(splits)}) beside others ({listed(others)}): give "
+            f"only the training images, as {where}/{readable(first)}, or name the classes with {_as_option(children)}"
         )
 
 
 def _refuse_inner(split: Split, where: str) -> None:
-    """Raise where a class holds a folder that is called as an evaluation split: a search must not see such images."""
+    """Raises `DataError` if a class contains a folder with the name of an evaluation split.
+
+    A search must not see the images in it.
+    """
     for label, folders in split.classes.items():
         for folder in folders:
             for inner in folder.all_folders():
                 for name, child in {**inner.links, **inner.folders}.items():
                     if split_kind(name) in EVALUATION and child.has_images:
                         raise DataError(
-                            f"{where}: {readable(child.name)} lies in class {label} and is called as an evaluation "
-                            "split, which a search must not see: move it out, or say that all in these folders is for "
-                            f"training by {_as_option(split.classes)}"
+                            f"{where}: {readable(child.name)} lies in class {label} and has the name of an evaluation "
+                            "split, which a search must not see: move it out, or use all images in these folders for "
+                            f"training with {_as_option(split.classes)}"
                         )
 
 
 def _restricted(split: Split, wanted: Sequence[str], where: str) -> Split:
-    """The split with some of its classes alone."""
+    """Returns the split with only some of its classes."""
     missing = [name for name in wanted if name not in split.classes]
     if missing and split.kind == TRAIN:
         raise DataError(f"{where} has no folder of class {listed(missing)}; it has {listed(split.classes, 20)}")

@@ -35,7 +35,7 @@ from .subject import AUTO, Subject, load_pictures, of_run, of_training
 log = logging.getLogger(__name__)
 
 PACKAGE = "mixnas_model"
-SOURCES = ("architecture.py", "errors.py", "models")
+SOURCES = ("architecture", "errors.py", "models")
 FORMAT = 1
 RANDOM_IMAGES = 64
 """On which files are compared where there are no others."""

@@ -1,1 +1,1 @@
-"""The machine underneath: its devices, turns on a device, what this machine is, and its limits."""
+"""The machine: its devices, turns on a device, its description and its limits."""

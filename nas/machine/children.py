@@ -1,4 +1,4 @@
-"""Processes that this one starts: where they find their code, and what ends them."""
+"""Processes that this process starts: how they find their code, and how they end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux' `prctl`: the signal that a process gets when the one that made it dies."""
+"""Option of Linux' `prctl` for the signal that a process gets when its parent dies."""
 
 
 def python_module(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment that run a module of this project in another process.
+    """Returns the command and the environment that run a module of this project in another process.
 
-    It finds this very project, and nothing in the current folder: a `torch.py` that lies there is not imported.
+    The other process imports this project and nothing from the current folder, for example no `torch.py` there.
 
     Args:
-        module: its name.
-        arguments: of the module.
+        module: name of the module.
+        arguments: arguments of the module.
     """
     here = str(Path(__file__).resolve().parents[2])
     places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -31,11 +31,11 @@ def python_module(module: str, *arguments: str) -> tuple[list[str], dict[str, st
 
 
 def end_with_parent(number: int, parent: int | None = None) -> None:
-    """Have the system send this process a signal once the process that started it is gone (Linux; else nothing).
+    """Makes the system send this process a signal when its parent ends (on Linux; otherwise nothing happens).
 
     Args:
-        number: of the signal.
-        parent: the process that started it, where that may be gone already: then the signal comes at once.
+        number: number of the signal.
+        parent: process ID of the parent, if the parent may have ended already. The signal then comes at once.
     """
     if sys.platform != "linux":
         return
@@ -45,8 +45,11 @@ def end_with_parent(number: int, parent: int | None = None) -> None:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals that ask this process to end: Ctrl-C, SIGTERM, and SIGHUP unless it was started to outlive that."""
+    """Returns the signals that ask this process to end: Ctrl-C, SIGTERM and SIGHUP.
+
+    SIGHUP is left out if the process was started to ignore it.
+    """
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` does
         numbers.append(signal.SIGHUP)
     return numbers

@@ -1,4 +1,4 @@
-"""The machine underneath: its devices, what it is, what state it is in, and who may use a device now."""
+"""Describes the machine and the software on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What figures are measured on, and in what state it is: read, never set."""
+    """Returns a description of the machine and its present state. Reads settings, but never changes them."""
     import torch
 
     machine: dict[str, Any] = {
@@ -41,13 +41,13 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def machine_name(device: str) -> str:
-    """The GPU, or the CPU with its number of cores."""
+    """Returns the name of the GPU, or of the CPU with its number of cores."""
     machine = describe_machine(device)
     return str(machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores")
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions of Python and of the packages a score depends on, and the commit of a source checkout."""
+    """Returns versions of Python and of the packages that affect scores, and the commit of a source checkout."""
     names = ("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "onnx", "onnxruntime", "openvino")
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in names:
@@ -72,7 +72,10 @@ def _cpu_name() -> str:
 
 
 def _cpu_clock_mhz() -> float | None:
-    """What the kernel says of the first core's clock; None where it does not (virtual machines may show a constant)."""
+    """Returns the clock of the first core as the kernel reports it, or None.
+
+    Virtual machines may report a constant.
+    """
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("cpu MHz"):
@@ -81,10 +84,10 @@ def _cpu_clock_mhz() -> float | None:
 
 
 def _gpu_clock_mhz(device: str) -> int | None:
-    """The GPU's clock now; None without the package that reads it."""
+    """Returns the present clock of the GPU, or None without the package that reads it."""
     import torch
 
     try:
         return int(torch.cuda.clock_rate(device))
-    except Exception:  # the package has errors of its own, of GPUs that say nothing
+    except Exception:  # the package has its own errors for GPUs that report no clock
         return None

@@ -10,10 +10,10 @@ from ..errors import UsageError
 
 
 def resolve_device(name: str) -> str:
-    """`auto` to a device; others checked.
+    """Returns the name of a device after checking it. `auto` becomes a device of this machine.
 
     Raises:
-        UsageError: where the device is not known or not there.
+        UsageError: if the device is unknown or does not exist.
     """
     import torch
 
@@ -26,7 +26,7 @@ def resolve_device(name: str) -> str:
         raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
     if not torch.cuda.is_available():
         raise UsageError(
-            f"--device {name}: this torch sees no CUDA device; use --device cpu, or install a CUDA build and driver"
+            f"--device {name}: this torch sees no CUDA device: use --device cpu, or install a CUDA build and driver"
         )
     if int(index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
@@ -35,7 +35,7 @@ def resolve_device(name: str) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's random numbers follow from `seed` inside, on every device, and go on as before outside."""
+    """Makes torch's random numbers on every device depend on `seed` inside, and continue as before outside."""
     import torch
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -45,7 +45,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Torch has so many CPU threads inside; None for as many as outside."""
+    """Sets the number of torch's CPU threads inside. None keeps the number."""
     import torch
 
     before = torch.get_num_threads()
@@ -57,7 +57,10 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def multiplies_bf16(device: Any) -> bool:
-    """Whether it is a GPU whose units multiply in bf16; for older ones, which can hold it, libraries lack kernels."""
+    """Tells whether a device is a GPU with units that multiply in bf16.
+
+    Older GPUs can store bf16, but libraries have no kernels for them.
+    """
     import torch
 
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, and how much of it other programs use."""
+"""The share of the machine that this process may use, and the share that other programs use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 IDLE_CORES = 0.25
-"""So much of a core is always busy somewhere."""
+"""Share of a core that is busy even on an idle machine."""
 SAMPLE_SECONDS = 0.2
 TOLD_BUSY = threading.Event()
-"""Set once people have been told that trainings take fewer threads."""
+"""Set after the log has said once that trainings use fewer threads."""
 
 
 def usable_cores() -> float:
-    """Cores that this process may use: what its affinity and its control group leave of the machine's."""
+    """Returns the number of cores that affinity and control group allow this process."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for folder in control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError):  # version 2
@@ -36,7 +36,7 @@ def usable_cores() -> float:
 
 
 def control_groups(controller: str) -> Iterator[Path]:
-    """Folders of the control groups this process is in, its own first; none elsewhere than on Linux."""
+    """Yields the folders of the control groups of this process, innermost first. Only Linux has them."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ def control_groups(controller: str) -> Iterator[Path]:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process could still use."""
+    """Returns the bytes that this process can still use."""
     free = []
     with contextlib.suppress(OSError):
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
@@ -69,15 +69,15 @@ def free_memory() -> int | None:
 
 @contextlib.contextmanager
 def training_threads(device: str, most: int | None = None) -> Iterator[None]:
-    """Torch has the CPU threads for a training inside: fewer than `most` while other programs keep cores busy.
+    """Sets the number of torch's CPU threads for a training inside: fewer than `most` while other programs use cores.
 
-    OpenMP's threads spin while they wait for each other, so that one core too few costs much more than its share: on
-    two cores, one of them busy, a training with two threads took 8 times as long as alone, with one thread 1.7 times
-    (`benchmarks/busy.md`).
+    OpenMP's threads spin while they wait for each other, so a single missing core costs much more than its share. On
+    two cores, one of them busy, a training with two threads took 8 times as long as alone, and with one thread 1.7
+    times (`benchmarks/busy.md`).
 
     Args:
-        device: that trains; on a GPU the number stays as it is.
-        most: threads on a quiet machine; None for torch's own number.
+        device: device that trains. On a GPU the number of threads stays.
+        most: number of threads on an idle machine. None means torch's own number.
     """
     import torch
 
@@ -91,11 +91,11 @@ def training_threads(device: str, most: int | None = None) -> Iterator[None]:
 
 
 def threads_beside_others(wanted: int) -> int:
-    """How many of `wanted` threads find a core that no other program keeps busy; 1 or more.
+    """Returns how many of `wanted` threads find a core that no other program uses, at least 1.
 
-    The first time that these are fewer it is logged.
+    The first time that there are fewer threads, it logs this.
     """
-    wanted = min(wanted, max(1, math.ceil(usable_cores())))  # more than a quota allows would spin in vain, too
+    wanted = min(wanted, max(1, math.ceil(usable_cores())))  # more threads than a quota allows would also spin in vain
     if wanted < 2:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -104,16 +104,16 @@ def threads_beside_others(wanted: int) -> int:
     if free < wanted and not TOLD_BUSY.is_set():
         TOLD_BUSY.set()
         log.info(
-            "Other programs keep %.1f of %d cores busy: trainings take %d instead of %d threads meanwhile",
+            "Other programs use %.1f of %d cores, so trainings use %d instead of %d threads for now",
             *(busy, cores, free, wanted),
         )
     return min(wanted, free)
 
 
 def busy_cores() -> float:
-    """How many of the cores of this process other programs kept busy since this was asked last, on average.
+    """Returns how many of the cores of this process other programs used on average since the last call.
 
-    The first time it looks for `SAMPLE_SECONDS`. Where the system does not tell (elsewhere than on Linux) it is 0.
+    The first call looks for `SAMPLE_SECONDS`. On systems other than Linux the result is 0.
     """
     try:
         before = _ASKED[0] if _ASKED else _core_time()
@@ -129,7 +129,7 @@ _ASKED: list[tuple[float, float]] = []
 
 
 def _core_time() -> tuple[float, float]:
-    """The time now, and the core seconds that others than this process have had on its cores, from any beginning."""
+    """Returns the time now, and the core seconds that other processes have used on the cores of this process."""
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     ticks = 0
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():

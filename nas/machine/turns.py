@@ -1,4 +1,4 @@
-"""Turns on a device: processes that measure hold it alone, processes that train may share it."""
+"""Turns on a device: processes that measure use it exclusively, and processes that train may share it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ log = logging.getLogger(__name__)
 WAITING = threading.Event()
 """Set while this process waits for its turn on a device."""
 REMINDER_SECONDS = 60.0
-"""After so long people are told how long it has waited, and then each time that it is four times as long."""
+"""Seconds after which the log says how long this process has waited. It says so again each time the wait is four
+times as long."""
 _HELD = threading.local()
-"""The devices that a thread holds alone."""
+"""Devices that a thread holds exclusively."""
 
 
 @contextlib.contextmanager
 def exclusive(device: str) -> Iterator[None]:
-    """Hold a device alone among all processes of this program on this machine: a measurement, or a training.
+    """Holds a device exclusively among all processes of this program on this machine, for a measurement or a training.
 
-    Waits for its turn and says so; who has it already goes on. Not held across a whole search, so that two take turns.
+    It waits for its turn and logs that. A thread that already holds the device continues at once. A search does not
+    hold the device all the time, so that two searches can take turns.
 
     Raises:
-        NasError: where the lock file cannot be made.
+        NasError: if the lock file cannot be created.
     """
     held: set[str] = _HELD.__dict__.setdefault("devices", set())
     if device in held:
@@ -50,14 +52,16 @@ def exclusive(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(device: str, unless: Callable[[], object] | None = None) -> Iterator[None]:
-    """Hold a device beside others that share it, such as trainings of one search, while nobody holds it alone.
+    """Holds a device together with others that share it, while nobody holds it exclusively.
+
+    For example, trainings of one search share a device.
 
     Args:
-        device: which.
-        unless: asked while it waits; where it says so, it goes on without.
+        device: name of the device.
+        unless: function that is called while waiting. If it returns a true value, the wait ends without the device.
 
     Raises:
-        NasError: where the lock file cannot be made.
+        NasError: if the lock file cannot be created.
     """
     with _turn(device, _SharedLock(_lock_file(device)), unless):
         yield
@@ -65,7 +69,7 @@ def shared(device: str, unless: Callable[[], object] | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object] | None = None) -> Iterator[None]:
-    gate = FileLock(_lock_file(device).with_suffix(".gate"), mode=0o666)  # who waits at it is overtaken by nobody
+    gate = FileLock(_lock_file(device).with_suffix(".gate"), mode=0o666)  # nobody overtakes a process that waits here
 
     def enter(timeout: float) -> None:
         with gate.acquire(timeout):
@@ -96,14 +100,14 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
 
 @contextlib.contextmanager
 def _told_while_waiting(device: str) -> Iterator[None]:
-    """Say that this process waits for its turn, by `WAITING` and in the log: at once, and later how long it has."""
+    """Reports that this process waits for its turn, by `WAITING` and in the log, at once and again later."""
     begun, ended = time.monotonic(), threading.Event()
 
     def remind() -> None:
         after = REMINDER_SECONDS
         while not ended.wait(begun + after - time.monotonic()):
             log.info(
-                "still waiting for %s, for %.0f min now%s; a search or training with --share-device takes no turns",
+                "still waiting for %s after %.0f min%s; a search or training with --share-device does not wait",
                 *(device, after / 60, _holder(_lock_file(device))),
             )
             after *= 4
@@ -122,19 +126,22 @@ def _told_while_waiting(device: str) -> Iterator[None]:
 
 
 def _holder(file: Path) -> str:
-    """Which process holds a locked file, as `: process 17`; '' where the system does not tell."""
+    """Returns the process that holds a locked file as `: process 17`, or '' if the system does not show it."""
     with contextlib.suppress(OSError, ValueError):
         found = file.stat()
         of_file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
         lines = Path("/proc/locks").read_text(encoding="ascii")
         for kind, pid, locked in re.findall(r"^\d+: (\w+) +\w+ +\w+ +(\d+) +(\S+)", lines, re.MULTILINE):
             if (kind, locked) == ("FLOCK", of_file):
-                return f": process {pid}"  # no more, since its command may hold a secret
+                return f": process {pid}"  # only its ID, since its command may contain a secret
     return ""
 
 
 class _SharedLock:
-    """A lock that many hold at once, against a `FileLock` of the same file; where the system has no such, as that."""
+    """Lock that many can hold at once, but not beside a `FileLock` of the same file.
+
+    On a system without such locks, it is exclusive.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -142,10 +149,10 @@ class _SharedLock:
         self._alone = FileLock(path, mode=0o666)
 
     def acquire(self, timeout: float) -> None:
-        """Wait so many seconds, or without end below 0.
+        """Waits up to `timeout` seconds, or without limit if it is negative.
 
         Raises:
-            Timeout: where another one has it alone for longer.
+            Timeout: if another process holds the file exclusively for longer.
         """
         try:
             import fcntl
@@ -155,7 +162,7 @@ class _SharedLock:
         deadline = None if timeout < 0 else time.monotonic() + timeout
         if not self._path.exists():
             with contextlib.suppress(Timeout), self._alone.acquire(0):
-                pass  # made as others can use it, too
+                pass  # created with a mode that lets others use it too
         file = os.open(self._path, os.O_RDWR)
         try:
             while True:
@@ -171,11 +178,11 @@ class _SharedLock:
                 os.close(file)
 
     def release(self) -> None:
-        """Nothing happens where it is not held."""
+        """Releases the lock, or does nothing if it is not held."""
         if self._file is not None:
             import fcntl
 
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open, too
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a process forked in the meantime has it open too
             os.close(self._file)
             self._file = None
         self._alone.release()
@@ -186,7 +193,7 @@ def _lock_file(device: str) -> Path:
 
 
 def device_id(device: str) -> str:
-    """One name for one piece of hardware, whatever each process sees of it."""
+    """Returns one name for a piece of hardware, independent of the numbers that a process sees."""
     if not device.startswith("cuda"):
         return device
     import torch

@@ -1,7 +1,7 @@
-"""Architecture -> `nn.Module`. Importing this package registers `mixnas` and the presets with timm.
+"""Builds the `nn.Module` of an architecture. Importing this package registers `mixnas` and the presets with timm.
 
-Imports torch, timm and its two neighbours `architecture` and `errors` only, and relatively, so that an export can carry
-these files as they are.
+The package imports only torch, timm and its neighbours `architecture` and `errors`, and only relatively, so that an
+export can carry these files as they are.
 """
 
 from .backbone import Backbone, create_backbone, mixnas

@@ -1,6 +1,6 @@
-"""The backbone: an `Architecture` as a timm model.
+"""Builds an `Architecture` as a timm model.
 
-`timm.create_model("mixnas", architecture=…)` builds it; the architecture is an `Architecture`, its dict or its JSON.
+`timm.create_model("mixnas", architecture=…)` builds it from an `Architecture`, its dict or its JSON.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from torch import nn
 
 from ..architecture import MAX_PARAMS, Architecture
 from ..errors import UsageError
-from .blocks import STEMS, Stage, build_norm
+from .blocks import STEMS, StageModule, build_norm
 
 
 class Backbone(nn.Module):
-    """Stem, stages and head of an architecture, with the attributes and methods timm expects of a model.
+    """Stem, stages and head of an architecture, with the attributes and methods that timm expects of a model.
+
+    Any image size works. Every stride-2 convolution rounds up. With a distillation head, logits are the mean of both
+    classifiers; training can ask for the pair (`set_distilled_training`).
 
     Args:
-        architecture: what to build.
-        num_classes: outputs of the classifier; 0 for none.
+        architecture: the architecture to build.
+        num_classes: outputs of the classifier. 0 means no classifier.
         in_chans: image channels.
-        global_pool: timm's pooling of the last map: `avg`, `max`, `avgmax`, …; '' for none.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-        stage_norms: one norm for each stage's map instead of one before the head, for dense prediction (CAS-ViT's
-            detection and segmentation backbones); `forward_intermediates(norm=True)` applies them.
-
-    Any image size works; every stride-2 convolution rounds up.
-
-    With a distillation head, logits are the mean of both classifiers'; training can ask for the pair
-    (`set_distilled_training`).
+        global_pool: timm's pooling of the last map: `avg`, `max`, `avgmax`, …. '' means no pooling.
+        drop_rate: dropout rate before the classifier.
+        drop_path_rate: stochastic depth rate of the last block. The rate rises linearly from 0.
+        stage_norms: use one norm for the map of each stage instead of one norm before the head, for dense prediction
+            (detection and segmentation backbones of CAS-ViT). `forward_intermediates(norm=True)` applies them.
+        device: device of the parameters.
+        dtype: type of the parameters.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
         for i, spec in enumerate(specs):
             in_width = specs[i - 1].width if i else None
             drop_path = rates[first : first + spec.depth]
-            stages.append(Stage(spec, architecture.norm, in_width, architecture.downsample, drop_path, **dd))
+            stages.append(StageModule(spec, architecture.norm, in_width, architecture.downsample, drop_path, **dd))
             first += spec.depth
         self.stages = nn.Sequential(*stages)
         self.feature_info = [
@@ -105,11 +105,11 @@ class Backbone(nn.Module):
         self.head_dist = classifier() if self.architecture.head.distillation else None
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond timm's own rule for biases and norms: none."""
+        """Returns parameters without weight decay that timm's rule for biases and norms misses: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Timm's parameter groups for layer-wise learning rates: stem, blocks (or stages), head."""
+        """Returns timm's parameter groups for layer-wise learning rates: stem, blocks (or stages), head."""
         blocks = [
             (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.downsample", (0,)),
@@ -118,19 +118,19 @@ class Backbone(nn.Module):
         return {"stem": r"^stem", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in training: activations are recomputed block by block."""
+        """Saves memory in training by recomputing activations block by block."""
         self.grad_checkpointing = enable
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """In training, return the pair of both classifiers' logits, for a distillation loss."""
+        """Makes the network return the logits of both classifiers in training, for a distillation loss."""
         self.distilled_training = enable
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """The linear classifier (`Identity` where there is none), or both where there are two."""
+        """Returns the linear classifier (`Identity` without classes), or both with a distillation head."""
         return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for `num_classes` (0 for none), and another pooling where one is named."""
+        """Replaces the classifier by a new one for `num_classes` (0 for none), and the pooling if given."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         training = self.training
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
                 classifier.apply(_init_linear)
         self.train(training)
 
-    def _run_stage(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
+    def _run_stage(self, stage: StageModule, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(stage.blocks, stage.downsample(x))
         return stage(x)
@@ -154,15 +154,15 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of chosen stages.
+        """Returns the maps of chosen stages.
 
         Args:
             x: images.
-            indices: the last n stages where an int, all where None, else these stages.
-            norm: apply the final norm to the last stage's map; with stage norms, each to its own.
-            stop_early: do not run what comes after the last stage asked for.
-            output_fmt: `NCHW` only.
-            intermediates_only: return the maps alone, not `(forward_features' output, maps)`.
+            indices: stages to return: an int for the last n stages, None for all stages, otherwise a list of stages.
+            norm: apply the final norm to the map of the last stage. With stage norms, apply to each map its own norm.
+            stop_early: skip the stages after the last one that is returned.
+            output_fmt: only `NCHW`.
+            intermediates_only: return only the maps, not `(output of forward_features, maps)`.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         wanted, last = feature_take_indices(len(self.stages), indices)
@@ -183,7 +183,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen stages do not need; returns their indices."""
+        """Removes layers that the chosen stages do not need, and returns the indices of the stages."""
         wanted, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
@@ -191,7 +191,7 @@ class Backbone(nn.Module):
         if prune_norm:
             self.stage_norms = None
         elif self.stage_norms is not None:
-            # of those that nobody asked for, only the places stay, so that the others keep their names
+            # norms of other stages become Identity, so that the remaining ones keep their names
             self.stage_norms = nn.ModuleList(
                 stage_norm if i in wanted else nn.Identity()
                 for i, stage_norm in enumerate(self.stage_norms[: last + 1])
@@ -206,7 +206,7 @@ class Backbone(nn.Module):
         return wanted
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to the last stage's map (with the final norm, where the head has no convolution)."""
+        """Maps images to the map of the last stage, after the final norm if the head has no convolution."""
         x = self.stem(x)
         for stage in self.stages:
             x = self._run_stage(stage, x)
@@ -215,7 +215,7 @@ class Backbone(nn.Module):
     def forward_head(
         self, x: torch.Tensor, pre_logits: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The last map to logits, or with `pre_logits` to the classifier's input `(B, head_hidden_size)`."""
+        """Maps the last map to logits, or with `pre_logits` to the classifier input `(B, head_hidden_size)`."""
         x = self.global_pool(self.head_conv(x))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -229,7 +229,7 @@ class Backbone(nn.Module):
         return (logits + distilled) / 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`, or to the pair in distilled training."""
+        """Maps images `(B, in_chans, H, W)` to logits `(B, num_classes)`, or to a pair in distilled training."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -252,27 +252,27 @@ TIMM_CFG = {
     "classifier": "head",
     "license": "apache-2.0",
 }
-"""What timm knows of a model beside its weights."""
+"""timm's configuration of a model besides its weights."""
 
 default_cfgs = generate_default_cfgs({"mixnas": TIMM_CFG})
 
 
 def as_architecture(value: Architecture | Mapping[str, Any] | str) -> Architecture:
-    """An `Architecture` from itself, its dict or its JSON text."""
+    """Returns an `Architecture` from an `Architecture`, its dict or its JSON text."""
     if isinstance(value, Architecture):
         return value
     return Architecture.from_json(value) if isinstance(value, str) else Architecture.from_dict(value)
 
 
 def create_backbone(architecture: Architecture, num_classes: int = 1000, **kwargs: Any) -> Backbone:
-    """The architecture's network through timm's factory, with untrained weights."""
+    """Builds the network of an architecture through timm's factory, with untrained weights."""
     model: Backbone = timm.create_model("mixnas", architecture=architecture, num_classes=num_classes, **kwargs)
     return model
 
 
 @lru_cache(maxsize=4096)
 def count_params(architecture: Architecture, num_classes: int) -> int:
-    """Parameters of its network, found on torch's meta device from one block of each stage."""
+    """Counts the parameters of the network on torch's meta device, from one block of each stage."""
     thin = replace(architecture, stages=tuple(replace(stage, depth=1) for stage in architecture.stages))
     backbone = Backbone(thin, num_classes, device="meta")
     more = zip(architecture.stages, backbone.stages, strict=True)
@@ -284,19 +284,20 @@ def _numel(module: nn.Module) -> int:
 
 
 def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, **kwargs: Any) -> Backbone:
-    """What timm's entry points do: the network under the name `variant`, weights loaded where asked."""
+    """Builds the network under the name `variant` for timm's entry points, and loads weights if requested."""
     feature_cfg: dict[str, Any] = {"out_indices": tuple(range(len(architecture.stages))), "feature_cls": "getter"}
     if kwargs.get("stage_norms") and kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
             raise UsageError("with stage_norms, features come by feature_cls='getter' only: leave feature_cls out")
         feature_cfg["norm"] = True
-    if architecture.head.distillation:  # known before weights are loaded, so that both give way to other classes
+    if architecture.head.distillation:
+        # set before weights are loaded, so that timm drops both classifiers when the number of classes differs
         both = {"classifier": ("head", "head_dist")}
         kwargs["pretrained_cfg_overlay"] = both | (kwargs.get("pretrained_cfg_overlay") or {})
     if (params := count_params(architecture, kwargs.get("num_classes") or 0)) > MAX_PARAMS:
         raise UsageError(
-            f"architecture {architecture.key} has {params:.2g} parameters: at most {MAX_PARAMS:.2g} are built; its "
-            "depths, widths or kernel sizes must be smaller"
+            f"architecture {architecture.key} has {params:.2g} parameters: at most {MAX_PARAMS:.2g} are allowed; use "
+            "smaller depths, widths or kernel sizes"
         )
     model: Backbone = build_model_with_cfg(
         Backbone, variant, pretrained, architecture=architecture, feature_cfg=feature_cfg, **kwargs
@@ -309,10 +310,15 @@ def build_for_timm(variant: str, architecture: Architecture, pretrained: bool, *
 
 @register_model  # type: ignore[untyped-decorator]
 def mixnas(pretrained: bool = False, architecture: Any = None, **kwargs: Any) -> Backbone:
-    """Timm's entry point; `architecture` is an `Architecture`, its dict or its JSON text.
+    """Builds a network for timm's entry point `mixnas`.
+
+    Args:
+        pretrained: load pretrained weights.
+        architecture: an `Architecture`, its dict or its JSON text.
+        kwargs: further arguments of `Backbone` and of timm's factory.
 
     Raises:
-        UsageError: where there is no architecture, or it is not valid.
+        UsageError: if there is no architecture, or it is not valid.
     """
     if architecture is None:
         raise UsageError("timm.create_model('mixnas') needs architecture=…: an Architecture, its dict or its JSON text")

@@ -1,4 +1,4 @@
-"""What a backbone is made of around its token mixers: stem, blocks, stages.
+"""Builds the parts of a backbone around its token mixers: stem, blocks and stages.
 
 All modules take and return maps `(batch, channels, height, width)`.
 """
@@ -7,21 +7,19 @@ import torch
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
 from torch import nn
 
-from ..architecture import Downsample
-from ..architecture import Stage as StageSpec
-from ..architecture import Stem as StemSpec
+from ..architecture import Downsample, Stage, Stem
 from .mixers import build_mixer
 
 
 def build_norm(kind: str, width: int, device=None, dtype=None) -> nn.Module:
-    """Batch norm (`bn`), or layer norm over channels (`ln`)."""
+    """Returns batch norm (`bn`) or layer norm over channels (`ln`)."""
     return {"bn": nn.BatchNorm2d, "ln": LayerNorm2d}[kind](width, device=device, dtype=dtype)
 
 
-class Stem(nn.Module):
-    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT), of stride 2 and half the total."""
+class Conv2Stem(nn.Module):
+    """Two 3x3 convolutions with batch norm and ReLU (CAS-ViT), of stride 2 and of half the total stride."""
 
-    def __init__(self, in_chans: int, width: int, spec: StemSpec, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, width: int, spec: Stem, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         middle = spec.width or max(1, width // 2)
@@ -32,17 +30,17 @@ class Stem(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """An image batch to the first map, sides rounded up."""
+        """Maps images to the first map, whose sides are rounded up."""
         return self.act(self.norm2(self.conv2(self.act(self.norm1(self.conv1(x))))))
 
 
-class ConvStem(nn.Module):
-    """Three 3x3 convolutions, each with GELU and batch norm, then a 3x3 patch embedding with layer norm (S2A-R).
+class Conv3Stem(nn.Module):
+    """Three 3x3 convolutions with GELU and batch norm each, then a 3x3 patch embedding with layer norm (S2A-R).
 
     The first convolution has stride 2, the embedding half the total stride.
     """
 
-    def __init__(self, in_chans: int, width: int, spec: StemSpec, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, width: int, spec: Stem, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         middle = spec.width or max(1, width // 2)
@@ -57,20 +55,21 @@ class ConvStem(nn.Module):
         self.norm = LayerNorm2d(width, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """An image batch to the first map, sides rounded up."""
+        """Maps images to the first map, whose sides are rounded up."""
         x = self.norm1(self.act(self.conv1(x)))
         x = self.norm2(self.act(self.conv2(x)))
         x = self.norm3(self.act(self.conv3(x)))
         return self.norm(self.embed(x))
 
 
-STEMS: dict[str, type[nn.Module]] = {"conv2": Stem, "conv3": ConvStem}
+STEMS: dict[str, type[nn.Module]] = {"conv2": Conv2Stem, "conv3": Conv3Stem}
 
 
 def build_local_unit(kind: str, width: int, norm_last: bool = False, device=None, dtype=None) -> nn.Module:
-    """What a block adds before its mixer, so that the mixer knows positions, or after it: `dw` (CMT) or `conv`.
+    """Builds the local unit before a mixer, which tells the mixer positions, or the one after it: `dw` (CMT) or `conv`.
 
-    `conv` is CAS-ViT's, its norm before the depthwise convolution, or with `norm_last` S2A-R's, its norm behind.
+    `conv` is the unit of CAS-ViT, with the norm before the depthwise convolution. With `norm_last` it is the unit of
+    S2A-R, with the norm after it.
     """
     dd = {"device": device, "dtype": dtype}
     depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
@@ -82,7 +81,10 @@ def build_local_unit(kind: str, width: int, norm_last: bool = False, device=None
 
 
 class GatedMlp(nn.Module):
-    """Gated linear unit with a depthwise convolution: W2(GELU(DW u) * v) with [u, v] = W1 x (arXiv 2311.17132)."""
+    """Gated linear unit with a depthwise convolution (arXiv 2311.17132).
+
+    W2(GELU(DW u) * v) with [u, v] = W1 x.
+    """
 
     def __init__(self, width: int, hidden: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -93,13 +95,13 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, width, 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A map to a map of the same shape."""
+        """Maps a map to a map of the same shape."""
         u, v = self.fc1(x).chunk(2, dim=1)
         return self.fc2(self.act(self.depthwise(u)) * v)
 
 
 def build_mlp(kind: str, width: int, hidden: int, device=None, dtype=None) -> nn.Module:
-    """A block's channel mixer: `plain` or `gated`."""
+    """Builds the channel mixer of a block: `plain` or `gated`."""
     dd = {"device": device, "dtype": dtype}
     if kind == "gated":
         return GatedMlp(width, hidden, **dd)
@@ -109,10 +111,11 @@ def build_mlp(kind: str, width: int, hidden: int, device=None, dtype=None) -> nn
 class Block(nn.Module):
     """Residual steps: local unit, norm and mixer (with its gate), norm and interaction, norm and MLP.
 
-    What the stage does not have is left out. With `fusion="hadamard"` local unit and mixer are one step, their product.
+    Steps that the stage does not have are left out. With `fusion="hadamard"`, local unit and mixer are one step: their
+    product.
     """
 
-    def __init__(self, spec: StageSpec, norm: str, drop_path: float = 0.0, device=None, dtype=None) -> None:
+    def __init__(self, spec: Stage, norm: str, drop_path: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         width = spec.width
@@ -132,7 +135,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A map to a map of the same shape."""
+        """Maps a map to a map of the same shape."""
         if self.local is not None and not self.multiply:
             x = x + self.local(x)
         y = self.norm1(x)
@@ -145,12 +148,15 @@ class Block(nn.Module):
         return x
 
 
-class Stage(nn.Module):
-    """Blocks at one resolution, after a stride-2 convolution to their width in every stage but the first."""
+class StageModule(nn.Module):
+    """Blocks at one resolution.
+
+    In every stage except the first, a stride-2 convolution to their width comes before them.
+    """
 
     def __init__(
         self,
-        spec: StageSpec,
+        spec: Stage,
         norm: str,
         in_width: int | None,
         downsample: Downsample,
@@ -168,5 +174,5 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*(Block(spec, norm, rate, **dd) for rate in drop_path))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A map to this stage's map, sides halved (rounded up) in every stage but the first."""
+        """Maps a map to the map of this stage. Sides are halved (rounded up) in every stage except the first."""
         return self.blocks(self.downsample(x))

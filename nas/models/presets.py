@@ -1,8 +1,8 @@
-"""Published networks by name, as architectures and as timm models; their exact counts are tested.
+"""Published networks by name, as architectures and as timm models. Tests check their exact counts.
 
 CAS-ViT (arXiv 2408.03703) is the published network. S2A-R is a reconstruction of S2AFormer (arXiv 2505.22195), whose
-authors give neither code nor configuration: it has the paper's structure and nearly its parameters and MACs, but its
-grid is a guess, so that every number of it is an argument of `s2a_r`.
+authors published neither code nor configuration. It has the structure of the paper and nearly its parameters and MACs.
+The depths and widths are guesses, so every number is an argument of `s2a_r`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def cas_vit(depths: tuple[int, ...], widths: tuple[int, ...], distillation: bool = False) -> Architecture:
-    """CAS-ViT with these depths and widths."""
+    """Returns CAS-ViT with these depths and widths."""
     return Architecture(
         stages=tuple(
             Stage(Additive(), depth, width, local="conv") for depth, width in zip(depths, widths, strict=True)
@@ -44,24 +44,26 @@ def s2a_r(
     downsample_kernel_size: int = 3,
     head_width: int = 1280,
 ) -> Architecture:
-    """S2A-R with this grid.
+    """Returns S2A-R with these numbers.
 
     Args:
         depths: blocks of each stage.
         widths: channels of each stage.
         heads: attention heads of each stage.
-        kv_reductions: side of the patch that becomes one key in each stage.
-        qk_channels: channels of a head's queries and keys; divides every stage's channels a head.
-        mlp_ratio: hidden width of the MLPs over the stage's.
-        stem_width: channels of the stem's first three convolutions; 0 for half the first stage's.
+        kv_reductions: side of the patch that is reduced to one key in each stage.
+        qk_channels: channels of the queries and keys of a head. It must divide the channels of a head in every stage.
+        mlp_ratio: hidden width of the MLPs divided by the width of the stage.
+        stem_width: channels of the first three convolutions of the stem. 0 means half the width of the first stage.
         downsample_kernel_size: side of the convolutions between stages.
         head_width: channels of the convolution before the classifier.
 
     Raises:
-        UsageError: where a value is not allowed or they do not fit together.
+        UsageError: if a value is not allowed or values do not fit together.
     """
     if len({len(depths), len(widths), len(heads), len(kv_reductions)}) > 1:
-        raise UsageError("s2a_r needs as many depths as widths, heads and kv_reductions: one of each for every stage")
+        raise UsageError(
+            "s2a_r needs depths, widths, heads and kv_reductions of equal length, with one entry for each stage"
+        )
     for width, number in zip(widths, heads, strict=True):
         if qk_channels < 1 or number < 1:
             raise UsageError("s2a_r needs heads and qk_channels of at least 1")
@@ -108,9 +110,9 @@ NOTES: dict[str, str] = (
     | {f"cas_vit_{size}_distilled": f"{_CAS_VIT_NOTE} with its distillation head" for size in CAS_VIT_GRID}
     | {f"s2a_r_{size}": _S2A_R_NOTE for size in S2A_R_GRID}
 )
-"""What a user should know of a preset."""
+"""Facts that a user should know about each preset."""
 
-# the official names (Tianfang-Zhang/CAS-ViT, class RCViT) and ours; a stage's index there is twice ours
+# official names (Tianfang-Zhang/CAS-ViT, class RCViT) -> our names; their index of a stage is twice ours
 _STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
 _BLOCK = {
     r"local_perception\.network\.(\d)": r"local.\1",
@@ -126,21 +128,21 @@ _BLOCK = {
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
-    """Official CAS-ViT weights under our names, or weights that have our names already.
+    """Returns weights under our names, from official CAS-ViT weights or weights that have our names already.
 
-    Each official name has one of ours; one that is not known stays as it is, so that a strict load names it. Where the
-    weights hold a distillation head and `model` has none, its classifier becomes the mean of the two, which is what a
-    network with both computes in use.
+    Each official name has one name here. An unknown name stays, so that a strict load reports it. If the weights hold a
+    distillation head and `model` has none, the classifier becomes the mean of the two, which is what a network with
+    both computes at inference.
 
     Args:
-        state_dict: names -> weights, for classification or (norms `norm0`, `norm2`, …) for dense prediction.
-        model: the network they are for.
+        state_dict: names -> weights, for classification or for dense prediction (norms `norm0`, `norm2`, …).
+        model: the network that gets the weights.
     """
     result = dict(state_dict)
     if "patch_embed.0.weight" in result:
         result = {_our_name(name): weight for name, weight in result.items()}
     if {"head.weight", "head_dist.weight"} <= result.keys() and model.head_dist is None:
-        log.info("the classifier becomes the mean of the checkpoint's two, which is what both compute in use")
+        log.info("the classifier becomes the mean of the checkpoint's two, which is what they compute at inference")
         for part in ("weight", "bias"):
             result[f"head.{part}"] = (result[f"head.{part}"] + result.pop(f"head_dist.{part}")) / 2
     return result
@@ -177,5 +179,5 @@ def _entry_point(name: str) -> Callable[..., Backbone]:
 
 default_cfgs = generate_default_cfgs(dict.fromkeys(PRESETS, TIMM_CFG))
 for _name in PRESETS:
-    if not timm.is_model(_name):  # an exported model's own copy of this file may have been first
+    if not timm.is_model(_name):  # an exported model may have registered its own copy of this file before
         register_model(_entry_point(_name))

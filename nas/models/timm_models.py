@@ -1,4 +1,4 @@
-"""Networks by name, published and timm's, for any number of classes and size of images."""
+"""Networks by name, from the presets and from timm, for any number of classes and image size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import UsageError, unknown_name
 
 
 def check_network_name(name: str) -> str:
-    """The name as timm knows it, without a `timm:` before it; presets are timm models too.
+    """Returns timm's name of a network, without the prefix `timm:`. Presets are timm models too.
 
     Raises:
-        UsageError: where there is no such network.
+        UsageError: if there is no such network.
     """
     plain = name.removeprefix("timm:")
     if ":" in plain or "/" in plain or not timm.is_model(plain):  # nothing from a hub or another folder
@@ -24,18 +24,18 @@ def check_network_name(name: str) -> str:
 
 
 def create_network(name: str, num_classes: int, input_size: tuple[int, int, int], **kwargs: Any) -> nn.Module:
-    """A network with untrained weights that takes images of `input_size` (channels, height, width).
+    """Builds a network with untrained weights for images of `input_size`.
 
-    A network made for one size of images is asked for this one.
+    If the network is made for another image size, it is built for `input_size`.
 
     Args:
-        name: timm's, or a preset's.
-        num_classes: of its classifier.
-        input_size: of the images.
-        kwargs: further ones of its constructor.
+        name: name of a timm model or a preset.
+        num_classes: number of classes.
+        input_size: (channels, height, width) of an image.
+        kwargs: further arguments of the network's constructor.
 
     Raises:
-        UsageError: where it cannot take such images.
+        UsageError: if the network cannot take such images.
     """
     model = timm.create_model(name, num_classes=num_classes, in_chans=input_size[0], **kwargs)
     problem = _refusal(model, input_size)
@@ -54,7 +54,7 @@ def create_network(name: str, num_classes: int, input_size: tuple[int, int, int]
 
 
 def _refusal(model: nn.Module, input_size: tuple[int, int, int]) -> str:
-    """Why the network does not take such an image; empty where it does."""
+    """Returns the reason why the network does not take such an image, or an empty text if it does."""
     training = model.training
     try:
         with torch.inference_mode():

@@ -1,1 +1,4 @@
-"""`nn.Module` -> numbers with units. Knows nothing of architectures or studies: any timm model can be scored."""
+"""Scores an `nn.Module` with numbers and units.
+
+This package knows neither architectures nor studies, so it can score any timm model.
+"""

@@ -1,13 +1,14 @@
-"""Parameters and multiply-adds of a module.
+"""Counts parameters and multiply-adds of a module.
 
 A MAC is one multiply-add of a convolution, linear layer or matrix product. Biases, norms, activations, gates, pooling,
-interpolation, Fourier transforms and other element-wise work are none. FLOPs are 2 x MACs, said here once
-(`Cost.flops`).
+interpolation, Fourier transforms and other element-wise work do not count. FLOPs are 2 x MACs, which is defined once,
+in `Cost.flops`.
 
-The count follows one forward pass through torch. Every multiplying operation is counted by torch's own formula
-(`flop_registry`) or one of `FORMULAS`, once for each call, in the part whose call is running. An operation without a
-formula is named in `Cost.uncounted`. thop's rules for layers and the method `extra_macs(*inputs)` of our attention
-product are a second opinion: each of their calls is compared with its operations, and a difference is named.
+The count follows one forward pass through torch. Every multiplying operation is counted with torch's own formula
+(`flop_registry`) or one of `FORMULAS`. Each call counts once, in the part whose call is running. An operation without a
+formula is named in `Cost.uncounted`. thop's rules for layers, and the method `extra_macs(*inputs)` of our attention
+product, are a second opinion: the result for each call is compared with that of its operations, and a difference is
+reported.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""The layers for which thop's rule counts the same as we do; a subclass may do something else."""
+"""Layers for which thop's rule and this module count the same. A subclass may do something else."""
 
 WHOLE = "(model)"
-"""Stands for the module itself, where it does something that none of its parts does."""
+"""Name of the module itself, for work that it does outside its parts."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a module takes for one image.
+    """Cost of a module for one image.
 
     Args:
-        params: number of parameters, each tensor once.
+        params: number of parameters. Each tensor counts once.
         macs: multiply-adds of one forward pass over one image.
         uncounted: work that `macs` may lack, as `module: what`: operations without a formula, and calls for which a
-            layer's rule says more than torch's operations.
-        parts: top-level part (`stem`, `stages.0`, …, `head`, and `(model)` for what lies in none) -> (params, macs).
+            layer's rule gives more than torch's operations.
+        parts: maps each top-level part (`stem`, `stages.0`, …, `head`, and `(model)` for the rest) to (params, macs).
             Both sum to the whole. Work belongs to the part whose call is running, a shared parameter to its first part.
-        disputed: calls for which a layer's rule says less than torch's operations, as `module: what`; the operations
-            are what `macs` counts.
+        disputed: calls for which a layer's rule gives less than torch's operations, as `module: what`. `macs` then
+            counts the operations.
     """
 
     params: int
@@ -67,15 +68,15 @@ class Cost:
 
 
 def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count `model` on one image of `input_size` (channels, height, width) in eval mode; the model stays as it is.
+    """Counts `model` for one image of `input_size` (channels, height, width) in eval mode. The model is not changed.
 
-    On torch's meta device nothing is computed: only the shapes are followed.
+    On torch's meta device, only the shapes are followed and nothing is computed.
     """
     device = "meta" if any(p.is_meta for p in model.parameters()) else "cpu"
     probe = copy.deepcopy(model).to(device, torch.float32).eval()
     counter = _Counter(probe)
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it makes one operation of a whole transformer layer
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path turns a whole transformer layer into one operation
     try:
         with torch.no_grad(), counter:
             probe(torch.zeros(1, *input_size, device=device))
@@ -96,7 +97,7 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
 
 def _part_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Part -> module: the children, and in place of a list or sequence the children of that."""
+    """Maps parts to modules: the children of the model, and for a list or sequence the children of that."""
     parts: dict[str, nn.Module] = {}
     for name, child in model._modules.items():
         if child is None:
@@ -108,7 +109,7 @@ def _part_names(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _params_by_part(model: nn.Module) -> Counter[str]:
-    """Number of parameters of each part, each tensor once."""
+    """Returns the number of parameters of each part. Each tensor counts once."""
     counted, found = set(), Counter[str]()
     for part, module in [*_part_names(model).items(), (WHOLE, model)]:
         own = [p for p in module.parameters() if p not in counted]
@@ -119,7 +120,7 @@ def _params_by_part(model: nn.Module) -> Counter[str]:
 
 @dataclass
 class _Call:
-    """A call of a module that is running: the part it belongs to, '' as long as it is none's, and its own MACs."""
+    """Running call of a module, with its own MACs and the part that it belongs to ('' until a part is known)."""
 
     module: nn.Module
     part: str
@@ -127,7 +128,7 @@ class _Call:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the multiplying operations of a module's forward pass, and compares them with what its layers say."""
+    """Counts the multiplying operations of a forward pass, and compares them with the rules of the layers."""
 
     supports_higher_order_operators = True
 
@@ -138,7 +139,7 @@ class _Counter(TorchDispatchMode):
         self.disputed: set[str] = set()
         self._running = [_Call(probe, "")]
         self._names = {module: name for name, module in probe.named_modules()}
-        # a module in several parts is told apart by who calls it; called by the probe itself, it counts for the first
+        # a module in several parts counts for the part that calls it, or for the first if the probe itself calls it
         self._parts: dict[tuple[nn.Module, nn.Module], str] = {}
         parts = _part_names(probe)
         for name, module in parts.items():
@@ -148,7 +149,7 @@ class _Counter(TorchDispatchMode):
             for module, name in self._names.items()
         }
         for module in self._names:
-            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks: its work is its caller's
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks, so its work counts for its caller
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
 
@@ -158,7 +159,7 @@ class _Counter(TorchDispatchMode):
         self._running.append(_Call(module, part))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._running[-1].module is not module:  # another hook raised before the call began
+        if self._running[-1].module is not module:  # another hook raised an error before the call began
             return
         counted = self._running.pop().macs
         told = None if output is None else _told(module, args, kwargs, output)
@@ -186,7 +187,10 @@ class _Counter(TorchDispatchMode):
 
 
 def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int | None:
-    """MACs of one call by the module's own method or by thop's rule for its layer; None where there is neither."""
+    """Returns the MACs of one call by the module's own method or by thop's rule for its layer.
+
+    The result is None if there is neither.
+    """
     extra: Any = getattr(module, "extra_macs", None)
     if extra is not None:
         return int(extra(*args, **kwargs))
@@ -195,7 +199,7 @@ def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     (images, *_), weight = (*args, *kwargs.values()), module.weight
     assert isinstance(weight, torch.Tensor)
     if not isinstance(module, nn.Linear) and images.dim() < weight.dim():
-        images, output = images[None], output[None]  # thop takes the first two dimensions for batch and channels
+        images, output = images[None], output[None]  # thop assumes that the first two dimensions are batch and channels
     module.total_ops = 0  # type: ignore[assignment]
     _layer_rules()[type(module)](module, (images,), output)
     return int(module.total_ops)  # type: ignore[arg-type]
@@ -203,7 +207,7 @@ def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 @lru_cache(maxsize=1)
 def _layer_rules() -> dict[type[nn.Module], Callable[..., None]]:
-    """The rules of thop, each of which adds to a module's `total_ops`."""
+    """Returns the rules of thop, each of which adds to a module's `total_ops`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="distutils Version classes", category=DeprecationWarning)
         from thop.profile import register_hooks
@@ -211,11 +215,11 @@ def _layer_rules() -> dict[type[nn.Module], Callable[..., None]]:
     return rules
 
 
-# What an operation multiplies: rules take its arguments and its result as `out_val`, and return MACs
+# Rules take the arguments of an operation, and its result as `out_val`, and return MACs
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out_val: torch.Tensor) -> int:
-    """Matrices or vectors, of which the first one's last dimension is summed over."""
+    """Counts a product of matrices or vectors, which sums over the last dimension of the first one."""
     return out_val.numel() * a.shape[-1]
 
 
@@ -224,7 +228,7 @@ def _added_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val
 
 
 def _added_products(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val: torch.Tensor, **_: Any) -> int:
-    """Products of a batch, added up."""
+    """Counts a sum of the products of a batch."""
     return a.numel() * b.shape[-1]
 
 
@@ -233,12 +237,15 @@ def _outer(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_val: torch.
 
 
 def _attention(q_BGND: torch.Tensor, k_BHMD: torch.Tensor, v_BHME: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Both products; query heads may share a key and value head, which saves no work."""
+    """Counts both products. Query heads may share a key and value head, but that saves no work."""
     return q_BGND.shape[:-1].numel() * k_BHMD.shape[-2] * (q_BGND.shape[-1] + v_BHME.shape[-1])
 
 
 def _trilinear(a: Any, b: Any, c: Any, new_a: Any, new_b: Any, new_c: Any, *_: Any, **__: Any) -> int:
-    """`nn.Bilinear`: each weight once for each pair of inputs, whose own product is element-wise work."""
+    """Counts `nn.Bilinear`: each weight once for each pair of inputs.
+
+    The product of the two inputs is element-wise work, which does not count.
+    """
     shapes = []
     for tensor, new in ((a, new_a), (b, new_b), (c, new_c)):
         shape = list(tensor.shape)
@@ -249,7 +256,7 @@ def _trilinear(a: Any, b: Any, c: Any, new_a: Any, new_b: Any, new_c: Any, *_: A
 
 
 def _recurrent(x_TBC: torch.Tensor, of_inputs: torch.Tensor, of_state: torch.Tensor, *_: Any, **__: Any) -> int:
-    """One layer in one direction: all gates' weights for each step."""
+    """Counts one layer in one direction: the weights of all gates for each step."""
     return x_TBC.shape[:-1].numel() * (of_inputs.numel() + of_state.numel())
 
 
@@ -266,30 +273,33 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "_trilinear": _trilinear,
     "mkldnn_rnn_layer": _recurrent,
 }
-"""Operations of torch (`aten`) that `flop_registry` lacks -> MACs."""
+"""Maps operations of torch (`aten`) that `flop_registry` lacks to functions that return MACs."""
 
 _MULTIPLIES = re.compile(
     r"mm(_|\d|$)|gemm|matmul|^dot$|conv(?!ert)|attention|transformer|rnn|lstm|gru|(?<!bi|ri)linear|_cdist|_pdist"
     r"|euclidean_dist|linalg_(?!check|vector_norm|cross)|matrix_exp|cholesky|triangular_solve|lu_solve|geqrf|orgqr|ormqr"
 )
-"""Names of other operations of torch that multiply matrices."""
+"""Pattern of the names of other operations of torch that multiply matrices."""
 
 
 def _decompose(*_: Any, **__: Any) -> int:
-    """Stands for an operation that is made of others; these come by on their own, but for `torch.inference_mode`."""
+    """Stands for an operation that consists of others.
+
+    The counter sees these others on their own, except in `torch.inference_mode`.
+    """
     raise NotImplementedError
 
 
 def _unknown(*_: Any, **__: Any) -> int:
-    """Stands for an operation that multiplies, by how much nobody knows."""
+    """Stands for an operation that multiplies an unknown amount."""
     raise ValueError
 
 
 @lru_cache(maxsize=4096)
 def _rule(func: Any) -> Callable[..., int] | None:
-    """What says the MACs of an operation; None for one that multiplies nothing."""
+    """Returns the rule for the MACs of an operation, or None if it multiplies nothing."""
     packet = getattr(func, "_overloadpacket", func)
-    names = packet.__name__, packet.__name__.removesuffix("_")  # in place is no other work
+    names = packet.__name__, packet.__name__.removesuffix("_")  # an in-place operation does the same work
     ours = func.namespace in ("aten", "prim", "prims")
     for name in names:
         formula = flop_registry.get(getattr(torch.ops.aten, name, None) if ours else packet)

@@ -1,4 +1,4 @@
-"""Peak memory of inference."""
+"""Measures the peak memory of inference."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ T = TypeVar("T")
 _SHORTAGES = (
     *("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"),
     "Storage size calculation overflowed",
-    "unable to find an engine to execute this computation",  # what cuDNN makes of a workspace that does not fit
+    "unable to find an engine to execute this computation",  # cuDNN's error for a workspace that does not fit
 )
-"""What torch's allocators and libraries say, in the several types of error they raise."""
+"""Texts of the errors of several types that torch's allocators and libraries raise."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    """Tells whether an error means that memory ran out, on the CPU or on a GPU."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
     )
 
 
 def failing_without_memory(call: Callable[[], T]) -> T:
-    """What `call` returns.
+    """Calls `call` and returns its result.
 
     Raises:
-        TrialFailure: `out_of_memory` where memory ran out; by then what held it is gone.
+        TrialFailure: `out_of_memory` if memory ran out. The memory is free again by then.
     """
     try:
         return call()
@@ -45,7 +45,7 @@ def failing_without_memory(call: Callable[[], T]) -> T:
         if not is_out_of_memory(error):
             raise
         shortage = str(error).partition("\n")[0] or "out of memory"
-    # not in the handler: only now are the frames that held the tensors gone
+    # outside the handler, the frames that held the tensors are gone
     gc.collect()
     torch.cuda.empty_cache()
     raise TrialFailure("out_of_memory", shortage)
@@ -58,11 +58,12 @@ def measure_memory_mib(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Peak MiB of one forward pass in eval and inference mode; the model stays as it is.
+    """Returns the peak MiB of one forward pass in eval and inference mode. The model is not changed.
 
-    On CUDA the allocator's peak while a copy of the model and its input are there. On the CPU, where allocations are
-    not observable, parameters and buffers plus the peak of live activations (outputs of operations, the input
-    included), which is a property of the network and repeats to the byte; scratch space inside operations is not seen.
+    On CUDA, this is the allocator's peak with a copy of the model and its input. On the CPU, where allocations cannot
+    be observed, it is the bytes of parameters and buffers plus the peak of live activations (outputs of operations,
+    including the input). That is a property of the network and repeats to the byte. Scratch space inside operations is
+    not seen.
     """
     target = torch.device(device)
     probe = copy.deepcopy(model).eval()
@@ -78,7 +79,7 @@ def measure_memory_mib(
 
 
 def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device, dtype: torch.dtype) -> float:
-    # a pass beforehand: libraries take workspaces from the allocator at their first use and keep them
+    # a first pass is not measured, because libraries then take workspaces from the allocator and keep them
     with torch.inference_mode():
         copy.deepcopy(model).to(device, dtype)(images.to(device, dtype))
     gc.collect()
@@ -94,9 +95,9 @@ def _cuda_peak_mib(model: nn.Module, images: torch.Tensor, device: torch.device,
 def estimate_memory_mib(
     model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1, dtype: torch.dtype = torch.float32
 ) -> float | None:
-    """Peak MiB of one forward pass on the CPU, as `measure_memory_mib` has it, with nothing allocated.
+    """Returns the peak MiB of one forward pass on the CPU as `measure_memory_mib` does, without allocating anything.
 
-    None where the network cannot be followed on torch's meta device, as some that look at values.
+    The result is None if the network cannot be followed on torch's meta device, for example because it reads values.
     """
     probe = copy.deepcopy(model).to("meta", dtype).eval()
     images = torch.empty(batch_size, *input_size, device="meta", dtype=dtype)
@@ -115,7 +116,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 class _LiveActivations(TorchDispatchMode):
-    """Follows the bytes of storages that operations make, from their making to their release."""
+    """Follows the bytes of storages that operations create, from creation to release."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -123,9 +124,9 @@ class _LiveActivations(TorchDispatchMode):
         self._known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def see(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until it is released, unless it is a weight's or counted already."""
+        """Counts the storage of a tensor until its release, unless it is a weight's or already counted."""
         storage = tensor.untyped_storage()
-        pointer, nbytes = storage._cdata, storage.nbytes()  # on the meta device there is no data to point to
+        pointer, nbytes = storage._cdata, storage.nbytes()  # on the meta device there is no data pointer
         if nbytes == 0 or pointer in self._known:
             return
         self._known.add(pointer)

@@ -10,13 +10,16 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
-    """Coefficients (a constant first), and the error at each point when learned from the others.
+    """Fits a ridge regression with the penalty of `PENALTIES` that gives the smallest leave-one-out error.
 
-    Of `PENALTIES` the one with the smallest such errors is taken; the constant has none.
+    The constant is not penalised.
 
     Args:
-        inputs: standardised, of shape (points, inputs).
-        targets: of shape (points,).
+        inputs: standardised inputs of shape (points, inputs).
+        targets: targets of shape (points,).
+
+    Returns:
+        The coefficients, with the constant first, and the error at each point when it is left out of the fit.
     """
     design = np.c_[np.ones(len(inputs)), inputs]
     best: tuple[float, Floats, Floats] | None = None

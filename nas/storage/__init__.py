@@ -1,1 +1,1 @@
-"""Where a study lives: an SQLite file, a database server or a proxy; waiting out outages, and serving."""
+"""The storage of a study: an SQLite file, a database server or a proxy. Waits out outages, and serves a storage."""

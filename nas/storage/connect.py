@@ -1,4 +1,4 @@
-"""Opens the storage of a study: the run folder's own SQLite file, a database server or a proxy."""
+"""Opens the storage of a study: the SQLite file of the run folder, a database server or a proxy."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "study.db-journal")
 
 
 def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = True) -> optuna.storages.BaseStorage:
-    """The SQLite storage in a run folder, or the one at `url`.
+    """Opens the SQLite storage in a run folder, or the storage at `url`.
 
     Args:
         path: the run folder.
-        url: of a database as SQLAlchemy has it (PostgreSQL by psycopg 3 where no driver is named), or `grpc://HOST:PORT`
-            of `mixnas serve-storage`.
-        wait: for a server that is out of reach for a while; not for one that cannot be reached at the beginning.
-        create: make Optuna's tables where they are not there. Who reads writes nothing, into nobody's database.
+        url: URL of a database for SQLAlchemy (PostgreSQL uses psycopg 3 if the URL names no driver), or
+            `grpc://HOST:PORT` of `mixnas serve-storage`.
+        wait: whether to wait for a server that cannot be reached for a while. The first connection never waits.
+        create: whether to create Optuna's tables if they do not exist. Readers pass False, so that they write to no
+            database.
 
     Raises:
-        RunError: where the database's driver is not installed.
+        RunError: if the driver of the database is not installed.
     """
     if url is None:
         file = (path / "study.db").resolve()
@@ -47,12 +48,15 @@ def open_storage(path: Path, url: str | None, wait: bool = True, create: bool = 
     if create:
         created = _server(url, create=True)
         if isinstance(created, optuna.storages.RDBStorage):
-            created.engine.dispose()  # its connections
+            created.engine.dispose()  # closes its connections
     return _waiting_server(url)
 
 
 def _sqlite_url(file: Path) -> str:
-    """The URL of an SQLite file, whose path may hold what means something in a URL, and bytes that are no text."""
+    """Returns the URL of an SQLite file.
+
+    The path may contain characters with a meaning in URLs, and bytes that are not valid text.
+    """
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -64,7 +68,7 @@ def _sqlite_url(file: Path) -> str:
 
 @lru_cache(maxsize=8)
 def _waiting_server(url: str) -> optuna.storages.BaseStorage:
-    """One for each process: it keeps connections open."""
+    """Opens a storage that waits out outages. Each process opens it once, because it keeps connections open."""
     return patient(optuna.storages.get_storage(_server(url, create=False)))
 
 
@@ -77,7 +81,7 @@ def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
             driver = "postgresql+psycopg"
         if driver.startswith("sqlite"):
             return _sqlite(url, True, create)
-        # a connection that the server has dropped meanwhile is made again
+        # a connection that the server has dropped is opened again
         pre_ping = {"pool_pre_ping": True}
         return optuna.storages.RDBStorage(
             driver + separator + rest, engine_kwargs=pre_ping, skip_table_creation=not create
@@ -90,10 +94,12 @@ def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
 
 
 def _check_database(path: Path, url: str | None) -> None:
-    """Refuse an SQLite file that is not there, or computes what is read from it: a run's holds tables alone.
+    """Refuses an SQLite file that does not exist, or that holds anything else than tables.
+
+    Views, triggers and computed columns would run code of the file when it is read. A run's file holds only tables.
 
     Raises:
-        RunError: where it is so.
+        RunError: if the file is refused.
     """
     if url is None:
         file = path / "study.db"
@@ -102,24 +108,24 @@ def _check_database(path: Path, url: str | None) -> None:
     else:
         return
     if not is_file(file, RunError):
-        raise RunError(f"{path} has no {file.name or 'study.db'}: its trials are lost; start another run")
+        raise RunError(f"{path} has no {file.name or 'study.db'}, so its trials are lost: start another run")
     computing = "type IN ('view', 'trigger') OR sql LIKE 'CREATE VIRTUAL%' OR sql LIKE '%GENERATED ALWAYS%'"
     address = f"{file.resolve().as_uri()}?mode=rw"
     try:
         with contextlib.closing(sqlite3.connect(address, timeout=60, uri=True)) as database:
             found = database.execute(f"SELECT name FROM sqlite_master WHERE {computing}").fetchone()
     except sqlite3.Error as error:
-        raise RunError(f"{file} cannot be read ({error}): bring it back, or start another run") from None
+        raise RunError(f"{file} cannot be read ({error}): restore it, or start another run") from None
     if found:
-        raise RunError(f"{file} is no study of a run: {found[0]} in it is no plain table")
+        raise RunError(f"{file} is no study of a run: it contains {found[0]}, which is not a plain table")
 
 
 _CHECKED: set[tuple[str, int, int]] = set()
-"""SQLite files whose tables this process has seen to be there, in the version that Optuna reads."""
+"""SQLite files whose tables this process has found to exist, in the version that Optuna reads."""
 
 
 def _identity(url: str) -> tuple[str, int, int] | None:
-    """Which file an address leads to; None for one that is not there."""
+    """Returns the identity of the file at a URL, or None if there is no file."""
     try:
         found = os.stat(make_url(url).database or "")
     except OSError:
@@ -128,8 +134,11 @@ def _identity(url: str) -> tuple[str, int, int] | None:
 
 
 def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStorage:
-    """SQLite knows no `FOR UPDATE`: what reads before it writes must have the database from the beginning."""
-    known = _identity(url) in _CHECKED  # to look at tables and their version takes ten times as long as the rest
+    """Opens an SQLite storage.
+
+    SQLite has no `FOR UPDATE`, so a transaction that reads before it writes must lock the database from its start.
+    """
+    known = _identity(url) in _CHECKED  # a look at the tables and their version takes ten times as long as the rest
     storage = optuna.storages.RDBStorage(
         url,
         engine_kwargs={"connect_args": {"timeout": 60}},
@@ -139,11 +148,11 @@ def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStora
     if (identity := _identity(url)) is not None:
         _CHECKED.add(identity)
     if writable:
-        storage.engine.dispose()  # connections from before
+        storage.engine.dispose()  # closes earlier connections
 
         @event.listens_for(storage.engine, "connect")
         def connected(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # the driver's own idea of when to begin
+            connection.isolation_level = None  # turns off the driver's own transactions
 
         @event.listens_for(storage.engine, "begin")
         def begun(connection: Any) -> None:
@@ -153,14 +162,14 @@ def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStora
 
 
 def grpc_address(url: str) -> tuple[str, int]:
-    """Host and port of a proxy's URL.
+    """Returns host and port from the URL of a proxy.
 
     Raises:
-        UsageError: where it has not just these.
+        UsageError: if the URL is not just host and port.
     """
     host, _, port = url.removeprefix(GRPC).rstrip("/").rpartition(":")
     if not host or "@" in host or not port.isdigit():
-        raise UsageError(f"the URL of a storage behind a proxy is {GRPC}HOST:PORT")  # what it holds may be a secret
+        raise UsageError(f"the URL of a storage behind a proxy is {GRPC}HOST:PORT")  # the URL may hold a secret
     return host, int(port)
 
 
@@ -176,7 +185,11 @@ def _proxy(host: str, port: int) -> optuna.storages.BaseStorage:
 
 
 def check_storage(url: str) -> None:
-    """Refuse what is no URL of a storage, and one that holds a password."""
+    """Checks that a text is the URL of a storage and contains no password.
+
+    Raises:
+        UsageError: if it is not.
+    """
     allowed = "a database URL such as postgresql://host/database or sqlite:///study.db, or grpc://host:port"
     if url.startswith(GRPC):
         grpc_address(url)
@@ -195,7 +208,7 @@ def check_storage(url: str) -> None:
 
 @contextlib.contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what Optuna raises where a storage's rows are not what it wrote into one line."""
+    """Turns the errors that Optuna raises for damaged rows of a storage into a `RunError` of one line."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
@@ -206,20 +219,20 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a missing or damaged storage, or one out of reach, raises into one line."""
+    """Turns the errors of a missing, damaged or unreachable storage into a `RunError` of one line."""
     try:
         yield
     except Exception as error:
-        grpc = sys.modules.get("grpc")  # loaded where a proxy is used, and only there
+        grpc = sys.modules.get("grpc")  # loaded only if a proxy is used
         proxied = (grpc.RpcError,) if grpc is not None else ()
         if not isinstance(error, (SQLAlchemyError, optuna.exceptions.StorageInternalError, *proxied)):
             raise
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise RunError(
-            f"the storage of {path} cannot be read or written ({cause}): bring it back, or start another run"
+            f"the storage of {path} cannot be read or written ({cause}): restore it, or start another run"
         ) from None
 
 
 def no_study(path: Path) -> RunError:
-    """What to say where a storage does not hold a run's study."""
+    """Returns the error for a storage without the study of a run."""
     return RunError(f"the storage of {path} holds no study of this run: it was emptied or replaced")

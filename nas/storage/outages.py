@@ -1,4 +1,4 @@
-"""A storage that may be out of reach for a while: a server restarts, a network is down for a minute."""
+"""Waits for a storage that cannot be reached for a while, because a server restarts or a network is down."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackErro
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 300.0
-"""How long a storage may be out of reach before whoever needs it gives up."""
+"""Seconds for which a storage may be out of reach before a call to it fails."""
 RETRY_SECONDS = 2.0
 
 
 class Outages:
-    """When the storages of this process were out of reach."""
+    """Records when the storages of this process were out of reach."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,21 +32,24 @@ class Outages:
         self._hurry = threading.Event()
 
     def clock(self) -> float:
-        """Seconds of a clock that stands still during outages: silence then says nothing about anybody."""
+        """Returns the seconds of a clock that stands still during outages.
+
+        Missing heartbeats during an outage therefore do not count.
+        """
         with self._lock:
             now = time.monotonic()
             return (now if self._since is None else self._since) - self._total
 
     def hurry(self) -> None:
-        """Wait for no storage any more: this process is about to end."""
+        """Stops waiting for storages, because this process is about to end."""
         self._hurry.set()
 
     def take_time(self) -> None:
-        """Wait for storages again, after an earlier search of this process was interrupted."""
+        """Waits for storages again, after an earlier search of this process was interrupted."""
         self._hurry.clear()
 
     def began(self, error: Exception) -> None:
-        """A call failed for want of the storage."""
+        """Records that a call failed because the storage was out of reach."""
         with self._lock:
             if self._since is None:
                 self._since = time.monotonic()
@@ -56,8 +59,8 @@ class Outages:
                 )
 
     def ended(self) -> None:
-        """A call went through."""
-        if self._since is None:  # nearly always, and then without the lock
+        """Records that a call succeeded."""
+        if self._since is None:  # the usual case, which does not need the lock
             return
         with self._lock:
             if self._since is not None:
@@ -66,7 +69,7 @@ class Outages:
                 self._since = None
 
     def wait(self) -> bool:
-        """A pause before the next try; False where none is to follow."""
+        """Waits before the next try. Returns False if there should be no further try."""
         try:
             return not self._hurry.wait(RETRY_SECONDS)
         except BaseException:
@@ -78,10 +81,10 @@ OUTAGES = Outages()
 
 
 def patient(storage: BaseStorage) -> BaseStorage:
-    """The same storage, whose calls wait for a server that is out of reach.
+    """Makes the calls of a storage wait for a server that is out of reach. Returns the same storage.
 
-    A call whose answer was lost may be carried out twice. That does no harm: a trial begun twice is one that nobody
-    beats for, and to end one a second time is refused as to end another worker's.
+    A call whose answer was lost may be carried out twice. That does no harm: a trial that is created twice has no
+    heartbeat, and ending a trial a second time is refused in the same way as ending the trial of another worker.
     """
     for name in BaseStorage.__abstractmethods__:
         setattr(storage, name, _retried(getattr(storage, name)))
@@ -110,11 +113,11 @@ def _retried(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether an error says that a server did not answer, and nothing about what it was asked."""
+    """Tells whether an error means that a server did not answer, independent of the request."""
     if isinstance(error, StorageInternalError):
         return is_outage(error.__cause__)
     if isinstance(error, SQLAlchemyError):
-        ours = isinstance(getattr(error, "orig", None), sqlite3.Error)  # a file: what it says will not pass
+        ours = isinstance(getattr(error, "orig", None), sqlite3.Error)  # a file, whose errors do not go away by waiting
         return isinstance(error, OperationalError | InterfaceError | PendingRollbackError) and not ours
     if (grpc := sys.modules.get("grpc")) is None or not isinstance(error, grpc.RpcError):
         return False

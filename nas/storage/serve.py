@@ -13,10 +13,10 @@ from .connect import GRPC, check_storage, open_storage, storage_errors
 
 
 def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) -> None:
-    """Pass a database on to workers, until interrupted; `on_ready` is called once it is open.
+    """Gives workers access to a database until it is interrupted. Calls `on_ready` once the database is open.
 
     Raises:
-        RunError: where the port cannot be had, or a driver is not installed.
+        RunError: if the port is not available, or a driver is not installed.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -24,11 +24,11 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
         import grpc  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         raise RunError(
-            f"a storage is served by gRPC, which is not installed ({error}): pip install 'mixnas[grpc]'"
+            f"serving a storage needs gRPC, which is not installed ({error}): pip install 'mixnas[grpc]'"
         ) from None
     if url.startswith(GRPC) or "://" not in url:
         raise UsageError("serve-storage needs the URL of a database, such as postgresql://host/database")
-    check_storage(url)  # who lists the processes of this machine would see a password in it
+    check_storage(url)  # a password in it would be visible in the list of processes
     with storage_errors(Path(".")), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.get_storage(open_storage(Path("."), url, wait=False))

@@ -1,9 +1,11 @@
-"""Token mixers: modules that let positions of a map talk to each other.
+"""Token mixers: modules that exchange information between the positions of a map.
 
-Every mixer is called `Mixer(width, options, compression, device=None, dtype=None)`, takes and returns maps of
-`(batch, width, height, width)` of any height and width, and treats each image of a batch alone. A block puts a norm
-before it unless it says `takes_norm = False`. To add one: its options in `nas.architecture`, a module here, a row in
-`MIXERS`; to add a kind of Hadamard mixer, a row in `HADAMARD_KINDS` there and one in `KINDS` in `hadamard`.
+Every mixer is called as `Mixer(width, options, compression, device=None, dtype=None)`. It takes and returns maps of
+shape `(batch, width, height, width)` of any height and width, and processes each image of a batch independently. A
+block puts a norm before the mixer unless the mixer sets `takes_norm = False`.
+
+To add a mixer, add its options to `nas.architecture.mixers`, a module here and a row to `MIXERS`. To add a kind of
+Hadamard mixer, add a row to `HADAMARD_KINDS` in `nas.architecture.mixers` and one to `KINDS` in `hadamard`.
 """
 
 from collections.abc import Callable
@@ -35,5 +37,5 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_mixer(width: int, mixer: Mixer, compression: int, device=None, dtype=None) -> nn.Module:
-    """The module for a mixer's options."""
+    """Builds the module for the options of a mixer."""
     return MIXERS[mixer.name](width, mixer, compression, device=device, dtype=dtype)

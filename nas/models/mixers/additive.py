@@ -10,7 +10,10 @@ from ...architecture import Additive
 
 
 class ContextGate(nn.Module):
-    """A spatial gate, then a channel gate: z * sigmoid(w ReLU(BN(DW z))), then z * sigmoid(W mean(z))."""
+    """Spatial gate, then channel gate.
+
+    z * sigmoid(w ReLU(BN(DW z))), then z * sigmoid(W mean(z)).
+    """
 
     def __init__(self, width: int, kernel_size: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -24,16 +27,17 @@ class ContextGate(nn.Module):
         self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1, bias=False, **dd))
 
     def forward(self, z_BDHW: torch.Tensor) -> torch.Tensor:
-        """`(B, D, H, W)` to the same shape."""
+        """Maps `(B, D, H, W)` to the same shape."""
         z_BDHW = z_BDHW * self.spatial(z_BDHW).sigmoid()
         return z_BDHW * self.channel(z_BDHW).sigmoid()
 
 
 class AdditiveMixer(nn.Module):
-    """Additive attention without softmax: gates on q and k, their sum smoothed, times v.
+    """Additive attention without softmax: gates on q and k, whose sum is smoothed and multiplied with v.
 
-    Five Hadamard products, linear in the number of positions; global context enters through the channel gates' mean.
-    Compression c works on C // c inner channels with a 1x1 convolution back to C; c = 1 is the published mixer.
+    The mixer has five Hadamard products and is linear in the number of positions. Global context enters through the
+    mean in the channel gates. Compression c uses C // c inner channels and a 1x1 convolution back to C; c = 1 is the
+    published mixer.
     """
 
     def __init__(self, width: int, options: Additive, compression: int = 1, device=None, dtype=None) -> None:
@@ -48,6 +52,6 @@ class AdditiveMixer(nn.Module):
         self.expand = nn.Conv2d(inner, width, 1, **dd) if compression > 1 else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         q_BDHW, k_BDHW, v_BDHW = self.qkv(x_BCHW).chunk(3, dim=1)
         return self.expand(self.proj(self.smooth(self.gate_q(q_BDHW) + self.gate_k(k_BDHW)) * v_BDHW))

@@ -1,7 +1,7 @@
-"""Hadamard mixers: one branch multiplies another, and at least one of them looks around (survey: arXiv 2504.13112).
+"""Hadamard mixers: one branch multiplies another, and at least one mixes positions (survey: arXiv 2504.13112).
 
 Each module follows its paper at compression 1. Compression c always narrows the channels in which the branches are
-multiplied (`Hadamard.inner_width`), the last convolution leading back to C.
+multiplied (`Hadamard.inner_width`). The last convolution maps back to C.
 
 Shape suffixes: B batch, C channels of the stage, D inner channels, H height, W width.
 """
@@ -32,15 +32,15 @@ class ConvModulation(nn.Module):
         self.proj = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         return self.proj(self.context(x_BCHW) * self.value(x_BCHW))
 
 
 class LargeKernelAttention(nn.Module):
     """Large-kernel attention (VAN, arXiv 2202.09741): u = GELU(W1 x), then W3(u * W2 DW_dilated(DW5 u)) + x.
 
-    The large kernel is a 5x5 depthwise convolution followed by one with dilation 3: 7x7 in the paper, which together
-    see 23 pixels and stand in for a 21x21 convolution.
+    The large kernel is a 5x5 depthwise convolution followed by one with dilation 3, which is 7x7 in the paper. Together
+    they cover 23 pixels and replace a 21x21 convolution.
     """
 
     def __init__(self, width: int, options: Hadamard, compression: int = 1, device=None, dtype=None) -> None:
@@ -56,13 +56,13 @@ class LargeKernelAttention(nn.Module):
         self.proj = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         u_BDHW = self.value(x_BCHW)
         return self.proj(u_BDHW * self.attention(u_BDHW)) + x_BCHW
 
 
 class RecursiveGatedConv(nn.Module):
-    """Recursive gated convolution gnConv (HorNet, arXiv 2207.14284): `order` products, each twice as wide.
+    """Recursive gated convolution gnConv (HorNet, arXiv 2207.14284): `order` products, each twice as wide as the last.
 
     [p0, q0 … q_{n-1}] = W_in x, q = DW(q) / 3, p1 = p0 * q0, p_{k+1} = (W_k p_k) * q_k, W_out p_n. A product of order n
     is a polynomial of degree n + 1 in x.
@@ -80,7 +80,7 @@ class RecursiveGatedConv(nn.Module):
         self.proj_out = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         p, q = self.proj_in(x_BCHW).split([self.widths[0], sum(self.widths)], dim=1)
         gates = (self.depthwise(q) * self.scale).split(self.widths, dim=1)
         p = p * gates[0]
@@ -92,7 +92,8 @@ class RecursiveGatedConv(nn.Module):
 class StarOperation(nn.Module):
     """Star operation (StarNet, arXiv 2403.19967): DW'(BN G(ReLU6(F1 y) * F2 y)) with y = BN(DW x).
 
-    Normalises its input itself, so that the block puts no norm before it; with `mlp="none"` this is StarNet's block.
+    The mixer normalises its input itself, so the block puts no norm before it. With `mlp="none"` this is the block of
+    StarNet.
     """
 
     takes_norm = False
@@ -109,16 +110,16 @@ class StarOperation(nn.Module):
         self.depthwise2 = _depthwise(width, k, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         y_BCHW = self.depthwise(x_BCHW)
         return self.depthwise2(self.proj(self.act(self.f1(y_BCHW)) * self.f2(y_BCHW)))
 
 
 class FocalModulation(nn.Module):
-    """Focal modulation (FocalNet, arXiv 2203.11926): a query times a gated sum of ever wider contexts.
+    """Focal modulation (FocalNet, arXiv 2203.11926): a query times a gated sum of increasingly wide contexts.
 
-    [q, c_0, g] = W_f x; c_l = GELU(DW_l c_{l-1}); context = sum_l g_l * c_l + g_{L+1} * GELU(mean c_L);
-    W_o(q * W_h context).
+    [q, c_0, g] = W_f x; c_l = GELU(DW_l c_{l-1}); context = sum_l g_l * c_l + g_{L+1} * GELU(mean c_L); W_o(q * W_h
+    context).
     """
 
     def __init__(self, width: int, options: Hadamard, compression: int = 1, device=None, dtype=None) -> None:
@@ -136,7 +137,7 @@ class FocalModulation(nn.Module):
         self.proj = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         q_BDHW, c_BDHW, gates = self.proj_in(x_BCHW).split(self.sections, dim=1)
         levels = len(self.contexts)
         total_BDHW = 0
@@ -150,7 +151,7 @@ class FocalModulation(nn.Module):
 class GatedConv(nn.Module):
     """Gated CNN (MambaOut, arXiv 2405.07992): [g, i, c] = W1 x, then W2(GELU(g) * [i, DW c]).
 
-    C / compression of the inner channels are convolved; with `mlp="none"` and layer norm this is MambaOut's block.
+    C / compression of the inner channels are convolved. With `mlp="none"` and layer norm this is the block of MambaOut.
     """
 
     def __init__(self, width: int, options: Hadamard, compression: int = 1, device=None, dtype=None) -> None:
@@ -165,16 +166,19 @@ class GatedConv(nn.Module):
         self.proj = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         gate, kept, convolved = self.proj_in(x_BCHW).split(self.sections, dim=1)
         return self.proj(self.act(gate) * torch.cat([kept, self.depthwise(convolved)], dim=1))
 
 
 class SpatialShift(nn.Module):
-    """Each quarter of the channels moves one pixel: down, up, right, left; the edge it leaves keeps its values."""
+    """Moves each quarter of the channels by one pixel: down, up, right, left.
+
+    Pixels at the edge that a quarter leaves keep their values.
+    """
 
     def forward(self, x_BDHW: torch.Tensor) -> torch.Tensor:
-        """A map to a map of the same shape."""
+        """Maps a map to a map of the same shape."""
         down, up, right, left = x_BDHW.tensor_split(4, dim=1)
         return torch.cat(
             [
@@ -188,10 +192,10 @@ class SpatialShift(nn.Module):
 
 
 class Polynomial(nn.Module):
-    """A polynomial without activation (MONet's Mu-layer, arXiv 2401.17992): a = LN(S(U1 x)), b = LN(U3 S(U2 x)).
+    """Polynomial without activation (MONet's Mu-layer, arXiv 2401.17992): a = LN(S(U1 x)), b = LN(U3 S(U2 x)).
 
-    The output is W(a + alpha a * b), alpha learned; S shifts channels by a pixel, U2 leads to an eighth of the inner
-    channels.
+    The output is W(a + alpha a * b), where alpha is learned. S shifts channels by a pixel, and U2 maps to an eighth of
+    the inner channels.
     """
 
     def __init__(self, width: int, options: Hadamard, compression: int = 1, device=None, dtype=None) -> None:
@@ -207,7 +211,7 @@ class Polynomial(nn.Module):
         self.proj = nn.Conv2d(inner, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         a_BDHW = self.linear(x_BCHW)
         return self.proj(a_BDHW + self.alpha * a_BDHW * self.factor(x_BCHW))
 

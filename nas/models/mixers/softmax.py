@@ -1,6 +1,6 @@
 """Softmax attention (Vaswani et al., arXiv 1706.03762): full, over reduced keys and values, or within windows.
 
-Shape suffixes as in `attention`; X and Y rows and columns of windows, T positions of a window.
+Shape suffixes are those of `attention`. X and Y are rows and columns of windows, T is the positions of a window.
 """
 
 import torch
@@ -13,10 +13,10 @@ from .attention import ScaledDotProduct, merge_heads, pad_to_multiple, split_hea
 
 
 class KeyValueReduction(nn.Module):
-    """One position for each r x r patch: their average, or a convolution of stride r and layer norm.
+    """Reduces each r x r patch to one position, by an average or by a convolution of stride r and layer norm.
 
-    A side that r does not divide gives one more, smaller patch: the average is over what is there, the convolutions pad
-    with zeros at the right and bottom. So there are `ceil(H / r) * ceil(W / r)` positions.
+    If r does not divide a side, there is one more, smaller patch. The average is over the existing positions; the
+    convolutions pad with zeros at the right and bottom. So there are `ceil(H / r) * ceil(W / r)` positions.
     """
 
     def __init__(self, width: int, r: int, reducer: str, device=None, dtype=None) -> None:
@@ -28,18 +28,19 @@ class KeyValueReduction(nn.Module):
         self.norm = LayerNorm2d(width, **dd) if reducer != "pool" else None
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to `(B, C, ceil(H / r), ceil(W / r))`."""
+        """Maps `(B, C, H, W)` to `(B, C, ceil(H / r), ceil(W / r))`."""
         if self.conv is None:
             return F.avg_pool2d(x_BCHW, self.r, self.r, ceil_mode=True, count_include_pad=False)
         return self.norm(self.conv(pad_to_multiple(x_BCHW, self.r)))
 
 
 class SoftmaxMixer(nn.Module):
-    """Softmax attention over all positions; at compression 1 and without reduction, exactly the published form.
+    """Softmax attention over all positions.
 
-    Compression c narrows queries and keys to `heads * max(1, C // (heads * c))` channels; values keep C. With
-    `kv_reduction` r, keys and values come from a reduced map: by full convolution (PVT v2, arXiv 2106.13797), depthwise
-    (CMT, arXiv 2107.06263) or by average.
+    At compression 1 and without reduction it is exactly the published form. Compression c narrows queries and keys to
+    `heads * max(1, C // (heads * c))` channels; values keep C. With `kv_reduction` r, keys and values come from a map
+    that a full convolution (PVT v2, arXiv 2106.13797), a depthwise convolution (CMT, arXiv 2107.06263) or an average
+    reduces.
     """
 
     def __init__(self, width: int, options: Softmax, compression: int = 1, device=None, dtype=None) -> None:
@@ -55,7 +56,7 @@ class SoftmaxMixer(nn.Module):
         self.proj = nn.Conv2d(width, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         height, width = x_BCHW.shape[2:]
         k, v = self.kv(self.reduce(x_BCHW)).split([self.qk_width, self.proj.in_channels], dim=1)
         q_BGND, k_BGMD, v_BGME = (split_heads(t, self.heads) for t in (self.q(x_BCHW), k, v))
@@ -65,8 +66,9 @@ class SoftmaxMixer(nn.Module):
 class WindowSoftmaxMixer(nn.Module):
     """Softmax attention within w x w windows with a relative position bias (Swin, arXiv 2103.14030; not shifted).
 
-    A map whose sides w does not divide is padded at the right and bottom after the projections; what is padded is never
-    attended to. Its windows still cost as much as full ones. Compression as in `SoftmaxMixer`.
+    If w does not divide the sides of a map, the map is padded at the right and bottom after the projections. No
+    position attends to the padding, but padded windows cost as much as full ones. Compression works as in
+    `SoftmaxMixer`.
     """
 
     def __init__(self, width: int, options: Softmax, compression: int = 1, device=None, dtype=None) -> None:
@@ -81,11 +83,11 @@ class WindowSoftmaxMixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A fresh position bias, as in Swin."""
+        """Initialises the position bias as Swin does."""
         trunc_normal_(self.bias, std=0.02)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         height, width = x_BCHW.shape[2:]
         w = self.window
         qkv = pad_to_multiple(self.qkv(x_BCHW), w)
@@ -98,7 +100,7 @@ class WindowSoftmaxMixer(nn.Module):
         return self.proj(out_BCHW[:, :, :height, :width])
 
     def _windows(self, qkv_BCHW: torch.Tensor) -> torch.Tensor:
-        """A map of q, k and v to `(B * X * Y, G, T, channels of q, k and v of a head)`."""
+        """Maps q, k and v of a map to `(B * X * Y, G, T, channels of q, k and v of a head)`."""
         w, g = self.window, self.heads
         d, e = self.qk_width // g, self.width // g
         q, k, v = qkv_BCHW.split([self.qk_width, self.qk_width, self.width], dim=1)
@@ -107,16 +109,16 @@ class WindowSoftmaxMixer(nn.Module):
         return split.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
 
     def _position_bias(self) -> torch.Tensor:
-        """`(G, T, T)`: the bias of each pair of positions by how far apart they are in rows and in columns."""
+        """Returns `(G, T, T)`: the bias of each pair by its distance in rows and in columns."""
         w = self.window
         at = torch.arange(w, device=self.bias.device)
         apart = at[:, None] - at[None, :] + w - 1
         return self.bias[:, apart[:, None, :, None], apart[None, :, None, :]].flatten(3, 4).flatten(1, 2)
 
     def _padding_bias(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B * X * Y, 1, 1, T)`: 0 for positions of the map, the lowest number for padded ones."""
+        """Returns `(B * X * Y, 1, 1, T)`: 0 for positions of the map, the lowest number for padding."""
         w = self.window
         there = pad_to_multiple(torch.ones_like(x_BCHW[:, :1]), w)
         windows = there.unflatten(3, (-1, w)).unflatten(2, (-1, w)).permute(0, 2, 4, 1, 3, 5)
-        lowest = torch.finfo(torch.float32).min  # in a narrower type it becomes minus infinity, which does as well
+        lowest = torch.finfo(torch.float32).min  # narrower types make it minus infinity, which is fine
         return ((1 - windows) * lowest).flatten(0, 2).flatten(2, 3).unsqueeze(1)

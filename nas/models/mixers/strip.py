@@ -1,6 +1,6 @@
 """Strip self-attention (S2AFormer, arXiv 2505.22195): few keys and values, very few query and key channels.
 
-The authors published no code; layers follow the reconstruction S2A-R. Shape suffixes as in `attention`.
+The authors published no code. The layers follow the reconstruction S2A-R. Shape suffixes are those of `attention`.
 """
 
 import torch
@@ -12,11 +12,11 @@ from .attention import ScaledDotProduct, merge_heads, pad_to_multiple, split_hea
 
 
 class StripMixer(nn.Module):
-    """Softmax attention with keys and values from a depthwise r x r, stride r convolution.
+    """Softmax attention with keys and values from a depthwise r x r convolution of stride r.
 
-    A map whose sides r does not divide is padded with zeros at the right and bottom, so there are
-    `ceil(H / r) * ceil(W / r)` keys. Compression c narrows queries and keys to `heads * max(1, C // (heads * c))`
-    channels; values keep C. The published strip is the strongest compression: one channel a head.
+    A map whose sides r does not divide is padded with zeros at the right and bottom, so there are `ceil(H / r) * ceil(W
+    / r)` keys. Compression c narrows queries and keys to `heads * max(1, C // (heads * c))` channels; values keep C.
+    The published strip is the strongest compression, with one channel a head.
     """
 
     def __init__(self, width: int, options: Strip, compression: int = 1, device=None, dtype=None) -> None:
@@ -34,7 +34,7 @@ class StripMixer(nn.Module):
         self.proj = nn.Conv2d(width, width, 1, **dd)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` to the same shape."""
+        """Maps `(B, C, H, W)` to the same shape."""
         height, width = x_BCHW.shape[2:]
         r = self.kv_reduction
         reduced = self.norm(self.reduce(pad_to_multiple(x_BCHW, r) if r > 1 else x_BCHW))

@@ -1,8 +1,8 @@
-"""How good an architecture would be, estimated at a stated fidelity. One table, one signature.
+"""Estimates the accuracy of an architecture at a stated fidelity.
 
-An estimator is `(model, data, fidelity, seed, device) -> Estimate`; one that trains takes `on_rung` too, see `train`.
-It leaves the model's weights and mode and the global random state as it found them. To add one: a function and a row
-in `ESTIMATORS`.
+All estimators stand in one table and have one signature: `(model, data, fidelity, seed, device) -> Estimate`. An
+estimator that trains also takes `on_rung`, see `train`. An estimator leaves the weights and mode of the model and the
+global random state as it found them. To add an estimator, add a function and a row to `ESTIMATORS`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Estimator:
 
     Args:
         estimate: the function.
-        trained: whether its score is top-1 accuracy in percent, from trained weights; any other score only ranks.
-        cost: what it takes, in words.
-        source: the paper it is from; empty for what needs none.
-        needs: what it needs beside a network and data; empty for nothing.
+        trained: whether its score is top-1 accuracy in percent, from trained weights. Any other score only ranks.
+        cost: effort of an estimate, as text.
+        source: paper that proposed it, or empty.
+        needs: what it needs besides a network and data, or empty.
     """
 
     estimate: Callable[..., Estimate]
@@ -39,7 +39,7 @@ class Estimator:
 
     @property
     def works(self) -> bool:
-        """Whether it runs the network, and so needs the device for itself."""
+        """Whether it runs the network and so needs the device for itself."""
         return self.cost != NOTHING
 
 

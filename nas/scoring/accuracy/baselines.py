@@ -1,4 +1,4 @@
-"""Scores that need no training and no data: what any cleverer proxy has to beat."""
+"""Scores that need no training and no data. A more complex proxy has to beat them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .estimate import Estimate, Fidelity
 
 
 def params(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """The number of parameters: larger networks are usually better."""
+    """Returns the number of parameters. Larger networks are usually better."""
     start = time.perf_counter()
     return Estimate(float(sum(p.numel() for p in model.parameters())), 0.0, time.perf_counter() - start)
 
 
 def macs(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """The number of multiply-adds for one image: networks that do more are usually better."""
+    """Returns the multiply-adds for one image. Networks with more of them are usually better."""
     start = time.perf_counter()
     cost = count_cost(model, data.input_size)
     if cost.at_least:
-        raise NotApplicable("macs", f"only a lower bound is known, without {cost.uncounted[0]}")
+        raise NotApplicable("macs", f"only a lower bound of the MACs is known, without {cost.uncounted[0]}")
     return Estimate(float(cost.macs), 0.0, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Several cheap estimators as one, fitted on known truths: a ridge regression on their standardised scores."""
+"""Combines several cheap estimators in one, by a ridge regression of known accuracies on their standardised scores."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .estimate import Estimate, Fidelity
 
 Floats = NDArray[np.float64]
 FEWEST = 8
-"""Truths that an ensemble needs."""
+"""Minimum number of truths for an ensemble."""
 SPREAD_OF_LOGARITHMS = 3.0
-"""Scores above 0 whose largest is more than this many times the smallest are taken by their logarithms."""
+"""Positive scores whose largest is more than this multiple of the smallest enter by their logarithms."""
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A weighted sum of scores that predicts the truth.
+    """Weighted sum of scores that predicts the truth.
 
     Args:
-        members: names of estimators; `train@2` is `train` with two epochs.
-        logarithmic: whether a member's score is taken by its logarithm.
-        centre: mean of each member's scores.
-        scale: their standard deviation.
-        coefficients: a constant, then one for each member.
-        std: standard deviation of the error, as truths show it that were left out.
+        members: names of estimators. `train@2` is `train` with two epochs.
+        logarithmic: whether the logarithm of a member's score is used.
+        centre: mean of the scores of each member.
+        scale: standard deviation of the scores of each member.
+        coefficients: a constant, then one coefficient for each member.
+        std: standard deviation of the error on truths that were left out of the fit.
     """
 
     members: tuple[str, ...]
@@ -45,18 +45,20 @@ class Ensemble:
 
     @classmethod
     def fit(cls, members: Sequence[str], scores: Floats, truths: Floats) -> Ensemble:
-        """Learn from truths.
+        """Fits an ensemble to truths.
 
         Args:
             members: names of the estimators.
-            scores: theirs, of shape (architectures, members).
-            truths: of the architectures.
+            scores: scores of the estimators, of shape (architectures, members).
+            truths: truths of the architectures.
 
         Raises:
-            RunError: where there are too few.
+            RunError: if there are too few truths.
         """
         if len(truths) < FEWEST:
-            raise RunError(f"an ensemble needs at least {FEWEST} truths, {len(truths)} are known: calibrate for longer")
+            raise RunError(
+                f"an ensemble needs at least {FEWEST} truths, but only {len(truths)} are known: calibrate for longer"
+            )
         low, high = scores.min(axis=0), scores.max(axis=0)
         logarithmic = (low > 0) & (high > SPREAD_OF_LOGARITHMS * low)
         values = _values(scores, logarithmic)
@@ -73,18 +75,24 @@ class Ensemble:
         )
 
     def predict(self, scores: Floats) -> Floats:
-        """The truth of each row of members' scores, as far as these tell."""
+        """Predicts the truth for each row of members' scores."""
         values = (_values(scores, np.array(self.logarithmic)) - np.array(self.centre)) / np.array(self.scale)
         predicted: Floats = self.coefficients[0] + values @ np.array(self.coefficients[1:])
         return predicted
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns plain data."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ensemble:
-        """From plain data; raises KeyError, TypeError or ValueError where it is none."""
+        """Builds an ensemble from plain data.
+
+        Raises:
+            KeyError: if a field is missing.
+            TypeError: if a field has the wrong type.
+            ValueError: if a value is not allowed or the parts do not fit together.
+        """
         members = tuple(str(name) for name in data["members"])
         numbers = {n: tuple(float(x) for x in data[n]) for n in ("centre", "scale", "coefficients")}
         found = cls(members, tuple(bool(f) for f in data["logarithmic"]), **numbers, std=float(data["std"]))
@@ -100,13 +108,13 @@ def _values(scores: Floats, logarithmic: NDArray[np.bool_]) -> Floats:
 
 
 def ensemble(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """What `fidelity.ensemble` makes of its members' scores: percent top-1 of a truth, predicted.
+    """Predicts top-1 accuracy in percent with `fidelity.ensemble`, from the scores of its members.
 
-    The standard error is how far it missed truths that were left out of its fit.
+    The standard error is that of truths that were left out of the fit.
 
     Raises:
-        UsageError: where there is no ensemble.
-        NotApplicable: where one of its members is not.
+        UsageError: if there is no ensemble.
+        NotApplicable: if a member cannot score the network.
     """
     from . import ESTIMATORS
 

@@ -1,4 +1,4 @@
-"""What estimators take and give."""
+"""Arguments and results of estimators."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ...defaults import EPOCHS, TRAIN_BATCH_SIZE
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How much effort an estimate may take.
+    """Limits the effort of an estimate.
 
     Args:
         epochs: passes over the training part.
-        batch_size: images a training step, and images that a zero-cost score looks at.
-        max_seconds: after this long an estimate fails with the reason `timeout`; None for no limit.
-        chunks: a training step's images go through the network in so many parts, one after the other: more need less
-            memory, and batch norms see smaller batches.
-        ensemble: for the estimator of that name, what `Ensemble.to_dict` gives.
+        batch_size: images in a training step, and images that a zero-cost score uses.
+        max_seconds: time limit of an estimate, after which it fails with the reason `timeout`. None means no limit.
+        chunks: number of parts in which the images of a training step go through the network, one after the other. More
+            parts need less memory, but batch norms then see smaller batches.
+        ensemble: data of `Ensemble.to_dict`, for the estimator `ensemble`.
     """
 
     epochs: int = EPOCHS
@@ -32,18 +32,18 @@ class Fidelity:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Epochs after which a training is scored: powers of two, and the last."""
+        """Epochs after which a training is scored: powers of two, and the last epoch."""
         return (*(2**i for i in range(self.epochs.bit_length()) if 2**i < self.epochs), self.epochs)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A point of a learning curve.
+    """One point of a learning curve.
 
     Args:
-        epoch: epochs that were done.
-        accuracy: percent top-1 on the held-out part.
-        seconds: what the training took so far.
+        epoch: epochs that are completed.
+        accuracy: top-1 accuracy in percent on the held-out part.
+        seconds: time of the training so far.
     """
 
     epoch: int
@@ -53,14 +53,15 @@ class Rung:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimator's answer.
+    """Result of an estimator.
 
     Args:
-        score: higher is better; always finite. Percent top-1 where the estimator trains.
-        std: standard error of the score, in its unit; 0 where it is exact.
-        seconds: what it took.
-        weights: trained weights by name, on the CPU; None where nothing was trained.
-        curve: what a training scored on its way.
+        score: score of the network. Higher is better, and it is always finite. It is top-1 accuracy in percent if the
+            estimator trains.
+        std: standard error of the score, in the unit of the score. 0 if the score is exact.
+        seconds: time of the estimate.
+        weights: trained weights by name, on the CPU. None if nothing was trained.
+        curve: scores during the training.
     """
 
     score: float

@@ -1,9 +1,10 @@
-"""Short training on the training part, top-1 on the held-out part: at any epoch, and on from there.
+"""Trains a network shortly and scores its top-1 accuracy on the held-out part, at any epoch.
 
-The recipe knows nothing of how long it will run, so that a training is the beginning of every longer one: AdamW at a
-rate that falls with the root of the steps after a short warm-up, label smoothing, gradient clipping, random shifts and
-(where images may be mirrored) flips; bf16 autocast on CUDA. What is scored is not the last weights but their average
-over about the last tenth of the steps, which does for them what a decay of the rate to zero would.
+The recipe does not depend on the length of the training, so every training is the beginning of a longer one. It uses
+AdamW with a short warm-up, after which the learning rate falls with the square root of the steps, label smoothing,
+gradient clipping, random shifts and (if images may be mirrored) flips, and bf16 autocast on CUDA. The score is not that
+of the last weights, but of their average over about the last tenth of the steps. The average has the effect of a
+learning rate that decays to zero.
 """
 
 from __future__ import annotations
@@ -28,21 +29,23 @@ from ...memory_format import training_format
 from .estimate import Estimate, Fidelity, Rung
 
 RECIPE = 2
-"""Of short training: 1 was a cosine over the epochs asked for, 2 goes on from any epoch and averages weights."""
+"""Version of the recipe. Version 1 was a cosine over the requested epochs; version 2 can continue from any epoch and
+averages weights."""
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 WARMUP_STEPS = 20
 DECAY_STEPS = 2000
-"""After so many steps the learning rate has fallen by the root of two."""
+"""Number of steps after which the learning rate has fallen by the square root of two."""
 AVERAGING = 8.0
-"""Weights of step t count as t to this power in the average (minus one): about the last tenth of the steps."""
+"""Step t counts in the average of the weights with the factor t ** (AVERAGING - 1): mostly the last tenth of the steps.
+"""
 STATISTICS_BATCHES = 16
-"""Batches from which batch norms learn the averaged network's statistics."""
+"""Number of batches from which batch norms compute the statistics of the averaged network."""
 LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
 SHIFT_SHARE = 0.125
 MAX_BROKEN = 0.1
-"""Share of the held-out images that may have logits that are not finite; they count as wrong."""
+"""Maximum share of held-out images with logits that are not finite. These images count as wrong."""
 
 
 def train(
@@ -54,29 +57,30 @@ def train(
     training: Training | None = None,
     on_rung: Callable[[Rung], None] | None = None,
 ) -> Estimate:
-    """Train a copy of `model` and return its top-1 accuracy in percent on `data.holdout`, with the trained weights.
+    """Trains a copy of `model` and returns its top-1 accuracy in percent on `data.holdout`, with the trained weights.
 
-    The standard error is that of a share of as many images. On the CPU the same seed and number of threads give the
-    same score on a machine; on CUDA nearly the same, since some of its sums have no fixed order.
+    The standard error is that of a share of the held-out images. On the CPU, the same seed and number of threads give
+    the same score on a machine. On CUDA, scores are nearly the same, because some sums have no fixed order.
 
     Args:
         model: any classifier of `data.classes`.
-        data: what to train and validate on.
-        fidelity: for how long.
-        seed: of the order of images, their augmentation and dropout.
-        device: where.
-        training: one that was begun with the same arguments and goes on; `model` does not matter then. It may have
-            as many epochs as `fidelity` at most.
-        on_rung: called with each accuracy on the way (`Fidelity.rungs`); may raise to end the training.
+        data: images for training and validation.
+        fidelity: limits of the training.
+        seed: random seed of the order of images, their augmentation and dropout.
+        device: device to train on.
+        training: training with the same arguments to continue. `model` is then ignored. It may have at most as many
+            epochs as `fidelity`.
+        on_rung: function that gets each accuracy during the training (`Fidelity.rungs`). It may raise to end the
+            training.
 
     Raises:
-        TrialFailure: `non_finite` where loss or logits stop being finite, `timeout` after `fidelity.max_seconds`.
+        TrialFailure: `non_finite` if loss or logits are no longer finite, `timeout` after `fidelity.max_seconds`.
     """
     start = time.perf_counter()
     deadline = None if fidelity.max_seconds is None else start + fidelity.max_seconds
     running = training or Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks)
     if running.epoch > fidelity.epochs:
-        raise ValueError(f"a training of {running.epoch} epochs cannot go on to {fidelity.epochs}")
+        raise ValueError(f"a training of {running.epoch} epochs cannot continue to {fidelity.epochs} epochs")
     network = running.averaged() if running.epoch == fidelity.epochs else running.network
     for epoch in fidelity.rungs:
         if epoch <= running.epoch:
@@ -103,20 +107,22 @@ def train(
 
 
 class Training:
-    """A copy of a network in training: runs epoch by epoch, and can be saved and go on as if it had never stopped.
+    """Training of a copy of a network.
+
+    It runs epoch by epoch, and can be saved and continued as if it had never stopped.
 
     Args:
         model: any classifier of `data.classes`.
-        data: what to train on.
-        batch_size: images a step.
-        seed: of all that is random.
-        device: where.
-        chunks: parts that a step's images go through the network in.
+        data: images to train on.
+        batch_size: images in a step.
+        seed: random seed of the training.
+        device: device to train on.
+        chunks: number of parts in which the images of a step go through the network.
 
     Attributes:
-        network: with the weights of the last step.
-        epoch: epochs that are done.
-        curve: accuracies on the way.
+        network: the network with the weights of the last step.
+        epoch: number of completed epochs.
+        curve: accuracies during the training.
     """
 
     def __init__(
@@ -131,7 +137,7 @@ class Training:
         self.format = training_format(model, self.device)
         self.network = copy.deepcopy(model).to(self.device).to(memory_format=self.format)
         self.average = [p.detach().clone() for p in self.network.parameters()]
-        # scaled with the square root of the batch, as suits Adam; 64 is what the rate was chosen at
+        # Adam's rate scales with the square root of the batch size; the rate was chosen for 64
         self.rate = LEARNING_RATE * math.sqrt(self.batch_size / 64)
         self.optimizer = create_optimizer_v2(
             self.network, opt="adamw", lr=self.rate, weight_decay=WEIGHT_DECAY, fused=True
@@ -140,15 +146,15 @@ class Training:
         self.curve: tuple[Rung, ...] = ()
 
     def run_epoch(self, deadline: float | None = None) -> None:
-        """One pass over the training part.
+        """Trains for one pass over the training part.
 
         Args:
-            deadline: of `time.perf_counter`, after which the training fails.
+            deadline: time of `time.perf_counter` after which the training fails.
 
         Raises:
             TrialFailure: `non_finite`, or `timeout` at the deadline.
         """
-        # all that is random in an epoch follows from the seed and its number: nothing random has to be saved
+        # the random numbers of an epoch follow from the seed and its number, so no random state has to be saved
         seed = (self.seed * 1_000_003 + self.epoch) % 2**63
         with seeded(seed), torch.enable_grad():  # dropout and stochastic depth, where a model has them
             self._run_epoch(torch.Generator(device=self.device).manual_seed(seed), deadline)
@@ -162,7 +168,9 @@ class Training:
         self.network.train()
         for index in order[:count].split(self.batch_size):
             if deadline is not None and time.perf_counter() > deadline:
-                raise TrialFailure("timeout", f"training took too long: the time was over in epoch {self.epoch + 1}")
+                raise TrialFailure(
+                    "timeout", f"training took too long: the time limit was reached in epoch {self.epoch + 1}"
+                )
             self.step += 1
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
@@ -179,11 +187,11 @@ class Training:
             self.optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, parameters, 1 - (1 - 1 / self.step) ** AVERAGING)
-        if not math.isfinite(loss_sum.item()):  # once an epoch: asking every step would stall a GPU
+        if not math.isfinite(loss_sum.item()):  # once an epoch, because a check in every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 
     def averaged(self) -> nn.Module:
-        """A network with the averaged weights, whose batch norms have statistics of its own."""
+        """Returns a network with the averaged weights, whose batch norms have statistics of these weights."""
         network = copy.deepcopy(self.network)
         with torch.no_grad():
             for parameter, average in zip(network.parameters(), self.average, strict=True):
@@ -207,7 +215,7 @@ class Training:
         return network
 
     def state(self) -> dict[str, Any]:
-        """All that `load` needs, as tensors and plain data."""
+        """Returns all that `load` needs, as tensors and plain data."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -218,7 +226,7 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where another one of the same arguments stood."""
+        """Restores the state of another training with the same arguments."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
@@ -228,12 +236,12 @@ class Training:
 
 
 def _rate(step: int) -> float:
-    """Share of the learning rate at a step, from 1."""
+    """Returns the share of the learning rate at a step. Steps count from 1."""
     return min(1.0, step / WARMUP_STEPS) * math.sqrt(DECAY_STEPS / (DECAY_STEPS + step))
 
 
 def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -> torch.Tensor:
-    """Shift each image by up to an eighth of its side (edges repeated) and flip half of them where that is allowed."""
+    """Shifts each image by up to an eighth of its side, with repeated edges, and flips half of them if `mirrored`."""
     count, _, height, width = pixels.shape
     device = pixels.device
     reach = max(1, round(SHIFT_SHARE * min(height, width)))
@@ -244,31 +252,31 @@ def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -
         flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
         columns = torch.where(flip, columns.flip(1), columns)
     image = torch.arange(count, device=device)[:, None, None]
-    # indexing channels last: the result already lies in memory as convolutions want it
+    # with channels last in the index, the result already has the memory format that convolutions need
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=2)
 def _on_device(images: Images, device: str) -> Images:
-    """Kept there from one training to the next."""
+    """Moves images to a device. The cache keeps them there from one training to the next."""
     return Images(images.pixels.to(device), images.labels.to(device))
 
 
 def normaliser(data: ImageData, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What turns uint8 images on `device` into float32 with the data's mean and standard deviation."""
+    """Returns a function that normalises uint8 images on `device` to float32 with the data's mean and std."""
     mean = torch.tensor(data.mean, device=device).view(1, -1, 1, 1) * 255
     std = torch.tensor(data.std, device=device).view(1, -1, 1, 1) * 255
     return lambda pixels: (pixels.float() - mean) / std
 
 
 def top1(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> float:
-    """Percent of the held-out images whose highest logit is the right one.
+    """Returns the percentage of held-out images whose highest logit is that of the right class.
 
-    After few steps a deep network of products may overflow on a rare image that its batch norms never saw the like of:
-    that is one more image it gets wrong.
+    After few steps, a deep network with products may overflow on a rare image unlike those that its batch norms saw.
+    Such an image counts as wrong.
 
     Raises:
-        TrialFailure: `non_finite` where that is more than a tenth of them.
+        TrialFailure: `non_finite` if that happens for more than a tenth of the images.
     """
     held, normalise = _on_device(data.holdout, device), normaliser(data, device)
     model.eval()

@@ -1,7 +1,7 @@
-"""How far the order of scores is the order of truths, with intervals.
+"""Measures how far the order of scores agrees with the order of truths, with intervals.
 
-Intervals are 95 % percentile intervals of the bootstrap over architectures. A resample counts each architecture so many
-times; pairs of an architecture with itself are no pairs.
+Intervals are 95 % percentile intervals of the bootstrap over architectures. A resample may contain an architecture
+several times; a pair of an architecture with itself does not count as a pair.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ TOP = 0.1
 
 
 def kendall(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
-    """Kendall's rank correlation, in the form that allows for ties (tau-b); NaN where one side is all ties.
+    """Returns Kendall's rank correlation in the form that allows ties (tau-b).
+
+    The result is NaN if one side consists of ties only.
 
     Args:
-        scores: of the architectures.
-        truths: of the same.
-        counts: how often each architecture counts; None for once.
+        scores: scores of the architectures.
+        truths: truths of the same architectures.
+        counts: how often each architecture counts. None means once.
     """
     mine, theirs = _signs(scores), _signs(truths)
     weights = np.ones(len(mine)) if counts is None else counts
@@ -35,7 +37,7 @@ def kendall(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, 
 
 
 def spearman(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
-    """Spearman's rank correlation; NaN where one side is all ties."""
+    """Returns Spearman's rank correlation, or NaN if one side consists of ties only."""
     a, b = (_ranks(np.asarray(x, dtype=float), counts) for x in (scores, truths))
     weights = np.ones(len(a)) if counts is None else counts
     a, b = a - np.average(a, weights=weights), b - np.average(b, weights=weights)
@@ -46,20 +48,23 @@ def spearman(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats,
 def top_recall(
     scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None
 ) -> float:
-    """Of the best tenth by truth, the share that is in the best tenth by score (ties by chance, in expectation)."""
+    """Returns the share of the best tenth by truth that is also in the best tenth by score.
+
+    Ties are broken at random, and the result is the expectation.
+    """
     weights = np.ones(len(scores)) if counts is None else counts
     mine, theirs = (_in_top(np.asarray(x, dtype=float), weights) for x in (scores, truths))
     return float((weights * np.minimum(mine, theirs)).sum() / (weights * theirs).sum())
 
 
 def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """A statistic of all architectures with its interval.
+    """Returns a statistic of all architectures with its interval.
 
     Args:
-        statistic: takes how often each of the architectures counts.
-        count: architectures.
-        seed: of the resamples.
-        resamples: how many.
+        statistic: function of how often each architecture counts.
+        count: number of architectures.
+        seed: random seed of the resamples.
+        resamples: number of resamples.
     """
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
@@ -70,7 +75,7 @@ def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, r
 
 
 def share_of(correct: int, count: int) -> dict[str, Any]:
-    """Accuracy on so many images in percent, with Wilson's 95 % interval."""
+    """Returns accuracy on `count` images in percent, with Wilson's 95 % interval."""
     interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": 100 * correct / count,
@@ -87,7 +92,7 @@ def _signs(values: Sequence[float] | Floats) -> Floats:
 
 
 def _ranks(values: Floats, counts: Floats | None) -> Floats:
-    """Mean rank of each value among all, counted so often."""
+    """Returns the mean rank of each value, where values count as often as `counts` says."""
     weights = np.ones(len(values)) if counts is None else counts
     below = (values[None, :] < values[:, None]) @ weights
     same = (values[None, :] == values[:, None]) @ weights
@@ -96,7 +101,10 @@ def _ranks(values: Floats, counts: Floats | None) -> Floats:
 
 
 def _in_top(values: Floats, weights: Floats) -> Floats:
-    """Share of each architecture that is in the best tenth: 1, 0, or in between where the border cuts through ties."""
+    """Returns the share of each architecture that is in the best tenth.
+
+    It is 1 or 0, or a number between them for ties at the border.
+    """
     room = max(1.0, round(TOP * weights.sum()))
     above = (values[None, :] > values[:, None]) @ weights
     same = (values[None, :] == values[:, None]) @ weights

@@ -1,7 +1,7 @@
-"""Scores of networks that were never trained: a few batches forward and backward, then a number that only ranks.
+"""Scores untrained networks: a few batches forward and backward give a number that only ranks.
 
-Each is adapted to networks that mix convolution, attention and Hadamard products, and says so. None changes the model
-that it is given. Whether one is worth its seconds on a space and data set is what `mixnas calibrate` measures.
+Each score is adapted to networks that mix convolution, attention and Hadamard products, and its docstring says how. No
+score changes its model. `mixnas calibrate` measures whether a score is worth its time on a space and data set.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from .estimate import Estimate, Fidelity
 from .training import normaliser
 
 ZICO_BATCHES = 2
-"""As in the paper, whose results hardly change with more."""
+"""Number of batches, as in the paper, whose results hardly change with more."""
 NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 ACTIVATIONS = ("relu", "gelu", "silu", "hardswish", "hardtanh", "leaky_relu", "elu", "celu", "selu", "mish")
-"""Operations of torch that cut at 0, whatever module calls them; of sigmoids and the like the sign says nothing."""
+"""Operations of torch that cut at 0, in whatever module calls them. For sigmoids and the like, the sign means nothing.
+"""
 
 
 def grad_norm(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """Sum over the parameters of the norm of the loss's gradient on one batch.
+    """Returns the sum over the parameters of the norm of the loss's gradient on one batch.
 
     Source: Abdelfattah et al., "Zero-Cost Proxies for Lightweight NAS", ICLR 2021.
     """
@@ -46,14 +47,15 @@ def grad_norm(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, 
 
 
 def synflow(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """Logarithm of the sum over the parameters of |weight x gradient|, with weights made positive and an image of ones.
+    """Returns the logarithm of the sum over the parameters of |weight x gradient|.
 
-    What is differentiated is the sum of the logits. Normalisations stay, as divisions by the mean magnitude, which
-    flips no sign: so Hadamard products, whose degree doubles from block to block, stay within the range of numbers. The
-    paper drops them; FreeREA (Cavagnero et al., WACV 2023), like this, keeps them and takes a logarithm.
+    Weights are made positive, and the input is an image of ones. The gradient is that of the sum of the logits.
+    Normalisations stay, as divisions by the mean magnitude, which change no sign. So Hadamard products, whose degree
+    doubles from block to block, stay within the range of numbers. The paper drops normalisations. FreeREA (Cavagnero et
+    al., WACV 2023) keeps them and takes a logarithm, as this function does.
 
-    Source: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow",
-    NeurIPS 2020; as a proxy in Abdelfattah et al., ICLR 2021.
+    Source: Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", NeurIPS
+    2020; as a proxy in Abdelfattah et al., ICLR 2021.
     """
 
     def score(network: nn.Module, _: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -69,14 +71,14 @@ def synflow(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, de
         flow = [(p.detach() * g).abs().sum() for p, g in zip(parameters, gradients, strict=True) if g is not None]
         total = float(torch.stack(flow).sum())
         if total <= 0:
-            raise FloatingPointError("nothing flows through it")
+            raise FloatingPointError("its synaptic flow is 0")
         return math.log(total)
 
     return _score("synflow", score, model, data, fidelity, seed, device)
 
 
 class _PositiveNormalisation(TorchFunctionMode):
-    """Every normalisation divides by the mean magnitude of what it gets, a constant to the gradient."""
+    """Makes every normalisation divide by the mean magnitude of its input, which has no gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in NORMALISATIONS:
@@ -86,10 +88,10 @@ class _PositiveNormalisation(TorchFunctionMode):
 
 
 def naswot(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """Logarithm of the determinant of how often pairs of images switch the same activations on.
+    """Returns the log determinant of the matrix that counts how often pairs of images agree in their activations.
 
-    Activations are found as torch's own operations, so that functions count like modules; GELU, SiLU and their kin
-    count as on where their input is above 0.
+    Activations are found as operations of torch, so functions count like modules. GELU, SiLU and similar functions
+    count as on if their input is above 0.
 
     Source: Mellor et al., "Neural Architecture Search without Training", ICML 2021.
     """
@@ -102,14 +104,14 @@ def naswot(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, dev
             raise NotApplicable("naswot", f"the network has no activation that cuts at 0 ({', '.join(ACTIVATIONS)})")
         sign, value = torch.linalg.slogdet(found.kernel)
         if sign <= 0:
-            raise NotApplicable("naswot", "two images switch exactly the same activations on")
+            raise NotApplicable("naswot", "two images activate exactly the same units")
         return float(value)
 
     return _score("naswot", score, model, data, fidelity, seed, device)
 
 
 class _Agreement(TorchDispatchMode):
-    """Counts for each pair of images in how many activations they agree."""
+    """Counts, for each pair of images, the activations in which they agree."""
 
     def __init__(self, count: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -126,7 +128,7 @@ class _Agreement(TorchDispatchMode):
 
 
 def zico(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """Sum over the layers of the logarithm of their gradients' mean magnitude over its spread between batches.
+    """Returns the sum over layers of the log ratio of mean gradient magnitude to its spread between batches.
 
     Layers are all parameters with two or more dimensions: weights of convolutions, projections and polynomials.
 
@@ -150,12 +152,16 @@ def zico(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, devic
 
 
 def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str) -> Estimate:
-    """Expressivity, progressivity, trainability and complexity of a network's blocks, as one number.
+    """Combines expressivity, progressivity, trainability and complexity of a network's blocks in one number.
 
-    Expressivity is the entropy of the variances along the principal axes of each block's output, in all; progressivity
-    how much it grows from block to block at least; trainability how near each block's largest amplification of a random
-    gradient is to 1; complexity the number of multiply-adds. The paper ranks a population by each and adds the
-    logarithms of the ranks. A network alone has no rank, so here the quantities' own logarithms are added.
+    - Expressivity is the sum over blocks of the entropy of the variances along the principal axes of the block's
+      output.
+    - Progressivity is the smallest growth of this entropy from one block to the next.
+    - Trainability is how near the largest amplification of a random gradient by each block is to 1.
+    - Complexity is the number of multiply-adds.
+
+    The paper ranks a population by each quantity and adds the logarithms of the ranks. A single network has no rank, so
+    the logarithms of the quantities are added here.
 
     Source: Lee and Ham, "AZ-NAS: Assembling Zero-Cost Proxies for Network Architecture Search", CVPR 2024.
     """
@@ -170,7 +176,7 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
         progress = min(after - before for before, after in pairwise(entropies))
         misses = [miss for pair in pairwise(outputs) if (miss := _amplification_miss(*pair)) is not None]
         if not misses:
-            raise NotApplicable("az", "no block depends on the one before")
+            raise NotApplicable("az", "no block depends on the block before it")
         trouble = sum(misses) / len(misses)
         cost = count_cost(model, data.input_size)
         if cost.at_least:
@@ -181,7 +187,7 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Elements of lists of modules with two or more layers each, the innermost such."""
+    """Returns the innermost elements of lists of modules that have two or more layers each."""
 
     def inside(module: nn.Module, listed: bool) -> list[nn.Module]:
         lists = isinstance(module, nn.Sequential | nn.ModuleList)
@@ -193,7 +199,7 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def _outputs(network: nn.Module, images: torch.Tensor, blocks: list[nn.Module]) -> list[torch.Tensor]:
-    """What each block returns in one forward pass, where that is one tensor of images or tokens."""
+    """Returns the output of each block in one forward pass, for blocks that return one tensor of images or tokens."""
     outputs: list[torch.Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -212,26 +218,30 @@ def _outputs(network: nn.Module, images: torch.Tensor, blocks: list[nn.Module]) 
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """(positions, channels) of feature maps (batch, channels, height, width), or of (batch, positions, channels)."""
+    """Reshapes a feature map or tokens to (positions, channels).
+
+    Feature maps have the shape (batch, channels, height, width), tokens (batch, positions, channels).
+    """
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.ndim == 4 else x.flatten(0, 1)
 
 
 def _entropy(tokens: torch.Tensor) -> float:
-    """Of the variances along the principal axes, as shares, in nats."""
+    """Returns the entropy, in nats, of the shares of variance along the principal axes."""
     if not bool(tokens.isfinite().all()):
         raise FloatingPointError("its feature maps are not finite")
     centred = tokens.double() - tokens.double().mean(dim=0)
     variances = torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp_min(0)
     if float(variances.sum()) == 0:
-        raise FloatingPointError("a block gives a constant")
+        raise FloatingPointError("the output of a block is constant")
     shares = variances / variances.sum()
     return float(-(shares * shares.clamp_min(1e-30).log()).sum())
 
 
 def _amplification_miss(before: torch.Tensor, after: torch.Tensor) -> float | None:
-    """How far the largest singular value s of the Jacobian between two outputs is from 1: s + 1/s - 2.
+    """Returns how far the largest singular value s of the Jacobian between two outputs is from 1, as s + 1/s - 2.
 
-    It is estimated from random signs at the output, correlated with what arrives at the input; None where nothing does.
+    The estimate correlates random signs at the output with the gradient that arrives at the input. It is None if no
+    gradient arrives.
     """
     signs = torch.randint(0, 2, after.shape, device=after.device, dtype=after.dtype) * 2 - 1
     arrived: torch.Tensor | None = torch.autograd.grad(after, before, signs, retain_graph=True, allow_unused=True)[0]
@@ -267,10 +277,10 @@ Score = Callable[[nn.Module, Iterator[tuple[torch.Tensor, torch.Tensor]]], float
 def _score(
     name: str, score: Score, model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device: str
 ) -> Estimate:
-    """Call `score` with a copy of the model in training mode and random training batches.
+    """Calls `score` with a copy of the model in training mode and random training batches.
 
     Raises:
-        NotApplicable: where the score is not finite, or what it is made of.
+        NotApplicable: if the score, or a value that it uses, is not finite.
     """
     start = time.perf_counter()
     try:
@@ -285,7 +295,7 @@ def _score(
 
 
 def _batches(data: ImageData, size: int, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Different random images of the training part, and their labels; all over again where they run out."""
+    """Yields random batches of the training part with their labels. After all images, it starts again."""
     generator = torch.Generator().manual_seed(seed)
     size, normalise = min(size, len(data.train)), normaliser(data, device)
     while True:

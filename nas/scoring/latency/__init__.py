@@ -1,9 +1,9 @@
-"""Latency of networks on a device, as a measurement: repeatable, with an interval, in the runtime that will be used.
+"""Measures the latency of networks on a device, with an interval, in the runtime that will be used.
 
-Networks and a fixed reference network take turns, round by round. What is quoted is the ratio of their times, times the
-reference's own latency, which is fixed once: so the drift of the machine and most of what its neighbours do cancel.
-Networks are timed as they are deployed, with training branches fused and batch norms folded (`nas.folding`), unless
-asked otherwise.
+Networks and a fixed reference network take turns, round by round. The reported latency is the ratio of their times,
+multiplied by the stored latency of the reference, which is fixed once. So the drift of the machine, and most of the
+disturbance by other programs, cancel. By default, networks are timed in their deployed form, with training branches
+fused and batch norms folded (`nas.folding`).
 """
 
 from .config import (

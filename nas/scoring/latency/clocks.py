@@ -1,4 +1,4 @@
-"""How long one pass takes: wall time on a CPU, device time on CUDA."""
+"""Times one pass of a network: wall time on a CPU, device time on CUDA."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 TimeBlock = Callable[[int], list[float]]
-"""Runs that many passes and returns the milliseconds of each."""
+"""Function that runs a number of passes and returns the milliseconds of each."""
 MAX_LEAD_MS = 100.0
-"""How long a GPU is kept busy at first, at most, while the host issues a pass."""
+"""Maximum time for which a GPU is kept busy at first while the host issues a pass."""
 MAX_LEAD = 8
-"""So many times as long at the end."""
+"""Maximum factor by which that time grows."""
 
 
 def cpu_clock(run: Callable[[], object]) -> TimeBlock:
-    """Wall time of passes on the CPU, less what the operating system kept this thread waiting for a core.
+    """Times passes by wall time on the CPU, without the time that this thread waited for a core.
 
     An untimed pass comes first, so that caches hold this network and not the one before it.
     """
@@ -29,7 +29,7 @@ def cpu_clock(run: Callable[[], object]) -> TimeBlock:
         times_ms = []
         run()
         for _ in range(passes):
-            # both readings of the waiting lie within the timed span: what is subtracted was in it
+            # both readings of the waiting time lie within the timed span, so the span contains what is subtracted
             start = time.perf_counter()
             waited_before = waited.seconds()
             run()
@@ -41,7 +41,7 @@ def cpu_clock(run: Callable[[], object]) -> TimeBlock:
 
 
 class WaitingTime:
-    """Seconds this thread has been ready to run but another had its core (Linux; 0 elsewhere)."""
+    """Counts the seconds in which this thread was ready to run but had no core (Linux; 0 elsewhere)."""
 
     def __init__(self) -> None:
         self._path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
@@ -51,7 +51,7 @@ class WaitingTime:
             self._file = -1
 
     def seconds(self) -> float:
-        """Waiting time so far."""
+        """Returns the waiting time so far."""
         if self._file < 0:
             return 0.0
         return int(os.pread(self._file, 64, 0).split()[1]) / 1e9
@@ -62,10 +62,10 @@ class WaitingTime:
 
 
 def cuda_clock(run: Callable[[], object], device: torch.device) -> TimeBlock:
-    """Device time of passes between two CUDA events.
+    """Times passes by device time between two CUDA events.
 
-    The device is kept busy while the host issues a pass's kernels, so that the time between two launches on a slow host
-    is not counted.
+    The device is kept busy while the host issues the kernels of a pass, so that the time between two launches of a slow
+    host does not count.
     """
 
     def issue_seconds() -> float:
@@ -81,7 +81,7 @@ def cuda_clock(run: Callable[[], object], device: torch.device) -> TimeBlock:
         torch.cuda._sleep(cycles)
         start.record()
         run()
-        led = not start.query()  # the device still sleeps: no kernel waited for the host
+        led = not start.query()  # the device still sleeps, so no kernel waited for the host
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end), led
@@ -91,8 +91,8 @@ def cuda_clock(run: Callable[[], object], device: torch.device) -> TimeBlock:
         times_ms = []
         for _ in range(passes):
             elapsed_ms, led = timed(cycles)
-            # the device had finished waiting before the host had issued everything; a network that waits for its own
-            # results, or one of more kernels than a queue takes, is never led
+            # the device finished its wait before the host had issued all kernels; this always happens for a network
+            # that waits for its own results, and for one with more kernels than a queue holds
             while not led and cycles < MAX_LEAD * first:
                 cycles *= 2
                 elapsed_ms, led = timed(cycles)
@@ -106,7 +106,7 @@ _CYCLES: dict[torch.device, float] = {}
 
 
 def _cycles_per_ms(device: torch.device) -> float:
-    """How many cycles of torch's sleeping kernel take a millisecond; timed once a process."""
+    """Returns the cycles of torch's sleeping kernel in a millisecond, timed once per process."""
     if device not in _CYCLES:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(1_000_000)

@@ -1,4 +1,4 @@
-"""What a module executes, operation by operation, as numbers that its latency can be learned from."""
+"""Describes the operations that a module executes, as numbers from which its latency can be learned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = (
     "arithmetic",
     "copy",
 )
-"""Kinds of operations, each with a number, multiply-adds and elements moved."""
+"""Kinds of operations. Each has a count, multiply-adds and a number of elements that it moves."""
 FEATURES = tuple(f"{kind}_{what}" for kind in KINDS for what in ("count", "macs", "elements"))
 
 _NAMES = {
@@ -40,13 +40,13 @@ _NAMES = {
 
 
 def operation_features(module: nn.Module, inputs: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-    """How often each kind of operation runs in a forward pass, with how many multiply-adds and elements.
+    """Counts how often each kind of operation runs in a forward pass, with its multiply-adds and elements.
 
     Nothing is computed: shapes are followed on torch's meta device. Views cost nothing and are not counted.
 
     Args:
-        module: in the form that is timed, batch norms folded or not; stays as it is.
-        inputs: of the shape it gets; the content does not matter.
+        module: module in the form that is timed, with batch norms folded or not. It is not changed.
+        inputs: tensor of the shape of its input. The values do not matter.
 
     Returns:
         The features by name, and the output on the meta device.

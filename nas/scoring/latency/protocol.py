@@ -1,4 +1,4 @@
-"""The measuring protocol: warm up until steady, then rounds in which every network and the reference take turns."""
+"""Measures latency: warms up until times are steady, then times each network and the reference in turns."""
 
 from __future__ import annotations
 
@@ -31,57 +31,57 @@ from .statistics import faster_half, ratio, ratio_interval
 log = logging.getLogger(__name__)
 
 MIN_ROUNDS = 8
-"""Fewer say nothing of their own spread."""
+"""Minimum number of rounds. Fewer rounds do not show their own spread."""
 MIN_PASSES, MAX_PASSES = 2, 30
 WINDOW = 5
-"""Passes a window of the warm-up."""
+"""Passes in a window of the warm-up."""
 STEADY = 0.98
-"""Warm is a network whose window is not faster than this share of its best window before."""
+"""A network is warm if a window takes at least this share of the best window before."""
 FIX_SECONDS = 3.0
-"""How long the reference runs alone to fix its latency."""
+"""Seconds for which the reference runs alone to fix its latency."""
 BUSY = 0.1
-"""Share of the time that this thread may wait for a core before the user is told."""
+"""Share of the time that this thread may wait for a core before the user is warned."""
 DRIFT_UNCERTAINTY = 0.3
-"""How differently networks feel the same drift: where the reference is d times its fixed latency, a network's own
-factor is d ** (1 ± this), one standard deviation. Measured: powers of 0.75 to 1.16 (`latency_repeatability.py`) and of
-0.71 on average (`latency_order.py`)."""
+"""How differently networks react to the same drift: if the reference takes d times its fixed latency, a network
+takes d ** (1 ± this) times its own, as one standard deviation. Measured powers are 0.75 to 1.16
+(`latency_repeatability.py`) and 0.71 on average (`latency_order.py`)."""
 
 
 def measure_latency(
     model: nn.Module, input_size: tuple[int, int, int], config: LatencyConfig, reference: float | None = None
 ) -> Latency:
-    """Time `model` in eval and inference mode on random images of `input_size` (channels, height, width).
+    """Times `model` in eval and inference mode on random images of `input_size` (channels, height, width).
 
-    A copy is measured: the caller's model keeps its device, type, mode and weights.
+    A copy is measured, so the caller's model keeps its device, type, mode and weights.
 
     Args:
         model: any module that takes a batch of images.
-        input_size: of an image.
-        config: the conditions.
-        reference: the reference network's latency that figures hang on, in milliseconds; None takes what is fixed for
-            this machine, and fixes it where nothing is.
+        input_size: (channels, height, width) of an image.
+        config: measurement conditions.
+        reference: stored latency of the reference network in milliseconds, on which latencies are based. None takes the
+            latency stored for this machine, and first measures and stores it if there is none.
 
     Raises:
-        TrialFailure: where the runtime cannot run it, or its output is not eager's.
+        TrialFailure: if the runtime cannot run the model, or its output differs from eager's.
     """
     return measure_latencies([prepare_model(model, input_size, config)], config, reference)[0]
 
 
 def prepare_model(model: nn.Module, input_size: tuple[int, int, int], config: LatencyConfig) -> Prepared:
-    """A copy of `model` made ready under the conditions of `config`, its output checked.
+    """Prepares a copy of `model` for measurement under the conditions of `config`, and checks its output.
 
     Raises:
-        TrialFailure: where the runtime cannot run it, or its output is not eager's.
+        TrialFailure: if the runtime cannot run it, or its output differs from eager's.
     """
     with exclusive(config.device), _conditions(config):
         return prepare(model, random_images(input_size, config), config)
 
 
 def prepare_onnx(model: bytes, input_size: tuple[int, int, int], config: LatencyConfig) -> Prepared:
-    """A finished ONNX model made ready in the runtime of `config`, which takes such; its output is not checked.
+    """Prepares a finished ONNX model in the runtime of `config`, which must take ONNX. The output is not checked.
 
     Raises:
-        UsageError: where the runtime cannot run here at all.
+        UsageError: if the runtime cannot run on this machine.
     """
     with exclusive(config.device), _conditions(config):
         return ONNX_RUNTIMES[config.runtime](model, random_images(input_size, config), config)
@@ -90,7 +90,7 @@ def prepare_onnx(model: bytes, input_size: tuple[int, int, int], config: Latency
 def prepare_call(
     call: Callable[[torch.Tensor], torch.Tensor], input_size: tuple[int, int, int], config: LatencyConfig
 ) -> Prepared:
-    """Something that runs a batch of images on the device of `config`, as it is."""
+    """Prepares a function that runs a batch of images on the device of `config`, without changing it."""
     with exclusive(config.device), _conditions(config):
         images = random_images(input_size, config).to(config.device)
         return RUNTIMES["eager"](call, images, config)
@@ -99,9 +99,9 @@ def prepare_call(
 def prepare_modules(
     modules: Sequence[nn.Module], input_size: tuple[int, int, int], config: LatencyConfig
 ) -> Iterator[Prepared]:
-    """Modules that run one after another: first the network that they are, then each with the input that it gets there.
+    """Prepares the network that `modules` form one after another, then each module with its input in the network.
 
-    Each is made ready when it is asked for, so that the network can be measured before its modules are ready beside it.
+    Each is prepared when it is requested, so that the network can be measured before its modules are prepared too.
 
     Raises:
         TrialFailure: as `prepare_model`.
@@ -119,15 +119,15 @@ def prepare_modules(
 def prepare_parts(
     model: nn.Module, input_size: tuple[int, int, int], paths: Sequence[str], config: LatencyConfig
 ) -> dict[str, Prepared]:
-    """Sub-modules made ready one by one, each with the input that it gets when `model` runs.
+    """Prepares sub-modules one by one, each with the input that it gets when `model` runs.
 
-    Left out is what does not run exactly once, or does not take and return one tensor.
+    Sub-modules that do not run exactly once, or do not take and return one tensor, are left out.
 
     Args:
         model: the whole network.
-        input_size: of an image.
+        input_size: (channels, height, width) of an image.
         paths: names of sub-modules.
-        config: the conditions.
+        config: measurement conditions.
 
     Raises:
         TrialFailure: as `prepare_model`.
@@ -157,11 +157,11 @@ def _inputs_of_parts(model: nn.Module, images: torch.Tensor, paths: Sequence[str
 def measure_latencies(
     networks: Sequence[Prepared], config: LatencyConfig, reference: float | None = None
 ) -> list[Latency]:
-    """Time several networks together, in turns, so that they are compared under the same circumstances.
+    """Times several networks in turns, so that they are compared under the same circumstances.
 
     Args:
-        networks: what `prepare_model` made ready under the same `config`.
-        config: the conditions; its time budget is for each network.
+        networks: networks that `prepare_model` prepared under the same `config`.
+        config: measurement conditions. The time budget applies to each network.
         reference: as in `measure_latency`.
     """
     if not networks:
@@ -172,7 +172,7 @@ def measure_latencies(
 
 
 def reference_ms(config: LatencyConfig) -> float:
-    """What is fixed for the reference network on this machine under these conditions; fixed now where nothing is."""
+    """Returns the stored latency of the reference network, and first measures and stores it if there is none."""
     with exclusive(config.device), _conditions(config):
         return _reference_ms(config)
 
@@ -181,7 +181,7 @@ def _reference_ms(config: LatencyConfig) -> float:
     known = fixed_reference_ms(config)
     if known is not None:
         return known
-    log.info("timing the reference network for %g seconds, to fix its latency on this machine", FIX_SECONDS)
+    log.info("timing the reference network for %g seconds to fix its latency on this machine", FIX_SECONDS)
     network = prepared_reference(config)
     start, waiting = time.perf_counter(), WaitingTime()
     waited_before = waiting.seconds()
@@ -206,7 +206,7 @@ def _measure(
     start, waiting = time.perf_counter(), WaitingTime()
     waited_before = waiting.seconds()
     passes = [_warm_up(n.time_block, config) for n in networks]
-    reference_passes = max(1, _block_passes(fixed_ms, config) // 2)  # a block on either side of every turn
+    reference_passes = max(1, _block_passes(fixed_ms, config) // 2)  # there is a block on either side of every turn
     reference.time_block(WINDOW)
     own: list[list[list[float]]] = [[] for _ in networks]
     beside: list[list[list[float]]] = [[] for _ in networks]
@@ -253,16 +253,16 @@ def summarise(
     fixed_ms: float,
     target: float,
 ) -> Latency:
-    """The figure with its interval.
+    """Computes a latency with its interval from interleaved times.
 
-    The interval has two parts, added in squares as logarithms: the spread of the rounds, and how differently networks
-    may feel the drift between the reference here and now and its fixed latency.
+    The interval has two parts, whose logarithms add in squares: the spread of the rounds, and the differences in how
+    networks react to the drift between the reference now and its fixed latency.
 
     Args:
-        own_ms: the network's times, of shape (rounds, passes).
-        reference_ms: the reference's times in the same rounds, of shape (rounds, passes).
-        fixed_ms: the latency that is fixed for the reference.
-        target: wanted half-width of the interval's first part, as a share.
+        own_ms: times of the network, of shape (rounds, passes).
+        reference_ms: times of the reference in the same rounds, of shape (rounds, passes).
+        fixed_ms: stored latency of the reference.
+        target: target for the relative half-width of the first part of the interval.
     """
     relative = ratio(own_ms, reference_ms)
     low, high = ratio_interval(own_ms, reference_ms)
@@ -291,7 +291,7 @@ def _half_width(own_ms: np.ndarray, reference_ms: np.ndarray) -> float:
 
 
 def _warm_up(time_block: TimeBlock, config: LatencyConfig) -> int:
-    """Run until a window of passes is no faster than the best before; returns how many passes make a block."""
+    """Runs passes until a window is no faster than the best one before. Returns the number of passes in a block."""
     stop = time.perf_counter() + config.warmup_seconds
     best = float("inf")
     while True:
@@ -321,10 +321,10 @@ def _conditions(config: LatencyConfig) -> Iterator[None]:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back to the system and fetching it anew in every pass.
+    """Makes glibc keep freed memory instead of returning it to the system and fetching it again in every pass.
 
-    Whether it does depends on what a process freed before, and is worth a factor of up to 2.7: a latency must not
-    depend on it. Servers do the same. For the rest of the process; elsewhere than on glibc nothing happens.
+    Whether glibc does so depends on the memory that a process freed before, and changes times by a factor of up to 2.7.
+    Servers use the same setting. It holds for the rest of the process. Without glibc, nothing happens.
     """
     if sys.platform != "linux":
         return
@@ -333,7 +333,7 @@ def _keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     trim_threshold, mmap_threshold = -1, -3
-    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):  # older versions take 32 MiB at most
+    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):  # older versions accept at most 32 MiB
         mallopt(trim_threshold, 2**31 - 1)
 
 

@@ -1,8 +1,9 @@
-"""The network that every measurement is compared with, and the latency that is fixed for it.
+"""The reference network and its stored latency, by which all measurements are normalised.
 
-A machine's speed drifts by tens of percent: clocks, neighbours on the same silicon, memory. Timed in turn with a
-reference, a network's latency is the ratio of the two times the reference's own latency, and the drift is gone as far
-as both feel it alike. The reference's latency is fixed once for a machine, runtime and conditions.
+The speed of a machine drifts by tens of percent because of clocks, neighbours on the same silicon and memory. If a
+network and the reference are timed in turns, the latency of the network is the ratio of the two times, multiplied by
+the stored latency of the reference. The drift cancels as far as it affects both alike. The latency of the reference is
+fixed once for a machine, runtime and conditions.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from .config import LatencyConfig
 from .runtimes import Prepared, prepare, random_images
 
 VERSION = 1
-"""Of the reference network: it never changes without a new number, since all figures hang on it."""
+"""Version of the reference network. The network never changes without a new version, because all latencies depend on
+it."""
 INPUT_SIZE = (3, 128, 128)
 
 
 class ReferenceNetwork(nn.Module):
-    """A bit of everything the searched networks do: dense, pointwise and depthwise convolution, attention, MLP.
+    """Small network with the operations of searched networks.
 
-    About 0.2 G multiply-adds for an image of `INPUT_SIZE`.
+    It has dense, pointwise and depthwise convolution, attention and MLPs, with about 0.2 G multiply-adds for an image
+    of `INPUT_SIZE`.
     """
 
     def __init__(self) -> None:
@@ -48,7 +51,7 @@ class ReferenceNetwork(nn.Module):
         self.head = nn.Linear(128, 1000)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images to 1000 numbers each."""
+        """Maps images to 1000 numbers each."""
         x_BCHW = self.stem(x_BCHW)
         for block in self.local:
             x_BCHW = x_BCHW + block(x_BCHW)
@@ -89,7 +92,7 @@ class _TokenBlock(nn.Module):
 
 
 def prepared_reference(config: LatencyConfig) -> Prepared:
-    """The reference network under the same conditions as the candidates, with the same weights in every process."""
+    """Returns the reference network under the candidates' conditions, with the same weights in every process."""
     plain = LatencyConfig()
     effort = {name: getattr(plain, name) for name in ("target", "max_seconds", "warmup_seconds", "block_ms", "seed")}
     return _prepared(replace(config, **effort))
@@ -103,16 +106,16 @@ def _prepared(config: LatencyConfig) -> Prepared:
 
 
 def fixed_reference_ms(config: LatencyConfig) -> float | None:
-    """What is fixed for the reference on this machine under these conditions; None where nothing is."""
+    """Returns the stored latency of the reference for this machine and these conditions, or None."""
     entry = _read().get(_key(config))
     return None if entry is None else float(entry["ms"])
 
 
 def fix_reference_ms(config: LatencyConfig, ms: float) -> None:
-    """Keep the reference's latency for this machine and these conditions.
+    """Stores the latency of the reference for this machine and these conditions.
 
     Raises:
-        NasError: where the file cannot be written.
+        NasError: if the file cannot be written.
     """
     path = references_file()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -124,24 +127,30 @@ def fix_reference_ms(config: LatencyConfig, ms: float) -> None:
             temporary.replace(path)
     except OSError as error:
         raise NasError(
-            f"cannot write {path}: {error.strerror or error}; set XDG_CACHE_HOME to a folder that can be written"
+            f"cannot write {path}: {error.strerror or error}; set XDG_CACHE_HOME to a writable folder"
         ) from None
 
 
 def forget_references() -> None:
-    """Have the reference's latency fixed anew, under all conditions; figures before and after are not comparable."""
+    """Deletes the stored latencies of the reference for all conditions, so that they are measured again.
+
+    Latencies from before and after cannot be compared.
+    """
     with contextlib.suppress(FileNotFoundError):
         references_file().unlink()
 
 
 def references_file() -> Path:
-    """Where reference latencies are kept between processes: `$XDG_CACHE_HOME/mixnas` or `~/.cache/mixnas`."""
+    """Returns the file with reference latencies, in `$XDG_CACHE_HOME/mixnas` or `~/.cache/mixnas`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mixnas" / "reference_latencies.json"
 
 
 def _read() -> dict[str, dict[str, Any]]:
-    """The entries that make sense; a missing or damaged file is as good as an empty one: it is measured again."""
+    """Returns the valid entries of the file.
+
+    A missing or damaged file counts as empty, so that its latencies are measured again.
+    """
     with contextlib.suppress(NasError):
         data = read_json(references_file(), "reference latencies", dict, NasError)
         return {

@@ -1,8 +1,8 @@
-"""From interleaved times to a figure with its interval.
+"""Computes a latency ratio and its interval from interleaved times.
 
 The statistic was chosen by measurement (`benchmarks/latency_repeatability.py`): over separate processes, the ratio of
 the means of each network's faster half of passes varied least, both on a quiet machine that drifts and beside other
-load. A minimum follows single lucky passes, a median jumps where load comes and goes.
+load. A minimum depends on single lucky passes, and a median jumps when load starts or stops.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ RESAMPLES = 400
 
 
 def faster_half(times_ms: np.ndarray) -> np.ndarray:
-    """Mean of the faster half of the times, along the last axis; the middle one of an odd number counts."""
+    """Returns the mean of the faster half of the times along the last axis, with the middle one of an odd number."""
     ordered = np.sort(times_ms, axis=-1)
     mean: np.ndarray = ordered[..., : (ordered.shape[-1] + 1) // 2].mean(axis=-1)
     return mean
 
 
 def ratio(candidate_ms: np.ndarray, reference_ms: np.ndarray) -> float:
-    """Candidate over reference, of rounds x passes each."""
+    """Returns candidate over reference, from times of shape (rounds, passes) each."""
     return float(faster_half(candidate_ms.ravel()) / faster_half(reference_ms.ravel()))
 
 
 def ratio_interval(candidate_ms: np.ndarray, reference_ms: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of `ratio`, by resampling rounds.
+    """Returns the 95 % interval of `ratio`, by resampling rounds.
 
-    Rounds are drawn in blocks of neighbours, as long as the cube root of their number, so that a disturbance that
-    lasts over some rounds widens the interval as it should (Künsch 1989).
+    Rounds are drawn in blocks of neighbours, whose length is the cube root of the number of rounds. So a disturbance
+    over several rounds widens the interval as it should (Künsch 1989).
 
     Args:
         candidate_ms: times of shape (rounds, passes).
-        reference_ms: times of the same rounds, of shape (rounds, passes).
-        seed: of the resampling.
+        reference_ms: times in the same rounds, of shape (rounds, passes).
+        seed: random seed of the resampling.
     """
     rounds = len(candidate_ms)
     length = max(1, round(rounds ** (1 / 3)))
@@ -44,5 +44,5 @@ def ratio_interval(candidate_ms: np.ndarray, reference_ms: np.ndarray, seed: int
         reference_ms[drawn].reshape(RESAMPLES, -1)
     )
     low, high = np.quantile(ratios, [0.025, 0.975])
-    middle = ratio(candidate_ms, reference_ms)  # of a skewed few, all resamples may lie on one side of it
+    middle = ratio(candidate_ms, reference_ms)  # with few, skewed rounds, all resamples may lie on one side
     return min(float(low), middle), max(float(high), middle)
