@@ -1,6 +1,6 @@
 """Image classification data: what a folder holds (`scan`, `splits`), how an image is decoded, and data sets by name.
 
-`sources` opens a split, `memory` decodes one for a search, `nas.training.images` reads one epoch by epoch.
+`sources` opens a split, `memory` decodes one for a search, `nas.training.batches` reads one epoch by epoch.
 """
 
 from .decoding import BACKGROUND, UnreadableImage, decode, quiet

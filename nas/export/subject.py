@@ -17,7 +17,8 @@ from ..folders.run import Run
 from ..folders.training import Trained, is_training, load_weights
 from ..folders.trial import Trial
 from ..models import create_backbone
-from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
+from ..training.batches import evaluation_batches
+from ..training.images import Held, Subset, TrainingData, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
@@ -210,7 +211,7 @@ def _pictures_of_training(trained: Trained, name: str | None, data_root: str | N
     return Pictures(_decoded(data.train, data, CALIBRATION_IMAGES).pixels, _decoded(unseen, data, MAX_CHECKED), kind)
 
 
-def _decoded(part: Part, data: TrainingData, most: int) -> Images:
+def _decoded(part: Subset, data: TrainingData, most: int) -> Images:
     """A sample of a part; what cannot be read is left out."""
     few = replace(part, indices=part.indices[sample(len(part), most).numpy()])
     batches = list(evaluation_batches(few, data, CALIBRATION_IMAGES, 0, 1, 0))
