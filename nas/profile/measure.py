@@ -113,7 +113,7 @@ def hold_out(
     while sum("failure" not in r for r in records) < count:
         tries += 1
         if tries > 50 * count:
-            raise RunError(f"{config.space.name} has fewer than {count} networks left that can be measured and held out")
+            raise RunError(f"{config.space.name} has no {count} networks left that can be measured and held out")
         architecture = next(draws)
         if architecture.key in seen:
             continue
