@@ -67,11 +67,10 @@ def fitted(
     error: Floats | float = 0.0,
     width: float = 1.0,
 ) -> Predicted:
-    """Predicts the loss at some points, with intervals widened by a given factor; see `forecast` for other arguments.
+    """Predicts the loss at some points, with intervals widened by a given factor.
 
-    Args:
-        error: standard error with which a loss at the points would be measured.
-        width: factor by which the model's intervals are widened; 1 is too narrow.
+    `error` is the standard error with which a loss at the points would be measured. `width` is the factor by which the
+    model's intervals are widened; 1 is too narrow. The other arguments are those of `forecast`.
     """
     posteriors = [
         Posterior(encoding, fit_hyperparameters(encoding, rows, losses, noise, kinds, member), rows, losses, noise)
