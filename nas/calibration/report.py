@@ -257,8 +257,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         else:
             width, value = (difference["high"] - difference["low"]) / 2, abs(middle)
             needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
-            told = f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
-            lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {told}")
+            advice = (
+                f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
+            )
+            lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {advice}")
     if name in BASELINES:
         lines.append("no cheap estimator orders architectures better than counting does")
     return lines

@@ -315,12 +315,13 @@ def _top1(file: Mapping[str, Any]) -> str:
     return "" if share is None else f"{share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f})"
 
 
-def _latency(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _latency(latency: Mapping[str, Any] | None) -> str:
+    if latency is None:
         return "not measured"
-    if "failure" in told:
+    if "failure" in latency:
         return "cannot be timed"
     return (
-        f"{told['ms']:.3f} ms ({told['low_ms']:.3f} to {told['high_ms']:.3f}), {told['runtime']}, {told['device']}, "
-        f"threads: {told['threads']}" + (f", {told['batch_size']} images a pass" if told["batch_size"] > 1 else "")
+        f"{latency['ms']:.3f} ms ({latency['low_ms']:.3f} to {latency['high_ms']:.3f}), {latency['runtime']}, "
+        f"{latency['device']}, threads: {latency['threads']}"
+        + (f", {latency['batch_size']} images a pass" if latency["batch_size"] > 1 else "")
     )

@@ -217,10 +217,10 @@ def broken_file(folder: Path) -> str:
     if not is_export(folder):
         return ""
     shape = {"files": {str: {"file": LINE, "sha256": LINE}}}
-    for told in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
-        file = folder / Path(told["file"]).name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != told["sha256"]:
-            return str(told["file"])
+    for entry in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
+        file = folder / Path(entry["file"]).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+            return str(entry["file"])
     return ""
 
 
@@ -239,8 +239,8 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
     except (DataError, UsageError) as error:
         if settings.data is not None:
             raise
-        told = f"{error}. Files are compared on random images instead (pass --data to say where the images are)"
-        REPEATS.tell(log, "exports compared on random images", told)
+        message = f"{error}. Files are compared on random images instead (pass --data to say where the images are)"
+        REPEATS.tell(log, "exports compared on random images", message)
         images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
         return Material(subject, images, None, None, settings.batch), f"{RANDOM_IMAGES} random images"
     material = Material(
@@ -332,10 +332,10 @@ def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]],
                 files[name]["latency"] = {"failure": str(error)}
         if ready:
             for name, latency in zip(ready, measure_latencies(list(ready.values()), at), strict=True):
-                files[name]["latency"] = _told(latency, at)
+                files[name]["latency"] = _latency_entry(latency, at)
 
 
-def _told(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
+def _latency_entry(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
     return {
         "ms": latency.ms,
         "low_ms": latency.low_ms,

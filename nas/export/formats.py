@@ -92,8 +92,8 @@ class Material:
     @cached_property
     def onnx(self) -> bytes:
         """The program as an ONNX model."""
-        told = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
-        return export_program(self.program, told)
+        metadata = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
+        return export_program(self.program, metadata)
 
     @cached_property
     def onnx_logits(self) -> torch.Tensor:

@@ -190,19 +190,19 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
 
 def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
     """Takes unseen images from the held-out images, or else from the test split, scaled as in the training."""
-    manifest, told = trained.manifest, trained.manifest["data"]
+    manifest, recorded = trained.manifest, trained.manifest["data"]
     asked = manifest["asked"]
     data = open_data(
-        name or told["name"],
+        name or recorded["name"],
         asked["test_data"],
         data_root or asked["data_root"],
-        told["input_size"][1],
-        Held.from_dict(told["held"]),
-        (tuple(told["mean"]), tuple(told["std"])),
-        with_test=not told["num_holdout"],
+        recorded["input_size"][1],
+        Held.from_dict(recorded["held"]),
+        (tuple(recorded["mean"]), tuple(recorded["std"])),
+        with_test=not recorded["num_holdout"],
         classes=asked.get("classes", ()),
     )
-    if data.fingerprint != told["fingerprint"]:
+    if data.fingerprint != recorded["fingerprint"]:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
     unseen, kind = (data.holdout, "held-out") if len(data.holdout) else (data.test, "test")
     if unseen is None:

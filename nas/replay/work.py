@@ -149,7 +149,7 @@ def replay(
     evaluator, conditions = evaluator_of(run, config)
     _check(run, {n: v for n, v in conditions.items() if n not in PLACE and (latency or n not in TIMING)})
     machine = f"{_place(machine_name(config.device), _threads(config))}, torch {describe_software().get('torch')}"
-    _say_where(run, machine, here, latency if timed else None)
+    _warn_of_differences(run, machine, here, latency if timed else None)
     on_cpu = {config.device, str(run.manifest["config"]["device"])} == {"cpu"}
     comparer = Comparer(run, latency, memory=here or on_cpu, exact_memory=on_cpu)
     report = on_done or (lambda *_: None)
@@ -207,16 +207,18 @@ def _check(run: Run, conditions: dict[str, Any]) -> None:
     """
     for name, (then, now) in changed_conditions(run, conditions).items():
         shown = [str((value or {}).get("name") if name == "space" else value)[:80] for value in (then, now)]
-        told = f"{shown[0]} there, {shown[1]} here" if shown[0] != shown[1] else f"{shown[0]}, declared differently"
+        difference = (
+            f"{shown[0]} there, {shown[1]} here" if shown[0] != shown[1] else f"{shown[0]}, declared differently"
+        )
         made_by = run.manifest.get("software", {})
         release = " at ".join(str(made_by[part])[:12] for part in ("mixnas", "commit") if part in made_by)
         raise RunError(
-            f"{run.path} cannot be replayed: its {name} differs ({told}), so the scores would differ too. Use the "
-            f"release that made the run ({release or 'unknown'})"
+            f"{run.path} cannot be replayed: its {name} differs ({difference}), so the scores would differ too. Use "
+            f"the release that made the run ({release or 'unknown'})"
         )
 
 
-def _say_where(run: Run, machine: str, here: bool, latency: bool | None) -> None:
+def _warn_of_differences(run: Run, machine: str, here: bool, latency: bool | None) -> None:
     """Warns if this machine or its torch differs from the original one.
 
     Args:
@@ -229,7 +231,7 @@ def _say_where(run: Run, machine: str, here: bool, latency: bool | None) -> None
     if not here:
         what = {
             None: "accuracies may differ a little",
-            False: "latency is not compared (--latency does it all the same)",
+            False: "latency is not compared (pass --latency to compare it anyway)",
             True: "latencies may differ",
         }[latency]
         there = _place(conditions["device"], conditions["threads"])

@@ -311,10 +311,10 @@ def _kendall(run: Run, rows: Rows) -> str | None:
         return None
     file = run.path / "trained" / "front.json"
     if is_file(file, RunError):
-        told = read_json(file, "a trained front", TRAINED_FRONT, RunError)
-        same = {(row["key"], row.get("accuracy")) for row in told["rows"]} == {(r["key"], r["accuracy"]) for r in rows}
-        if same and told["kendall"]:
-            return f"{tau:.2f} [{told['kendall']['low']:.2f}, {told['kendall']['high']:.2f}]"
+        front = read_json(file, "a trained front", TRAINED_FRONT, RunError)
+        same = {(row["key"], row.get("accuracy")) for row in front["rows"]} == {(r["key"], r["accuracy"]) for r in rows}
+        if same and front["kendall"]:
+            return f"{tau:.2f} [{front['kendall']['low']:.2f}, {front['kendall']['high']:.2f}]"
     return f"{tau:.2f}"
 
 

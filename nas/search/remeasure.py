@@ -46,7 +46,7 @@ MAX_REMEASURED = 24
 """Largest number of networks that are measured again after a search: the front, and the best of those near it."""
 
 PART: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2, "block_ms": 10.0}
-"""Conditions under which the parts of a network are timed. They are coarse: the parts only need to be told apart."""
+"""Conditions under which the parts of a network are timed. They are coarse: the parts only need to be message apart."""
 PARTS_SECONDS = 60.0
 """Start timing the parts of no further network after this many seconds; a resumed search times the rest."""
 
@@ -148,8 +148,8 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
         why = str(error).partition("\n")[0]
-        told = f"The stages of {architecture.key} cannot be measured: {why}"
-        REPEATS.tell(log, "networks whose stages cannot be measured", told)
+        message = f"The stages of {architecture.key} cannot be measured: {why}"
+        REPEATS.tell(log, "networks whose stages cannot be measured", message)
         return []
     return [
         {"part": name, "ms": part.ms, "low_ms": part.low_ms, "high_ms": part.high_ms}
@@ -217,8 +217,8 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
         try:
             ready[name] = prepare_model(build(), evaluator.data.input_size, config)
         except TrialFailure as failure:
-            told = f"{name} cannot be measured in {config.runtime}: {failure}"
-            REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", told)
+            message = f"{name} cannot be measured in {config.runtime}: {failure}"
+            REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", message)
             found[name] = {"failure": f"{failure.reason}: {failure}"}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

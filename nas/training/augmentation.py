@@ -80,7 +80,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def mixup(recipe: Recipe, classes: int) -> Mixup:
-    """Makes what mixes the images and labels of a batch by mixup and CutMix, on the device of the batch."""
+    """Makes the function that mixes images and labels of a batch by mixup and CutMix, on the device of the batch."""
     return Mixup(
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,

@@ -125,8 +125,8 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
         known = timm.get_pretrained_cfg(target.model, allow_unregistered=True).to_dict()
     normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
     if weights is None and config.init == "auto" and target.run:
-        told = f"The run keeps no weights of {target.name}, so its training begins from scratch."
-        REPEATS.tell(log, "trainings that begin from scratch, without weights in the run", told)
+        message = f"The run keeps no weights of {target.name}, so its training begins from scratch."
+        REPEATS.tell(log, "trainings that begin from scratch, without weights in the run", message)
     data = open_data(
         *(config.data, config.test_data, config.data_root, config.input_size),
         *(_held(config, target, weights), normalisation),
@@ -135,8 +135,8 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
     )
     other_classes = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
     if other_classes:
-        told = f"The weights of {target.name} were trained on other classes, so the classifier starts from zero."
-        REPEATS.tell(log, "classifiers that start from zero, for other classes", told, level=logging.INFO)
+        message = f"The weights of {target.name} were trained on other classes, so the classifier starts from zero."
+        REPEATS.tell(log, "classifiers that start from zero, for other classes", message, level=logging.INFO)
     return data, other_classes
 
 
@@ -306,10 +306,10 @@ def train_front(
                 rows.append(row | {"failure": str(error)})
             else:
                 rows.append(row | found)
-        told = FrontTraining(tuple(rows), _order(rows))
+        front_training = FrontTraining(tuple(rows), _order(rows))
         if processes.first:
-            write_file(run.path / "trained" / "front.json", json.dumps(told.to_dict(), indent=2) + "\n")
-    return told
+            write_file(run.path / "trained" / "front.json", json.dumps(front_training.to_dict(), indent=2) + "\n")
+    return front_training
 
 
 def _proxy(trial: Trial) -> float | None:

@@ -254,10 +254,10 @@ class Surrogate:
         new = [point for point in dict.fromkeys(points) if point not in self._known_costs]
         if not new:
             return
-        told = self.problem.cheap([self.knobs.read(point) for point in new])
+        costs = self.problem.cheap([self.knobs.read(point) for point in new])
         for number, point in enumerate(new):
             self._known_costs[point] = {
-                name: (float(mean[number]), float(std[number])) for name, (mean, std) in told.items()
+                name: (float(mean[number]), float(std[number])) for name, (mean, std) in costs.items()
             }
 
 
