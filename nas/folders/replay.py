@@ -14,8 +14,8 @@ from ..objectives.objectives import Scores
 from .files import write_file
 
 FILE = "replay.csv"
-ACCURACY, PROXY, LATENCY, COUNTS = "accuracy", "proxy", "latency", "counts"
-KINDS = (ACCURACY, PROXY, LATENCY, COUNTS)
+ACCURACY, PROXY, LATENCY, COUNTED = "accuracy", "proxy", "latency", "counts"
+KINDS = (ACCURACY, PROXY, LATENCY, COUNTED)
 """Kinds of figures that a replay compares, each with a column for its verdict; memory belongs to counts."""
 COLUMNS = ("trial", "key", "machine", *KINDS, "failure", "scores")
 

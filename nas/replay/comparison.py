@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..folders.replay import ACCURACY, COUNTS, LATENCY, PROXY
+from ..folders.replay import ACCURACY, COUNTED, LATENCY, PROXY
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..objectives.agreement import Figure, as_figure, indistinct
@@ -130,11 +130,11 @@ class Comparer:
         for name in ("params", "macs", "flops"):
             before, after = getattr(then, name), getattr(now, name)
             if before is not None:
-                yield Comparison(COUNTS, name, before, after, before == after)
+                yield Comparison(COUNTED, name, before, after, before == after)
         if self.memory and then.memory_mib is not None:
             tolerance = 0.0 if self.exact_memory else CUDA_MEMORY_TOLERANCE
             close = now.memory_mib is not None and math.isclose(then.memory_mib, now.memory_mib, rel_tol=tolerance)
-            yield Comparison(COUNTS, "memory_mib", then.memory_mib, now.memory_mib, close)
+            yield Comparison(COUNTED, "memory_mib", then.memory_mib, now.memory_mib, close)
 
 
 _Timed = tuple[float, float, float]
