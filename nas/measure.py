@@ -1,4 +1,4 @@
-"""Measure and describe networks, whatever they are."""
+"""Measures and describes any network that a target names."""
 
 from __future__ import annotations
 
@@ -35,27 +35,31 @@ from .scoring.memory import MIB, estimate_memory_mib, is_out_of_memory, measure_
 from .targets import Target
 
 REST = "(rest)"
-"""What the whole takes and no part that was timed on its own does; negative where parts take longer alone."""
+"""Name of the row with the latency of the whole minus that of all parts; negative if parts take longer on their own."""
 
 
 def measure(
     targets: Sequence[Target], input_size: int | None = None, per_stage: bool = False, **conditions: Any
 ) -> list[dict[str, Any]]:
-    """Latency with its interval, throughput, MACs, parameters and peak memory, with the conditions they hold under.
+    """Measures latency with its interval, throughput, MACs, parameters and peak memory, and records the conditions.
 
-    Targets with the same conditions are timed together, in turns, so that their figures are fair to each other.
+    Targets with the same conditions are timed together, in turns, so that their latencies can be compared.
 
     Args:
-        targets: what to measure.
-        input_size: side of the images; None takes each target's own.
-        per_stage: time the stem, the stages and the head (of another family: its top-level parts) on their own too.
-        conditions: of `LatencyConfig`; those not given are the target's own (a run's point is measured as in its run),
-            else the defaults, on any device.
+        targets: the networks.
+        input_size: side of the images in pixels; None takes that of each target.
+        per_stage: whether to time the stem, the stages and the head on their own too; for a network of another family,
+            its top-level modules.
+        conditions: fields of `LatencyConfig`; omitted ones are those of the target (a point of a run is measured as in
+            its run), or else the defaults on any device.
+
+    Returns:
+        A row of figures for each target.
 
     Raises:
-        UsageError: where a condition is not allowed or the images do not suit the network.
-        TrialFailure: where the runtime cannot run a network.
-        NasError: where memory runs out.
+        UsageError: if a condition is not allowed or the images do not suit the network.
+        TrialFailure: if the runtime cannot run a network.
+        NasError: if memory runs out.
     """
     configs = []
     for target in targets:
@@ -78,7 +82,7 @@ def measure(
 
 
 def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
-    """The conditions asked for, and where nothing is asked the target's own as far as they suit the runtime."""
+    """Merges the conditions that are given with those of the target, as far as the latter suit the runtime."""
     own = target.latency
     if own is None:
         return LatencyConfig(**{"device": "auto", **conditions}).here()
@@ -95,7 +99,7 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
 
 
 class _Network:
-    """A target, built and counted in the form that is timed."""
+    """A target, built and counted in the form in which it is timed."""
 
     def __init__(self, target: Target, input_size: int | None, config: LatencyConfig) -> None:
         self.target = target
@@ -106,19 +110,20 @@ class _Network:
 
     @property
     def parts(self) -> list[str]:
-        """Names of its sub-modules that are parts of the whole, in order."""
+        """Names of the sub-modules that are timed as parts, in order."""
         return [path for path, cost in self.cost.parts.items() if path != "(model)" and any(cost)]
 
 
 def _check_memory(target: Target, model: nn.Module, size: tuple[int, int, int], config: LatencyConfig) -> None:
-    """Refuse a pass that this machine's memory cannot hold, before the system ends a program for want of it."""
+    """Refuses a forward pass that does not fit in memory, before the system kills the process for it."""
     if not config.device.startswith("cpu"):
-        return  # a GPU says so itself
+        return  # CUDA raises an error when memory runs out
     free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size, DTYPES[config.dtype])
     if free is not None and needed is not None and needed * MIB > free:
         raise NasError(
             f"{target.name} with a batch of {config.batch_size} images of {size[1]} pixels does not fit in memory: it "
-            f"takes about {needed / 1024:.1f} GiB, and {free / 2**30:.1f} GiB are free. Take a smaller batch or images"
+            f"takes about {needed / 1024:.1f} GiB, and {free / 2**30:.1f} GiB are free. Use a smaller batch or smaller "
+            "images"
         )
 
 
@@ -183,7 +188,7 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
 
 
 def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
-    """Latency of each part, and what is left of the whole."""
+    """Returns a row for each part, and one for the rest of the whole."""
     rows: list[dict[str, Any]] = [
         {
             "part": path,
@@ -199,7 +204,7 @@ def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
 
 
 def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How far the order of a run's points, as recorded there, is the order measured now: a line for each run."""
+    """Compares the recorded order of each run's points with the order measured now, in a line for each run."""
     runs: dict[str, list[int]] = defaultdict(list)
     for i, target in enumerate(targets):
         if target.run and target.recorded is not None:
@@ -223,12 +228,12 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
 
 
 def describe(target: Target, input_size: int | None = None, profile: Profile | None = None) -> dict[str, Any]:
-    """The network part by part: what each stage is, its map, MACs for one image and parameters.
+    """Describes a network part by part: the settings of each stage, its feature map, MACs for one image and parameters.
 
     Args:
         target: the network.
-        input_size: side of the images; None takes the target's own.
-        profile: its model predicts the latency, which is then there as `predicted`.
+        input_size: side of the images in pixels; None takes that of the target.
+        profile: a profile whose model predicts the latency, reported as `predicted`.
 
     Raises:
         UsageError: where the images do not suit the network, or a profile cannot predict it.
@@ -278,8 +283,8 @@ def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
 
 
 def _count(target: Target, model: nn.Module, size: tuple[int, int, int], deployed: bool = True) -> tuple[Fused, Cost]:
-    """The network, as it is deployed where that is asked for, and what it takes."""
-    if target.architecture is not None:  # whatever its size, nothing is computed; it has no training branches
+    """Returns the network, in its deployed form if `deployed`, and its cost."""
+    if target.architecture is not None:  # nothing is computed on the meta device; there are no training branches
         return Fused(model), count_cost(copy.deepcopy(model).to("meta"), size)
     try:
         fused = fuse_branches(model, torch.zeros(1, *size)) if deployed else Fused(model)

@@ -1,4 +1,4 @@
-"""What a user may point at: a preset, any timm model, an architecture file, a point of a run, an exported folder."""
+"""Targets: a preset, any timm model, an architecture file, a point of a run, an exported or a trained folder."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class Target:
     """A network that can be built, measured and described.
 
     Args:
-        name: what to print.
-        build: makes the module, with untrained weights; one of ours on the `device` that it is called with.
-        input_size: side of the images it is meant for.
+        name: name for messages and tables.
+        build: makes the module with random weights; a network with an architecture takes a `device` argument.
+        input_size: side of the images that it is made for, in pixels.
         architecture: its architecture; None for a timm model of another family.
-        note: what a user should know of it; empty where there is nothing to say.
-        latency: the conditions under which its run measured it, for `measure` to repeat; None where there is no run.
-        references: device and runtime -> the reference network's latency that its run's figures hang on.
-        machine: where that was, with the threads torch had.
-        run: the name of the run it is a point of; empty for others.
-        recorded: its latency as that run has it, in milliseconds.
-        model: timm's name of it, where it has no architecture.
-        folder: the run folder, exported or trained folder it lies in.
-        weights: a safetensors file of trained weights, where there is one.
-        data: what those were trained on: `input_size`, `mean`, `std`, and `name` and `classes` where they are known.
+        note: a remark for the user; may be empty.
+        latency: conditions under which its run measured latency, which `measure` repeats; None without a run.
+        references: device and runtime -> latency of the reference network, by which its run normalised latencies.
+        machine: the machine of that run, with its number of torch threads.
+        run: name of the run that it is a point of; empty for others.
+        recorded: latency that the run recorded, in milliseconds.
+        model: name of a timm model without an architecture of ours; else empty.
+        folder: the run folder, exported folder or trained folder that it comes from.
+        weights: a safetensors file with its trained weights, if there is one.
+        data: images that the weights were trained on: `input_size`, `mean`, `std`, and `name` and `classes` if known.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Target:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def reference_ms(self, config: LatencyConfig) -> float | None:
-        """What its run fixed for the reference network, where `config` is how the run measured; None elsewhere."""
+        """Returns the run's latency of the reference network; None if `config` or machine differ from the run's."""
         if self.latency is None:
             return None
         mine, theirs = self.latency.conditions, config.conditions
@@ -76,10 +76,10 @@ class Target:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of an export.
+    """Reads the `config.json` of an export.
 
     Raises:
-        UsageError: where it is missing or damaged.
+        UsageError: if it is missing or damaged.
     """
     shape = {
         "architecture?": LINE,
@@ -94,16 +94,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds an export, of a release that says by `EXPORT` what it wrote."""
+    """Whether a folder holds an export that has an `EXPORT` file; early releases wrote none."""
     return is_file(folder / EXPORT, UsageError)
 
 
 def resolve(text: str) -> Target:
-    """The network a user names.
+    """Finds the network that a user names.
 
     Raises:
-        UsageError: where there is no such network, or its description is not valid.
-        RunError: where the run folder cannot be read.
+        UsageError: if there is no such network, or its description is not valid.
+        RunError: if the run folder cannot be read.
     """
     if text.startswith("timm:"):
         return _timm(text.removeprefix("timm:"))
@@ -128,11 +128,11 @@ def resolve(text: str) -> Target:
 
 
 def resolve_all(text: str) -> list[Target]:
-    """As `resolve`; a run folder without a key stands for all points of its front.
+    """Finds the networks that a user names; a run folder without a key means all points of its front.
 
     Raises:
-        UsageError: as `resolve`, or where the run has no front yet.
-        RunError: where the run folder cannot be read.
+        UsageError: as `resolve`, or if the run has no front yet.
+        RunError: if the run folder cannot be read.
     """
     if not is_run(Path(text)):
         return [resolve(text)]
@@ -177,7 +177,7 @@ def _timm(name: str) -> Target:
 
 
 def _exported(folder: Path, architecture: Architecture) -> Target:
-    """An exported folder: its description is read, its code is not run."""
+    """Finds the network of an exported folder: reads its description, and never runs its code."""
     config = read_config(folder)
     target = _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
     return _with_weights(target, folder, config)
@@ -194,7 +194,7 @@ def _trained(folder: Path) -> Target:
 
 
 def _exported_timm(folder: Path) -> Target:
-    """An exported network of timm's own."""
+    """Finds an exported timm model of another family."""
     config = read_config(folder)
     name, classes = check_network_name(config.get("architecture", "")), config["num_classes"]
     channels, height, width = config["pretrained_cfg"]["input_size"]
@@ -203,7 +203,7 @@ def _exported_timm(folder: Path) -> Target:
 
 
 def _with_weights(target: Target, folder: Path, config: dict[str, Any]) -> Target:
-    """With what an export was trained to."""
+    """Adds the export's trained weights to the target."""
     weights = folder / "model.safetensors"
     found = weights if is_file(weights, UsageError) else None
     return replace(target, folder=folder, weights=found, data=config["pretrained_cfg"])

@@ -15,7 +15,7 @@ import search_spaces
 from nas import commands, consent
 from nas.architecture import Architecture
 from nas.errors import UsageError
-from nas.explain import LEAST, explain
+from nas.explain import FEWEST, explain
 from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.objectives.objectives import OBJECTIVES, Scores
@@ -161,12 +161,12 @@ def test_counts_need_no_model(tmp_path):
 
 
 def test_too_few_trials_leave_what_is_exact(tmp_path):
-    run = make_run(tmp_path / "run", some(LEAST - 1))
+    run = make_run(tmp_path / "run", some(FEWEST - 1))
     found = explain(run, run.front()[0].key)
     untried = [n for n in found.neighbours if not n.tried]
     assert untried
     assert all(set(n.predicted) == {"macs", "params"} and n.on_front is n.gain is None for n in untried)
-    assert f"{LEAST} are needed" in found.summary
+    assert f"{FEWEST} are needed" in found.summary
 
 
 def test_what_is_not_known_is_left_open(tmp_path):
@@ -262,7 +262,7 @@ def test_from_the_command_line(capsys, run, found):
 
 
 def test_as_json(capsys, tmp_path):
-    run = make_run(tmp_path / "run", some(LEAST))
+    run = make_run(tmp_path / "run", some(FEWEST))
     key = run.front()[0].key
     code, out, _ = call(capsys, f"{run.path}@{key[:-4]}", "--json", "--neighbours", "3")
     data = json.loads(out)

@@ -15,6 +15,7 @@ import search_spaces
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
 from nas.report import plots
+from nas.report.scored import describe_stages
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.space import SearchSpace, StageChoices
@@ -47,7 +48,7 @@ def test_files_that_open(run, tmp_path):
     page = html.read_text().replace(r"\u002f", "/")
     for trial in run.trials():
         assert trial.key in page
-        for line in plots.describe_stages(trial.architecture):
+        for line in describe_stages(trial.architecture):
             assert line.partition(": ")[2] in page
     assert "Latency (ms, eager, fp32, batch 1, batch norms folded)" in page
     assert "Proxy params (untrained)" in page

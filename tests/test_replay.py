@@ -234,8 +234,8 @@ def test_data_that_lies_elsewhere(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["conditions"].update(seed=3), "its seed is another (3 there, 0 here)"),
-        (lambda m: m["conditions"].update(epochs=9), "its epochs is another (9 there, 4 here)"),
+        (lambda m: m["conditions"].update(seed=3), "its seed differs (3 there, 0 here)"),
+        (lambda m: m["conditions"].update(epochs=9), "its epochs differs (9 there, 4 here)"),
         (lambda m: m["conditions"]["space"].update(norm="ln"), "declared differently"),
     ],
 )

@@ -33,7 +33,8 @@ from nas.folders.run import STAGES, Run
 from nas.report import facts
 from nas.report.dashboard import ReadOnlyStorage, guarded, serve
 from nas.report.html import report
-from nas.report.plots import differences
+from nas.report.particulars import storage_for_people
+from nas.report.scored import differences
 from nas.search import SearchConfig, search
 
 log = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ def test_full_trainings_beside_the_short_ones(run, tmp_path):
     ],
 )
 def test_secrets_of_a_storage_are_not_shown(url, shown):
-    assert facts.storage_for_people(url) == shown
+    assert storage_for_people(url) == shown
 
 
 def hostile_run(tmp_path) -> Run:
@@ -253,7 +254,7 @@ def test_nothing_of_a_run_becomes_markup(page, tmp_path):
     hostile = report([hostile_run(tmp_path)]).read_text()
     for tag in ("<img", "<script", "</script"):
         assert hostile.count(tag) == page.count(tag)
-    assert facts.storage_for_people("grpc://host:1/?token=x") == "grpc://host:1"
+    assert storage_for_people("grpc://host:1/?token=x") == "grpc://host:1"
 
 
 @pytest.mark.slow
@@ -330,7 +331,7 @@ def test_the_dashboard_shows_one_study_for_reading(run):
         lambda: storage.create_new_trial(0),
         lambda: storage.set_trial_state_values(0, TrialState.FAIL),
     ):
-        with pytest.raises(RuntimeError, match="for reading"):
+        with pytest.raises(RuntimeError, match="read-only"):
             refused()
 
 

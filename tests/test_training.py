@@ -36,18 +36,12 @@ from nas.objectives.objectives import parse_budgets
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
-from nas.training import loop, recipes, work
-from nas.training.images import (
-    Held,
-    batch_size,
-    made_safe,
-    open_data,
-    seed_all,
-    steps_per_epoch,
-    training_batches,
-    training_transform,
-)
+from nas.training import loop, network, recipes, work
+from nas.training.augmentation import made_safe, training_transform
+from nas.training.batches import batch_size, steps_per_epoch, training_batches
+from nas.training.images import Held, open_data
 from nas.training.loop import scaled_side
+from nas.training.randomness import seed_all
 from nas.training.recipes import RECIPES, Auto, Recipe, auto_recipe, find_recipe
 from nas.training.work import TrainConfig, final_accuracy, train, train_front
 
@@ -605,7 +599,7 @@ def test_a_loss_that_is_not_finite_ends_it(images, file, tmp_path):
 def test_the_network_sees_the_memory_format_of_the_recipe(images, tmp_path, monkeypatch, channels_last):
     """Old: always channels last. A network that oneDNN would overrun memory for never is, on the CPU."""
     seen: set[bool] = set()
-    make = work.create_network
+    make = network.create_network
 
     def watched(*args, **kwargs):
         network = make(*args, **kwargs)
@@ -617,7 +611,8 @@ def test_the_network_sees_the_memory_format_of_the_recipe(images, tmp_path, monk
         network.register_forward_pre_hook(see)
         return network
 
-    monkeypatch.setattr(work, "create_network", watched)
+    monkeypatch.setattr(network, "create_network", watched)
+    monkeypatch.setattr(work, "check_sides", lambda *_: None)
     recipe = replace(FULL, channels_last=channels_last)
     train(config("timm:test_resnet", images, tmp_path / "t", recipe=recipe))
     assert seen == {channels_last}
@@ -670,7 +665,7 @@ def test_what_can_be_started_from(images, file, tmp_path, caplog):
     torch.testing.assert_close(weights[1]["head.weight"], weights[0]["head.weight"], rtol=1e-4, atol=1e-5)
     caplog.set_level("INFO")
     other = train(config(first.path, "digits", tmp_path / "other", recipe=replace(still, epochs=1, warmup_epochs=0.0)))
-    assert "the classifier begins anew" in caplog.text
+    assert "so the classifier starts from zero" in caplog.text
     third = load_file(other.path / "model.safetensors")
     assert third["head.weight"].shape[0] == 10
     name = next(n for n in third if n.startswith("stages") and n.endswith("weight"))

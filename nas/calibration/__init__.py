@@ -1,1 +1,1 @@
-"""How far accuracy estimators can be trusted: trainings as truth, scores against them, and the folder of both."""
+"""Calibration of accuracy estimators: their scores are compared with the accuracy after long trainings."""

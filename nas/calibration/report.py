@@ -1,4 +1,7 @@
-"""What a calibration found: each estimator's agreement with the truths, what to use, and how sure that is."""
+"""The report of a calibration: how far each estimator agrees with the truths, and which one to use.
+
+A truth is the accuracy of an architecture after a long training.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,24 @@ from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
 
 FEWEST = 10
-"""Truths that a report needs."""
+"""Fewest truths for a report."""
 LOW_SHARE = 4
-"""The second training of an architecture ends at the last rung before this share of the epochs, unless repeated."""
+"""Divisor of the epochs of a truth. A second training that is not repeated in full ends at the last rung within this
+share."""
 CHEAP_SHARE = 0.1
-"""Of a truth's time: what takes no longer counts as cheap."""
+"""An estimator is cheap if it takes at most this share of the time of a truth."""
 BANDS = ("fast", "middle", "slow")
 BASELINES = ("params", "macs")
 
 
 @dataclass(frozen=True)
 class _Column:
-    """An estimator's scores of the architectures, NaN where it has none, and its seconds for each."""
+    """The scores of an estimator.
+
+    Args:
+        scores: one score for each architecture; NaN where it has none.
+        seconds: mean seconds for an architecture.
+    """
 
     scores: np.ndarray
     seconds: float
@@ -38,22 +47,24 @@ class _Column:
 
 
 def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
-    """Compare every estimator with the truths of `epochs` epochs.
+    """Compares every estimator with the truths of `epochs` epochs.
 
     Returns:
-        `count`, `epochs`, `truth_seconds`, `ceiling` (truth against truth with another seed), `rows` (one for each
-        estimator, best first), `choice` (what was chosen on resamples, and how it did on what they left out),
-        `recommended`, `verdict` (lines for people) and `ensemble`.
+        `count`, `epochs`, `truth_seconds`, `ceiling` (truths against truths with another seed), `rows` (one for each
+        estimator, best first), `choice` (the estimator chosen on each resample, and its agreement on the architectures
+        that the resample leaves out), `recommended`, `verdict` (lines of text) and `ensemble`.
 
     Raises:
-        RunError: where too few truths are known.
+        RunError: if too few truths are known.
     """
     first = int(found.manifest["seed"])
     rungs = {seed: _rungs(found, seed) for seed in (first, first + 1)}
     final, again = (rungs[seed].get(epochs, {}) for seed in (first, first + 1))
     if len(final) < FEWEST:
         known = ", ".join(f"{len(part)} of {e}" for e, part in sorted(rungs[first].items())) or "none"
-        raise RunError(f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: go on, or set --epochs so")
+        raise RunError(
+            f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: resume, or set --epochs to fit"
+        )
     latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
     if unknown := sorted(final.keys() - latency.keys()):
         raise RunError(f"{found.path} is damaged: its pool.csv has no latency of {unknown[0]}")
@@ -63,7 +74,7 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     columns = _columns(found, keys, {e: rungs[first + 1].get(e, {}) for e in Fidelity(low_epochs(epochs)).rungs})
     cheap = {name: c for name, c in columns.items() if c.seconds <= CHEAP_SHARE * truth_seconds}
     ensemble, columns["ensemble"] = _ensemble(cheap, truths, CHEAP_SHARE * truth_seconds)
-    # only what has a score of every architecture can be chosen
+    # only an estimator with a score for every architecture can be chosen
     cheap = {name: column for name, column in {**cheap, "ensemble": columns["ensemble"]}.items() if column.complete}
     rows = [_row(name, column, columns, truths, truth_seconds) for name, column in columns.items()]
     rows.sort(key=lambda row: row["kendall"]["value"] if row["kendall"] else -math.inf, reverse=True)
@@ -85,12 +96,12 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
 
 
 def low_epochs(epochs: int) -> int:
-    """Epochs of the second training of an architecture that is not repeated in full."""
+    """Returns the epochs of a second training that is not repeated in full."""
     return max(e for e in (1, *Fidelity(epochs).rungs) if e == 1 or e <= epochs // LOW_SHARE)
 
 
 def _rungs(found: Calibration, seed: int) -> dict[int, dict[str, Rung]]:
-    """Epochs -> key -> where that training stood then."""
+    """Collects the rungs of all trainings with a seed: epochs -> key -> rung."""
     rungs: dict[int, dict[str, Rung]] = {}
     for (key, its_seed), curve in found.truths().items():
         for rung in curve if its_seed == seed else ():
@@ -101,7 +112,10 @@ def _rungs(found: Calibration, seed: int) -> dict[int, dict[str, Rung]]:
 def _columns(
     found: Calibration, keys: Sequence[str], trainings: Mapping[int, Mapping[str, Rung]]
 ) -> dict[str, _Column]:
-    """Estimator -> scores; a short training counts with another seed than the truth's, as it would in a search."""
+    """Collects the scores of each estimator by its name.
+
+    A short training counts as an estimator. It has another seed than the truth, as it would in a search.
+    """
     columns = {}
     rows = found.rows("scores")
     for name in ESTIMATORS:
@@ -117,10 +131,10 @@ def _columns(
 
 
 def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -> tuple[Ensemble, _Column]:
-    """Fitted on all truths, and what it says of each when fitted on others (ten parts, ten times).
+    """Fits the ensemble on all truths; also returns its cross-validated scores (ten folds, ten times).
 
-    Members are the cheapest first, as long as they cost `budget` seconds together; of several short trainings the
-    longest, whose beginning the others are.
+    Members are taken from the cheapest on, while together they cost at most `budget` seconds. Of several short
+    trainings the longest is taken, because it contains the others.
     """
     whole: dict[str, _Column] = {}
     for name, column in sorted(cheap.items(), key=lambda item: item[1].seconds):
@@ -131,9 +145,9 @@ def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -
     rng, repeats = np.random.default_rng(0), 10
     predicted = np.zeros(len(truths))
     for _ in range(repeats):
-        for part in np.array_split(rng.permutation(len(truths)), 10):
-            rest = np.setdiff1d(np.arange(len(truths)), part)
-            predicted[part] += Ensemble.fit(members, scores[rest], truths[rest]).predict(scores[part]) / repeats
+        for fold in np.array_split(rng.permutation(len(truths)), 10):
+            rest = np.setdiff1d(np.arange(len(truths)), fold)
+            predicted[fold] += Ensemble.fit(members, scores[rest], truths[rest]).predict(scores[fold]) / repeats
     seconds = sum(column.seconds for name, column in whole.items())
     return Ensemble.fit(members, scores, truths), _Column(predicted, seconds)
 
@@ -172,12 +186,12 @@ def _figure(statistic: Statistic, scores: np.ndarray, truths: np.ndarray) -> dic
 
 
 def _plain(figure: Interval) -> dict[str, float] | None:
-    """As it is written; None where it is not defined."""
+    """Returns plain data; None if the statistic is not defined."""
     return asdict(figure) if math.isfinite(figure.value) else None
 
 
 def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> Interval:
-    """Of Kendall's correlations with the truth, on the same resamples."""
+    """Returns how much larger the Kendall correlation of `scores` with the truths is, on the same resamples."""
     known = np.isfinite(scores) & np.isfinite(others)
     a, b, t = scores[known], others[known], truths[known]
     if len(t) < 3:
@@ -188,7 +202,7 @@ def _difference(scores: np.ndarray, others: np.ndarray, truths: np.ndarray) -> I
 def _choice(
     cheap: Mapping[str, _Column], baselines: Mapping[str, _Column], truths: np.ndarray, resamples: int = 300
 ) -> dict[str, Any]:
-    """Choose the best on a resample, look how it does on the architectures that are not in it; again and again."""
+    """Chooses the best estimator on each of many resamples, and scores it on the architectures that are not in it."""
     rng, count = np.random.default_rng(1), len(truths)
     names = list(cheap)
     chosen: dict[str, int] = dict.fromkeys(names, 0)
@@ -223,7 +237,7 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"recommended: {name}, Kendall {format_figure(Interval.of(row['kendall']))} at "
         f"{100 * row['share_of_truth']:.1f} % "
-        f"of a truth's time; choosing on some architectures and looking at the others gives "
+        f"of a truth's time; chosen on some architectures and tested on the others, it is "
         f"{choice['kendall']['value']:.2f}",
         f"truth against truth with another seed ({report['ceiling']['count']} architectures): "
         f"{format_figure(Interval.of(again))}"
@@ -232,7 +246,7 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     for other, plain in row["against"].items():
         if plain is None or other not in choice["against"]:
             continue
-        # the best of several looks better than it is: the middle is that on architectures it was not chosen on
+        # the best of several looks better than it is, so the middle comes from architectures it was not chosen on
         middle = choice["against"][other]["value"]
         whole = Interval(**plain)
         difference = Interval(middle, middle - (whole.value - whole.low), middle + (whole.high - whole.value))
@@ -243,17 +257,23 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         else:
             width, value = difference.half_width, abs(middle)
             needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
-            told = f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
-            lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {told}")
+            advice = (
+                f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
+            )
+            lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {advice}")
     if name in BASELINES:
-        lines.append("nothing that is cheap orders architectures better than counting does")
+        lines.append("no cheap estimator orders architectures better than counting does")
     return lines
 
 
 def noiseless(kendall: float) -> float:
-    """Kendall's correlation with truths that a score of their means would have, from that of truths with each other.
+    """Estimates the Kendall correlation with the truths of a score without noise: the mean of all possible truths.
 
-    For normal errors: between truths it is 2/pi asin(r), between truths and their means 2/pi asin(sqrt(r)).
+    With normal errors, Kendall's correlation is 2/pi asin(r) between two sets of truths, and 2/pi asin(sqrt(r)) between
+    truths and their means.
+
+    Args:
+        kendall: Kendall correlation between two sets of truths.
     """
     return 2 / math.pi * math.asin(math.sqrt(math.sin(math.pi / 2 * kendall)))
 

@@ -1,4 +1,4 @@
-"""Draw architectures stratified by latency, train them, score them: resumable, and extended by a later call."""
+"""Draws architectures stratified by latency, trains them and scores them; a later call resumes or extends this."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ from ..space import SearchSpace
 from .report import FEWEST, low_epochs, trust_report
 
 POOL = 3
-"""Random architectures that are timed for each that is trained."""
+"""Number of random architectures that are timed for each one that is trained."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What to calibrate on, and with how much effort.
+    """Settings of a calibration.
 
     Args:
-        space: whose architectures.
-        data: a data set as `nas.data` names it.
-        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
-        classes: of a folder or an archive of images, the class folders; empty to find them.
-        input_size: side of the images; None takes the data's own.
-        max_images: of a larger training split, a stratified sample of this many is used.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; trains and times.
-        count: architectures that are trained.
-        epochs: of a truth.
-        repeats: of the architectures, so many are trained in full with a second seed, for the noise of truths.
-        batch_size: images a training step.
-        seed: of the architectures, the initial weights and the training; the second seed is the next.
-        share_device: train without waiting for other processes that use the device.
+        space: the search space.
+        data: name of a data set, see `nas.data`.
+        data_root: folder of the `torch/NAME` and `hfds/NAME` data sets.
+        classes: class folders of a folder or an archive of images; empty finds them.
+        input_size: side of the images in pixels; None takes the native size of the data.
+        max_images: a larger training split is replaced by a stratified sample of this many images.
+        device: device that trains and times.
+        count: number of architectures to train.
+        epochs: epochs of a truth.
+        repeats: number of architectures that are trained in full with a second seed, to measure the noise of truths.
+        batch_size: images in a training step.
+        seed: seed of the architectures, the initial weights and the training; the second seed is the next number.
+        share_device: whether to train without waiting for other processes that use the device.
     """
 
     space: SearchSpace
@@ -78,7 +78,9 @@ class CalibrationConfig:
             if value < least:
                 raise UsageError(f"{name} is {value}: it must be at least {least}")
         if self.count > self.space.size:
-            raise UsageError(f"space {self.space.name} has {self.space.size} architectures, {self.count} are asked for")
+            raise UsageError(
+                f"space {self.space.name} has {self.space.size} architectures, but {self.count} are asked for"
+            )
         if self.repeats > self.count:
             raise UsageError(f"{self.repeats} repeats of {self.count} architectures: ask for {self.count} at most")
 
@@ -88,21 +90,23 @@ class CalibrationConfig:
         return calibration_folder(self.space.name, self.data)
 
 
-Step = Callable[[int, int, str], None]
+OnStep = Callable[[int, int, str], None]
 
 
-def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: Step | None = None) -> Calibration:
-    """Train, score and compare; what is done already is not done again, and a killed training goes on at its last rung.
+def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: OnStep | None = None) -> Calibration:
+    """Trains and scores architectures, and compares the two.
+
+    Finished work is not repeated, and a killed training resumes at its last rung.
 
     Args:
-        config: on what; an existing folder must be of the same but for `count`, `epochs` and `repeats`.
-        path: the folder; None for `config.folder`.
-        on_step: called after each step with how many are done, how many there are, and what was done.
+        config: the settings; those of an existing folder may differ in `count`, `epochs` and `repeats` only.
+        path: the folder of the calibration; None for `config.folder`.
+        on_step: called after each step with the number of steps done, the number of all steps, and what was done.
 
     Raises:
-        RunError: where the folder has a calibration of something else, or cannot be written.
-        DataError: for an unusable data set.
-        UsageError: where images are too small for the space.
+        RunError: if the folder has a calibration with other settings, or cannot be written.
+        DataError: if the data set cannot be used.
+        UsageError: if the images are too small for the space.
     """
     config, path = replace(config, device=resolve_device(config.device)), path or config.folder
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
@@ -119,9 +123,9 @@ def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: Step
 
 
 class _Work:
-    """The steps of one call, in an order that makes an early end useful."""
+    """The steps of one call, in an order that makes the results useful if the call is interrupted."""
 
-    def __init__(self, config: CalibrationConfig, found: Calibration, data: ImageData, on_step: Step) -> None:
+    def __init__(self, config: CalibrationConfig, found: Calibration, data: ImageData, on_step: OnStep) -> None:
         self.config, self.found, self.data, self.on_step = config, found, data, on_step
         self.low_epochs = low_epochs(config.epochs)
         self.truths = found.rows("truths")
@@ -144,7 +148,10 @@ class _Work:
         self.on_step(self.done, self.total, note)
 
     def _choose(self) -> list[Architecture]:
-        """As many as are wanted, one from each part of the pool by latency, in that order; trained ones are kept."""
+        """Chooses architectures from the pool, sorted by latency, one for each of `count` equal parts.
+
+        Architectures that are already trained are always among them.
+        """
         pool = self._pool()
         failed = {row["key"] for row in self.truths if row["failure"]}
         timed = [row for row in pool if not row["failure"] and row["key"] not in failed]
@@ -260,7 +267,7 @@ class _Work:
 
 
 def _spread(items: Sequence[Architecture]) -> Iterator[Architecture]:
-    """All items in an order whose every beginning is spread over the whole."""
+    """Yields all architectures in an order whose every prefix is spread over the whole range."""
     order = np.random.default_rng(0).permutation(len(items))
     yield from (items[int(i)] for i in order)
 
@@ -277,7 +284,9 @@ def _load(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
     except Exception as error:
-        raise RunError(f"{path} is damaged ({type(error).__name__}): delete it, and its training starts anew") from None
+        raise RunError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and its training starts again"
+        ) from None
 
 
 def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> Calibration:

@@ -30,7 +30,7 @@ def _front_table(run: Run, front: list[Trial]) -> Table:
 def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
     from ..objectives.objectives import OBJECTIVES as ALL
     from ..objectives.text import format_score
-    from ..report.plots import describe_stages
+    from ..report.scored import describe_stages
 
     points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]

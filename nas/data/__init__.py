@@ -1,7 +1,7 @@
 """Data for image classification: the content of a folder, decoding of images, and data sets by name.
 
 `scan` and `splits` find classes and splits in a folder. `sources` opens a split by name, with `files` for folders and
-archives and `installed` for sets of other packages. `memory` decodes a split for a search, and `nas.training.images`
+archives and `installed` for sets of other packages. `memory` decodes a split for a search, and `nas.training.batches`
 reads a split epoch by epoch.
 """
 

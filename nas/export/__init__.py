@@ -1,13 +1,13 @@
-"""A trained network as a folder that others use: timm, ONNX Runtime or torch, without this project.
+"""Exports a trained network as a folder for timm, ONNX Runtime or torch; using it does not need this project.
 
-config.json           timm's: entry point, architecture, image size, mean and deviation, class names
+config.json           configuration of timm: entry point, architecture, image size, mean and deviation, class names
 model.safetensors     the weights
-architecture.json     the architecture, and
-mixnas_model/         the model's source: importing it registers the entry point (a network of timm's own needs neither)
+architecture.json     the architecture; timm models of another family have none
+mixnas_model/         source of the model, which registers the entry point when imported; timm models have none
 preprocessing.json    how an image becomes the network's input, for programs without torch
-README.md             the model card: what it is, what was measured on which machine, how to load it
-export.json           the same figures as data: each file's size and sum, its distance from eager, its latency
-model.onnx, model.int8.onnx, model.pt2   further formats, where asked for
+README.md             the model card: what the network is, how to load it, what was measured on which machine
+export.json           the same figures as data: size and checksum of each file, its distance from eager, its latency
+model.onnx, model.int8.onnx, model.pt2   further formats, if asked for
 """
 
 from ..targets import read_config

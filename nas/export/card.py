@@ -1,4 +1,4 @@
-"""The model card: what the network is, how to load it, what was measured and where."""
+"""The model card of an export: what the network is, how to load it, and what was measured on which machine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MARKUP = re.compile(r"([\\`*_\[\]|~])")
 
 
 def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str:
-    """Markdown with the metadata that Hugging Face reads.
+    """Writes the model card as Markdown, with the metadata that Hugging Face reads.
 
     Args:
         subject: the network.
-        report: what `export.json` holds.
-        package: the name of the folder with the model's source.
+        report: content of `export.json`.
+        package: name of the folder with the source of the model.
     """
     versions = subject.manifest["software"].items()
     software = ", ".join(f"{name} {version}" for name, version in versions if name != "commit" and version)
@@ -42,7 +42,7 @@ def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str
 ## Use
 
 {_use(subject, package)}
-Class names lie in `config.json`; `preprocessing.json` says how an image becomes the input, for programs without torch.
+`config.json` has the class names. `preprocessing.json` says how an image becomes the input, for programs without torch.
 
 ## Measured
 
@@ -59,12 +59,12 @@ Trained on: {_machine(machine)}; {as_text(machine["platform"])}. Software: {as_t
 
 
 def plain(text: str) -> str:
-    """A name for the inside of Markdown code, in a table too: no backticks, no bars, one line."""
+    """Makes a name safe inside Markdown code and tables: one line without backticks and bars."""
     return " ".join(text.replace("`", "'").replace("|", "/").split())
 
 
 def as_text(text: object) -> str:
-    """What a file says, for the inside of Markdown: shown as it is, in one line, as no markup and no HTML."""
+    """Escapes foreign text for Markdown, so that it is shown literally in one line, never as markup or HTML."""
     return " ".join(_MARKUP.sub(r"\\\1", html.escape(str(text), quote=False)).split())
 
 
@@ -74,14 +74,14 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _data_set(name: str) -> str:
-    """What a data set is called: of the folders `photos/train` and `photos/val` it is `photos`."""
+    """Returns the name of a data set without its split: `photos` for the folders `photos/train` and `photos/val`."""
     path = Path(name if name.startswith(("torch/", "hfds/")) else os.path.abspath(name))
     split = path.is_absolute() and split_kind(path.name.removesuffix(".tar")) is not None
     return plain(path.parent.name if split and path.parent.name else path.name)
 
 
 def _metadata(subject: Subject) -> str:
-    """YAML, written as JSON, which it contains: no name can break out of it."""
+    """Returns the metadata as YAML. The values are written as JSON, which YAML includes, so no name can break out."""
     data = _data_set(subject.data["name"])
     fields: dict[str, Any] = {
         "library_name": "timm",
@@ -112,7 +112,7 @@ def _metadata(subject: Subject) -> str:
 
 
 def _foreign(subject: Subject) -> bool:
-    """Whether somebody else's weights may have gone into it: their licence is theirs to say."""
+    """Whether the training may have used weights of somebody else, whose licence is unknown."""
     if subject.trained is None:
         return False
     asked = subject.trained.manifest["asked"]
@@ -120,7 +120,7 @@ def _foreign(subject: Subject) -> bool:
 
 
 def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
-    """Split -> what the weights reach on it."""
+    """Returns the accuracy of the weights on each split: name of the split -> accuracy."""
     if subject.trained is not None:
         result = subject.trained.result or {}
         return {name: share for name in ("test", "holdout") if (share := result.get(name)) is not None}
@@ -171,8 +171,8 @@ import timm
 backbone = timm.create_model("local-dir:{folder}", pretrained=True, features_only=True)
 ```
 
-Images were read as a viewer shows them: turned by their EXIF orientation, transparent parts on white, 16-bit values
-scaled (`preprocessing.json` says it in full). Read them likewise before timm's transform:
+The training read images as a viewer shows them: turned by their EXIF orientation, transparent parts on white, 16-bit
+values scaled (`preprocessing.json` has the details). Read them in the same way before timm's transform:
 
 ```python
 from PIL import Image, ImageOps
@@ -192,12 +192,17 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config(model=mod
 logits = model.eval()(transform(read("photo.jpg")).unsqueeze(0))
 ```
 
-Uploaded to the Hugging Face Hub as it is, the folder is `hf-hub:NAME/REPOSITORY`, a model {hub}.
+You can upload the folder to the Hugging Face Hub as it is. It is then `hf-hub:NAME/REPOSITORY`, a model {hub}.
 """
 
 
 def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
-    """Rows of a table; `deployed` is what `export.json` says of another family's network."""
+    """Returns the rows of the table of figures.
+
+    Args:
+        subject: the network.
+        deployed: cost of the deployed form, for a network of another family; else None.
+    """
     form = f", {plain(deployed['form'])}" if deployed is not None and deployed["form"] else ""
     rows = [f"| parameters{', as trained' if form else ''} | {sum(p.numel() for p in subject.model.parameters()):,} |"]
     scores = None if subject.trial is None else subject.trial.scores
@@ -235,17 +240,18 @@ def _training(subject: Subject) -> str:
     if subject.trained is not None:
         manifest, result = subject.trained.manifest, subject.trained.result or {}
         return (
-            f"Weights are those of a full training: recipe `{plain(manifest['recipe']['name'])}`, "
+            f"The weights come from a full training: recipe `{plain(manifest['recipe']['name'])}`, "
             f"{result.get('epochs', manifest['recipe']['epochs'])} epochs on {data['num_train']:,} images of "
             f"{height}x{width}, seed {manifest['seed']}"
-            + ("" if manifest["init"] == "scratch" else f", on from `{plain(Path(manifest['init']).name)}`")
+            + ("" if manifest["init"] == "scratch" else f", starting from `{plain(Path(manifest['init']).name)}`")
             + (f", taught by `{plain(manifest['asked']['teacher'])}`" if manifest["asked"]["teacher"] else "")
             + "."
         )
     config = subject.manifest["config"]
     return (
-        f"Weights are those of the search's short training ({config['epochs']} epochs on {data['num_train']:,} images "
-        f"of {height}x{width}, seed {config['seed']}): good for ranking and as a start, not a finished model."
+        f"The weights come from the search's short training ({config['epochs']} epochs on {data['num_train']:,} images "
+        f"of {height}x{width}, seed {config['seed']}). They are good for ranking and as initial weights, but the model "
+        "is not fully trained."
     )
 
 
@@ -276,7 +282,7 @@ def _files(report: Mapping[str, Any]) -> str:
     text = "\n".join(lines)
     software = report["software"]
     fixed = any(file.get("batch") for file in report["files"].values())
-    together = "Whatever is beside it in a pass, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
+    together = "Whatever else is in its batch, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
     text += f"\n\nCompared with the trained network in eager torch on {as_text(report['compared_on'])}"
     if (int8 := report["files"].get("int8")) is not None:
         change = int8.get("change")
@@ -309,12 +315,13 @@ def _top1(file: Mapping[str, Any]) -> str:
     return "" if share is None else f"{share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f})"
 
 
-def _latency(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _latency(latency: Mapping[str, Any] | None) -> str:
+    if latency is None:
         return "not measured"
-    if "failure" in told:
+    if "failure" in latency:
         return "cannot be timed"
     return (
-        f"{told['ms']:.3f} ms ({told['low_ms']:.3f} to {told['high_ms']:.3f}), {told['runtime']}, {told['device']}, "
-        f"threads: {told['threads']}" + (f", {told['batch_size']} images a pass" if told["batch_size"] > 1 else "")
+        f"{latency['ms']:.3f} ms ({latency['low_ms']:.3f} to {latency['high_ms']:.3f}), {latency['runtime']}, "
+        f"{latency['device']}, threads: {latency['threads']}"
+        + (f", {latency['batch_size']} images a pass" if latency["batch_size"] > 1 else "")
     )

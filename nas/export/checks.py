@@ -1,4 +1,4 @@
-"""Whether what was written does what the network does: its output beside eager's, image by image."""
+"""Checks of an exported file: its output is compared with that of the network in eager torch, image by image."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from ..errors import NasError
 from ..scoring.accuracy.trust import share_of
 
 Call = Callable[[torch.Tensor], torch.Tensor]
-"""Normalised images `(B, C, H, W)` to logits `(B, classes)`."""
+"""Maps normalised images `(B, C, H, W)` to logits `(B, classes)`."""
 BATCHES = (1, 2, 5)
-"""Sizes of a batch that must not matter; a file that takes another number gets them filled up."""
+"""Batch sizes that must give each image the same logits; a file with a fixed batch size gets them padded."""
 AT_ONCE = 64
+"""Batch size of a comparison, unless the file has a fixed one."""
 ALLOWED_FLIPS = 1e-3
-"""Share of the images whose class may change where only rounding differs: those with two nearly equal logits."""
+"""Share of the images whose class may change by rounding, because two of their logits are nearly equal."""
 Z = 1.96
+"""Quantile of the normal distribution for a 95 % interval."""
 
 
 def logits_of(call: Call, images: torch.Tensor, batch: int | None = None) -> torch.Tensor:
-    """The output for all images, `batch` at a time."""
+    """Returns the logits of all images, computed in batches of `batch`."""
     with torch.inference_mode():
         return torch.cat([call(chunk).float().cpu() for chunk in images.split(batch or AT_ONCE)])
 
 
 def check_batches(call: Call, images: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:
-    """Raise where an image's logits hang on how many are beside it.
+    """Checks that the logits of an image do not depend on the batch size.
 
     Args:
-        call: what is checked.
-        images: normalised.
-        found: what it gave for them.
+        call: the exported network.
+        images: normalised images.
+        found: its logits of these images.
         tolerance: allowed difference, as a share of the largest logit.
 
     Raises:
-        NasError: where they do.
+        NasError: if they do.
     """
     for batch in BATCHES:
         chosen = torch.arange(batch) % len(images)
@@ -49,14 +51,17 @@ def check_batches(call: Call, images: torch.Tensor, found: torch.Tensor, toleran
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest expected value; infinite where shapes differ, NaN where a value is."""
+    """Returns the largest difference over the largest expected value.
+
+    It is infinite if the shapes differ, and NaN if a value is NaN.
+    """
     if found.shape != expected.shape:
         return math.inf
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Any]:
-    """How far logits are from those expected, and top-1 accuracy of both where the classes are known."""
+    """Compares logits with the expected ones; includes the top-1 accuracy of both if the labels are known."""
     figures: dict[str, Any] = {
         "max_abs_difference": float((found - expected).abs().max()),
         "max_relative_difference": relative(found, expected),
@@ -76,12 +81,15 @@ def compare(found: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor | 
 
 
 def paired_interval(gained: int, lost: int, of: int) -> tuple[float, float]:
-    """95 % interval of the change of an accuracy on the same images, in percent points (Agresti and Min, 2005).
+    """Returns the 95 % interval of a change in accuracy on the same images (Agresti and Min, 2005).
 
     Args:
-        gained: images that are right only now.
-        lost: images that were right only before.
-        of: all images.
+        gained: number of images that are right only now.
+        lost: number of images that were right only before.
+        of: number of all images.
+
+    Returns:
+        The lower and the upper end, in percent points.
     """
     b, c, n = gained + 0.5, lost + 0.5, of + 2
     middle, half = (b - c) / n, Z * math.sqrt(b + c - (b - c) ** 2 / n) / n

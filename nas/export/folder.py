@@ -1,4 +1,4 @@
-"""An export's folder: it appears whole or not at all, every file compared with eager before it does."""
+"""Writes the folder of an export. It appears complete or not at all, and every file is compared with eager before."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ PACKAGE = "mixnas_model"
 SOURCES = ("architecture", "errors.py", "models")
 FORMAT = 1
 RANDOM_IMAGES = 64
-"""On which files are compared where there are no others."""
+"""Number of random images on which files are compared if the data set cannot be read."""
 MAX_BATCH = 1024
 MAX_DROP = 5.0
-"""Percent points of accuracy: a file that loses more is not handed over."""
+"""Largest loss of accuracy in percent points; a file that loses more is not written."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How networks are exported.
+    """Settings of an export.
 
     Args:
-        formats: rows of `FORMATS`; `timm` is always made.
-        weights: `trained`, `proxy`, or `auto` for the former where there are any.
-        data: where the images lie; None for where they lay when the weights were trained.
-        data_root: likewise, for sets by name.
-        latency: under which conditions files are timed, each in its own runtime; None for not at all.
-        batch: images that a pass of every file but timm's takes; None for any number.
+        formats: names in `FORMATS`; `timm` is always written.
+        weights: `trained`, `proxy`, or `auto`, which takes trained weights if there are any.
+        data: location of the images; None for their location when the weights were trained.
+        data_root: folder of installed data sets, likewise.
+        latency: conditions under which each file is timed in its own runtime; None times nothing.
+        batch: fixed batch size of every file except timm's; None allows any batch size.
 
     Raises:
-        UsageError: where a format is not known, its packages are not installed, or none of them has a fixed batch.
+        UsageError: if a format is unknown, its packages are not installed, or `batch` is set and no format can fix it.
     """
 
     formats: tuple[str, ...] = ("timm",)
@@ -73,7 +73,7 @@ class Settings:
                 raise unknown_name("format", name, FORMATS)
             FORMATS[name].check_installed(name)
         if self.batch is not None and not 1 <= self.batch <= MAX_BATCH:
-            raise UsageError(f"a pass of {self.batch} images: from 1 to {MAX_BATCH} are allowed")
+            raise UsageError(f"a pass of {self.batch} images: it must be from 1 to {MAX_BATCH}")
         if self.batch is not None and not any(FORMATS[name].deployed for name in self.formats):
             fixed = ", ".join(name for name, kind in FORMATS.items() if kind.deployed)
             raise UsageError(f"--batch is for the formats {fixed}: name one by --format")
@@ -81,13 +81,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of one network.
+    """The result of exporting one network.
 
     Args:
-        key: of the network.
-        folder: what was made; None where nothing was.
-        report: what `export.json` holds.
-        failures: format -> why it was not written; `timm` stands for the whole.
+        key: key of the network.
+        folder: the folder; None if the export failed.
+        report: content of `export.json`.
+        failures: format -> why it was not written; `timm` if the whole export failed.
     """
 
     key: str
@@ -97,18 +97,18 @@ class Exported:
 
 
 def export(run: Run, key: str, out: Path | None = None, settings: Settings | None = None) -> Path:
-    """Export the architecture whose key is (or begins with) `key` and return its folder.
+    """Exports an architecture of a run, and returns the folder.
 
     Args:
         run: the run that scored it.
-        key: of a point with trained weights: one of the front, in a run whose proxy trains.
-        out: the folder to make; None makes `exports/<key>` in the run folder.
-        settings: how; None for timm alone, not timed.
+        key: key, or its beginning, of a point with trained weights: a point of the front, in a run whose proxy trains.
+        out: the folder to write; None writes `exports/<key>` in the run folder.
+        settings: the settings; None writes timm's format only, and times nothing.
 
     Raises:
-        UsageError: where the key is unknown, or the folder exists and is not an export.
-        RunError: where there are no such weights.
-        NasError: where the exported model does not give the same output (a bug worth reporting).
+        UsageError: if the key is unknown, or the folder exists and is not an export.
+        RunError: if there are no such weights.
+        NasError: if the exported model does not give the same output (a bug worth reporting).
     """
     settings = settings or Settings()
     trial = run.find(key)
@@ -123,24 +123,27 @@ def export(run: Run, key: str, out: Path | None = None, settings: Settings | Non
 def export_each(
     path: Path, keys: Sequence[str], everything: bool, out: Path | None, settings: Settings
 ) -> Iterator[Exported]:
-    """Export points of a run, or what a training made, one after another; one that fails does not stop the others.
+    """Exports points of a run, or the network of a training, one after another; a failure does not stop the others.
 
     Args:
-        path: a run's folder, or a training's.
-        keys: the points of a run, by their keys or the start of them.
-        everything: all points of the front.
-        out: the folder in which each gets its own; None for `exports` in `path`.
-        settings: how.
+        path: the folder of a run or of a training.
+        keys: keys of the run's points, or their beginnings.
+        everything: whether to export all points of the front.
+        out: the folder that gets one folder for each network; None for `exports` in `path`.
+        settings: the settings.
+
+    Yields:
+        The result for each network.
 
     Raises:
-        UsageError: where a key is unknown, or keys do not go with the folder.
-        RunError: where the folder cannot be read.
-        NasError: where the run has no front yet.
+        UsageError: if a key is unknown, or keys do not go with the folder.
+        RunError: if the folder cannot be read.
+        NasError: if the run has no front yet.
     """
     waiting: dict[str, Callable[[], Subject]]
     if is_run(path):
         if bool(keys) == everything:
-            raise UsageError("name what to export: either --arch KEY (repeatable) or --all")
+            raise UsageError("choose the networks to export: either --arch KEY (repeatable) or --all")
         run = Run.open(path)
         trials = run.trials()
         chosen = [run.find(key, trials) for key in keys] or run.front(trials)
@@ -149,11 +152,11 @@ def export_each(
         waiting = {trial.key: partial(of_run, run, trial, settings.weights) for trial in chosen}
     elif is_training(path):
         if keys:
-            raise UsageError(f"{path} is a training, of one network: leave --arch out")
+            raise UsageError(f"{path} is the training of one network: leave --arch out")
         subject = of_training(Trained.open(path), settings.weights)
         waiting = {subject.key: lambda: subject}
     else:
-        raise UsageError(f"{path} is neither a run's folder (for which --arch or --all says what) nor a training's")
+        raise UsageError(f"{path} is neither the folder of a run (with --arch or --all) nor that of a training")
     for key, load in waiting.items():
         try:
             yield export_subject(load(), (out or path / "exports") / key, settings)
@@ -162,12 +165,12 @@ def export_each(
 
 
 def export_subject(subject: Subject, folder: Path, settings: Settings) -> Exported:
-    """Make the folder of one network.
+    """Exports one network to a folder.
 
     Raises:
-        UsageError: where the folder exists and is not an export.
-        RunError: where it cannot be written, or the images are not those of the weights.
-        NasError: where timm does not give the same output.
+        UsageError: if the folder exists and is not an export.
+        RunError: if it cannot be written, or the images are not those that the weights were trained on.
+        NasError: if the model that timm loads does not give the same output.
     """
     if folder.exists() and not _is_export(folder):
         raise UsageError(f"{folder} exists and is not an export: give another --out")
@@ -204,38 +207,40 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
 
 
 def broken_file(folder: Path) -> str:
-    """The first file of an export that is not what `export.json` says; '' where all are, or nothing says so.
+    """Returns the first file of an export whose checksum differs from `export.json`; '' if all are intact.
+
+    It also returns '' for an export without `export.json`.
 
     Raises:
-        RunError: where that is damaged.
+        RunError: if `export.json` is damaged.
     """
     if not is_export(folder):
         return ""
     shape = {"files": {str: {"file": LINE, "sha256": LINE}}}
-    for told in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
-        file = folder / Path(told["file"]).name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != told["sha256"]:
-            return str(told["file"])
+    for entry in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
+        file = folder / Path(entry["file"]).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+            return str(entry["file"])
     return ""
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder holds an export, or nothing, and may be replaced."""
+    """Whether a folder is an export or empty, and may be replaced."""
     if not folder.is_dir():
         return False
-    of_before = (folder / "architecture.json").is_file() and (folder / PACKAGE).is_dir()
-    return not any(folder.iterdir()) or of_before or (is_export(folder))
+    of_old_release = (folder / "architecture.json").is_file() and (folder / PACKAGE).is_dir()
+    return not any(folder.iterdir()) or of_old_release or is_export(folder)
 
 
 def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
-    """What the formats are made of and compared on, and what the images are."""
+    """Returns what the formats are made from and compared on, and a description of the images."""
     try:
         pictures = load_pictures(subject, settings.data, settings.data_root)
     except (DataError, UsageError) as error:
         if settings.data is not None:
             raise
-        told = f"{error}; files are compared on random images instead (--data says where they are)"
-        REPEATS.tell(log, "exports compared on random images", told)
+        message = f"{error}. Files are compared on random images instead (pass --data to say where the images are)"
+        REPEATS.tell(log, "exports compared on random images", message)
         images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
         return Material(subject, images, None, None, settings.batch), f"{RANDOM_IMAGES} random images"
     material = Material(
@@ -249,7 +254,7 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
 
 
 def _deployed(material: Material) -> dict[str, Any]:
-    """What another family's network takes in its deployed form, and what became of its training branches."""
+    """Returns the cost of a timm network in its deployed form, and what became of its training branches."""
     if material.fused.problem:
         log.warning("%s is exported %s", material.subject.key, material.fused.form)
     cost = count_cost(material.fused.model, material.subject.input_size)
@@ -260,7 +265,7 @@ def _deployed(material: Material) -> dict[str, Any]:
 def _write_formats(
     material: Material, folder: Path, settings: Settings
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Write and check the files, timm's first; of what fails nothing stays."""
+    """Writes and checks the files, timm's first; deletes a file that fails its check."""
     files: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     for name, kind in FORMATS.items():
@@ -272,7 +277,7 @@ def _write_formats(
             files[name] = _describe(folder / kind.file) | _check(name, kind, material, folder)
             if kind.deployed:
                 files[name]["batch"] = material.batch
-        except Exception as error:  # exporters raise whatever they like
+        except Exception as error:  # exporters may raise any exception
             if name == "timm" or isinstance(error, OSError):
                 raise
             (folder / kind.file).unlink(missing_ok=True)
@@ -287,10 +292,10 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[str, Any]:
-    """Compare a file with eager, and say how far it is from it.
+    """Compares the output of a file with eager, and returns the differences.
 
     Raises:
-        NasError: where that is too far.
+        NasError: if they are too large.
     """
     call = kind.load(folder)
     found = logits_of(call, material.images, material.batch)
@@ -314,7 +319,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
 
 
 def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]], config: LatencyConfig) -> None:
-    """Time the files, those of one runtime in turns; of one that cannot be timed the reason is kept."""
+    """Times the files, in turns for each runtime; a file that cannot be timed gets the reason instead."""
     for runtime in dict.fromkeys(FORMATS[name].runtime for name in files):
         ready: dict[str, Prepared] = {}
         for name in files:
@@ -327,10 +332,10 @@ def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]],
                 files[name]["latency"] = {"failure": str(error)}
         if ready:
             for name, latency in zip(ready, measure_latencies(list(ready.values()), at), strict=True):
-                files[name]["latency"] = _told(latency, at)
+                files[name]["latency"] = _latency_entry(latency, at)
 
 
-def _told(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
+def _latency_entry(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
     return {
         "ms": latency.ms,
         "low_ms": latency.low_ms,
@@ -346,7 +351,7 @@ def _told(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
 
 
 def _write_rest(subject: Subject, folder: Path, report: Mapping[str, Any]) -> None:
-    """All but the formats' own files."""
+    """Writes all files except those of the formats."""
     for name, content in (("preprocessing.json", preprocessing(subject)), (EXPORT, report)):
         write_file(folder / name, json.dumps(content, indent=2) + "\n")
     write_file(folder / "README.md", model_card(subject, report, PACKAGE))
@@ -362,6 +367,6 @@ def _write_rest(subject: Subject, folder: Path, report: Mapping[str, Any]) -> No
             shutil.copy(source / name, package / name)
     write_file(
         package / "__init__.py",
-        '"""The source of this model. Importing it registers the entry point `mixnas` with timm."""\n\n'
+        '"""Source of this model. Importing it registers the entry point `mixnas` with timm."""\n\n'
         'from . import models\n\n__all__ = ["models"]\n',
     )

@@ -1,4 +1,4 @@
-"""Formats of a network, each with what writes its file, what runs it again and what times it."""
+"""Export formats: each writes its file, loads it again, and prepares it for timing."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ DECODING = {
         "255 and 65535 that no value exceeds; with values beyond these black and white are the image's extremes"
     ),
 }
-"""How an encoded image becomes RGB of 8 bits (`nas.data.decoding`), for people and programs."""
+"""How an encoded image becomes 8-bit RGB (`nas.data.decoding`), for people and programs."""
 QUANTISED = ("Conv", "Gemm", "MatMul")
-"""ONNX operations in 8 bits, where they have weights: products of two activations, as in attention, stay in float32.
-With those in 8 bits too, a network of `mini` agreed with itself on 30 % of its images instead of 94 %."""
+"""ONNX operations that run in 8 bits if they have weights. Products of two activations, as in attention, stay in
+float32: with those in 8 bits too, a network of `mini` kept its class on 30 % of the images instead of 94 %."""
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What the formats of one network are made of.
+    """A network and the images that its export needs; computes intermediate forms once for all formats.
 
     Args:
         subject: the network.
-        images: normalised images to compare on.
-        labels: their classes; None where the images are random.
-        calibration: normalised images of the training; None where there are none.
-        batch: images that a pass of the deployed form takes; None for any number.
+        images: normalised images on which files are compared.
+        labels: their labels; None for random images.
+        calibration: normalised training images; None if they cannot be read.
+        batch: fixed batch size of the deployed form; None allows any batch size.
     """
 
     subject: Subject
@@ -66,7 +66,7 @@ class Material:
 
     @cached_property
     def expected(self) -> torch.Tensor:
-        """Eager's logits of the images."""
+        """The logits of the images in eager torch."""
         return logits_of(self.subject.model, self.images)
 
     @cached_property
@@ -76,9 +76,9 @@ class Material:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The deployed form: training branches fused, batch norms folded."""
+        """The deployed form as a program: training branches fused, batch norms folded."""
         folded = fold_batch_norms(self.fused.model, self.images[:2]).requires_grad_(False)
-        # random, since a program keeps its example; two, since one would be taken for a constant
+        # random, because a program keeps its example; two images, because a batch of one would become a constant
         example = torch.randn(self.batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
         free = ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
         with _quiet():
@@ -86,37 +86,39 @@ class Material:
         for module in program.graph_module.modules():
             if isinstance(module, torch.fx.GraphModule):
                 for node in module.graph.nodes:
-                    node.meta.pop("stack_trace", None)  # paths of this machine
+                    node.meta.pop("stack_trace", None)  # it contains paths of this machine
         return program
 
     @cached_property
     def onnx(self) -> bytes:
         """The program as an ONNX model."""
-        told = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
-        return export_program(self.program, told)
+        metadata = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
+        return export_program(self.program, metadata)
 
     @cached_property
     def onnx_logits(self) -> torch.Tensor:
-        """What that gives for the images."""
+        """The logits of the ONNX model."""
         return logits_of(_session(self.onnx), self.images, self.batch)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to hand a network over.
+    """An export format.
 
     Args:
-        file: its file in the folder.
-        make: writes it into a folder.
-        load: makes what runs it, from the folder.
-        prepare: makes it ready to be timed.
-        runtime: a row of `RUNTIMES`: what runs it.
-        note: what it is, in words.
-        version: the package that runs it.
-        packages: what must be installed, beside torch and timm.
-        deployed: whether it holds the deployed form, which may take a fixed number of images.
-        tolerance: how far its logits may be from eager's, and from its own in another batch, as a share of the largest.
-        lossy: whether it is meant to differ: then the tolerance is for batches alone, and accuracy decides.
+        file: name of its file in the folder.
+        make: writes the file into a folder.
+        load: loads the file from a folder, and returns the network as a function.
+        prepare: prepares the file for timing.
+        runtime: name in `RUNTIMES` of the runtime that runs it.
+        note: description for the model card.
+        version: package that runs it.
+        packages: packages that it needs, beside torch and timm.
+        deployed: whether it holds the deployed form, which may have a fixed batch size.
+        tolerance: largest difference of its logits from eager, and between batch sizes, as a share of the largest
+            logit.
+        lossy: whether its logits may differ from eager; its accuracy is then limited instead, and the tolerance applies
+            to batch sizes only.
     """
 
     file: str
@@ -132,10 +134,10 @@ class Format:
     lossy: bool = False
 
     def check_installed(self, name: str) -> None:
-        """Raise where a package is missing.
+        """Checks that the packages of the format are installed.
 
         Raises:
-            UsageError: which names the extra.
+            UsageError: if one is missing; it names the extra to install.
         """
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
@@ -143,7 +145,7 @@ class Format:
 
 
 def preprocessing(subject: Subject) -> dict[str, Any]:
-    """How an image becomes the input, and what the output means, for a program that knows neither torch nor timm."""
+    """Describes how an image becomes the input, and what the output means, for programs without torch and timm."""
     data = subject.data
     return {
         "input": INPUT,
@@ -151,7 +153,7 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "layout": "NCHW, RGB, float32",
         "decoding": DECODING,
         "input_size": list(data["input_size"]),
-        # in a search the largest central square is scaled; in a full training the image, by its shorter side, then cut
+        # a search scales the largest central square; a full training scales the shorter side, then crops
         "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
         "interpolation": data["interpolation"],
         "scale": 1 / 255,
@@ -162,7 +164,7 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
 
 
 def normalised(pixels: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
-    """Images of uint8 as a network takes them."""
+    """Normalises uint8 images for the network."""
     mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) * 255 for name in ("mean", "std"))
     return (pixels.float() - mean) / std
 
@@ -192,9 +194,9 @@ def _make_timm(material: Material, folder: Path) -> None:
                     "crop_mode": "center",
                 },
             )
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # safetensors raises it if the disk is full
         raise RunError(f"cannot write the weights of {subject.key}: {error}") from None
-    (folder / FORMATS["timm"].file).chmod(0o644)  # safetensors makes it the owner's alone
+    (folder / FORMATS["timm"].file).chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def _load_timm(folder: Path) -> Call:
@@ -220,15 +222,18 @@ def _load_torch(folder: Path) -> Call:
 
 
 def _for_any_number(call: Call, batch: Any) -> Call:
-    """What takes just so many images a time, for any number; where `batch` is no number it does so anyway."""
+    """Wraps a network with a fixed batch size, so that it takes any number of images.
+
+    If `batch` is not a number, the network takes any number already.
+    """
     if not isinstance(batch, int):
         return call
 
-    def filled_up(images: torch.Tensor) -> torch.Tensor:
+    def padded(images: torch.Tensor) -> torch.Tensor:
         missing = images.new_zeros(-len(images) % batch, *images.shape[1:])
         return torch.cat([call(chunk) for chunk in torch.cat([images, missing]).split(batch)])[: len(images)]
 
-    return filled_up
+    return padded
 
 
 def _time_torch(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
@@ -249,7 +254,7 @@ def _make_int8(material: Material, folder: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if material.calibration is None:
-        raise NasError("it is calibrated on training images, which cannot be read: say where they are by --data")
+        raise NasError("it is calibrated on training images, which cannot be read: say by --data where they are")
     with tempfile.TemporaryDirectory(prefix="mixnas-") as place, _quiet():
         plain, prepared, done = (Path(place) / name for name in ("plain.onnx", "prepared.onnx", "done.onnx"))
         plain.write_bytes(material.onnx)
@@ -265,7 +270,7 @@ def _make_int8(material: Material, folder: Path) -> None:
             op_types_to_quantize=list(QUANTISED),
             nodes_to_exclude=products,
             per_channel=True,
-            activation_type=QuantType.QUInt8,  # x86 has fast products of these with signed weights, not of signed ones
+            activation_type=QuantType.QUInt8,  # x86 multiplies unsigned activations with signed weights fast
             weight_type=QuantType.QInt8,
         )
         model = onnx.load(done)
@@ -276,13 +281,13 @@ def _make_int8(material: Material, folder: Path) -> None:
 
 
 class _Calibration:
-    """What ONNX Runtime reads its calibration images from."""
+    """The reader from which ONNX Runtime takes its calibration images."""
 
     def __init__(self, images: torch.Tensor, batch: int) -> None:
         self._chunks = iter(images[torch.arange(-(-len(images) // batch) * batch) % len(images)].split(batch))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """A batch; None after the last one."""
+        """Returns the next batch; None after the last one."""
         chunk = next(self._chunks, None)
         return None if chunk is None else {INPUT: chunk.numpy()}
 
@@ -304,7 +309,7 @@ def _session(model: bytes) -> Call:
 
 
 def _onnx_format(file: str, note: str, **options: Any) -> Format:
-    """A file that ONNX Runtime runs."""
+    """Makes a format that ONNX Runtime runs."""
     return Format(
         file=file,
         load=lambda folder: _session((folder / file).read_bytes()),
@@ -321,7 +326,7 @@ def _onnx_format(file: str, note: str, **options: Any) -> Format:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn and log of what is no concern of the caller's."""
+    """Suppresses the warnings and log lines of exporters, which do not help the user."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -362,4 +367,4 @@ FORMATS: dict[str, Format] = {
         lossy=True,
     ),
 }
-"""Name -> format. `timm` is the folder itself and always made."""
+"""Name -> format. `timm` is the folder itself and always written."""

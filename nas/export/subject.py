@@ -1,4 +1,4 @@
-"""What is exported: a network with its weights, where they come from, and images that it has seen or not."""
+"""The network that is exported, the origin of its weights, and the images to check and calibrate the export on."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from ..folders.trial import Trial
 from ..machine.devices import resolve_device
 from ..models import create_backbone
 from ..scoring.latency import LatencyConfig
-from ..training.images import Held, Part, TrainingData, evaluation_batches, open_data
+from ..training.batches import evaluation_batches
+from ..training.images import Held, Subset, TrainingData, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
 MAX_CHECKED = 2000
-"""Unseen images on which files are compared, at most."""
+"""Largest number of unseen images on which files are compared."""
 CALIBRATION_IMAGES = 256
+"""Largest number of training images that calibrate the ranges of int8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,11 @@ class Subject:
     """A network to export.
 
     Args:
-        key: the architecture's, or the name of a timm model of another family.
-        model: with its weights, in eval mode.
-        run: whose point it is; None for a training of something else.
-        trial: the point.
-        trained: the finished training its weights are from; None where they are those of the search's short one.
+        key: key of its architecture, or the name of a timm model of another family.
+        model: the network with its weights, in eval mode.
+        run: the run that it is a point of; None for the training of another network.
+        trial: the trial of that point.
+        trained: the finished training of its weights; None for those of the search's short training.
     """
 
     key: str
@@ -50,14 +52,14 @@ class Subject:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """Of what made the weights: their data, machine and software."""
+        """The manifest of the run or training that made the weights."""
         source = self.trained or self.run
         assert source is not None
         return source.manifest
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What the manifest says of the images."""
+        """The images that the weights were trained on, as the manifest describes them."""
         data: Mapping[str, Any] = self.manifest["data"]
         return data
 
@@ -69,7 +71,7 @@ class Subject:
 
     @property
     def architecture(self) -> Architecture | None:
-        """None for a timm model of another family."""
+        """The architecture; None for a timm model of another family."""
         if self.trial is not None:
             return self.trial.architecture
         return self.trained.architecture if self.trained is not None else None
@@ -82,12 +84,12 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Images for one export, of the network's size.
+    """Images for one export, scaled to the input size of the network.
 
     Args:
-        calibration: of those that the network was trained on.
-        unseen: of those that it was not, with their classes.
-        name: what the latter are, in words.
+        calibration: images that the network was trained on.
+        unseen: images that it was not trained on, with their labels.
+        name: name of the split of the unseen images.
     """
 
     calibration: torch.Tensor
@@ -96,16 +98,16 @@ class Pictures:
 
 
 def of_run(run: Run, trial: Trial, weights: str = AUTO) -> Subject:
-    """A point of a run.
+    """Loads a point of a run with its weights.
 
     Args:
         run: the run that scored it.
-        trial: the point.
-        weights: `trained` for those of its finished training in the run's folder, `proxy` for those of the search;
-            `auto` for the former where there are any.
+        trial: the trial of the point.
+        weights: `trained` takes the weights of its finished training in the run's folder, `proxy` those of the search,
+            and `auto` the former if there are any.
 
     Raises:
-        RunError: where there are no such weights, or they are damaged.
+        RunError: if there are no such weights, or they are damaged.
     """
     if weights not in WEIGHTS:
         raise unknown_name("kind of weights", weights, WEIGHTS)
@@ -116,16 +118,16 @@ def of_run(run: Run, trial: Trial, weights: str = AUTO) -> Subject:
     if trained is not None and (weights == TRAINED or trained.result is not None):
         return Subject(trial.key, trained.load_model(), run, trial, trained)
     if weights == TRAINED:
-        raise RunError(f"{folder} is no training: train {run.path}@{trial.key} first, or give --weights proxy")
+        raise RunError(f"{folder} is no training: train {run.path}@{trial.key} first, or pass --weights proxy")
     return Subject(trial.key, load_trained(run, trial), run, trial)
 
 
 def of_training(trained: Trained, weights: str = AUTO) -> Subject:
-    """What a training made.
+    """Loads the network of a training with its weights.
 
     Raises:
-        UsageError: where the search's weights are asked for.
-        RunError: where it has not ended, or its weights are damaged.
+        UsageError: if the search's weights are asked for.
+        RunError: if the training has not ended, or its weights are damaged.
     """
     if weights not in WEIGHTS:
         raise unknown_name("kind of weights", weights, WEIGHTS)
@@ -137,10 +139,10 @@ def of_training(trained: Trained, weights: str = AUTO) -> Subject:
 
 
 def load_trained(run: Run, trial: Trial) -> nn.Module:
-    """The network of a trial with the weights of the search's short training, in eval mode.
+    """Loads the network of a trial with the weights of the search's short training, in eval mode.
 
     Raises:
-        RunError: where the run keeps no weights for it, or they do not fit.
+        RunError: if the run keeps no weights for it, or they do not fit.
     """
     file = run.weights_file(trial.key)
     if not file.is_file():
@@ -157,19 +159,17 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
 
 
 def load_pictures(subject: Subject, name: str | None = None, data_root: str | None = None) -> Pictures:
-    """The images that an export is checked on, and those it is calibrated on; of many a sample.
-
-    They are those of the weights' own training.
+    """Loads samples of the images that the weights were trained on, and of unseen ones, to calibrate and to check.
 
     Args:
-        subject: whose.
-        name: where they lie now; None for where they lay.
-        data_root: likewise, for sets by name.
+        subject: the network.
+        name: present location of the data set; None for its location when the weights were trained.
+        data_root: folder of installed data sets, likewise.
 
     Raises:
-        DataError: where they cannot be read.
-        UsageError: where their name is not allowed.
-        RunError: where they are others.
+        DataError: if the images cannot be read.
+        UsageError: if the name is not allowed.
+        RunError: if it is another data set.
     """
     if subject.trained is not None:
         return _pictures_of_training(subject.trained, name, data_root)
@@ -193,20 +193,20 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
 
 
 def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
-    """Of the held-out part, else of the test split; scaled as the training scaled them."""
-    manifest, told = trained.manifest, trained.manifest["data"]
+    """Takes unseen images from the held-out images, or else from the test split, scaled as in the training."""
+    manifest, recorded = trained.manifest, trained.manifest["data"]
     asked = manifest["asked"]
     data = open_data(
-        name or told["name"],
+        name or recorded["name"],
         asked["test_data"],
         data_root or asked["data_root"],
-        told["input_size"][1],
-        Held.from_dict(told["held"]),
-        (tuple(told["mean"]), tuple(told["std"])),
-        with_test=not told["num_holdout"],
+        recorded["input_size"][1],
+        Held.from_dict(recorded["held"]),
+        (tuple(recorded["mean"]), tuple(recorded["std"])),
+        with_test=not recorded["num_holdout"],
         classes=asked.get("classes", ()),
     )
-    if data.fingerprint != told["fingerprint"]:
+    if data.fingerprint != recorded["fingerprint"]:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
     unseen, kind = (data.holdout, "held-out") if len(data.holdout) else (data.test, "test")
     if unseen is None:
@@ -214,26 +214,26 @@ def _pictures_of_training(trained: Trained, name: str | None, data_root: str | N
     return Pictures(_decoded(data.train, data, CALIBRATION_IMAGES).pixels, _decoded(unseen, data, MAX_CHECKED), kind)
 
 
-def _decoded(part: Part, data: TrainingData, most: int) -> Images:
-    """A sample of a part; what cannot be read is left out."""
-    few = replace(part, indices=part.indices[sample(len(part), most).numpy()])
+def _decoded(subset: Subset, data: TrainingData, most: int) -> Images:
+    """Decodes a sample of a subset; leaves out images that cannot be read."""
+    few = replace(subset, indices=subset.indices[sample(len(subset), most).numpy()])
     batches = list(evaluation_batches(few, data, CALIBRATION_IMAGES, 0, 1, 0))
     pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return Images(pixels[labels >= 0], labels[labels >= 0])
 
 
 def _other_data(name: str, of: str) -> str:
-    return f"{name} is not the data of {of}: its fingerprint differs; say where it is by --data"
+    return f"{name} is not the data of {of}: its fingerprint differs. Say by --data where the right one is"
 
 
 def sample(count: int, most: int) -> torch.Tensor:
-    """Indices of at most so many things, the same ones each time."""
+    """Draws at most `most` of `count` indices, always the same ones."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
 
 
 @lru_cache(maxsize=2)
 def _load(name: str, side: int | None, data_root: str | None, max_images: int, classes: tuple[str, ...]) -> ImageData:
-    """Decoded once for all points of a front."""
+    """Loads a data set; it is decoded once for all points of a front."""
     return load_data(name, side, data_root, max_images, classes=classes)
 
 
@@ -254,5 +254,5 @@ def timing(
         RunError: where the run cannot be read.
     """
     if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
-        threads = Run.open(run).manifest["config"].get("threads")
+        threads = Run.open(run).latency[0].threads
     return LatencyConfig(device=resolve_device(device), threads=threads, max_seconds=seconds)

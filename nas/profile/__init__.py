@@ -1,1 +1,1 @@
-"""Measurements of the pieces of a search space on a device, for the latency model."""
+"""Measures the pieces of a search space on a device, for the latency model."""

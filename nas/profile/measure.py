@@ -1,8 +1,8 @@
-"""Profile a space on a device: pieces of networks measured once, from which the latency of any network is predicted.
+"""Profiles a space on a device: measures pieces of random networks, from which the latency of any network is predicted.
 
-A profile is a folder of two files. `profile.json` says of which space, on what and how. `networks.jsonl` has a line for
-each network that was drawn: its latency, and those of its stem, its stages and its head, each on its own input. It can
-be interrupted at any time and goes on where it was.
+A profile is a folder with two files. `profile.json` describes the space, the device and the conditions.
+`networks.jsonl` has a line for each network that was drawn: its latency, and the latencies of its stem, stages and
+head, each on its own input. Profiling can be interrupted at any time, and resumes where it was.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ def profile(
     minutes: float = defaults.PROFILE_MINUTES,
     on_network: Callable[[int, float], None] | None = None,
 ) -> Profile:
-    """Measure pieces until `minutes` are over, those of earlier calls included; Ctrl-C and kill lose one network.
+    """Measures pieces of random networks for some minutes; Ctrl-C and kill lose one network at most.
 
     Args:
-        config: what to profile.
-        path: the profile's folder; an existing one of the same configuration goes on. None for `config.folder`.
-        minutes: of measuring, in all.
-        on_network: called after each network with their number and the seconds spent.
+        config: the settings.
+        path: the folder of the profile; an existing profile with the same settings is resumed. None for
+            `config.folder`.
+        minutes: minutes of measuring, including those of earlier calls.
+        on_network: called after each network with the number of networks and the seconds spent.
 
     Raises:
-        RunError: where the folder has a profile of something else, or cannot be written.
+        RunError: if the folder has a profile with other settings, or cannot be written.
     """
     path = path or config.folder
     with locked_folder(path, "profile.json", "profile"):
@@ -89,17 +90,20 @@ def hold_out(
     on_network: Callable[[int, int], None] | None = None,
     trials: Sequence[tuple[Architecture, float]] = (),
 ) -> dict[str, Any]:
-    """Measure architectures that were not profiled, by the full protocol, and compare with what is predicted.
+    """Measures architectures that were not profiled by the full protocol, and compares them with the predictions.
 
     Args:
-        found: the profile; what is measured is kept in its folder as `held_out.jsonl`.
-        count: how many.
-        on_network: called after each with how many are done, and `count`.
-        trials: as in `Profile.fit`; none of them is held out.
+        found: the profile; measurements are kept in its folder as `held_out.jsonl`.
+        count: number of architectures.
+        on_network: called after each architecture with the number done, and `count`.
+        trials: as in `Profile.fit`; they are never held out.
 
     Returns:
-        `within_5` and `within_10` (shares), `mape` (percent), `spearman`, `count`, and each architecture's `key`,
+        `within_5` and `within_10` (shares), `mape` (percent), `spearman`, `count`, and for each architecture `key`,
         `measured_ms`, `low_ms`, `high_ms`, `predicted_ms` and `predicted_std` (a share).
+
+    Raises:
+        RunError: if too few networks can be measured.
     """
     config = found.config
     model = found.fit(trials)
@@ -112,7 +116,7 @@ def hold_out(
     while sum("failure" not in r for r in records) < count:
         tries += 1
         if tries > 50 * count:
-            raise RunError(f"no {count} networks of {config.space.name} that can be measured are left to hold out")
+            raise RunError(f"{config.space.name} has no {count} networks left that can be measured and held out")
         architecture = next(draws)
         if architecture.key in seen:
             continue
@@ -154,10 +158,10 @@ def hold_out(
 
 
 def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
-    """What a run measured of a profile's networks, in the profile's terms.
+    """Returns the latencies of a run's trials, scaled to the reference network of a profile.
 
     Raises:
-        UsageError: where the run measured under other conditions.
+        UsageError: if the run measured under other conditions.
     """
     conditions, side = run.manifest["conditions"], run.manifest["data"]["input_size"][1]
     latency = replace(run.latency[0], threads=conditions["threads"])
@@ -174,7 +178,7 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
 
 
 def random_architectures(space: SearchSpace, seed: int) -> Iterator[Architecture]:
-    """Random architectures of a space, without end."""
+    """Yields random architectures of a space without end."""
     rng = np.random.default_rng([seed, 0x70726F66])
     while True:
         yield space.sample(rng)
@@ -188,7 +192,7 @@ def _measure(architecture: Architecture, found: Profile) -> dict[str, Any]:
     config = found.config.latency
     backbone = create_backbone(architecture, NUM_CLASSES).eval()
     ready = prepare_modules(pieces_of(backbone), _image(found.config), config)
-    # as in any measurement, nothing else is ready beside a network
+    # as in any other measurement, no other network is prepared at the same time
     (whole,) = measure_latencies([next(ready)], replace(config, **WHOLE), found.reference_ms)
     pieces = measure_latencies(list(ready), replace(config, **PIECE), found.reference_ms)
     return {

@@ -1,1 +1,1 @@
-"""Pictures of run folders. Reads numbers only, never imports torch."""
+"""Pictures and pages of run folders. They read numbers only, and never import torch."""

@@ -1,7 +1,7 @@
-"""Optuna's dashboard on a run's study, served to this machine.
+"""Serves Optuna's dashboard of a run's study to this machine.
 
-Any page that a browser shows may send requests to this server. So a request is answered only where its `Host` names
-this server and its `Origin`, if it has one, is this server. Nothing can be changed unless the user asked for that.
+Any page in a browser may send requests to this server. A request is therefore answered only if its `Host` names this
+server, and its `Origin`, if there is one, is this server. Nothing can be changed unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Answers each request in a thread of its own: a browser asks for much at a time."""
+    """Answers each request in its own thread, because a browser sends many at once."""
 
     daemon_threads = True
 
@@ -38,64 +38,64 @@ class _Quiet(WSGIRequestHandler):
     """Logs no requests."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Does nothing."""
 
 
 class ReadOnlyStorage(BaseStorage):
-    """One study of a storage, for reading.
+    """Read-only access to one study of a storage.
 
     Args:
         storage: the storage.
-        study: the name of the study.
+        study: name of the study.
     """
 
     def __init__(self, storage: BaseStorage, study: str) -> None:
         self._storage, self._study = storage, study
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        """The study alone."""
+        """Returns this study only."""
         return [study for study in self._storage.get_all_studies() if study.study_name == self._study]
 
     def get_study_id_from_name(self, study_name: str) -> int:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_study_id_from_name(study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_study_name_from_id(study_id)
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_study_directions(study_id)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_study_user_attrs(study_id)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_study_system_attrs(study_id)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_trial(trial_id)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, trial_number)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """As the storage."""
+        """Calls the storage."""
         return self._storage.get_all_trials(study_id, deepcopy, states)
 
     def remove_session(self) -> None:
-        """As the storage."""
+        """Calls the storage."""
         self._storage.remove_session()
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError("this storage is for reading")
+        raise RuntimeError("this storage is read-only")
 
     create_new_study = delete_study = set_study_user_attr = set_study_system_attr = _refuse
     create_new_trial = set_trial_param = set_trial_state_values = set_trial_intermediate_value = _refuse
@@ -103,13 +103,13 @@ class ReadOnlyStorage(BaseStorage):
 
 
 def guarded(application: Application, host: str, port: int, writable: bool) -> Application:
-    """A WSGI application that answers the requests of its own pages alone, and only those that read.
+    """Wraps a WSGI application so that it answers only requests of its own pages, and only those that read.
 
     Args:
-        application: what answers.
-        host: the address it listens on.
-        port: likewise.
-        writable: whether requests that change something are answered, too.
+        application: the application.
+        host: the address that the server listens on.
+        port: the port that the server listens on.
+        writable: whether to answer requests that change the study too.
     """
 
     def answer(environment: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -120,7 +120,7 @@ def guarded(application: Application, host: str, port: int, writable: bool) -> A
         elif origin is not None and origin != f"http://{asked}":
             refusal = "it comes from another site"
         elif environment["REQUEST_METHOD"] not in READS and not writable:
-            refusal = "the study is shown for reading: start with --writable to change it"
+            refusal = "the study is read-only: start with --writable to change it"
         if not refusal:
             return application(environment, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
@@ -130,7 +130,7 @@ def guarded(application: Application, host: str, port: int, writable: bool) -> A
 
 
 def _is_here(asked: str, host: str, port: int) -> bool:
-    """Whether a `Host` header names the server: this machine, the address it listens on or, where that is all, any."""
+    """Whether a `Host` header names the server: by a local name, its address, or any address if it listens on all."""
     try:
         parts = urlsplit(f"//{asked}")
         name, number = parts.hostname or "", parts.port or 80
@@ -140,7 +140,7 @@ def _is_here(asked: str, host: str, port: int) -> bool:
         return False
     if name in LOCAL_NAMES or name == host.strip("[]").lower():
         return True
-    try:  # a name could lead here by somebody else's doing, an address cannot
+    try:  # somebody else can make a name resolve to this machine, but not an address
         ipaddress.ip_address(name)
         return ipaddress.ip_address(host.strip("[]")).is_unspecified
     except ValueError:
@@ -148,23 +148,23 @@ def _is_here(asked: str, host: str, port: int) -> bool:
 
 
 def serve(run: Run, host: str, port: int, on_ready: Callable[[str], None], writable: bool = False) -> None:
-    """Serve the dashboard until interrupted.
+    """Serves the dashboard until it is interrupted.
 
     Args:
-        run: whose study is shown.
-        host: the address to listen on; it has no password.
+        run: the run.
+        host: the address to listen on; there is no password.
         port: the port; 0 takes a free one.
-        on_ready: called with the address once requests are answered.
-        writable: whether who can reach the port can change the study.
+        on_ready: called with the address once the server answers requests.
+        writable: whether everyone who can reach the port can change the study.
 
     Raises:
-        RunError: where optuna-dashboard is not installed, the port cannot be had, or the storage is missing.
+        RunError: if optuna-dashboard is not installed, the server cannot listen on the port, or the storage is missing.
     """
     try:
         from optuna_dashboard import wsgi
     except ImportError as error:
         raise RunError(f"the dashboard is not installed ({error}): pip install 'mixnas[dashboard]'") from None
-    run.trials()  # a missing or damaged study is refused here, in one line
+    run.trials()  # raises a one-line error if the study is missing or damaged
     with storage_errors(run.path):
         storage = run.storage() if writable else ReadOnlyStorage(run.storage(), run.manifest["study"])
         try:

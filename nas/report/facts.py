@@ -1,4 +1,4 @@
-"""What a report says of a run, panel by panel, as plain data: numbers for its script, words for its tables."""
+"""The content of a report, panel by panel, as plain data: numbers for its script, text for its tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from datetime import datetime
 from typing import Any
 
 import optuna
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
@@ -22,15 +20,16 @@ from ..foreign_files import is_file, read_json
 from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES, Objective, Scores
 from ..objectives.text import format_figure, format_interval, format_value
-from ..storage.connect import GRPC
-from .plots import PLAIN_BLOCK, Scored, describe_stages
+from .scored import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
-"""Of the forests behind knob importance: 2,000 trials with 64 knobs take seconds (Optuna's fANOVA takes minutes)."""
+"""Number of trees for knob importance: 2,000 trials with 64 knobs take seconds (Optuna's fANOVA takes minutes)."""
 FEWEST_FOR_IMPORTANCE = 12
+"""Fewest complete trials for knob importance."""
 FEWEST_FOR_KENDALL = 3
+"""Fewest trained networks for a Kendall correlation."""
 MAX_KNOBS = 12
-"""Knobs that are shown, the most important ones."""
+"""Largest number of knobs that are shown, the most important ones."""
 
 STAGE_FIELDS = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
 
@@ -38,11 +37,12 @@ Rows = list[dict[str, Any]]
 
 
 def architectures(scored: Scored) -> dict[str, Any]:
-    """Every scored architecture for the page's script, those of the fronts first; stages stand in a table of their own.
+    """Returns all scored architectures for the page's script, those of the fronts first.
 
     Returns:
-        `points` (each with its run's place, trial, key, mixer, values), the place in them of the one that is `opened`
-        first, `stages`, and of each run `parts`: key -> latencies of stem, stages and head.
+        `points` (each with the place of its run, trial, key, mixer and values), the place of the point that is `opened`
+        first, the table of `stages` to which the points refer, and for each run its `parts`: key -> latencies of stem,
+        stages and head.
     """
     stages: dict[tuple[Any, ...], int] = {}
     points = []
@@ -93,7 +93,7 @@ def _stages(architecture: Architecture, height: int, width: int) -> list[tuple[A
 
 
 def with_spread(objective: Objective, trial: Trial) -> str:
-    """A trial's value with its 95 % interval, for people."""
+    """Formats a trial's value with its 95 % interval."""
     value = objective.read(trial.scores)
     if value is None:
         return "unknown"
@@ -140,7 +140,7 @@ def _together(spans: Iterable[tuple[datetime, datetime]]) -> list[tuple[datetime
 
 
 def mixers_by_stage(trials: Sequence[Trial], front: Sequence[Trial]) -> Rows:
-    """For each stage, the share that every mixer has of the front and of all that was drawn, in percent."""
+    """Returns the share of each mixer at each stage, among the front and among all trials, in percent."""
     drawn = [t.architecture for t in trials if t.architecture is not None]
     chosen = [t.architecture for t in front if t.architecture is not None]
     rows: Rows = []
@@ -165,9 +165,9 @@ def mixers_by_stage(trials: Sequence[Trial], front: Sequence[Trial]) -> Rows:
 
 
 def knob_importance(run: Run) -> dict[str, Any] | None:
-    """How much of each objective's variation the knobs explain, in percent; None where too few trials are complete.
+    """Returns how much of each objective's variation each knob explains, in percent; None with too few complete trials.
 
-    By Optuna's mean decrease in impurity: a random forest is fitted to the complete trials of an objective.
+    It is Optuna's mean decrease in impurity: a random forest is fitted to the complete trials of an objective.
     """
     from optuna.importance import MeanDecreaseImpurityImportanceEvaluator, get_param_importances
 
@@ -178,7 +178,7 @@ def knob_importance(run: Run) -> dict[str, Any] | None:
             return None
         for i, objective in enumerate(run.objectives):
             if len({t.values[i] for t in complete}) == 1:
-                continue  # what never varies has no explanation
+                continue  # there is no variation to explain
             evaluator = MeanDecreaseImpurityImportanceEvaluator(n_trees=TREES, seed=0)
             shares = get_param_importances(study, evaluator=evaluator, target=lambda t, i=i: t.values[i])  # type: ignore[misc]
             found[objective.label] = {knob: 100 * float(share) for knob, share in shares.items()}
@@ -196,7 +196,7 @@ def knob_importance(run: Run) -> dict[str, Any] | None:
 
 
 def endings(trials: Sequence[Trial]) -> Rows:
-    """How trials ended, by reason, with the last message of each."""
+    """Counts how trials ended, by reason, with the last message of each reason."""
     found: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         found.setdefault(_ending(trial), []).append(trial)
@@ -229,7 +229,7 @@ def _over(trial: Trial) -> list[str]:
 
 
 def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
-    """What was not to be exceeded, and by how many trials it was."""
+    """Returns the budgets, and how many trials exceeded each."""
     over = Counter(name for t in trials if t.state == "pruned" and not t.stopped for name in _over(t))
     return [
         {"label": OBJECTIVES[name].label, "limit": format_value(OBJECTIVES[name], value), "over": over[name]}
@@ -239,7 +239,7 @@ def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
 
 
 def baselines(run: Run, front: list[Trial]) -> Rows:
-    """Known networks, scored as the points were, with the front's points that beat them; also those that failed."""
+    """Returns the baselines with their scores and the points of the front that dominate them, or their failure."""
     scores = run.baselines()
     rows: Rows = []
     for name, entry in run.attributes.get(BASELINES, {}).items():
@@ -260,16 +260,16 @@ def baselines(run: Run, front: list[Trial]) -> Rows:
 
 
 def _notes(scores: Scores) -> list[str]:
-    """In which form a baseline was counted and measured, and what is not counted."""
+    """Returns notes on a baseline: the form in which it was counted and measured, and modules that are not counted."""
     form = [f"counted and measured {scores.form}"] if scores.form else []
     return form + ([f"not counted: {', '.join(scores.uncounted)}"] if scores.uncounted else [])
 
 
 def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
-    """What full trainings of the run's architectures reached, beside the short ones; None where there is none.
+    """Returns the accuracies of full trainings of the run's architectures, and those of the search; None without any.
 
     Raises:
-        RunError: where a result is damaged.
+        RunError: if a result is damaged.
     """
     known = {t.key: t for t in trials if t.state == "complete"}
     files = sorted(file for file in (run.path / "trained").glob("*/result.json") if file.parent.name in known)
@@ -298,26 +298,29 @@ def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
 
 
 def _kendall(run: Run, rows: Rows) -> str | None:
-    """How the search's figures order the trained networks; with the interval of `train --front`, for its own."""
+    """Returns the Kendall correlation between the search's scores and the trained accuracies; None if it is unknown.
+
+    It has an interval if `train --front` computed one for the same networks.
+    """
     from scipy.stats import kendalltau
 
     pairs = [(row["short"], row["accuracy"]) for row in rows if row["short"] is not None]
-    if len(pairs) < FEWEST_FOR_KENDALL or len({row["epochs"] for row in rows}) > 1:  # else they do not compare
+    if len(pairs) < FEWEST_FOR_KENDALL or len({row["epochs"] for row in rows}) > 1:  # they are not comparable
         return None
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     if not math.isfinite(tau):
         return None
     file = run.path / "trained" / "front.json"
     if is_file(file, RunError):
-        told = read_json(file, "a trained front", TRAINED_FRONT, RunError)
-        same = {(row["key"], row.get("accuracy")) for row in told["rows"]} == {(r["key"], r["accuracy"]) for r in rows}
-        if same and told["kendall"]:
-            return f"{tau:.2f} [{told['kendall']['low']:.2f}, {told['kendall']['high']:.2f}]"
+        front = read_json(file, "a trained front", TRAINED_FRONT, RunError)
+        same = {(row["key"], row.get("accuracy")) for row in front["rows"]} == {(r["key"], r["accuracy"]) for r in rows}
+        if same and front["kendall"]:
+            return f"{tau:.2f} [{front['kendall']['low']:.2f}, {front['kendall']['high']:.2f}]"
     return f"{tau:.2f}"
 
 
 def trust(run: Run) -> dict[str, Any]:
-    """Whether the accuracy is one, what a calibration says of it, and whether the order of latencies held."""
+    """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable."""
     told, config = run.manifest.get("trust"), run.manifest["config"]
     return {
         "wants_accuracy": "accuracy" in config["objectives"],
@@ -336,64 +339,8 @@ def trust(run: Run) -> dict[str, Any]:
     }
 
 
-def particulars(run: Run) -> dict[str, dict[str, str]]:
-    """The manifest for people: groups of names and values; a storage's user, password and options are left out."""
-    manifest = run.manifest
-    config = {name: value for name, value in manifest["config"].items() if name not in ("storage", "start")}
-    data, space = dict(manifest["data"]), manifest["space"]
-    data["classes"] = len(data["classes"])
-    data |= {name: value for name, value in data.pop("listing", {}).items() if name != "images"}
-    groups = {
-        "Search": config | {"storage": storage_for_people(manifest["config"]["storage"])},
-        "Space": {"name": space["name"], "description": space.get("description")},
-        "Data": data,
-        "Reference point": {o.name: format_value(o, run.reference[o.name]) for o in run.objectives},
-        "Reference network": {
-            f"latency on {k}": f"{v:.3f} ms" for k, v in manifest.get("latency_references", {}).items()
-        },
-        "Machine": manifest["machine"],
-        "Software": manifest["software"],
-        "Run": {"study": manifest["study"], "created": manifest["created"], "format": manifest["format"]},
-    }
-    told = {
-        title: {str(name).replace("_", " "): text for name, value in group.items() if (text := _words(value))}
-        for title, group in groups.items()
-    }
-    return {title: group for title, group in told.items() if group}
-
-
-def storage_for_people(url: str | None) -> str:
-    """Where a study is, without what may be secret."""
-    if url is None:
-        return "study.db in the run folder"
-    if url.startswith(GRPC):
-        return GRPC + re.split("[/?;]", url.removeprefix(GRPC).rpartition("@")[2])[0]
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        return "a database"
-    host = (parsed.host or "") + (f":{parsed.port}" if parsed.port else "")
-    return f"{parsed.drivername}://{host}/{re.split('[?;]', parsed.database or '')[0]}"
-
-
-def _words(value: Any) -> str:
-    """A value of the manifest as text, '' for what says nothing."""
-    match value:
-        case None | "" | [] | {}:
-            return ""
-        case bool():
-            return "yes" if value else "no"
-        case list():
-            return ", ".join(_words(v) for v in value)
-        case dict():
-            return ", ".join(f"{name} {_words(v)}" for name, v in value.items())
-        case float():
-            return f"{value:.6g}"
-    return one_line(str(value))
-
-
 def key_figures(run: Run, trials: Sequence[Trial], front: list[Trial]) -> Rows:
-    """What one wants to know first."""
+    """Returns the most important figures of a run."""
     scored = sum(t.scored for t in trials)
     stopped = sum(t.stopped for t in trials)
     figures = [

@@ -14,7 +14,9 @@ from ..folders.files import write_file
 from ..folders.run import Run
 from ..objectives.text import format_value
 from . import facts
-from .plots import MIXER_COLOURS, MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, differences, interactive, read_runs
+from .interactive import MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, interactive
+from .particulars import particulars
+from .scored import MIXER_COLOURS, differences, read_runs
 
 PAGE = Path(__file__).parent / "page"
 
@@ -100,7 +102,7 @@ def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
         "budgets": facts.budgets(run, trials),
         "baselines": facts.baselines(run, front),
         "trained": facts.trained(run, trials),
-        "particulars": facts.particulars(run),
+        "particulars": particulars(run),
         "resume": f"mixnas search --out {shlex.quote(str(run.path))}",
     }
 

@@ -1,6 +1,6 @@
-"""A running search on standard error: the front as it grows on a terminal, a line for each trial elsewhere.
+"""Progress of a search on standard error: the growing front on a terminal, one line for each trial elsewhere.
 
-The view is drawn from what the search tells after each trial; between trials only its clock moves.
+The view is drawn after each trial. Between trials only its clock moves.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
     from ..search import Progress
 
 NARROWEST, LOWEST = 60, 12
-"""Columns and lines that the view needs; less gets plain lines."""
+"""Fewest columns and lines for the view; a smaller terminal gets plain lines."""
 WIDE = 100
-"""Columns from which on table and plot stand side by side."""
+"""Fewest columns for showing table and plot side by side."""
 LEAST_PLOT, MOST_PLOT = (24, 8), (100, 26)
-"""Columns and lines below which there is no plot, and those it never exceeds."""
+"""Smallest and largest size of the plot, in columns and lines."""
 REFRESHES = 2.0
-"""Of the clock, a second. Whatever is drawn takes time from what is measured."""
+"""Redraws of the clock per second. They are few, because drawing takes CPU time from the measurements."""
 ENDING = "interrupted: stopping, a moment"
 
 UNICODE, ASCII = "●○│└─", "o.|+-"
-"""Of a plot: a point of the front, any other one, the vertical axis, the corner, the horizontal axis."""
+"""Characters of a plot: a point of the front, any other point, the vertical axis, the corner, the horizontal axis."""
 
 
 class Display:
-    """Shows a search while it is entered; `update` is what a search calls.
+    """Shows the progress of a search while its context is entered; the search calls `update`.
 
     Attributes:
-        run_path: of the run, once it is known.
-        standing: how far it has come, in words.
+        run_path: path of the run folder, once it is known.
+        standing: the progress as text.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -89,15 +89,15 @@ class Display:
             self._live.stop()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Say at once that a signal has come: until what is under way has been put in order, seconds may pass."""
+        """Reports a signal at once, because it may take seconds until the search has stopped in order."""
         if self._live is None:
             with contextlib.suppress(OSError):
-                os.write(2, f"{ENDING}\n".encode())  # a handler may not write to a stream that is being written to
-        self._view.ending = True  # drawn when the clock moves next
+                os.write(2, f"{ENDING}\n".encode())  # a signal handler must not use a stream that is in use
+        self._view.ending = True  # drawn at the next move of the clock
         self._handlers[number](number, frame)
 
     def update(self, progress: Progress) -> None:
-        """Show where the search stands."""
+        """Shows the progress of the search."""
         self.run_path = progress.run.path
         self.standing = f"{progress.scored} of {progress.target} scored, a front of {len(progress.front)}"
         if self._live is not None:
@@ -118,7 +118,7 @@ def _say(text: str) -> None:
 
 
 def line(progress: Progress) -> str:
-    """Where a search stands in one line."""
+    """Formats the progress of a search in one line."""
     if progress.trial is None:
         return f"run folder {progress.run.path}: {progress.scored} of {progress.target} scored"
     return (
@@ -128,7 +128,7 @@ def line(progress: Progress) -> str:
 
 
 def _ended(run: Run, trial: Trial) -> str:
-    """A trial that ended."""
+    """Formats a finished trial."""
     if trial.state == "complete":
         values = ((o, o.read(trial.scores)) for o in run.objectives)
         what = ", ".join(f"{o.name} {format_value(o, v)}" for o, v in values if v is not None)
@@ -138,10 +138,10 @@ def _ended(run: Run, trial: Trial) -> str:
 
 
 class View:
-    """What the terminal shows; the body is drawn once for each trial and size of the terminal.
+    """The view on a terminal; its body is drawn once for each trial and size of the terminal.
 
     Attributes:
-        ending: whether the search has been told to end.
+        ending: whether a signal has asked the search to stop.
     """
 
     def __init__(self) -> None:
@@ -151,12 +151,12 @@ class View:
         self._drawn: tuple[object, list[list[Segment]]] | None = None
 
     def update(self, progress: Progress) -> None:
-        """Take in what a search tells."""
+        """Stores the progress of the search."""
         self._clock.tick(progress.scored, time.monotonic())
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
-        """The clock, and below it what has been found."""
+        """Draws the clock, and below it the trials and the front."""
         progress = self._progress
         if self.ending:
             yield Text(ENDING, no_wrap=True, overflow="ellipsis")
@@ -188,24 +188,24 @@ class View:
 
 
 class Clock:
-    """Says how long the rest will take, by what was scored since this process began."""
+    """Estimates the remaining time from the trials that were scored since this process began."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
         self._last: tuple[int, float] | None = None
 
     def tick(self, scored: int, now: float) -> None:
-        """So many are scored now, at a time in seconds."""
+        """Records the number of scored trials, at a time in seconds."""
         self._first = self._first or (scored, now)
         if self._last is None or scored > self._last[0]:
             self._last = scored, now
 
     def passed(self, now: float) -> float:
-        """Seconds since the first tick."""
+        """Returns the seconds since the first tick."""
         return now - self._first[1] if self._first else 0.0
 
     def left(self, count: int, now: float) -> float | None:
-        """Seconds that so many more will take; None while nothing says so."""
+        """Estimates the seconds for `count` more trials; None while it is unknown."""
         if self._first is None or self._last is None or self._last[0] == self._first[0]:
             return None
         each = (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
@@ -218,7 +218,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _body(progress: Progress, console: Console, options: ConsoleOptions, height: int) -> RenderableType:
-    """The last trial, who else is at work, the front as a table and as a plot, in so many lines."""
+    """Draws the last trial, the other workers, and the front as a table and a plot, in at most `height` lines."""
     width, marks = options.max_width, ASCII if options.ascii_only else UNICODE
     lines = [] if progress.trial is None else [f"last: {_ended(progress.run, progress.trial)}"]
     fleet = [f"also at work: {member}" for member in progress.fleet]
@@ -241,7 +241,7 @@ def _body(progress: Progress, console: Console, options: ConsoleOptions, height:
 
 
 def front_table(progress: Progress, height: int, encoding: str = "utf-8") -> Group:
-    """The front in so many lines at most; of a longer one, points from end to end."""
+    """Draws the front as a table in at most `height` lines; a longer front is sampled from end to end."""
     front, objectives = progress.front, progress.run.objectives
     most = max(1, height - 2)
     shown = front if len(front) <= most else [front[i * (len(front) - 1) // max(1, most - 1)] for i in range(most)]
@@ -257,14 +257,14 @@ def front_table(progress: Progress, height: int, encoding: str = "utf-8") -> Gro
 
 
 def axes(objectives: Sequence[Objective]) -> tuple[Objective, Objective]:
-    """Of the objectives, what lies and what stands: a cost, and a gain where there is one."""
+    """Chooses the objectives of the horizontal and the vertical axis: a cost, and a gain if there is one."""
     across = next((o for o in objectives if o.minimize), objectives[0])
     others = [o for o in objectives if o != across]
     return across, next((o for o in others if not o.minimize), others[0])
 
 
 def scatter(progress: Progress, width: int, height: int, marks: str) -> Text:
-    """All that is scored, with the front marked, over two objectives; nothing where there is no room for it."""
+    """Draws all scored trials over two objectives, with the front marked; draws nothing if there is no room."""
     complete = [trial for trial in progress.trials if trial.state == "complete"]
     across, up = axes(progress.run.objectives)
     if not complete or width < LEAST_PLOT[0] or height < LEAST_PLOT[1]:
@@ -301,7 +301,7 @@ def _value(objective: Objective, trial: Trial) -> float:
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis; some, where all values are the same."""
+    """Returns the range of an axis; widens it if all values are the same."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10)
 
@@ -321,7 +321,7 @@ def _titled(objective: Objective) -> str:
 
 
 def _between(left: str, right: str, width: int, middle: str = "") -> str:
-    """Texts at the ends and in the middle of a line; what finds no place is left out from the middle on."""
+    """Places texts at the ends and in the middle of a line; without room, it drops the middle first, then the right."""
     free = width - cell_len(left) - cell_len(right)
     if free < 1:
         return left[:width]

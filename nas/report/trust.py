@@ -1,4 +1,4 @@
-"""A calibration as a picture: how far each estimator orders architectures as long training does."""
+"""The picture of a calibration: how far each estimator agrees with long training on the order of architectures."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ..folders.calibration import Calibration
-from .plots import COLOURS, save_figure
+from .plots import save_figure
+from .scored import COLOURS
 
-ALL, *BAND_COLOURS = (COLOURS[i] for i in (0, 4, 1, 3))
+OVERALL_COLOUR, *BAND_COLOURS = (COLOURS[i] for i in (0, 4, 1, 3))
 
 
 def plot_trust(found: Calibration) -> list[Path]:
-    """Write `trust.png` and `trust.svg`; returns their paths.
+    """Writes `trust.png` and `trust.svg`; returns their paths.
 
-    A row for each estimator: Kendall's correlation with the truth over all architectures with its 95 % interval, and
-    within thirds by latency. The shaded part is what truth reaches against itself with another seed.
+    Each estimator has a row with its Kendall correlation with the truth: over all architectures with its 95 % interval,
+    and within each third by latency. The shaded band is the correlation of truths with truths of another seed.
 
     Raises:
-        RunError: where the calibration has no report yet.
+        RunError: if the calibration has no report yet.
     """
     from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ def plot_trust(found: Calibration) -> list[Path]:
         axes.axvline(ceiling["value"], color="0.5", linestyle="--", linewidth=1, label="truth, another seed")
     axes.axvline(0, color="0.7", linewidth=0.8)
     for place, row in enumerate(rows):
-        _point(axes, row["kendall"], place, ALL, "all architectures" if place == 0 else None)
+        _point(axes, row["kendall"], place, OVERALL_COLOUR, "all architectures" if place == 0 else None)
         for colour, (band, value) in zip(BAND_COLOURS, row["bands"].items(), strict=True):
             if value is not None:
                 label = f"the {band} third" if place == 0 else None

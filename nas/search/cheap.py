@@ -1,7 +1,7 @@
-"""What is known of an architecture before it is scored: counts in closed form, and latency as a profile predicts it.
+"""Cheap objectives, known without scoring: counts in closed form, and latencies that a profile predicts.
 
-A count costs about a second for the first few hundred neighbours of a front and next to nothing once their pieces are
-remembered; scoring one of them costs minutes.
+Counting the first few hundred neighbours of a front takes about a second. It takes almost no time once their pieces are
+cached. Scoring one of them takes minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _flops(pieces: Pieces) -> float:
 
 
 COUNTS = {"params": _params, "macs": _macs, "flops": _flops}
-"""Objectives that are counted, not measured; exact."""
+"""Objectives that are counted, not measured; they are exact."""
 
 
 def known_beforehand(
@@ -43,15 +43,16 @@ def known_beforehand(
     profile: Profile | None = None,
     reference_ms: float | None = None,
 ) -> Cheap | None:
-    """What the search may ask of any number of choices; None where nothing that it wants is known.
+    """Returns the function that computes the cheap objectives of any number of candidates; None if there are none.
 
     Args:
-        space: that the choices are of.
-        objectives: of the search.
-        budgets: names of what is limited.
-        image: side of the images, and number of classes.
-        profile: predicts the latency on the first target.
-        reference_ms: what the run's latencies hang on there; the profile's figures are brought to it.
+        space: the search space.
+        objectives: objectives of the search.
+        budgets: names of the objectives with a budget.
+        image: side of the images in pixels, and number of classes.
+        profile: the profile that predicts latency on the first target; None predicts none.
+        reference_ms: the run's latency of the reference network on that target, to which predictions are scaled; None
+            keeps the scale of the profile.
     """
     side, classes = image
     wanted = [*objectives, *(OBJECTIVES[name] for name in budgets)]

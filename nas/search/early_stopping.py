@@ -1,8 +1,8 @@
-"""Stop a training that cannot reach the front any more.
+"""Early stopping: ends a training that can no longer reach the front.
 
-What an architecture costs (latency, MACs, …) is known before it is trained, so it is known which accuracy it has to
-reach: the best among those that cost no more. At each rung of its learning curve, earlier trainings say what such a
-rung has led to; where that is probably below what is needed (`LEVEL`), the training ends.
+The costs of an architecture (latency, MACs, …) are known before its training. So is the accuracy that it needs: the
+best accuracy among architectures that cost no more. At each rung of its learning curve, the final accuracy is predicted
+from earlier trainings. The training ends if the prediction is probably (`LEVEL`) below the accuracy that it needs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ..objectives.objectives import Objective, Scores
 from ..scoring.accuracy import Rung
 
 LEVEL = 0.75
-"""A training is stopped where its final accuracy would be below what it needs with this probability. Measured: it saves
-40 to 66 % of the epochs, at below 0.5 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
+"""Stop a training if its final accuracy is below the needed one with this probability. In measurements this saves 40 to
+66 % of the epochs, and costs less than 0.5 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
 FEWEST = 8
-"""Trainings that went to their end before any is stopped."""
+"""Fewest finished trainings before any training is stopped."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A training that went to its end.
+    """A finished training.
 
     Args:
-        costs: of the architecture in the objectives but accuracy, less is better.
-        curve: epochs -> accuracy in percent on the way.
-        accuracy: at the end.
+        costs: losses of the architecture in all objectives except accuracy; less is better.
+        curve: epochs -> accuracy in percent at each rung.
+        accuracy: final accuracy in percent.
     """
 
     costs: tuple[float, ...]
@@ -39,19 +39,19 @@ class Finished:
 
 
 def costs_of(objectives: Sequence[Objective], scores: Scores) -> tuple[float, ...]:
-    """What an architecture costs in the objectives but accuracy, less is better."""
+    """Returns the losses of an architecture in all objectives except accuracy; less is better."""
     return tuple(o.loss(o.read(scores) or 0.0) for o in objectives if o.field != "accuracy")
 
 
 class Stopped(Exception):
-    """A training was stopped early.
+    """Raised if a training is stopped early.
 
     Attributes:
-        shortfall: by how much it would miss the front at best, as a share of the accuracy it needs.
+        shortfall: how far it would miss the front at best, as a share of the accuracy that it needs.
     """
 
     def __init__(self, reason: str, shortfall: float) -> None:
-        super().__init__(reason, shortfall)  # both, so that it can be pickled
+        super().__init__(reason, shortfall)  # pickling needs both
         self.shortfall = shortfall
 
     def __str__(self) -> str:
@@ -59,22 +59,22 @@ class Stopped(Exception):
 
 
 def needed_accuracy(costs: Sequence[float], finished: Sequence[Finished]) -> float:
-    """The best accuracy among those that cost no more in anything; minus infinity where there is none."""
+    """Returns the best accuracy among trainings that cost no more in any objective; minus infinity without any."""
     rivals = (f.accuracy for f in finished if all(a <= b for a, b in zip(f.costs, costs, strict=True)))
     return max(rivals, default=-math.inf)
 
 
 def best_final(epoch: int, accuracy: float, finished: Sequence[Finished], level: float = LEVEL) -> float:
-    """The upper end of the interval for the final accuracy of a training; infinite where too few say anything.
+    """Returns the upper end of the prediction interval for the final accuracy; infinite if too few trainings finished.
 
-    A line is fitted to (accuracy at this rung, final accuracy) of the finished trainings; the interval is that of a
-    single further one, by Student's t.
+    A line is fitted to the pairs (accuracy at this rung, final accuracy) of the finished trainings. The interval is
+    that of a single further training, by Student's t.
 
     Args:
-        epoch: of the rung.
-        accuracy: at it, in percent.
-        finished: trainings that went to their end.
-        level: probability that the final accuracy is below.
+        epoch: epoch of the rung.
+        accuracy: accuracy at the rung, in percent.
+        finished: finished trainings.
+        level: probability that the final accuracy is below the upper end.
     """
     from scipy.stats import t
 
@@ -96,17 +96,17 @@ def best_final(epoch: int, accuracy: float, finished: Sequence[Finished], level:
 def check_rung(
     epoch: int, accuracy: float, costs: Sequence[float], finished: Sequence[Finished], level: float = LEVEL
 ) -> None:
-    """Let a training go on, or not.
+    """Stops a training at a rung if it can no longer reach the front.
 
     Args:
-        epoch: of the rung.
-        accuracy: at it, in percent.
-        costs: of the architecture, as in `Finished`.
-        finished: trainings that went to their end.
+        epoch: epoch of the rung.
+        accuracy: accuracy at the rung, in percent.
+        costs: costs of the architecture, as in `Finished`.
+        finished: finished trainings.
         level: as in `best_final`.
 
     Raises:
-        Stopped: where it cannot reach the front.
+        Stopped: if it cannot reach the front.
     """
     needed = needed_accuracy(costs, finished)
     best = best_final(epoch, accuracy, finished, level)
@@ -120,16 +120,20 @@ def check_rung(
 
 @dataclass(frozen=True)
 class Judge:
-    """Ends a training that cannot reach the front any more. Plain data, so that it can go where the training is.
+    """Stops trainings that can no longer reach the front; plain data, so that other processes can have a copy.
 
     Args:
-        objectives: of the search.
-        finished: trainings that went to their end.
+        objectives: objectives of the search.
+        finished: finished trainings.
     """
 
     objectives: tuple[Objective, ...]
     finished: tuple[Finished, ...]
 
     def __call__(self, scores: Scores, rung: Rung) -> None:
-        """Look at a rung of the training of what has these scores; raises as `check_rung`."""
+        """Checks a rung of a training; `scores` are the costs of its architecture.
+
+        Raises:
+            Stopped: as `check_rung`.
+        """
         check_rung(rung.epoch, rung.accuracy, costs_of(self.objectives, scores), self.finished)

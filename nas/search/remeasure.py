@@ -1,8 +1,8 @@
-"""What follows the last trial: baselines, the front measured again in turns, its order in another runtime, its parts.
+"""Measurements after the last trial: baselines, the front again in turns, its order in another runtime, and its parts.
 
-Everything is kept as attributes of the study: `baselines` (name -> scores or failure), `remeasured` (target -> key or
-name -> latency), `elsewhere` (the same in another runtime) and `stages` (target -> key -> latency of each part), so
-that it is as safe and as resumable as the trials.
+All results are attributes of the study: `baselines` (name -> scores or failure), `remeasured` (target -> key or
+name -> latency), `elsewhere` (the same in another runtime) and `stages` (target -> key -> latency of each part). They
+are as safe as the trials, and a later call resumes them.
 """
 
 from __future__ import annotations
@@ -43,18 +43,26 @@ from .evaluate import Evaluator
 log = logging.getLogger(__name__)
 
 MAX_REMEASURED = 24
-"""Networks that are measured again after a search: the front, and of those near it the best."""
+"""Largest number of networks that are measured again after a search: the front, and the best of those near it."""
 
 PART: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2, "block_ms": 10.0}
-"""How a part of a network is timed: it need only be told from the others."""
+"""Conditions under which the parts of a network are timed. They are coarse: the parts only need to be message apart."""
 PARTS_SECONDS = 60.0
-"""No further network's parts are timed after this long; a resumed search goes on."""
+"""Start timing the parts of no further network after this many seconds; a resumed search times the rest."""
 
 Builders = Mapping[str, Callable[[], nn.Module]]
+"""Key or name of a network -> function that builds it."""
 
 
 def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Sequence[str]) -> None:
-    """Score the baselines, measure the front and what is near it again, and the front in ONNX Runtime too."""
+    """Scores the baselines, then measures the front and networks near it again, in ONNX Runtime too, and part by part.
+
+    Args:
+        study: the study, which gets the results as attributes.
+        run: the run.
+        evaluator: the evaluator of the run.
+        baselines: names of the baselines.
+    """
     scored = _score_baselines(study, evaluator, baselines)
     if not any(objective.is_latency for objective in run.objectives):
         return
@@ -67,7 +75,7 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     wanted += [t for t in near if t.key not in first][: max(0, MAX_REMEASURED - len(wanted))]
     networks = {t.key: _builder(evaluator, t) for t in wanted}
     _remeasure(study, run, evaluator, networks | {name: _baseline_builder(evaluator, name) for name in scored})
-    # what was measured slower the second time may let others onto the front, with their first figures: again for these
+    # A network that is slower in the second measurement may let others onto the front. They are measured again too.
     while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
         more = {t.key: _builder(evaluator, t) for t in new}
         networks |= more
@@ -81,38 +89,42 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
 
 
 def _targets(run: Run, evaluator: Evaluator) -> list[tuple[str, LatencyConfig]]:
-    """What latency is measured on, by the names in the run: on another GPU of the same kind this process has others."""
+    """Returns the latency targets with their names in the run.
+
+    This process may have other names for them, if it uses another GPU of the same kind.
+    """
     own = tuple(config.label for config in evaluator.latency)
     return list(zip(run.targets if len(run.targets) == len(own) else own, evaluator.latency, strict=True))
 
 
 def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Builders) -> None:
-    """Measure networks on every target in turns, unless all of them are measured again already."""
+    """Measures networks on every target in turns, unless all of them have been measured again already."""
     done: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
     targets = _targets(run, evaluator)
     if all(set(networks) <= set(done.get(name, {})) for name, _ in targets):
         return
-    log.info("measuring the front and what is near it again, in turns: %d networks", len(networks))
+    log.info("measuring the front and networks near it again, in turns: %d networks", len(networks))
     found = {name: done.get(name, {}) | _measure(networks, evaluator, c) for name, c in targets}
     study.set_user_attr(REMEASURED, found)
 
 
 def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: str) -> None:
-    """Measure stem, stages and head of the front's networks on the first target, unless that is done."""
+    """Measures the stem, stages and head of the front's networks on the first target, unless that is done already."""
     config, start = evaluator.latency[0], time.monotonic()
     known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(target, {}))
     left = [t.architecture for t in front if t.architecture is not None and t.key not in known]
     if not left:
         return
     if config.runtime == "command":
-        log.info("the front's stages are not timed one by one: each would be a call of your program")
+        log.info("the stages of the front are not timed one by one, because each would need a call of your program")
         return
     log.info("measuring the stages of the front, one by one: %d networks", len(left))
     quick = replace(config, **PART | {"max_seconds": min(config.max_seconds, PART["max_seconds"])})
     for count, architecture in enumerate(left):
         if time.monotonic() - start > PARTS_SECONDS:
             log.info(
-                "the stages of %d networks are left out for time: `measure RUN@KEY --per-stage`", len(left) - count
+                "the stages of %d networks are not timed, to save time: run `measure RUN@KEY --per-stage` for them",
+                len(left) - count,
             )
             return
         known[architecture.key] = _parts(architecture, evaluator, quick)
@@ -120,9 +132,10 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
 
 
 def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConfig) -> list[dict[str, Any]]:
-    """Latency of the whole and of each part in turns, in the order in which they run.
+    """Measures the latency of the whole network and of each part, in turns.
 
-    Empty where the runtime has none of them.
+    Returns:
+        A row for the whole and for each part, in the order in which they run; empty if the runtime cannot run them.
     """
     reference = evaluator.references.get(config.label) or reference_ms(config)
     names = [WHOLE, "stem", *(f"stages.{i}" for i in range(len(architecture.stages))), "head"]
@@ -135,8 +148,8 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
         why = str(error).partition("\n")[0]
-        told = f"The stages of {architecture.key} cannot be measured: {why}"
-        REPEATS.tell(log, "networks whose stages cannot be measured", told)
+        message = f"The stages of {architecture.key} cannot be measured: {why}"
+        REPEATS.tell(log, "networks whose stages cannot be measured", message)
         return []
     return [
         {"part": name, "ms": part.ms, "low_ms": part.low_ms, "high_ms": part.high_ms}
@@ -145,12 +158,12 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
 
 
 def near_trials(run: Run, trials: Sequence[Trial], widened: float = 1.0) -> list[Trial]:
-    """The front and what may belong to it, given the intervals of latency; the front first, then by what beats them.
+    """Returns the front and the trials that may belong to it within their latency intervals, sorted by rank.
 
     Args:
-        run: whose objectives count.
-        trials: complete ones.
-        widened: intervals are taken to be so many times as wide.
+        run: the run, for its objectives.
+        trials: complete trials.
+        widened: factor by which intervals are widened.
     """
     if not trials:
         return []
@@ -163,7 +176,7 @@ def near_trials(run: Run, trials: Sequence[Trial], widened: float = 1.0) -> list
 
 
 def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[str]) -> list[str]:
-    """Score named networks as the trials are, but for budgets; returns those that have scores."""
+    """Scores baselines as the trials are scored, but without budgets; returns the names of those with scores."""
     known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
     free = replace(evaluator, budgets={})
     for name in names:
@@ -172,7 +185,7 @@ def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[
         log.info("scoring the baseline %s", name)
         try:
             known[name] = {"scores": free.evaluate_network(partial(_create_baseline, evaluator, name)).scores.to_dict()}
-        except Exception as error:  # a foreign network may fail in any way: no reason to lose a search
+        except Exception as error:  # a foreign network may fail in any way, which must not end the search
             failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
             log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
             known[name] = {"failure": failure}
@@ -196,7 +209,7 @@ def _create_baseline(evaluator: Evaluator, name: str) -> nn.Module:
 
 
 def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) -> dict[str, dict[str, Any]]:
-    """Latencies of networks in turns, by name; what a runtime cannot run has a failure instead."""
+    """Measures networks in turns; returns the latency of each by name, or its failure if the runtime cannot run it."""
     reference = evaluator.references.get(config.label) or reference_ms(config)
     ready: dict[str, Prepared] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -204,8 +217,8 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
         try:
             ready[name] = prepare_model(build(), evaluator.data.input_size, config)
         except TrialFailure as failure:
-            told = f"{name} cannot be measured in {config.runtime}: {failure}"
-            REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", told)
+            message = f"{name} cannot be measured in {config.runtime}: {failure}"
+            REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", message)
             found[name] = {"failure": f"{failure.reason}: {failure}"}
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -216,7 +229,7 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
     except (TrialFailure, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
-        log.warning("measuring %d networks in turns failed, so one by one: %s", len(ready), error)
+        log.warning("measuring %d networks in turns failed, so they are measured one by one: %s", len(ready), error)
         return found | {name: _measure_one(network, config, reference) for name, network in ready.items()}
     return found | {name: asdict(latency) for name, latency in zip(ready, measured, strict=True)}
 
@@ -233,7 +246,10 @@ def _measure_one(network: Prepared, config: LatencyConfig, reference: float) -> 
 
 
 def _onnxruntime(targets: Sequence[LatencyConfig]) -> LatencyConfig | None:
-    """ONNX Runtime beside an eager search on the CPU, where it is installed and no target already."""
+    """Returns conditions for ONNX Runtime, to compare with a search in eager torch on the CPU.
+
+    None if the search ran elsewhere, ONNX Runtime is not installed, or it is a target already.
+    """
     first = targets[0]
     suits = first.runtime == "eager" and first.device == "cpu" and first.dtype in RUNTIME_TRAITS["onnxruntime"].dtypes
     if not suits or RUNTIME_TRAITS["onnxruntime"].missing or any(c.runtime == "onnxruntime" for c in targets):

@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, a line an epoch elsewhere, on standard error."""
+"""Progress of a training on standard error: a bar on a terminal, one line for each epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingDisplay:
-    """Shows each step it is told of; a context."""
+    """Shows the progress of a training while its context is entered."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -22,45 +22,53 @@ class TrainingDisplay:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[status]}"),
             console=console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("reading images", total=None, told="")
+        self._task = self._bar.add_task("reading images", total=None, status="")
         self._name, self._logged = "", 0
 
     def __enter__(self) -> TrainingDisplay:
-        """Begin."""
+        """Starts the bar."""
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Leave the terminal as it was."""
+        """Stops the bar and restores the terminal."""
         self._bar.stop()
 
     def begin(self, place: int, count: int, key: str) -> None:
-        """Another network of several: its place from 0, their number and its key."""
+        """Announces the next of several networks.
+
+        Args:
+            place: its place, from 0.
+            count: number of networks.
+            key: its key.
+        """
         self._name, self._logged = f"[{place + 1}/{count}] {key} ", 0
         if not self._live:
             log.info("%sbegins", self._name)
 
     def update(self, step: Step) -> None:
-        """Another step is done."""
+        """Shows the progress after a step."""
         accuracy = step.last.get("holdout_accuracy")
-        told = f"{step.images_per_second:,.0f} images/s"
-        told += "" if accuracy is None else f", top-1 {accuracy:.2f} %"
-        told += "" if step.seconds_left is None else f", {duration(step.seconds_left)} left"
+        status = f"{step.images_per_second:,.0f} images/s"
+        status += "" if accuracy is None else f", top-1 {accuracy:.2f} %"
+        status += "" if step.seconds_left is None else f", {duration(step.seconds_left)} left"
         if self._live:
             name = f"{self._name}epoch {min(step.epoch + 1, step.epochs)}/{step.epochs}"
             done, total = step.epoch * step.steps + step.step, step.steps * step.epochs
-            self._bar.update(self._task, description=name, total=total, completed=done, told=told)
+            self._bar.update(self._task, description=name, total=total, completed=done, status=status)
         elif step.step == 0 and step.epoch > self._logged:
             self._logged = step.epoch
-            log.info("%sepoch %d/%d: loss %.4f, %s", self._name, step.epoch, step.epochs, step.last["train_loss"], told)
+            log.info(
+                "%sepoch %d/%d: loss %.4f, %s", self._name, step.epoch, step.epochs, step.last["train_loss"], status
+            )
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 40 s, 12 min, 3.5 h."""
+    """Formats seconds as a duration: 40 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

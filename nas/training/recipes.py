@@ -1,6 +1,6 @@
-"""How a network is trained to its end: named recipes, each a change of the one before or of the defaults.
+"""Training recipes by name, and the recipe `auto`, which follows the number of images.
 
-To change a recipe for one training: `train --set epochs=50 --set mixup=0`. To add one: a row in RECIPES.
+`train --set epochs=50 --set mixup=0` changes a recipe for one training. A row in RECIPES adds a recipe.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from ..errors import UsageError, unknown_name
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides how a network is trained, but the network, the images and the seed.
+    """Settings of a training, except the network, the images and the seed.
 
     Args:
-        name: of the preset it comes from.
+        name: name of the recipe that it is derived from.
         epochs: passes over the training images.
-        batch_size: images a step, over all processes.
-        optimizer: of timm, by name.
-        learning_rate: at its highest, for `batch_size` as it is.
-        weight_decay: not on biases and norms.
-        schedule: how the rate falls: cosine, or wsd (only over the last fifth).
-        warmup_epochs: over which the rate rises linearly.
-        min_learning_rate: at the end.
-        clip_norm: largest norm of the gradient; 0 for no bound.
-        ema_decay: of the average of the weights, which is what is tested; 0 for none. It warms up.
-        drop_path: stochastic depth of the last block, where the network has it.
-        label_smoothing: of the targets.
+        batch_size: images in a step, over all processes.
+        optimizer: name of an optimizer of timm.
+        learning_rate: highest learning rate; it is not scaled by `batch_size`.
+        weight_decay: weight decay; biases and norms have none.
+        schedule: how the learning rate falls: cosine, or wsd (constant, then falling over the last fifth).
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        min_learning_rate: learning rate at the end.
+        clip_norm: largest norm of the gradient; 0 for no limit.
+        ema_decay: decay of the average of the weights, which is evaluated and kept; 0 for no average. It warms up.
+        drop_path: stochastic depth of the last block, for networks that support it.
+        label_smoothing: label smoothing.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none.
-        mix_share: of the batches that are mixed at all.
-        augment: timm's policy, such as rand-m9-mstd0.5-inc1 or augmix-m3; empty for none.
-        crop: how training images are cut: rrc (random resized crops) or shift (padded, then cut at random).
-        crop_scale: least share of an image that a random resized crop takes.
+        mix_share: share of the batches that mixup and CutMix apply to.
+        augment: augmentation policy of timm, such as rand-m9-mstd0.5-inc1 or augmix-m3; empty for none.
+        crop: how training images are cropped: rrc (random resized crops) or shift (padded, then cropped at random).
+        crop_scale: smallest share of an image that a random resized crop takes.
         flip: probability of mirroring; images that must not be mirrored (digits) never are.
-        color_jitter: of brightness, contrast and saturation, where there is no policy.
+        color_jitter: strength of changes in brightness, contrast and saturation, without a policy.
         erase: probability of random erasing.
-        scales: sides of the images a step, as shares of the input size, drawn anew each step.
+        scales: shares of the input size; each step draws one of them as the side of its images.
         amp: bf16 autocast: auto (on a GPU that multiplies in bf16), on or off.
-        channels_last: memory format.
-        sync_batch_norm: statistics over all processes.
-        holdout: share of the training split that is held out to watch the training.
-        distill_weight: of the teacher's word against the label's, where there is a teacher.
-        distill_temperature: of both softmaxes.
+        channels_last: whether the memory format is channels last.
+        sync_batch_norm: whether batch norm statistics are computed over all processes.
+        holdout: share of the training split that is held out to measure the accuracy after each epoch.
+        distill_weight: weight of the teacher's output against that of the label, with a teacher.
+        distill_temperature: temperature of both softmaxes, with a teacher.
         layer_decay: factor on the learning rate from each layer to the one before it; 1 for the same rate everywhere.
     """
 
@@ -85,7 +85,7 @@ class Recipe:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what no training can run with."""
+        """Refuses values that no training can use."""
         for field, least, most in (
             ("epochs", 1, 100_000),
             ("batch_size", 1, 2**20),
@@ -120,25 +120,27 @@ class Recipe:
             if getattr(self, field) not in allowed:
                 raise UsageError(f"{field}={getattr(self, field)}: it must be {' or '.join(allowed)}")
         if not self.scales or not all(0.25 <= scale <= 2 for scale in self.scales):
-            raise UsageError(f"scales={','.join(map(str, self.scales))}: shares of the input size from 0.25 to 2")
+            raise UsageError(
+                f"scales={','.join(map(str, self.scales))}: they must be shares of the input size from 0.25 to 2"
+            )
         if self.warmup_epochs >= self.epochs:
             raise UsageError(
-                f"warmup_epochs={self.warmup_epochs:g} must be fewer than the {self.epochs} epochs: set them too"
+                f"warmup_epochs={self.warmup_epochs:g}: it must be fewer than the {self.epochs} epochs; set both"
             )
         if self.mixes and self.batch_size % 2:
-            raise UsageError(f"batch_size={self.batch_size}: mixup and CutMix mix pairs, it must be even")
+            raise UsageError(f"batch_size={self.batch_size}: it must be even, because mixup and CutMix mix pairs")
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed."""
+        """Whether mixup or CutMix is on."""
         return bool((self.mixup or self.cutmix) and self.mix_share)
 
     def described(self, steps: int, size: int) -> str:
-        """In a few words.
+        """Describes the recipe in one line.
 
         Args:
-            steps: of an epoch.
-            size: images a step, which may be fewer than the recipe's where there are not as many.
+            steps: steps in an epoch.
+            size: images in a step; fewer than `batch_size` if there are fewer training images.
         """
         altered = {
             f"policy {self.augment}": self.augment,
@@ -155,10 +157,10 @@ class Recipe:
         )
 
     def changed(self, settings: Iterable[str]) -> Recipe:
-        """The recipe with `key=value` settings.
+        """Returns the recipe with some `key=value` settings changed.
 
         Raises:
-            UsageError: where a key is unknown or a value not allowed.
+            UsageError: if a key is unknown or a value is not allowed.
         """
         changes = parse_settings(settings)
         if "warmup_epochs" not in changes:  # a shorter training has a shorter warm-up
@@ -166,15 +168,15 @@ class Recipe:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Returns plain data."""
         return asdict(self) | {"scales": list(self.scales)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """From plain data; fields of a later release are refused.
+        """Reads plain data; refuses fields of a later release.
 
         Raises:
-            UsageError: where a field is unknown or not allowed.
+            UsageError: if a field is unknown or its value is not allowed.
         """
         kinds = typing.get_type_hints(Recipe)
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
@@ -183,10 +185,10 @@ class Recipe:
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """The fields of a recipe that `key=value` settings change; of a repeated key the last one counts.
+    """Reads `key=value` settings into fields of a recipe; if a key is repeated, the last value counts.
 
     Raises:
-        UsageError: where a key is unknown or a value has the wrong type.
+        UsageError: if a key is unknown or a value has the wrong type.
     """
     kinds = typing.get_type_hints(Recipe)
     changes: dict[str, Any] = {}
@@ -218,7 +220,7 @@ def _value(key: str, text: str, kind: Any) -> Any:
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
-    """A value of plain data in the field's type."""
+    """Converts a value of plain data to the type of its field."""
     if isinstance(kind, types.GenericAlias):
         if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
             return tuple(value)
@@ -245,15 +247,15 @@ SMALL = replace(
 )
 
 RECIPES = {
-    # 224 px and a hundred thousand images or more
+    # for a hundred thousand images or more at 224 px
     "standard": STANDARD,
-    # small images, or thousands of them: milder, smaller steps
+    # for small images, or thousands of them: milder augmentation, smaller steps
     "small": SMALL,
-    # as small, but short: what a laptop does in minutes
+    # as `small`, but short: a laptop finishes it in minutes
     "quick": replace(
         SMALL, name="quick", epochs=20, warmup_epochs=2.0, drop_path=0.0, mixup=0.0, cutmix=0.0, augment="", erase=0.0
     ),
-    # on from weights that are good already
+    # for trained weights that another data set needs
     "finetune": replace(
         STANDARD,
         name="finetune",
@@ -271,35 +273,36 @@ RECIPES = {
 
 
 AUTO = "auto"
-"""The name of the recipe that follows the images."""
+"""Name of the recipe that follows the number of images."""
 FEW_EPOCHS = 30
-"""Below these a network from scratch sees an image too seldom to learn it by heart: it is not altered much."""
+"""Below this many epochs the augmentation is mild: a network from scratch sees an image too seldom to memorise it."""
 MANY_IMAGES = 100_000
-"""From these on a training from scratch is that of `standard`, what the published networks were trained by."""
+"""From this many images, a training from scratch is that of `standard`, by which published networks were trained."""
 WARMUP_STEPS = 1000
+"""Most steps over which the learning rate rises."""
 
 
 def auto_recipe(
     images: int, classes: int, pretrained: bool, epochs: int | None = None, batch_size: int | None = None
 ) -> Recipe:
-    """The recipe `auto`: what suits a training set. How it was found: `benchmarks/recipes.md`.
+    """Chooses the recipe `auto` for a training set; `benchmarks/recipes.md` has the measurements behind it.
 
-    All that depends on how long the training is depends on its steps: a set of 500 images gets smaller batches and more
-    epochs than one of 100,000. How images are altered depends on how often each is seen.
+    The length of the training is set by its steps: 500 images get smaller batches and more epochs than 100,000. The
+    strength of the augmentation is set by how often the network sees each image.
 
     Args:
-        images: to train on.
-        classes: of them, each of which takes steps to learn.
-        pretrained: whether the network starts from weights of a full training.
-        epochs: passes over the images; None for as many as suit.
-        batch_size: images a step; None for as many as suit.
+        images: number of training images.
+        classes: number of classes; each class needs steps to learn.
+        pretrained: whether the network starts from the weights of a full training.
+        epochs: passes over the images; None chooses them.
+        batch_size: images in a step; None chooses it.
     """
     batch = batch_size or 2 ** min(10, max(4, math.floor(math.log2(math.sqrt(images)))))
     steps = max(1, images // min(batch, images))
     if epochs is None:
         least, most = (20, 60) if pretrained else (100, 300)
         epochs = min(most, max(least, math.ceil((1000 + 10 * classes) / steps)))
-    total = max(1, epochs * steps)  # what is not allowed is refused by `Recipe`
+    total = max(1, epochs * steps)  # `Recipe` refuses values that are not allowed
     from_scratch = STANDARD if images >= MANY_IMAGES else SMALL
     short = pretrained or epochs < FEW_EPOCHS
     like = RECIPES["quick"] if short else from_scratch
@@ -316,36 +319,36 @@ def auto_recipe(
 
 @dataclass(frozen=True)
 class Auto:
-    """The recipe `auto` as long as the images are not known.
+    """The recipe `auto` before the images are known.
 
     Args:
-        settings: `key=value` settings on top of what is chosen. The other choices follow `epochs` and `batch_size`.
+        settings: `key=value` settings that replace choices. The other choices follow `epochs` and `batch_size`.
     """
 
     settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse settings that no set of images makes possible."""
+        """Refuses settings that no image set makes possible."""
         self.choose(1000, 10, pretrained=False)
 
     @property
     def holdout(self) -> float | None:
-        """Share of the training split that is held out; None for as much as suits, see `open_data`."""
+        """The share of the training split that is held out; None leaves it to `open_data`."""
         share: float | None = parse_settings(self.settings).get("holdout")
         return share
 
     def choose(self, images: int, classes: int, pretrained: bool) -> Recipe:
-        """The recipe for a training set, see `auto_recipe`."""
+        """Chooses the recipe for a training set, see `auto_recipe`."""
         given = parse_settings(self.settings)
         chosen = auto_recipe(images, classes, pretrained, given.get("epochs"), given.get("batch_size"))
         return replace(chosen, **given)
 
 
 def find_recipe(name: str, settings: Iterable[str] = ()) -> Recipe | Auto:
-    """A recipe by its name, with `key=value` settings; `auto` is one that is still to be chosen.
+    """Finds a recipe by its name and applies `key=value` settings; `auto` is chosen once the images are known.
 
     Raises:
-        UsageError: where there is no such recipe or setting.
+        UsageError: if there is no such recipe or setting.
     """
     if name == AUTO:
         return Auto(tuple(settings))

@@ -1,1 +1,1 @@
-"""Who proposes the next candidate: a table of samplers, and what they share."""
+"""Samplers propose the next candidate: their table, and what they share."""

@@ -1,4 +1,4 @@
-"""Two plain searches to compare with: evolution and local search, neither of which evaluates a point twice."""
+"""Two simple samplers for comparison: evolution and local search. Neither evaluates a point twice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .history import History
 from .knobs import Knobs, Point
 
 POPULATION = 20
-"""Parents of `evolve`: the best so far. The first so many points are drawn at random."""
+"""Number of parents of `evolve`, the best points so far; also the number of random points at the start."""
 RESTART = 0.1
-"""Share of the draws in which `climb` starts anew."""
+"""Share of the draws in which `climb` restarts from a random point."""
 
 
 def _random(knobs: Knobs, known: set[Point], rng: np.random.Generator) -> Point:
@@ -21,7 +21,7 @@ def _random(knobs: Knobs, known: set[Point], rng: np.random.Generator) -> Point:
 
 
 def evolve(history: History, knobs: Knobs, known: set[Point], rng: np.random.Generator) -> Point:
-    """A child of two of the best points: by rank, then by how far from others on their front (as NSGA-II has it).
+    """Returns an unknown child of two of the best points, sorted by rank, then by crowding distance, as in NSGA-II.
 
     Deb, Pratap, Agarwal, Meyarivan: A fast and elitist multiobjective genetic algorithm: NSGA-II (2002).
     """
@@ -55,7 +55,7 @@ def _crowding(losses: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def climb(history: History, knobs: Knobs, known: set[Point], rng: np.random.Generator) -> Point:
-    """An unknown neighbour of a point of the front; a random point where there is none, and now and then anyway."""
+    """Returns an unknown neighbour of a point of the front; a random point if there is none, and sometimes anyway."""
     kept = history.complete & history.feasible
     if not kept.any() or rng.random() < RESTART:
         return _random(knobs, known, rng)

@@ -1,4 +1,4 @@
-"""What a study knows, as arrays: what samplers learn from."""
+"""The history of a study as arrays, from which samplers learn."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RELEASED = "interrupted: its worker was stopped"
 NOT_NEEDED = "killed: another worker has it, and nothing else was left"
 SPARED = "killed: enough were scored before it was trained"
 HANDED_ON = frozenset({DIED, RELEASED, NOT_NEEDED, SPARED})
-"""Failures that say nothing about an architecture."""
+"""Failures that are not the fault of the architecture."""
 RETRY = "retry_of"
 """Attribute of a trial that repeats another one: the number of that one."""
 NOISE = "noise"
 """Attribute of a complete trial: objective -> standard error of its value."""
 ESTIMATES = "estimates"
-"""Attribute of a trial that was stopped early: objective -> its expected value and the standard error of that."""
+"""Attribute of a trial that was stopped early: objective -> expected value and its standard error."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class History:
     """Finished and running trials, in the order of their numbers.
 
     Args:
-        rows: observed points of shape (n, knobs): complete trials, and stopped ones with estimates.
-        losses: of shape (n, objectives).
+        rows: observed points of shape (n, knobs): complete trials, and trials with estimates that were stopped early.
+        losses: losses of shape (n, objectives).
         noise: standard errors of the losses, of the same shape.
-        complete: whether they are measured to the end, of shape (n,).
-        feasible: whether they keep every constraint, of shape (n,).
-        constraints: name -> points and values, above 0 where it is broken; `failed` has 1 and -1.
+        complete: whether the trials are complete, of shape (n,).
+        feasible: whether the points satisfy every constraint, of shape (n,).
+        constraints: name -> points and values; a value above 0 breaks the constraint. The values of `failed` are 1 for
+            a failed trial and -1 for others.
         pending: points that are being evaluated, of shape (p, knobs).
-        numbers: of the observed trials, n of them.
+        numbers: numbers of the n observed trials.
     """
 
     rows: Points
@@ -55,9 +56,10 @@ class History:
 
 
 EARLY_STOPPING = "early_stopping"
-"""A constraint that is no property of a point: stopped trials have estimates instead. It is there for Optuna's TPE."""
+"""Constraint of trials that were stopped early, for Optuna's TPE. It is not a property of the point, so our samplers
+use the estimates instead."""
 GAIN = "gain"
-"""Attribute of a trial: the gain that its sampler expected when it was drawn, as a share of the hypervolume."""
+"""Attribute of a trial: the gain that its sampler expected of it, as a share of the hypervolume."""
 
 
 def spared(trials: Sequence[FrozenTrial]) -> set[int]:
@@ -73,7 +75,7 @@ def spared(trials: Sequence[FrozenTrial]) -> set[int]:
 
 
 class Reader:
-    """Reads a study's history; keeps what it read of finished trials."""
+    """Reads the history of a study; caches the points of its trials."""
 
     def __init__(self, knobs: Knobs) -> None:
         self._knobs = knobs
@@ -87,12 +89,12 @@ class Reader:
         return self._points[trial.number]
 
     def read(self, study: optuna.Study, problem: Problem, but: int = -1) -> History:
-        """The history before a draw.
+        """Reads the history before a draw.
 
         Args:
-            study: to read.
-            problem: what it is of.
-            but: number of the trial that is drawn, if one is.
+            study: the study.
+            problem: its optimisation problem.
+            but: number of the trial that is being drawn, which is left out; -1 for none.
         """
         names, signs = problem.objectives, problem.signs
         rows: list[Point] = []

@@ -1,8 +1,8 @@
-"""Named choices as rows of numbers: what every sampler of ours draws, changes and compares.
+"""Knobs and their choices as rows of indices, which our samplers draw, change and compare.
 
-A point is a tuple with the index of one choice per knob. Knobs of numbers are ordered: near choices are alike. Where
-several points stand for the same thing (a knob without effect), `canonical` says which one of them is meant, so that
-nothing is evaluated twice.
+A point is a tuple with the index of one choice for each knob. Knobs with numbers are ordered: neighbouring choices are
+similar. Several points may have the same meaning, if a knob has no effect. `canonical` then chooses one of them, so
+that nothing is evaluated twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Point = tuple[int, ...]
 Points = NDArray[np.int64]
 
 MAX_WHOLE = 2**53
-"""Storages hold numbers as floats, which have all whole numbers up to this one."""
+"""Largest whole number in a choice: storages hold numbers as floats, which represent all whole numbers up to it."""
 
 
 def _same(choices: Choices) -> Choices:
@@ -34,13 +34,13 @@ def _same(choices: Choices) -> Choices:
 
 
 def check_name(name: object, what: str) -> None:
-    """Refuse a name that a storage may not take, or that would not fit in a line."""
+    """Refuses a name that a storage may not accept, or that does not fit in a line."""
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name) <= MAX_LINE:
         raise UsageError(f"{what} is named {_shown(name)}: a name is a line of 1 to {MAX_LINE} characters")
 
 
 def _checked(name: str, choices: Any) -> tuple[Choice, ...]:
-    """A knob's choices as Optuna stores them and reads them back: plain, and each once."""
+    """Returns the choices of a knob as Optuna stores them and reads them back: plain values, each once."""
     listed = isinstance(choices, Sequence) and not isinstance(choices, str | bytes)
     if not listed and not (isinstance(choices, np.ndarray) and choices.ndim == 1):
         raise UsageError(f"knob {name!r} is {_shown(choices)}: its choices must be a list, such as [1, 2, 4]")
@@ -61,7 +61,7 @@ def _checked(name: str, choices: Any) -> tuple[Choice, ...]:
 
 
 def _fault(choice: object) -> str:
-    """Why something is no choice; empty where it is one."""
+    """Returns why a value is not allowed as a choice; empty if it is allowed."""
     if isinstance(choice, str):
         return ""
     if not isinstance(choice, int | float):
@@ -77,13 +77,13 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Knobs:
-    """What may be chosen.
+    """The knobs of a search, and their choices.
 
     Args:
         choices: knob -> its choices, each once: finite numbers, texts, true or false.
-        ordered: the knobs whose choices have an order; None takes those of numbers only.
-        canonical: the choices that stand for others with the same meaning; must give itself for what it returns.
-        distinct: how many meanings there are; None where every combination has its own.
+        ordered: the knobs whose choices have an order; None takes those with numbers only.
+        canonical: maps choices to the ones that stand for all with the same meaning; it must be idempotent.
+        distinct: number of meanings; None if every combination has its own.
     """
 
     choices: Mapping[str, tuple[Choice, ...]]
@@ -111,12 +111,12 @@ class Knobs:
 
     @classmethod
     def of_space(cls, space: SearchSpace) -> Knobs:
-        """The knobs of a space of architectures; equal architectures are one point."""
+        """Returns the knobs of a search space; choices that give the same architecture are one point."""
         return cls(space.knobs, canonical=space.canonical, distinct=space.size)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Knobs in order."""
+        """Names of the knobs, in order."""
         return tuple(self.choices)
 
     @cached_property
@@ -134,10 +134,10 @@ class Knobs:
         return [{choice: i for i, choice in enumerate(choices)} for choices in self.choices.values()]
 
     def point(self, choices: Choices) -> Point:
-        """The canonical point of some choices.
+        """Returns the canonical point of some choices.
 
         Raises:
-            UsageError: where a knob is missing or unknown, or a choice is none of its choices.
+            UsageError: if a knob is missing or unknown, or a choice is not one of its choices.
         """
         if not isinstance(choices, Mapping):
             raise UsageError(f"a point is {_shown(choices)}: a mapping is needed, from each knob to its choice")
@@ -155,27 +155,27 @@ class Knobs:
         return tuple(index[canonical[name]] for name, index in zip(self.names, self._index, strict=True))
 
     def read(self, point: Sequence[int]) -> dict[str, Choice]:
-        """The choices of a point."""
+        """Returns the choices of a point."""
         return {name: choices[i] for (name, choices), i in zip(self.choices.items(), point, strict=True)}
 
     def settle(self, points: Points) -> list[Point]:
-        """Rows of indices as canonical points, each once, in order."""
+        """Returns the canonical points of rows of indices, each once, in order."""
         rows = [tuple(row) for row in points.tolist()]
         if self.canonical is not _same:
             rows = [self._point(self.read(row)) for row in rows]
         return list(dict.fromkeys(rows))
 
     def random(self, rng: np.random.Generator, count: int) -> Points:
-        """Rows with every knob drawn uniformly, of shape (count, knobs)."""
+        """Draws every knob uniformly; returns rows of shape (count, knobs)."""
         return rng.integers(self.sizes, size=(count, len(self.names)))
 
     def spread(self, rng: np.random.Generator, count: int) -> Points:
-        """Rows in which every choice of a knob comes equally often, up to one."""
+        """Draws rows in which each choice of a knob occurs equally often, up to a difference of one."""
         columns = [rng.permutation(np.resize(rng.permutation(int(size)), count)) for size in self.sizes]
         return np.stack(columns, axis=1)
 
     def mutate(self, rows: Points, rng: np.random.Generator, changes: int = 1) -> Points:
-        """Rows with `changes` knobs drawn anew, each to another choice than it had."""
+        """Returns rows with `changes` random knobs changed, each to another choice."""
         free = np.flatnonzero(self.sizes > 1)
         changed, each = rows.copy(), np.arange(len(rows))
         for _ in range(changes):
@@ -185,11 +185,11 @@ class Knobs:
         return changed
 
     def cross(self, rows: Points, others: Points, rng: np.random.Generator) -> Points:
-        """Rows in which each knob comes from one of two parents."""
+        """Returns rows that take each knob from one of two parents at random."""
         return np.where(rng.random(rows.shape) < 0.5, rows, others)
 
     def neighbours(self, point: Point) -> list[Point]:
-        """The distinct other points that one knob's change gives, in the order of the knobs."""
+        """Returns the distinct points that differ by one knob, in the order of the knobs."""
         changed = [
             (*point[:knob], choice, *point[knob + 1 :])
             for knob, size in enumerate(self.sizes)
@@ -199,10 +199,10 @@ class Knobs:
         return [near for near in self.settle(np.array(changed, dtype=np.int64)) if near != point]
 
     def nearest_unknown(self, start: Point, known: set[Point], rng: np.random.Generator) -> Point:
-        """An unknown point the fewest one-knob changes away; which of several, `rng` decides.
+        """Returns an unknown point that is the fewest one-knob changes away; ties are broken at random.
 
         Raises:
-            UsageError: where all points are known.
+            UsageError: if all points are known.
         """
         shell, seen = [start], {start}
         while shell:
@@ -211,14 +211,14 @@ class Knobs:
                 return unknown[int(rng.integers(len(unknown)))]
             seen |= set(ring)
             shell = list(dict.fromkeys(ring))
-        # some spellings are more than one change away from all others
+        # some canonical points are more than one change away from all others
         for further in itertools.chain(self.settle(self.random(rng, 1000)), self):
             if further not in known:
                 return further
         raise UsageError("asked for an unknown point where all are known")
 
     def __iter__(self) -> Iterator[Point]:
-        """Every distinct point once, in a fixed order; see `size` before you ask for all."""
+        """Yields every distinct point once, in a fixed order. There are `size` of them."""
         seen: set[Point] = set()
         for row in itertools.product(*(range(int(size)) for size in self.sizes)):
             point = row if self.canonical is _same else self._point(self.read(row))

@@ -1,4 +1,4 @@
-"""What a search is after, and what is known of it before anything is evaluated."""
+"""The optimisation problem: objectives, limits and cheap objectives."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .knobs import Choices
 
 Floats = NDArray[np.float64]
 Cheap = Callable[[Sequence[Choices]], Mapping[str, tuple[Floats, Floats]]]
-"""Objectives that cost next to nothing, for many choices at once: name -> means and standard errors."""
+"""Computes the cheap objectives of many candidates at once: name -> means and standard errors."""
 
 BEYOND = 0.3
-"""How far beyond the worst seen the reference point lies where none is given, as a share of the range seen."""
+"""Distance from the worst observed loss to a reference point that is not given, as a share of the observed range."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched for.
+    """The optimisation problem of a search.
 
     Args:
-        objectives: names, in the study's order.
-        minimize: objective by objective.
-        reference: objective -> the reference point's value; what has none gets one from what was seen.
-        cheap: gives the objectives that cost next to nothing.
-        limits: name of a value -> the largest allowed.
+        objectives: names of the objectives, in the order of the study.
+        minimize: whether each objective is minimised.
+        reference: objective -> value of the reference point; missing values are derived from the observed losses.
+        cheap: computes the cheap objectives; None if there are none.
+        limits: name of an objective -> largest allowed value.
     """
 
     objectives: tuple[str, ...]
@@ -38,15 +38,15 @@ class Problem:
 
     @property
     def signs(self) -> Floats:
-        """1 for what is minimised, else -1."""
+        """The sign of each objective: 1 if it is minimised, else -1."""
         signs: Floats = np.array([1.0 if small else -1.0 for small in self.minimize])
         return signs
 
     def corner(self, losses: Floats) -> Floats:
-        """The reference point as losses: as given, or well beyond the worst seen, or 0 for a gain.
+        """Returns the reference point as losses: given values, values beyond the worst observed loss, or 0 for a gain.
 
-        Well beyond, because a corner too near hides what the costly end of the front is worth; measured, that is the
-        dearer mistake.
+        It lies well beyond the worst loss. If it were too near, the costly end of the front would seem worthless, which
+        is the worse mistake in measurements.
         """
         worst = losses.max(0)
         spread = worst - losses.min(0)
@@ -56,6 +56,6 @@ class Problem:
                 found[column] = self.signs[column] * self.reference[name]
             elif not small and worst[column] <= 0:
                 found[column] = 0.0
-            if small and name in self.limits:  # nothing beyond it counts
+            if small and name in self.limits:  # points beyond the limit do not count
                 found[column] = min(found[column], self.limits[name])
         return found

@@ -1,4 +1,4 @@
-"""Who proposes the next point, by name: all repeatable by seed, and none proposes what is known."""
+"""The samplers by name. A sampler proposes the next point, is repeatable by seed, and never proposes a known point."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from .surrogate.recommend import Surrogate
 Draw = dict[str, Choice]
 
 PATIENCE = 3
-"""Draws in a row that must expect too little before a search ends for that."""
+"""Stop after this many consecutive proposals with too little expected gain."""
 REDRAWS = {"gp": 2}
-"""How often a proposal already known is drawn again before a neighbour of it is taken; others 10. A GP draw is slow."""
+"""How often a known proposal is drawn again before its nearest unknown point is taken; 10 for samplers that are not
+listed. A draw of a GP is slow."""
 
 
 def distributions(knobs: Knobs) -> dict[str, BaseDistribution]:
-    """Each knob for Optuna: evenly spaced whole numbers as a range, anything else as categories."""
+    """Returns the knobs as Optuna's distributions: evenly spaced whole numbers as a range, all others as categories."""
     ordered = knobs.ordered or frozenset()
     return {name: _distribution(choices, name in ordered) for name, choices in knobs.choices.items()}
 
@@ -43,51 +44,51 @@ def _distribution(choices: Sequence[Choice], ordered: bool) -> BaseDistribution:
 
 
 class KnobSampler(BaseSampler):
-    """Draws all knobs of a trial together, by (seed, trial number) and the history alone.
+    """Draws all knobs of a trial together; a draw depends on the seed, the trial's number and the history only.
 
     Args:
-        knobs: every one of them is drawn in every trial.
-        problem: names and directions of the objectives, and what is known of them beforehand.
-        known: points not to be proposed; may grow between trials.
-        seed: of all draws.
+        knobs: the knobs; all of them are drawn in every trial.
+        problem: the optimisation problem.
+        known: points that must not be proposed; may grow between trials.
+        seed: random seed.
     """
 
     def __init__(self, knobs: Knobs, problem: Problem, known: set[Point], seed: int) -> None:
         self.knobs, self.problem, self.known, self.seed = knobs, problem, known, seed
         self.distributions = distributions(knobs)
         self.gain: float | None = None
-        """Expected gain of the last draw, as a share of the hypervolume; None where the sampler expects nothing."""
+        """Expected gain of the last draw, as a share of the hypervolume; None for samplers without an expectation."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All knobs."""
+        """Returns the distributions of all knobs."""
         return self.distributions
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Never needed: all knobs are drawn together."""
+        """Is never called, because all knobs are drawn together."""
         raise AssertionError(f"{param_name} is not a knob")
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """One choice for each knob; the point they give is not known yet. Nothing for a trial that has all of them."""
+        """Returns a choice for each knob, which together are an unknown point; empty if the trial has all of them."""
         given = set(trial.params) | set(trial.system_attrs.get("fixed_params", {}))
         if not search_space or given >= set(self.knobs.names):
             return {}
         return self.knobs.read(self.propose(study, trial))
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
-        """A point that is not known yet."""
+        """Returns a point that is not known yet."""
         raise NotImplementedError
 
 
 class OptunaSampler(KnobSampler):
-    """One of Optuna's samplers, made repeatable and free of repeats.
+    """One of Optuna's samplers, made repeatable and without repeated proposals.
 
-    They carry their random state from trial to trial, so a resumed study repeats its first draws; and they propose what
-    was scored before. Here a fresh one is seeded for every draw, a known point is drawn again, and after some such
-    tries the nearest unknown one is taken.
+    Optuna's samplers carry their random state from trial to trial, so a resumed study would repeat its first draws.
+    They also propose points that were scored before. Here a new sampler is seeded for every draw, and a known point is
+    drawn again. After several known points the nearest unknown one is taken.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class OptunaSampler(KnobSampler):
             return self._make(seed)
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
-        """Drawn by Optuna's sampler, again where it is known."""
+        """Draws a point by Optuna's sampler, again if it is known."""
         for attempt in range(1 + REDRAWS.get(self._name, 10)):
             inner = self._inner(trial.number, attempt)
             draw: Draw = dict(inner.sample_relative(study, trial, inner.infer_relative_search_space(study, trial)))
@@ -122,18 +123,18 @@ class OptunaSampler(KnobSampler):
         return self.knobs.nearest_unknown(point, self.known, np.random.default_rng([self.seed, trial.number]))
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Passed on."""
+        """Calls Optuna's sampler."""
         self._inner(trial.number).before_trial(study, trial)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Passed on."""
+        """Calls Optuna's sampler."""
         self._inner(trial.number).after_trial(study, trial, state, values)
 
 
 class HeuristicSampler(KnobSampler):
-    """A function of the history: one of `heuristics`."""
+    """A sampler that is a function of the history, such as those in `nas.search.samplers.evolution`."""
 
     def __init__(
         self,
@@ -147,20 +148,20 @@ class HeuristicSampler(KnobSampler):
         self._function, self._reader = function, Reader(knobs)
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
-        """As the function says."""
+        """Calls the function."""
         history = self._reader.read(study, self.problem, trial.number)
         return self._function(history, self.knobs, self.known, np.random.default_rng([self.seed, trial.number]))
 
 
 class SurrogateSampler(KnobSampler):
-    """Proposes what a model of the scores expects most of (`nas.search.surrogate`)."""
+    """Proposes the point with the best prospects by a model of the scores (`nas.search.samplers.surrogate`)."""
 
     def __init__(self, knobs: Knobs, problem: Problem, known: set[Point], seed: int) -> None:
         super().__init__(knobs, problem, known, seed)
         self._surrogate, self._reader = Surrogate(knobs, problem), Reader(knobs)
 
     def propose(self, study: optuna.Study, trial: FrozenTrial) -> Point:
-        """On one thread: its matrices are too small for more to pay, and other workers need the cores."""
+        """Proposes on one thread, because its matrices are too small for more, and other workers need the cores."""
         history = self._reader.read(study, self.problem, trial.number)
         rng = np.random.default_rng([self.seed, trial.number])
         with numeric_threads().limit(limits=1):
@@ -173,9 +174,9 @@ _THREADS: list[Any] = []
 
 
 def numeric_threads() -> Any:
-    """The controller of the numeric libraries' threads, found once: looking for them takes some milliseconds."""
+    """Returns the controller of the numeric libraries' threads; caches it, because finding it takes milliseconds."""
     if not _THREADS:
-        import scipy.linalg  # noqa: F401  its library must be loaded to be found
+        import scipy.linalg  # noqa: F401  the controller finds only libraries that are loaded
         from threadpoolctl import ThreadpoolController
 
         _THREADS.append(ThreadpoolController())
@@ -190,7 +191,7 @@ SAMPLERS: dict[str, Callable[[Knobs, Problem, set[Point], int], KnobSampler]] = 
     "surrogate": SurrogateSampler,
     "evolution": lambda *problem: HeuristicSampler(evolve, *problem),
     "local": lambda *problem: HeuristicSampler(climb, *problem),
-    # no lie about running trials is needed: a known point is drawn again
+    # it needs no constant liar, because a known point is drawn again
     "tpe": _optuna("tpe", lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=False)),
     "nsga2": _optuna("nsga2", lambda seed: optuna.samplers.NSGAIISampler(population_size=20, seed=seed)),
     "nsga3": _optuna("nsga3", lambda seed: optuna.samplers.NSGAIIISampler(population_size=20, seed=seed)),
@@ -200,7 +201,7 @@ SAMPLERS: dict[str, Callable[[Knobs, Problem, set[Point], int], KnobSampler]] = 
 
 
 def suggest(trial: optuna.Trial, knobs: Knobs) -> Draw:
-    """Every knob for this trial, which keeps the gain that its sampler expects."""
+    """Suggests a choice for every knob of a trial, and records the gain that its sampler expects."""
     draw: Draw = {}
     for name, distribution in distributions(knobs).items():
         if isinstance(distribution, IntDistribution):
@@ -215,7 +216,7 @@ def suggest(trial: optuna.Trial, knobs: Knobs) -> Draw:
 
 
 def expects_too_little(study: optuna.Study, until: float | None) -> bool:
-    """Whether the gain expected of each of the last trials was below `until`; None asks for nothing."""
+    """Whether the expected gain of each of the last trials was below `until`; False if `until` is None."""
     if until is None:
         return False
     finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]

@@ -1,5 +1,5 @@
-"""A model of what was scored so far, and the next point it recommends.
+"""A model of the scores so far, and the point that it recommends next.
 
-`gp` predicts an objective with an interval, `acquisition` says what a candidate may add to the hypervolume, `sampler`
-makes the candidates and chooses one.
+`gp` predicts an objective with an interval, `acquisition` computes the expected gain in hypervolume of a candidate,
+`recommend` generates candidates and chooses one, and `calibrated` makes predictions with calibrated intervals.
 """

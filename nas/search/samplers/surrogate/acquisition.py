@@ -1,9 +1,9 @@
-"""What a candidate may add to the hypervolume, in loss space.
+"""The expected gain in hypervolume of a candidate, in loss space.
 
-The hypervolume that a point y adds is the volume of what it dominates and the front does not. Its expectation over
-independent objectives is the integral, over all z that the front leaves free, of the product of P(y_j <= z_j). For two
-objectives that integral is taken strip by strip of the front's staircase; for more, over a fixed sample of z.
-Whatever distribution an objective has, only P(y_j <= z_j) is asked of it.
+A point y adds the volume that it dominates and the front does not. If objectives are independent, the expectation of
+this volume is the integral of the product of P(y_j <= z_j) over all z that the front does not dominate. For two
+objectives, the integral is computed for each strip of the front's staircase. For more, it is estimated on a fixed
+sample of z. Objectives may have any distribution: only P(y_j <= z_j) is needed.
 
 Emmerich, Deutz, Klinkenberg: Hypervolume-based expected improvement (2011).
 """
@@ -22,11 +22,11 @@ from .gp import Posterior, Warp
 Floats = NDArray[np.float64]
 
 SAMPLE = 4096
-"""Points that the integral over three and more objectives is taken at."""
+"""Number of points at which the integral over three or more objectives is evaluated."""
 STEPS = 4
-"""Parts of a strip between which a distribution is taken as linear."""
+"""Number of parts of a strip; within a part, a distribution is treated as linear."""
 OPEN_STEPS = 16
-"""The same for the first strip, from the floor to the front: it is long, and most of the distribution is in it."""
+"""Number of parts of the first strip, from the floor to the front: it is long, and has most of the distribution."""
 
 
 class Marginal(ABC):
@@ -34,10 +34,10 @@ class Marginal(ABC):
 
     @abstractmethod
     def below(self, levels: Floats) -> Floats:
-        """P(y <= level), of shape (n, levels)."""
+        """Returns P(y <= level), of shape (n, levels)."""
 
     def integrals(self, levels: Floats) -> Floats:
-        """Integral of `below` between successive levels, which do not fall; of shape (n, levels - 1)."""
+        """Returns the integrals of `below` between successive levels, in ascending order; of shape (n, levels - 1)."""
         open_end = levels[0] + (levels[1] - levels[0]) * np.arange(OPEN_STEPS) / OPEN_STEPS
         others = levels[1:-1, None] + np.diff(levels[1:])[:, None] * np.arange(STEPS) / STEPS
         grid = np.concatenate([open_end, others.ravel(), levels[-1:]])
@@ -48,32 +48,32 @@ class Marginal(ABC):
 
     @abstractmethod
     def quantile(self, share: float) -> Floats:
-        """The losses that are not exceeded with this probability, of shape (n,)."""
+        """Returns the losses that are not exceeded with this probability, of shape (n,)."""
 
     @abstractmethod
     def draws(self, rng: np.random.Generator, count: int) -> Floats:
-        """Losses drawn at random, of shape (n, count)."""
+        """Draws losses at random, of shape (n, count)."""
 
     @property
     @abstractmethod
     def floor(self) -> float:
-        """A loss that hardly any candidate stays below."""
+        """A practical lower bound of the candidates' losses."""
 
 
 @dataclass(frozen=True)
 class Known(Marginal):
-    """An objective that is known but for a normal error, as a latency model gives it.
+    """An objective that is known up to a normal error, such as the prediction of a latency model.
 
     Args:
         mean: losses of shape (n,).
-        std: of shape (n,); 0 where there is no error.
+        std: standard deviations of shape (n,); 0 for an exact loss.
     """
 
     mean: Floats
     std: Floats
 
     def below(self, levels: Floats) -> Floats:
-        """P(y <= level), of shape (n, levels)."""
+        """Returns P(y <= level), of shape (n, levels)."""
         from scipy.special import ndtr
 
         exact = levels[None] >= self.mean[:, None]
@@ -81,7 +81,7 @@ class Known(Marginal):
         return np.where((self.std > 0)[:, None], share, exact)
 
     def integrals(self, levels: Floats) -> Floats:
-        """In closed form: the integral up to t is E[max(0, t - y)]."""
+        """Returns the integrals in closed form: the integral up to t is E[max(0, t - y)]."""
         from scipy.special import ndtr
 
         gap = levels[None] - self.mean[:, None]
@@ -92,29 +92,29 @@ class Known(Marginal):
         return np.diff(upto, axis=1)
 
     def quantile(self, share: float) -> Floats:
-        """The losses that are not exceeded with this probability, of shape (n,)."""
+        """Returns the losses that are not exceeded with this probability, of shape (n,)."""
         from scipy.special import ndtri
 
         losses: Floats = self.mean + self.std * ndtri(share)
         return losses
 
     def draws(self, rng: np.random.Generator, count: int) -> Floats:
-        """Losses drawn at random, of shape (n, count)."""
+        """Draws losses at random, of shape (n, count)."""
         return self.mean[:, None] + self.std[:, None] * rng.normal(size=(len(self.mean), count))
 
     @property
     def floor(self) -> float:
-        """Four standard deviations below the least."""
+        """The lowest value of mean minus four standard deviations."""
         return float((self.mean - 4 * self.std).min())
 
 
 @dataclass(frozen=True)
 class Predicted(Marginal):
-    """An objective as several Gaussian processes see it, each with the same weight.
+    """An objective that several Gaussian processes predict, each with the same weight.
 
     Args:
-        members: their warps, means and standard deviations.
-        floor_: see `floor`.
+        members: warps, means and standard deviations of the processes.
+        floor_: the practical lower bound, see `floor`.
     """
 
     members: Sequence[tuple[Warp, Floats, Floats]]
@@ -122,11 +122,11 @@ class Predicted(Marginal):
 
     @classmethod
     def at(cls, posteriors: Sequence[Posterior], rows: NDArray[np.int64], floor: float) -> Predicted:
-        """The predictions for points."""
+        """Predicts the losses of points."""
         return cls([(p.warp, *p.predict(rows)) for p in posteriors], floor)
 
     def below(self, levels: Floats) -> Floats:
-        """P(y <= level), of shape (n, levels)."""
+        """Returns P(y <= level), of shape (n, levels)."""
         from scipy.special import ndtr
 
         total = sum(
@@ -136,39 +136,39 @@ class Predicted(Marginal):
         return shares
 
     def draws(self, rng: np.random.Generator, count: int) -> Floats:
-        """Losses drawn at random, of shape (n, count)."""
+        """Draws losses at random, of shape (n, count)."""
         which, normal = rng.integers(len(self.members), size=count), rng.normal(size=(len(self.members[0][1]), count))
         each = [warp.to_loss(mean[:, None] + std[:, None] * normal) for warp, mean, std in self.members]
         return np.choose(which, each)
 
     @property
     def floor(self) -> float:
-        """As given."""
+        """The practical lower bound that was given."""
         return self.floor_
 
     def median(self) -> Floats:
-        """The middle of the members' medians, of shape (n,)."""
+        """Returns the median of the members' medians, of shape (n,)."""
         return np.median([warp.to_loss(mean) for warp, mean, _ in self.members], axis=0)
 
     def share_below(self, losses: Floats) -> Floats:
-        """P(y <= loss) for one loss of each candidate, of shape (n,)."""
+        """Returns P(y <= loss) for one loss of each candidate, of shape (n,)."""
         from scipy.special import ndtr
 
         shares: Floats = np.mean([ndtr((warp.to_normal(losses) - mean) / std) for warp, mean, std in self.members], 0)
         return shares
 
     def scores(self, losses: Floats) -> Floats:
-        """How many standard deviations of a normal distribution each loss is away from the middle, of shape (n,)."""
+        """Returns the distance of each loss from the median, in normal standard deviations, of shape (n,)."""
         from scipy.special import ndtri
 
         scores: Floats = ndtri(np.clip(self.share_below(losses), 1e-9, 1 - 1e-9))
         return scores
 
     def quantile(self, share: float) -> Floats:
-        """The losses that are not exceeded with this probability, of shape (n,)."""
+        """Returns the losses that are not exceeded with this probability, of shape (n,)."""
         from scipy.special import ndtri
 
-        # between the members' own quantiles lies that of all
+        # the quantile of the mixture lies between those of its members
         ends = np.stack([warp.to_loss(mean + ndtri(share) * std) for warp, mean, std in self.members])
         low, high = ends.min(0), ends.max(0)
         for _ in range(60):
@@ -180,7 +180,7 @@ class Predicted(Marginal):
 
 
 def hardly_below(losses: Floats) -> float:
-    """A loss that hardly anything stays below, where these were seen."""
+    """Returns a practical lower bound of the loss, given the observed losses."""
     return float(losses.min() - 2 * losses[losses <= np.median(losses)].std())
 
 
@@ -191,14 +191,14 @@ def expected_improvement(
     window: tuple[float, float] = (-np.inf, np.inf),
     seed: int = 0,
 ) -> Floats:
-    """Expected gain in hypervolume of each candidate, of shape (n,).
+    """Returns the expected gain in hypervolume of each candidate, of shape (n,).
 
     Args:
-        marginals: one for each objective.
-        front: losses that do not dominate each other, of shape (k, m); none is worse than the reference.
-        reference: of shape (m,).
-        window: only what is gained at a first loss within it counts.
-        seed: of the sample for three and more objectives.
+        marginals: the distribution of each objective.
+        front: losses of the front, of shape (k, m); none is worse than the reference.
+        reference: the reference point, of shape (m,).
+        window: range of the first loss; gains outside it do not count.
+        seed: seed of the sample for three or more objectives.
     """
     if len(marginals) == 2:
         return _by_strips(marginals[0], marginals[1], front, reference, window)
@@ -221,12 +221,15 @@ def expected_improvement(
 def _by_strips(
     first: Marginal, second: Marginal, front: Floats, reference: Floats, window: tuple[float, float]
 ) -> Floats:
-    """Strip i of the staircase: between the front's losses i and i + 1 in the first, below its i-th in the second."""
+    """Sums the gains over the strips of the front's staircase.
+
+    Strip i lies between the front's losses i and i + 1 in the first objective, and below its i-th loss in the second.
+    """
     stairs = front[np.argsort(front[:, 0])]
     left = min([first.floor, *stairs[:1, 0], reference[0]])
     bottom = min([second.floor, *stairs[-1:, 1], reference[1]])
     edges = np.clip(np.concatenate([[left], stairs[:, 0], reference[:1]]), *window)
-    heights = np.concatenate([[bottom], stairs[::-1, 1], reference[1:]])  # rising
+    heights = np.concatenate([[bottom], stairs[::-1, 1], reference[1:]])  # in ascending order
     widths = first.integrals(edges)
     depths = np.cumsum(second.integrals(heights), axis=1)[:, ::-1]  # from the bottom up to each strip's height
     gains: Floats = (widths * depths).sum(1)

@@ -1,18 +1,19 @@
 """Gaussian processes over knobs.
 
-The kernel is a sum of three parts that each see a row of choices in their own way:
+The kernel is a sum of three parts:
 
-- a product over knobs, `exp(-sum_k theta_k g_k)`: points alike in all that matters are alike;
-- a sum over knobs, `sum_k w_k exp(-g_k)`: what one choice does, whatever the others are;
-- one over how often each choice occurs among knobs that offer the same ones: how many convolutions, wherever.
+- a product over knobs, `exp(-sum_k theta_k g_k)`: points that agree in all important knobs are similar;
+- a sum over knobs, `sum_k w_k exp(-g_k)`: the effect of one choice, whatever the others are;
+- a kernel of how often each choice occurs among knobs with the same choices: e.g. the number of convolutions,
+  whatever their stage.
 
-`g_k` is the distance of two choices of knob k: how far apart they are for an ordered knob, whether they differ for a
-word. Knobs that offer the same words (the mixer of each stage) share distances that are learned, so that what is found
-at one stage (two mixers behave alike) helps at the others.
+`g_k` is the distance between two choices of knob k. For an ordered knob it grows with their distance in the order. For
+a knob with words it says whether they differ. Knobs with the same words (the mixer of each stage) share learned
+distances: if two mixers behave alike at one stage, the model expects the same at the others.
 
-All hyperparameters have priors and are fitted to the largest posterior. A further `member` is fitted to a prior moved
-at random ("randomise, then optimise"), and so is about a draw from the posterior: predictions that mix members know
-more of their own uncertainty than one fit does.
+All hyperparameters have priors, and are fitted to the maximum of the posterior. Each further `member` is fitted with a
+prior that is shifted at random ("randomise, then optimise"), which makes it an approximate draw from the posterior. A
+mixture of members therefore knows its own uncertainty better than a single fit.
 """
 
 from __future__ import annotations
@@ -29,25 +30,26 @@ from ..knobs import Knobs, Points
 Floats = NDArray[np.float64]
 
 SHARED_BY = 3
-"""Knobs that must offer the same words before they share what is learned of them."""
+"""Fewest knobs with the same words that share learned distances."""
 FIT_POINTS = 200
-"""Observations that hyperparameters are fitted to; of more, the latest and a regular part of the others."""
+"""Largest number of observations for fitting hyperparameters: the latest, and a regular sample of the others."""
 JITTER = 1e-6
+"""Added to the diagonal of covariance matrices, for numerical stability."""
 MEMBERS = 2
-"""Gaussian processes for each objective."""
+"""Number of Gaussian processes for each objective."""
 
 
 @dataclass(frozen=True)
 class Warp:
-    """A monotone map from losses to what a Gaussian process models: mean 0, standard deviation 1, few outliers.
+    """A monotone map from losses to values that suit a Gaussian process: mean 0, standard deviation 1, few outliers.
 
     Args:
-        kind: `linear`, `log`, or `soft`: linear where a loss is better than the median, logarithmic where worse, since
-            it does not matter how bad the bad ones are.
+        kind: `linear`, `log`, or `soft`. `soft` is linear for losses better than the median, and logarithmic for worse
+            ones, because it does not matter how bad the bad ones are.
         centre: the median, for `soft`.
-        unit: the distance from it to the best tenth, for `soft`.
-        mean: of the mapped losses.
-        std: of the mapped losses.
+        unit: the distance from the median to the best tenth, for `soft`.
+        mean: mean of the mapped losses before scaling.
+        std: standard deviation of the mapped losses before scaling.
     """
 
     kind: str
@@ -58,14 +60,14 @@ class Warp:
 
     @classmethod
     def fit(cls, kind: str, losses: Floats) -> Warp:
-        """The map for these losses; `log` needs them above 0."""
+        """Fits a map to some losses; `log` needs them to be above 0."""
         centre = float(np.median(losses))
         unit = max(centre - float(np.quantile(losses, 0.1)), 1e-9 * max(1.0, abs(centre)))
         raw = cls(kind, centre, unit, 0.0, 1.0).to_normal(losses)
         return cls(kind, centre, unit, float(raw.mean()), max(float(raw.std()), 1e-9))
 
     def to_normal(self, losses: Floats) -> Floats:
-        """Mapped; `log` takes what is not above 0 as tiny."""
+        """Maps losses; `log` replaces losses that are not above 0 by a tiny value."""
         if self.kind == "log":
             raw = np.log(np.maximum(losses, 1e-12))
         elif self.kind == "soft":
@@ -77,7 +79,7 @@ class Warp:
         return mapped
 
     def to_loss(self, mapped: Floats) -> Floats:
-        """The inverse of `to_normal`."""
+        """Inverts `to_normal`."""
         raw = mapped * self.std + self.mean
         if self.kind == "log":
             return np.exp(raw)
@@ -86,7 +88,7 @@ class Warp:
         return raw
 
     def log_slope(self, losses: Floats) -> Floats:
-        """The logarithm of the map's slope."""
+        """Returns the logarithm of the slope of the map."""
         slope = np.full(len(losses), -np.log(self.std))
         if self.kind == "log":
             slope -= np.log(np.maximum(losses, 1e-12))
@@ -96,20 +98,25 @@ class Warp:
 
 
 def kinds_of_warp(minimize: bool) -> tuple[str, ...]:
-    """The warps that an objective may have: costs differ by factors, gains have bad ones that do not matter."""
+    """Returns the kinds of warp for an objective: costs may differ by factors, and bad gains do not matter."""
     return ("linear", "log") if minimize else ("soft",)
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What is fitted: the warp's kind, and the logarithms and coordinates that `Encoding` lays out."""
+    """The fitted hyperparameters.
+
+    Args:
+        kind: kind of the warp.
+        vector: logarithms and coordinates, in the layout of `Encoding`.
+    """
 
     kind: str
     vector: Floats
 
 
 class Encoding:
-    """Rows of choices as matrices, and the layout of the hyperparameters that go with them."""
+    """Encodes rows of choices as matrices, and lays out the hyperparameters as a vector."""
 
     def __init__(self, knobs: Knobs) -> None:
         sizes = [int(size) for size in knobs.sizes]
@@ -130,13 +137,13 @@ class Encoding:
         self.groups = [found for found in alike.values() if len(found) >= SHARED_BY]
         count = len(sizes)
         parts: dict[str, tuple[list[float], float]] = {
-            "variances": ([-0.5] * 3, 1.0),  # of the product, the sum and the counts
+            "variances": ([-0.5] * 3, 1.0),  # variances of the product, the sum and the counts
             "noise": ([-7.0], 1.5),
             "rates": ([float(np.log(2.0 / count))] * count, 1.0),
             "count_rates": ([float(np.log(0.5))] * sum(sizes[group[0]] for group in self.groups), 1.0),
         }
         for number, group in enumerate(self.groups):
-            start = np.eye(sizes[group[0]]) / np.sqrt(2)  # all choices at distance 1
+            start = np.eye(sizes[group[0]]) / np.sqrt(2)  # all choices have distance 1
             parts[f"places{number}"] = (start.ravel().tolist(), 0.3)
         self.layout: dict[str, slice] = {}
         means: list[float] = []
@@ -148,13 +155,13 @@ class Encoding:
         self.prior_mean, self.prior_std = np.array(means), np.array(stds)
 
     def one_hot(self, rows: Points) -> Floats:
-        """Of shape (n, choices of all knobs)."""
+        """Encodes rows as ones and zeros, of shape (n, choices of all knobs)."""
         hot = np.zeros((len(rows), self.width))
         hot[np.arange(len(rows))[:, None], rows + self.offsets] = 1.0
         return hot
 
     def counts(self, rows: Points) -> Floats:
-        """How often each choice occurs within each group, over the root of the group's size."""
+        """Counts each choice within each group of knobs, divided by the root of the group's size."""
         columns = [
             (rows[:, group] == choice).sum(1) / np.sqrt(len(group))
             for group in self.groups
@@ -164,7 +171,7 @@ class Encoding:
 
 
 class _Kernel:
-    """The kernel at one setting of the hyperparameters; keeps what its gradient needs."""
+    """The kernel with given hyperparameters; stores the intermediate values that its gradient needs."""
 
     def __init__(self, encoding: Encoding, vector: Floats) -> None:
         self.encoding, self.vector = encoding, vector
@@ -193,11 +200,11 @@ class _Kernel:
 
     @property
     def variance(self) -> float:
-        """Of any point."""
+        """Prior variance of a point."""
         return float(self.variances.sum())
 
     def parts(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> tuple[Floats, Floats, Floats]:
-        """The three parts between rows and others, each of shape (n, m), before their variances."""
+        """Returns the three parts of the kernel between rows and others, without variances, each of shape (n, m)."""
         by_product = np.exp(-(hot @ self.product @ others.T))
         by_sum = hot @ self.sum @ others.T
         if not self.encoding.groups:
@@ -207,7 +214,7 @@ class _Kernel:
         return by_product, by_sum, np.exp(-np.maximum(apart, 0.0))
 
     def between(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> Floats:
-        """Covariances of shape (n, m)."""
+        """Returns the covariances of shape (n, m)."""
         parts = self.parts(hot, counts, others, other_counts)
         covariance: Floats = sum(v * part for v, part in zip(self.variances, parts, strict=True))
         return covariance
@@ -216,7 +223,7 @@ class _Kernel:
 def _objective(
     vector: Floats, prior_mean: Floats, encoding: Encoding, hot: Floats, counts: Floats, targets: Floats, noise: Floats
 ) -> tuple[float, Floats]:
-    """Minus the logarithm of the posterior (up to a constant), and its gradient."""
+    """Returns the negative logarithm of the posterior (up to a constant), and its gradient."""
     from scipy.linalg import LinAlgError, cho_solve, cholesky
 
     kernel, at = _Kernel(encoding, vector), encoding.layout
@@ -237,7 +244,7 @@ def _objective(
     ]
     gradient[at["noise"]] = kernel.noise * np.trace(outer)
 
-    # through the distances of choices: what a change of each entry of the two block matrices does
+    # derivatives with respect to the entries of the two block matrices, which hold the distances of choices
     by_product = hot.T @ (-kernel.variances[0] * outer * parts[0]) @ hot
     by_sum = hot.T @ (kernel.variances[1] * outer) @ hot
     rates, weight_gradient = np.zeros(len(kernel.rates)), np.zeros(len(kernel.rates))
@@ -265,15 +272,15 @@ def _objective(
 def fit_hyperparameters(
     encoding: Encoding, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str], member: int = 0
 ) -> Hyperparameters:
-    """Hyperparameters of the largest posterior, and the kind of warp with the larger one.
+    """Fits the hyperparameters to the maximum of the posterior, and chooses the kind of warp with the largest one.
 
     Args:
-        encoding: of the knobs.
-        rows: points of shape (n, knobs).
-        losses: of shape (n,).
-        noise: standard errors of the losses, of shape (n,); 0 where they are exact.
-        kinds: warps to choose from.
-        member: 0 for the prior as it is, others for one moved at random.
+        encoding: encoding of the knobs.
+        rows: observed points of shape (n, knobs).
+        losses: observed losses of shape (n,).
+        noise: standard errors of the losses, of shape (n,); 0 for an exact loss.
+        kinds: kinds of warp to choose from.
+        member: 0 for the prior itself, other numbers for a prior that is shifted at random.
     """
     from scipy.optimize import minimize
 
@@ -300,7 +307,7 @@ def fit_hyperparameters(
             bounds=[(low, high) for low, high in zip(prior - 6, prior + 6, strict=True)],
             options={"maxiter": 60},
         )
-        value = float(found.fun) - float(slope.sum())  # densities of the losses themselves can be compared
+        value = float(found.fun) - float(slope.sum())  # densities of unmapped losses, which are comparable
         if best is None or value < best[0]:
             best = (value, Hyperparameters(kind, found.x))
     assert best is not None, "no kind of warp fits"
@@ -312,10 +319,10 @@ class Posterior:
     """A Gaussian process given observations.
 
     Args:
-        encoding: of the knobs.
-        hyperparameters: fitted to these observations or to some of them.
+        encoding: encoding of the knobs.
+        hyperparameters: hyperparameters that were fitted to these observations or to some of them.
         rows: observed points of shape (n, knobs).
-        losses: of shape (n,).
+        losses: observed losses of shape (n,).
         noise: standard errors of the losses, of shape (n,).
     """
 
@@ -327,7 +334,7 @@ class Posterior:
 
     @cached_property
     def warp(self) -> Warp:
-        """The map to the space in which predictions are normal."""
+        """The map to the space in which predictions are normally distributed."""
         kind = self.hyperparameters.kind
         return Warp.fit("linear" if kind == "log" and self.losses.min() <= 0 else kind, self.losses)
 
@@ -351,11 +358,11 @@ class Posterior:
 
     @property
     def fitted_noise(self) -> float:
-        """Variance of a score around what is predicted, beyond what `noise` says, in the warped space."""
+        """Variance of a score around its prediction, beyond `noise`, in the warped space."""
         return self._solved[0].noise
 
     def predict(self, rows: Points) -> tuple[Floats, Floats]:
-        """Mean and standard deviation at points, in the warped space, each of shape (n,)."""
+        """Predicts mean and standard deviation at some points, in the warped space, each of shape (n,)."""
         from scipy.linalg import solve_triangular
 
         kernel, hot, counts, lower, weights = self._solved

@@ -1,9 +1,9 @@
-"""Recommends the point that a model of the scores expects most of.
+"""Recommends the point with the largest expected gain in hypervolume, by a model of the scores.
 
-Candidates are one knob away from points of the front. Of many candidates from anywhere the best-looking one is mostly
-one that the model is wrong about; near the front it errs less, and measured, fewer and nearer candidates find better
-fronts than more and wilder ones. Against getting stuck, a part of the draws counts only what is gained within a random
-window of the first cost, so that every budget has its turn.
+Candidates differ by one knob from points of the front. The best of many candidates from the whole space is usually one
+that the model is wrong about. Near the front the model errs less: in measurements, few near candidates find better
+fronts than many distant ones. So that the search does not get stuck, some draws count only gains within a random window
+of the first cost. Every cost range thus has its turn.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparamete
 Floats = NDArray[np.float64]
 
 INITIAL = 10
-"""Points of the start, in which every choice of a knob comes equally often."""
+"""Number of initial points, in which every choice of a knob occurs equally often."""
 CANDIDATES = 200
-"""Points that are compared for one recommendation."""
+"""Number of points that are compared for one recommendation."""
 REFIT = 1.15
-"""Hyperparameters are fitted again when there are so many times the observations."""
+"""Fit the hyperparameters again when the number of observations has grown by this factor."""
 MAX_POINTS = 500
-"""Observations that predictions rest on: the front, then the best ranks and the latest."""
+"""Largest number of observations for predictions: the front, then the best ranks and the latest."""
 WINDOWED = 0.6
-"""Share of draws that look at a window of the first cost only."""
+"""Share of draws that count gains within a window of the first cost only."""
 WINDOW = 0.4
-"""Its width, as a share of the range between the front's least cost and the reference."""
+"""Width of the window, as a share of the range between the front's lowest cost and the reference."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A point, and what is expected of the best candidate.
+    """A recommended point, and the expected gain of the best candidate.
 
     Args:
-        point: to evaluate next.
-        gain: expected gain in hypervolume as a share of the present one; None while there is no model.
+        point: the point to evaluate next.
+        gain: expected gain in hypervolume of the best candidate, as a share of the present one; None while there is no
+            model.
     """
 
     point: Point
@@ -51,7 +52,7 @@ class Recommendation:
 
 
 class Surrogate:
-    """Recommends points. All it keeps is what it could compute again from the history."""
+    """Recommends points. It stores only values that it can compute again from the history."""
 
     def __init__(self, knobs: Knobs, problem: Problem) -> None:
         self.knobs, self.problem = knobs, problem
@@ -60,13 +61,13 @@ class Surrogate:
         self._known_costs: dict[Point, dict[str, tuple[float, float]]] = {}
 
     def recommend(self, history: History, known: set[Point], rng: np.random.Generator, seed: int) -> Recommendation:
-        """The next point.
+        """Recommends the next point.
 
         Args:
-            history: what is known.
-            known: points that are evaluated or on their way; none of them is recommended.
-            rng: of this draw.
-            seed: of the search.
+            history: history of the study.
+            known: points that are evaluated or being evaluated; none of them is recommended.
+            rng: random numbers of this draw.
+            seed: seed of the search.
         """
         if len(known) < INITIAL or not history.complete.any():
             return Recommendation(self._start(known, rng, seed))
@@ -100,13 +101,13 @@ class Surrogate:
             within = feasible * expected_improvement(marginals, front, corner, (centre - half, centre + half), draw)
             chosen = within if within.max() > 0 else gains
         volume = hypervolume(front, corner)
-        if chosen.max() <= 0:  # nothing is expected inside the reference point: nearer to being feasible, if anything
+        if chosen.max() <= 0:  # no gain is expected within the reference point: take the most feasible candidate
             chosen = feasible + 1e-6 * rng.random(len(feasible))
         best = candidates[int(np.argmax(chosen))]
         return Recommendation(best, float(gains.max()) / volume if volume > 0 else None)
 
     def _order(self) -> list[int]:
-        """Columns with a cost first, where there is one."""
+        """Returns the columns of the objectives, costs first."""
         columns = list(range(len(self.problem.objectives)))
         return sorted(columns, key=lambda column: not self.problem.minimize[column])
 
@@ -118,7 +119,8 @@ class Surrogate:
             return self.knobs.nearest_unknown(drawn[0], known, rng)
         if not self.problem.limits.keys() & self._cheap_names(unknown[0]):
             return unknown[0]
-        for wanted in (unknown, self.knobs.settle(self.knobs.random(rng, CANDIDATES))):  # rather one within the limits
+        # prefer a point within the limits
+        for wanted in (unknown, self.knobs.settle(self.knobs.random(rng, CANDIDATES))):
             share = self._within_known_limits(wanted)
             if kept := [p for p, s in zip(wanted, share, strict=True) if s > 0.5 and p not in known]:
                 return kept[0]
@@ -136,7 +138,7 @@ class Surrogate:
         return [p for p in self.knobs.settle(self.knobs.random(rng, CANDIDATES)) if p not in known] or found
 
     def _posteriors(self, name: str, history: History, column: int) -> list[Posterior]:
-        """An objective's Gaussian processes; running trials count as if they came out as expected."""
+        """Fits the Gaussian processes of an objective; running trials count as observed at their prediction."""
         kinds = kinds_of_warp(self.problem.minimize[column])
         losses, noise = history.losses[:, column], history.noise[:, column]
         kept = _kept(history)
@@ -159,7 +161,10 @@ class Surrogate:
     def _hyperparameters(
         self, name: str, rows: Points, losses: Floats, noise: Floats, kinds: Sequence[str], member: int
     ) -> Hyperparameters:
-        """Fitted to the first so many observations, a number that grows by steps: the same after a resume."""
+        """Fits the hyperparameters to the first observations.
+
+        Their number grows in steps, so that a resumed search fits the same hyperparameters.
+        """
         count = INITIAL
         while int(count * REFIT) + 1 <= len(rows):
             count = int(count * REFIT) + 1
@@ -179,7 +184,7 @@ class Surrogate:
         posteriors: Mapping[int, Sequence[Posterior]],
         corner: Floats,
     ) -> Floats:
-        """The front's losses, with running trials where they are expected."""
+        """Returns the losses of the front; running trials are included at their prediction."""
         losses = history.losses[on_front]
         if len(history.pending):
             points = [tuple(row) for row in history.pending.tolist()]
@@ -210,7 +215,7 @@ class Surrogate:
         return found
 
     def feasible(self, candidates: Sequence[Point], rows: Points, history: History) -> Floats:
-        """The probability that every constraint is kept, of shape (n,)."""
+        """Returns the probability that candidates satisfy every constraint, of shape (n,)."""
         from scipy.special import ndtr
 
         share, cheap = self._within_known_limits(candidates), self._cheap_names(candidates[0])
@@ -225,7 +230,7 @@ class Surrogate:
         return share
 
     def _within_known_limits(self, points: Sequence[Point]) -> Floats:
-        """The probability that points keep the limits on what is cheap, of shape (n,)."""
+        """Returns the probability that points satisfy the limits on cheap objectives, of shape (n,)."""
         share, cheap = np.ones(len(points)), self._cheap_names(points[0])
         for name, limit in self.problem.limits.items():
             if name in cheap:
@@ -249,15 +254,15 @@ class Surrogate:
         new = [point for point in dict.fromkeys(points) if point not in self._known_costs]
         if not new:
             return
-        told = self.problem.cheap([self.knobs.read(point) for point in new])
+        costs = self.problem.cheap([self.knobs.read(point) for point in new])
         for number, point in enumerate(new):
             self._known_costs[point] = {
-                name: (float(mean[number]), float(std[number])) for name, (mean, std) in told.items()
+                name: (float(mean[number]), float(std[number])) for name, (mean, std) in costs.items()
             }
 
 
 def _kept(history: History) -> NDArray[np.int64]:
-    """Indices of the observations that predictions rest on, in order."""
+    """Returns the indices of the observations that predictions use, in order."""
     if len(history.rows) <= MAX_POINTS:
         return np.arange(len(history.rows))
     ranks = nondomination_ranks(history.losses)

@@ -1,0 +1,114 @@
+"""The manifest of a training, and whether a later call asks for the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError, UsageError
+from ..folders.training import Trained
+from ..machine.description import describe_machine, describe_software, machine_name
+from ..targets import Target
+from .config import TrainConfig
+from .images import TrainingData
+from .recipes import Auto, Recipe, parse_settings
+
+ASKED = (
+    *("target", "data", "test_data", "data_root", "classes", "input_size"),
+    *("seed", "init", "teacher", "teacher_weights"),
+)
+"""Fields of `TrainConfig` that the manifest keeps, beside the settings of the recipe `auto`."""
+
+
+def manifest_of(
+    config: TrainConfig, recipe: Recipe, target: Target, data: TrainingData, weights: Path | None, device: str
+) -> dict[str, Any]:
+    """Returns the manifest of a training that begins now.
+
+    Args:
+        config: the settings.
+        recipe: the recipe that `config` asks for, or that was chosen for these images.
+        target: the network.
+        data: the images.
+        weights: the initial weights; None for random ones.
+        device: the device.
+    """
+    ours = target.architecture is not None
+    return {
+        "target": target.name,
+        "architecture": target.architecture.to_dict() if target.architecture is not None else None,
+        "model": None if ours else target.model,
+        "init": "scratch" if weights is None else str(weights),
+        "teacher": config.teacher,
+        "seed": config.seed,
+        "recipe": recipe.to_dict(),
+        "data": data.to_dict(),
+        "asked": {name: getattr(config, name) for name in ASKED}
+        | {"settings": list(config.recipe.settings) if isinstance(config.recipe, Auto) else None},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device) | {"name": machine_name(device)},
+        "software": describe_software(),
+    }
+
+
+def check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
+    """Refuses to resume a training if the settings ask for another one.
+
+    Raises:
+        RunError: if they do.
+    """
+    there = trained.manifest
+    for name in ("test_data", "teacher_weights"):
+        if there["asked"][name] != manifest["asked"][name]:
+            raise RunError(f"{trained.path} was begun with another --{name.replace('_', '-')}: give another --out")
+    for name in ("architecture", "model", "init", "teacher", "seed"):
+        if there.get(name) != manifest[name]:
+            raise RunError(f"{trained.path} is a training with another {name}: give another --out")
+    recipe = Recipe.from_dict(dict(there["recipe"])).to_dict()  # an older release kept fewer fields
+    for name, value in manifest["recipe"].items():
+        if (before := recipe[name]) != value:
+            what = f"recipe {before}" if name == "name" else f"{name}={before}"
+            raise RunError(
+                f"{trained.path} was begun with {what}, not {value}: `mixnas train {trained.path}` resumes it, and "
+                "another training needs another --out"
+            )
+    for name in ("fingerprint", "input_size"):
+        if there["data"][name] != manifest["data"][name]:
+            raise RunError(f"{trained.path} was begun on other images ({name}): give another --out")
+
+
+def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
+    """Returns the settings with which a training that is resumed by its folder was begun.
+
+    Raises:
+        UsageError: if `config` asks for something else.
+    """
+    manifest = trained.manifest
+    asked = manifest["asked"] | {"classes": tuple(manifest["asked"].get("classes", ()))}  # 0.1.0 kept none
+    for name in ASKED[1:]:
+        given = getattr(config, name)
+        if given not in (asked[name], getattr(TrainConfig(""), name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{trained.path} was begun with another {flag}: leave it out to resume")
+    recipe = Recipe.from_dict(dict(manifest["recipe"]))
+    if config.recipe not in (Auto(), recipe) and not chosen_before(config.recipe, manifest):
+        raise UsageError(f"{trained.path} was begun with another recipe: leave --recipe and --set out to resume")
+    if config.out is not None and config.out.resolve() != trained.path.resolve():
+        raise UsageError(f"{trained.path} is an unfinished training: leave --out out to resume it")
+    return replace(
+        config,
+        **{name: asked[name] for name in ASKED},
+        recipe=recipe,
+        out=trained.path,
+    )
+
+
+def chosen_before(asked: Recipe | Auto, manifest: Mapping[str, Any]) -> bool:
+    """Whether the training of a manifest asked for the recipe `auto` with the same settings."""
+    settings = manifest["asked"].get("settings")
+    return (
+        isinstance(asked, Auto) and settings is not None and parse_settings(asked.settings) == parse_settings(settings)
+    )
