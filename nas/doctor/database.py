@@ -1,0 +1,53 @@
+"""An SQLite study is read without a change to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from .findings import NotChecked
+
+CONNECT_SECONDS = 3.0
+
+
+def _copy_database(file: Path, copy: Path) -> bool:
+    """Copy an SQLite database without writing to it; says whether it was left in the middle of a transaction.
+
+    Raises:
+        sqlite3.Error: where it cannot be read.
+        NotChecked: where a writer does not let it be read.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+
+    def wait(*_: int) -> None:
+        if time.monotonic() > deadline:
+            raise NotChecked("another process writes to the study all the time", "try again")
+
+    url = f"file:{quote(os.fsencode(file.resolve()))}?mode=ro"
+    with contextlib.closing(sqlite3.connect(url, uri=True, timeout=CONNECT_SECONDS)) as original:
+        try:
+            with contextlib.closing(sqlite3.connect(copy)) as to:
+                original.backup(to, progress=wait)
+            return False
+        except sqlite3.OperationalError as error:
+            if not str(error.sqlite_errorname).startswith("SQLITE_READONLY"):
+                raise
+    copy.unlink(missing_ok=True)
+    for end in ("", "-journal", "-wal"):  # the copy is what takes the transaction back
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(f"{file}{end}", f"{copy}{end}")
+    return True
+
+
+def _is_cut(file: Path) -> bool:
+    """Whether an SQLite database is shorter than its header says."""
+    with file.open("rb") as stream:
+        header = stream.read(100)
+    page = int.from_bytes(header[16:18], "big")
+    # only where the two counters agree is the number of pages meant
+    return header[24:28] == header[92:96] and file.stat().st_size < int.from_bytes(header[28:32], "big") * page
