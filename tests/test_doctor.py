@@ -20,7 +20,7 @@ from test_cli import call
 from test_search import analytic_config
 
 from nas import consent
-from nas.doctor import ENVIRONMENT, FOLDER, Finding, Subject, database, environment, examination, examine
+from nas.doctor import ENVIRONMENT, FOLDER, Finding, Patient, database, environment, examination, examine
 from nas.errors import RunError
 from nas.export import export
 from nas.machine.limits import usable_cores
@@ -76,16 +76,16 @@ def findings(path: Path) -> dict[str, Finding]:
 
 
 @pytest.fixture
-def subject(copied, tmp_path) -> Iterator[Subject]:
+def patient(copied, tmp_path) -> Iterator[Patient]:
     (tmp_path / "scratch").mkdir()
-    return Subject(copied, tmp_path / "scratch")
+    return Patient(copied, tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT | FOLDER)
-def test_every_check_says_one_line_and_changes_nothing(subject, name):
-    before = content(subject.path)
-    finding = (ENVIRONMENT | FOLDER)[name](subject)
-    assert content(subject.path) == before
+def test_every_check_says_one_line_and_changes_nothing(patient, name):
+    before = content(patient.path)
+    finding = (ENVIRONMENT | FOLDER)[name](patient)
+    assert content(patient.path) == before
     assert finding.state in ("ok", "warning")  # this machine and this run are sound
     assert finding.text.strip()
     assert bool(finding.advice) == (finding.state != "ok")
@@ -410,8 +410,9 @@ def test_no_folder_at_all_is_a_mistake():
 def look(name: str, tmp_path: Path, before: str = "", **environment: str) -> Finding:
     """A check of the environment in a process of its own."""
     code = before + (
-        "import json, sys; from pathlib import Path; from nas.doctor.examination import ENVIRONMENT, Subject, _look\n"
-        f"print(json.dumps(vars(_look(ENVIRONMENT[{name!r}], Subject(None, Path('.'))))))"
+        "import json, sys; from pathlib import Path\n"
+        "from nas.doctor.examination import ENVIRONMENT, Patient, run_check\n"
+        f"print(json.dumps(vars(run_check(ENVIRONMENT[{name!r}], Patient(None, Path('.'))))))"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(

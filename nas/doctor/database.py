@@ -1,4 +1,4 @@
-"""An SQLite study is read without a change to it."""
+"""Reads an SQLite study without changing it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from urllib.parse import quote
 from .findings import NotChecked
 
 CONNECT_SECONDS = 3.0
+"""Give up on a database that does not answer for this long."""
 
 
-def _copy_database(file: Path, copy: Path) -> bool:
-    """Copy an SQLite database without writing to it; says whether it was left in the middle of a transaction.
+def copy_database(file: Path, copy: Path) -> bool:
+    """Copies an SQLite database without writing to it; returns whether a transaction was left unfinished in it.
 
     Raises:
-        sqlite3.Error: where it cannot be read.
-        NotChecked: where a writer does not let it be read.
+        sqlite3.Error: if the database cannot be read.
+        NotChecked: if another process locks the database all the time.
     """
     deadline = time.monotonic() + CONNECT_SECONDS
 
@@ -38,16 +39,16 @@ def _copy_database(file: Path, copy: Path) -> bool:
             if not str(error.sqlite_errorname).startswith("SQLITE_READONLY"):
                 raise
     copy.unlink(missing_ok=True)
-    for end in ("", "-journal", "-wal"):  # the copy is what takes the transaction back
+    for end in ("", "-journal", "-wal"):  # SQLite rolls the transaction back in the copy when it opens that
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(f"{file}{end}", f"{copy}{end}")
     return True
 
 
-def _is_cut(file: Path) -> bool:
-    """Whether an SQLite database is shorter than its header says."""
+def is_truncated(file: Path) -> bool:
+    """Returns whether an SQLite database is shorter than its header says."""
     with file.open("rb") as stream:
         header = stream.read(100)
     page = int.from_bytes(header[16:18], "big")
-    # only where the two counters agree is the number of pages meant
+    # SQLite keeps the number of pages up to date only where these two counters agree
     return header[24:28] == header[92:96] and file.stat().st_size < int.from_bytes(header[28:32], "big") * page

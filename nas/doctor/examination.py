@@ -1,4 +1,4 @@
-"""Every check, one after the other."""
+"""Runs the checks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,44 @@ from pathlib import Path
 
 from ..errors import NasError, RunError
 from .environment import ENVIRONMENT
-from .findings import Finding, NotChecked, _problem, _warning
+from .findings import Finding, NotChecked, problem, warning
 from .folder import FOLDER
-from .patient import Check, Subject
+from .patient import Check, Patient
 
 
 def examine(path: Path | None = None) -> Iterator[tuple[str, Finding]]:
-    """The environment and, where `path` is given, that run folder: one finding after the other, with its check's name.
+    """Checks this machine and, if `path` is given, that run folder; yields each check's name and finding in turn.
 
     Raises:
-        RunError: where there is no folder at `path`.
+        RunError: if there is no folder at `path`.
     """
     if path is not None and not path.is_dir():
         raise RunError(f"no run folder at {path}")
     with tempfile.TemporaryDirectory(prefix="mixnas-doctor-") as scratch, _silent_optuna():
-        subject = Subject(path, Path(scratch))
+        patient = Patient(path, Path(scratch))
         for name, check in (ENVIRONMENT | (FOLDER if path is not None else {})).items():
-            yield name, _look(check, subject)
+            yield name, run_check(check, patient)
+
+
+def run_check(check: Check, patient: Patient) -> Finding:
+    """Returns a check's finding; a check that raises an exception has a finding, too."""
+    try:
+        return check(patient)
+    except NotChecked as reason:
+        return warning(f"not checked: {reason}", reason.advice)
+    except NasError as error:
+        return problem(str(error), "")
+    except Exception as error:  # one broken check must not hide the findings of the others
+        first = str(error).strip().partition("\n")[0][:200]
+        return problem(f"cannot be checked ({type(error).__name__}: {first})", "mend that first")
 
 
 @contextlib.contextmanager
 def _silent_optuna() -> Iterator[None]:
-    """Without its logs: what it would say of a damaged study is a finding."""
+    """Switches Optuna's log off: the checks report a damaged study themselves."""
     try:
         from optuna import logging
-    except Exception:  # a check says so
+    except Exception:  # the check of the packages reports this
         yield
         return
     before = logging.get_verbosity()
@@ -42,15 +55,3 @@ def _silent_optuna() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _look(check: Check, subject: Subject) -> Finding:
-    try:
-        return check(subject)
-    except NotChecked as reason:
-        return _warning(f"not checked: {reason}", reason.advice)
-    except NasError as error:
-        return _problem(str(error), "")
-    except Exception as error:  # whatever it is, the other checks are wanted too
-        first = str(error).strip().partition("\n")[0][:200]
-        return _problem(f"cannot be checked ({type(error).__name__}: {first})", "mend that first")

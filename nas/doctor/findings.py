@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ State = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Args:
-        state: `ok`, `warning` (works, but look at it) or `problem`.
-        text: what there is.
-        advice: what to do about it; '' where nothing is to do.
+        state: `ok`, `warning` (it works, but deserves a look) or `problem`.
+        text: what the check found.
+        advice: what to do about it; '' where there is nothing to do.
     """
 
     state: State
@@ -23,25 +23,28 @@ class Finding:
     advice: str = ""
 
     def line(self, name: str) -> str:
-        """For people, with the check's name."""
+        """Returns the finding as one line of text that starts with its state and the check's name."""
         text = " ".join(f"{self.text}; {self.advice}".split()) if self.advice else self.text
         return f"{self.state:<8}{name}: {text}"
 
 
-def _ok(text: str) -> Finding:
+def ok(text: str) -> Finding:
+    """Returns a finding of something that is as it should be."""
     return Finding("ok", text)
 
 
-def _warning(text: str, advice: str) -> Finding:
+def warning(text: str, advice: str) -> Finding:
+    """Returns a finding of something that works but deserves a look."""
     return Finding("warning", text, advice)
 
 
-def _problem(text: str, advice: str) -> Finding:
+def problem(text: str, advice: str) -> Finding:
+    """Returns a finding of something that does not work."""
     return Finding("problem", text, advice)
 
 
 class NotChecked(Exception):
-    """A check needs what cannot be had.
+    """A check cannot run, because something it needs is missing.
 
     Attributes:
         advice: what to do.

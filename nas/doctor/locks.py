@@ -1,4 +1,4 @@
-"""Who holds a lock file, and whether a process lives."""
+"""Finds out which process holds a lock file and whether a process is alive."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 
-def _holder(lock: Path) -> int | None:
-    """The process that has a lock file: 0 where it cannot be seen which, None where none has."""
+def lock_holder(lock: Path) -> int | None:
+    """Returns the process that holds a lock file: 0 if the system does not say which one, None if no process does."""
     try:
         import fcntl
 
@@ -31,11 +31,12 @@ def _holder(lock: Path) -> int | None:
     return 0
 
 
-def _lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Returns whether a process of this machine is alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # somebody else's
+        return True  # the process belongs to another user
     return True

@@ -1,4 +1,4 @@
-"""What is examined: this environment and, where one is named, a run folder."""
+"""The patient: this environment and, if the user names one, a run folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from .. import consent
 from ..errors import NasError
-from .database import _copy_database
+from .database import copy_database
 from .findings import Finding, NotChecked
-from .locks import _holder
+from .locks import lock_holder
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from ..runs import Run, Trial
 
 
-class Subject:
-    """What is looked at: this environment and, where one is named, a run folder with its content read once.
+class Patient:
+    """This environment and, if the user names one, a run folder. It reads each part of the folder once, on first use.
 
     Args:
-        path: the run folder; None for the environment alone.
-        scratch: an empty folder elsewhere; a study that is a file is read from a copy in it.
+        path: the run folder; None to check the environment alone.
+        scratch: an empty folder elsewhere. The checks read an SQLite study from a copy in it.
     """
 
     def __init__(self, path: Path | None, scratch: Path) -> None:
@@ -41,13 +41,13 @@ class Subject:
         return self._path
 
     @property
-    def place(self) -> Path:
-        """Where results go."""
+    def results_folder(self) -> Path:
+        """The folder that a search would write to."""
         return self._path or Path("results")
 
     @cached_property
     def run(self) -> Run:
-        """The run with its manifest."""
+        """The run, with its own study and manifest."""
         from ..runs import Run
 
         try:
@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def database(self) -> Path | None:
-        """The study's file; None where it is on a server."""
+        """The file of an SQLite study; None if the study is on a server."""
         from sqlalchemy.engine import make_url
 
         storage = self.run.manifest["config"]["storage"]
@@ -71,12 +71,14 @@ class Subject:
         return Path(url.database) if url.drivername.startswith("sqlite") and url.database else None
 
     @cached_property
-    def copied(self) -> tuple[Run, bool]:
-        """The run, with a copy of its study where that is a file, and whether that was left half-written.
+    def copy(self) -> tuple[Run, bool]:
+        """The run with a copy of its SQLite study, and whether a transaction was left unfinished in the study.
+
+        A run whose study is on a server is not copied.
 
         Raises:
-            sqlite3.Error: where the study cannot be read.
-            NotChecked: where a writer does not let it be read; it is not waited for again.
+            sqlite3.Error: if the study cannot be read.
+            NotChecked: if another process locks the study all the time. Only the first check waits for it.
         """
         from ..runs import Run
 
@@ -87,64 +89,67 @@ class Subject:
         if self._refused is not None:
             raise self._refused
         try:
-            half_written = _copy_database(self.database, folder / "study.db")
+            unfinished = copy_database(self.database, folder / "study.db")
         except NotChecked as reason:
             self._refused = reason
             raise
         manifest = {**self.run.manifest, "config": {**self.run.manifest["config"], "storage": None}}
-        return Run(folder, manifest), half_written
+        return Run(folder, manifest), unfinished
 
     @property
-    def study(self) -> Run:
-        """The run, to be read only."""
-        return self.copied[0]
+    def copied_run(self) -> Run:
+        """The run with a copy of its study, for reading."""
+        return self.copy[0]
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Every trial as the search saw it."""
+        """Every trial, with the scores that the search used."""
         with _reading_study():
-            return self.study.trials(remeasured=False)
+            return self.copied_run.trials(remeasured=False)
 
     @cached_property
-    def final(self) -> list[Trial]:
-        """Every trial, with latencies as measured again."""
-        if _lacking(self.run, self.trials):
+    def remeasured_trials(self) -> list[Trial]:
+        """Every trial, with the latencies of the final measurement where there are any."""
+        if incomplete_trials(self.run, self.trials):
             raise NotChecked("a complete trial lacks a value")
         with _reading_study():
-            return self.study.trials()
+            return self.copied_run.trials()
 
     @cached_property
-    def frozen(self) -> list[FrozenTrial]:
-        """Every trial as Optuna has it."""
+    def optuna_trials(self) -> list[FrozenTrial]:
+        """Every trial as Optuna stores it."""
         with _reading_study():
-            storage = self.study.storage()
+            storage = self.copied_run.storage()
             return storage.get_all_trials(storage.get_study_id_from_name(self.run.manifest["study"]), deepcopy=False)
 
     @cached_property
     def holder(self) -> int | None:
-        """The process that holds the run folder: 0 where it cannot be seen which, None where none does."""
-        return _holder(self.path / ".lock")
+        """The process that holds the run folder: 0 if the system does not say which one, None if no process does."""
+        return lock_holder(self.path / ".lock")
 
     @property
-    def trains(self) -> bool:
-        """Whether the run keeps trained weights."""
+    def keeps_weights(self) -> bool:
+        """Whether the search keeps trained weights."""
         return bool(self.run.manifest["proxy_trained"]) and "accuracy" in self.run.manifest["config"]["objectives"]
 
 
 @contextlib.contextmanager
 def _reading_study() -> Iterator[None]:
+    """Turns any error of a damaged study into `NotChecked`: the check of the storage reports the damage itself."""
     try:
         yield
     except (NasError, sqlite3.Error, OSError, KeyError):
         raise NotChecked("the study cannot be read") from None
 
 
-Check = Callable[[Subject], Finding]
+Check = Callable[[Patient], Finding]
 
 
-def _lacking(run: Run, trials: Sequence[Trial]) -> list[Trial]:
-    def whole(trial: Trial) -> bool:
+def incomplete_trials(run: Run, trials: Sequence[Trial]) -> list[Trial]:
+    """Returns the trials that are marked complete but lack an architecture or the value of an objective."""
+
+    def has_all(trial: Trial) -> bool:
         values = [o.read(trial.scores) for o in run.objectives]
         return trial.architecture is not None and all(v is not None and math.isfinite(v) for v in values)
 
-    return [t for t in trials if t.state == "complete" and not whole(t)]
+    return [t for t in trials if t.state == "complete" and not has_all(t)]

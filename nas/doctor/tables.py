@@ -1,4 +1,4 @@
-"""Do the tables of a run folder agree with its study?"""
+"""Compares the tables of a run folder with its study."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from typing import Any
 
 from ..errors import RunError
 from ..reading import MAX_TABLE_BYTES, is_file, read_json, read_text
-from .findings import Finding, _ok, _warning
-from .patient import Subject
+from .findings import Finding, ok, warning
+from .patient import Patient
 
 
-def _derived(subject: Subject) -> Finding:
-    trials, run = subject.final, subject.study
-    front, again = run.front(trials), f"mixnas search --out {subject.path} writes them anew"
-    texts = {"trials.csv": run.table(trials), "front.csv": run.table(front, on_front=True)}
+def check_tables(patient: Patient) -> Finding:
+    """Checks whether the tables in the run folder agree with the study, from which they can be written again."""
+    trials, run = patient.remeasured_trials, patient.copied_run
+    front, again = run.front(trials), f"mixnas search --out {patient.path} writes them anew"
+    tables = {"trials.csv": run.table(trials), "front.csv": run.table(front, on_front=True)}
     stale = []
-    for name, derived in texts.items():
-        stale += [f"{name}: {told}" for told in _in_table(subject.path / name, derived)]
-    stale += [f"front.json: {told}" for told in _in_document(subject.path / "front.json", run.front_dict(front))]
+    for name, table in tables.items():
+        stale += [f"{name}: {told}" for told in _differences_of_table(patient.path / name, table)]
+    told_of_front = _differences_of_front(patient.path / "front.json", run.front_dict(front))
+    stale += [f"front.json: {told}" for told in told_of_front]
     if not stale:
-        return _ok("trials.csv, front.csv and front.json agree with the study")
-    if subject.holder is not None:
-        return _ok("are written when the search ends")
+        return ok("trials.csv, front.csv and front.json agree with the study")
+    if patient.holder is not None:
+        return ok("are written when the search ends")
     more = f" ({len(stale)} such)" if len(stale) > 1 else ""
-    return _warning(f"{stale[0]}{more}", again)
+    return warning(f"{stale[0]}{more}", again)
 
 
-def _in_table(file: Path, derived: str) -> list[str]:
-    """Where a table differs from what the study says."""
+def _differences_of_table(file: Path, derived: str) -> list[str]:
+    """Returns where a table differs from the one that the study gives, in words for people."""
     wanted = list(csv.DictReader(io.StringIO(derived)))
     try:
         if not is_file(file, RunError):
@@ -46,16 +48,16 @@ def _in_table(file: Path, derived: str) -> list[str]:
         return [f"has {len(rows)} rows, the study gives {len(wanted)}"]
     found = []
     for row, truth in zip(rows, wanted, strict=True):
-        for column in truth.keys() & row.keys():  # another release may have had others
-            if not _same(row[column], truth[column]):
+        for column in truth.keys() & row.keys():  # another release may write other columns
+            if not _same_cell(row[column], truth[column]):
                 place = f"{column} of trial {truth['trial']}"
                 there, here = (cell if len(cell) < 60 else "another" for cell in (row[column] or "", truth[column]))
                 found.append(f"{place} is {there or 'empty'}, the study has {here or 'none'}")
     return sorted(found)
 
 
-def _in_document(file: Path, derived: Mapping[str, Any]) -> list[str]:
-    """Where a document differs from what the study says."""
+def _differences_of_front(file: Path, derived: Mapping[str, Any]) -> list[str]:
+    """Returns where `front.json` differs from the front that the study gives, in words for people."""
     try:
         if not is_file(file, RunError):
             return ["is missing"]
@@ -68,24 +70,26 @@ def _in_document(file: Path, derived: Mapping[str, Any]) -> list[str]:
 
 
 def _alike(there: Any, truth: Any) -> bool:
-    """Equal up to rounding, in all that both have."""
+    """Returns whether two values are equal up to rounding; keys that only one of two dicts has do not count."""
     if isinstance(truth, dict) and isinstance(there, dict):
         return all(_alike(there[name], truth[name]) for name in there.keys() & truth.keys())
     if isinstance(truth, list) and isinstance(there, list):
         return len(there) == len(truth) and all(map(_alike, there, truth))
     if isinstance(truth, int | float) and isinstance(there, int | float):
-        return _close(there, truth)
+        return nearly_equal(there, truth)
     return bool(there == truth)
 
 
-def _close(a: float, b: float) -> bool:
+def nearly_equal(a: float, b: float) -> bool:
+    """Returns whether two figures are equal up to the rounding of JSON and of the database."""
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _same(there: str | None, truth: str) -> bool:
+def _same_cell(there: str | None, truth: str) -> bool:
+    """Returns whether two cells of a table are equal, figures up to rounding."""
     if there == truth:
         return True
     try:
-        return _close(float(there or ""), float(truth))
+        return nearly_equal(float(there or ""), float(truth))
     except ValueError:
         return False
