@@ -272,7 +272,7 @@
     growth.setAttribute("aria-label", `Hypervolume over ${title}. ${ends.join("; ")}`);
     Plotly.react(growth, traces, {
       ...look(), showlegend: several, legend: { orientation: "h", y: 1.12 },
-      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" }, range: [0, 1.05 * Math.max(1e-9, ...data.growth.flatMap((run) => run.volumes))] }),
+      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" } }),
     }, CONFIG);
   };
   const draw = () => {
