@@ -20,12 +20,13 @@ from conftest import table
 from test_cli import call
 from test_search import analytic_config
 
-from nas import consent, doctor
-from nas.doctor import ENVIRONMENT, FOLDER, Finding, Subject, examine
+from nas import consent
+from nas.doctor import ENVIRONMENT, FOLDER, Finding, Patient, database, environment, examination, examine
 from nas.errors import RunError
 from nas.export import export
 from nas.folders.files import locked_folder
 from nas.folders.run import Run
+from nas.machine.limits import usable_cores
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.workers.claims import WORKER
@@ -62,7 +63,7 @@ def copied(trained, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_clock(monkeypatch):
-    monkeypatch.setattr(doctor, "CLOCK_SECONDS", 0.05)
+    monkeypatch.setattr(environment, "CLOCK_SECONDS", 0.05)
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -73,23 +74,23 @@ def findings(path: Path) -> dict[str, Finding]:
     """What the checks of a folder find; nothing in it may change by that."""
     before = content(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "ENVIRONMENT", {})
+        patch.setattr(examination, "ENVIRONMENT", {})
         found = dict(examine(path))
     assert content(path) == before
     return found
 
 
 @pytest.fixture
-def subject(copied, tmp_path) -> Iterator[Subject]:
+def patient(copied, tmp_path) -> Iterator[Patient]:
     (tmp_path / "scratch").mkdir()
-    return Subject(copied, tmp_path / "scratch")
+    return Patient(copied, tmp_path / "scratch")
 
 
 @table("name", ENVIRONMENT | FOLDER)
-def test_every_check_says_one_line_and_changes_nothing(subject, name):
-    before = content(subject.path)
-    finding = (ENVIRONMENT | FOLDER)[name](subject)
-    assert content(subject.path) == before
+def test_every_check_says_one_line_and_changes_nothing(patient, name):
+    before = content(patient.path)
+    finding = (ENVIRONMENT | FOLDER)[name](patient)
+    assert content(patient.path) == before
     assert finding.state in ("ok", "warning")  # this machine and this run are sound
     assert finding.text.strip()
     assert bool(finding.advice) == (finding.state != "ok")
@@ -103,7 +104,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch, name):
         raise ZeroDivisionError("a bug\nin two lines")
 
     for checks in ("ENVIRONMENT", "FOLDER"):
-        monkeypatch.setattr(doctor, checks, {name: breaks})
+        monkeypatch.setattr(examination, checks, {name: breaks})
     ((_, finding),) = examine()
     assert finding.state == "problem"
     assert "ZeroDivisionError: a bug" in finding.text
@@ -115,11 +116,12 @@ def test_names_are_of_one_check_each():
 
 
 def test_the_module_loads_no_pickle_and_nothing_heavy_at_import():
-    tree = ast.parse(Path(doctor.__file__).read_text(encoding="utf-8"))
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "nas" / "doctor").glob("*.py"))
+    tree = ast.parse(source.replace("from __future__ import annotations", ""))
     names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {n for n in names if "pickle" in n or "joblib" in n}
-    assert "torch.load" not in Path(doctor.__file__).read_text(encoding="utf-8")
+    assert "torch.load" not in source
     code = "import sys, nas.doctor; print(sorted({'torch', 'timm', 'optuna', 'numpy', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -337,7 +339,7 @@ def test_a_study_that_is_written_all_the_time_is_not_waited_for(copied):
         writer.execute("BEGIN EXCLUSIVE")
         started = time.monotonic()
         found = findings(copied)
-        assert time.monotonic() - started < 5 * doctor.CONNECT_SECONDS
+        assert time.monotonic() - started < 5 * database.CONNECT_SECONDS
     assert found["storage"].state == "warning"
     assert "another process writes" in found["storage"].text
 
@@ -412,9 +414,9 @@ def test_no_folder_at_all_is_a_mistake():
 def look(name: str, tmp_path: Path, before: str = "", **environment: str) -> Finding:
     """A check of the environment in a process of its own."""
     code = before + (
-        "import json, sys; from nas import doctor\n"
-        f"doctor.ENVIRONMENT = {{{name!r}: doctor.ENVIRONMENT[{name!r}]}}\n"
-        "print(json.dumps([vars(finding) for _, finding in doctor.examine()][0]))"
+        "import json, sys; from pathlib import Path\n"
+        "from nas.doctor.examination import ENVIRONMENT, Patient, run_check\n"
+        f"print(json.dumps(vars(run_check(ENVIRONMENT[{name!r}], Patient(None, Path('.'))))))"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
@@ -459,7 +461,7 @@ def test_more_threads_than_cores_is_a_warning(tmp_path):
 
 
 def test_usable_cores_are_of_this_machine():
-    assert 0 < doctor.usable_cores() <= (os.cpu_count() or 1)
+    assert 0 < usable_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_command_line_prints_a_line_a_check(capsys, copied):

@@ -34,7 +34,7 @@ from nas.report import facts
 from nas.report.dashboard import ReadOnlyStorage, guarded, serve
 from nas.report.html import report
 from nas.report.particulars import storage_for_people
-from nas.report.scored import differences
+from nas.report.scored import MIXER_COLOURS, describe_stages, differences
 from nas.search import SearchConfig, search
 
 log = logging.getLogger(__name__)
@@ -463,6 +463,27 @@ def test_pointing_and_choosing(run, browser):
         assert f"x {stage.width} channels" in told.replace("×", "x")  # noqa: RUF001
     assert "1.0 ms" in page.inner_html("#diagram")
     assert page.faults == []
+
+
+@pytest.mark.slow
+def test_the_table_shows_stages_as_tags(run, browser):
+    page = browser.open(report([run]))
+    stages = run.front()[0].architecture.stages
+    tags = page.locator("#architectures tbody tr").first.locator(".chip")
+    assert tags.all_text_contents() == [f"{s.mixer.name} {s.depth}\u00d7{s.width}" for s in stages]
+    titles = [tag.get_attribute("title") for tag in tags.all()]
+    assert titles == describe_stages(run.front()[0].architecture)
+    legend = page.locator("p.stages-of .chip").all_text_contents()
+    assert {s.mixer.name for s in stages} <= set(legend) <= set(MIXER_COLOURS)
+
+
+@pytest.mark.slow
+def test_the_curve_of_the_hypervolume_fills_its_picture(run, browser):
+    page = browser.open(report([run]))
+    low, high = page.evaluate("document.querySelector('#growth-plot')._fullLayout.yaxis.range")
+    volumes = facts.growth(run, run.trials())["volumes"]
+    assert low > volumes[0] / 2
+    assert (volumes[-1] - volumes[0]) / (high - low) > 0.8
 
 
 @pytest.mark.slow

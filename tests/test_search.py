@@ -231,6 +231,21 @@ def test_a_budget_is_the_reference_point(tmp_path):
     assert run.reference == {"macs": 1e9, "proxy_params": 0.0}
 
 
+def test_the_reference_accuracy_is_chance_level(tmp_path):
+    run = search(analytic_config(tmp_path, proxy="train", epochs=1, max_images=100, trials=1))
+    assert len(run.manifest["data"]["classes"]) == 10
+    assert run.reference["accuracy"] == 10.0
+    assert run.reference["macs"] > 0
+
+
+def test_a_resumed_run_keeps_the_reference_point_that_it_stores(tmp_path):
+    run = search(analytic_config(tmp_path, trials=1))
+    file = run.path / "run.json"
+    stored = {"macs": 2e9, "proxy_params": 1.0}  # an earlier release may have fixed another one
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"reference": stored}))
+    assert search(analytic_config(tmp_path, trials=2)).reference == stored
+
+
 def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeypatch):
     estimate = evaluate_module.count_cost
 

@@ -56,6 +56,7 @@ def _page(runs: Sequence[Run]) -> str:
         "dashes": [RUN_STYLES[i % len(RUN_STYLES)][1] for i in range(len(runs))],
         "colours": MIXER_COLOURS,
     }
+    used = {row[facts.STAGE_FIELDS.index("mixer")] for row in data["stages"]["rows"]}
     scripts = [get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8")] if drawn else []
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -69,6 +70,7 @@ def _page(runs: Sequence[Run]) -> str:
             for name in MIXER_SYMBOLS
             if any(point["mixer"] == name for point in data["points"])
         ],
+        stage_mixers={name: MIXER_COLOURS[name] for name in MIXER_COLOURS if name in used},
         several=len(runs) > 1,
         marks=[(run.name, STYLE_WORDS[i % len(STYLE_WORDS)]) for i, run in enumerate(runs)],
         differences=differences(runs),

@@ -153,7 +153,11 @@ def _draw(scored: Scored) -> Figure:
 
 
 def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:
-    """Hypervolume over scored architectures; with what random search would have, where a run scored its whole space."""
+    """Draws the hypervolume over the number of scored architectures.
+
+    Where a run scored its whole space, a dashed line shows the mean of random searches. The vertical axis does not
+    start at 0: most of the volume belongs to the first architectures, and the curve would look flat.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
@@ -169,7 +173,6 @@ def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]
     corner = ", ".join(f"{o.name} {format_value(o, runs[0].reference[o.name])}" for o in objectives)
     axes.set_xlabel("architectures scored")
     axes.set_ylabel("hypervolume, " + " x ".join(o.unit or o.name for o in objectives))
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", loc="lower right")

@@ -312,9 +312,11 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
 
 
 def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Objective, ...]) -> dict[str, float]:
-    """A corner worse than what a search should find: budgets, or a tenth beyond the space's largest architectures.
+    """Returns the reference point of the hypervolume: objective -> value, worse than what a search should find.
 
-    What is maximised has 0.
+    An objective that is minimised has its budget, or a tenth more than the space's largest architectures have. Accuracy
+    has the chance level, because a network that guesses has found nothing. The score of an untrained proxy has no
+    chance level: it has 0.
     """
     open_ones = [o for o in objectives if o.minimize and (o.target or _base(o) not in config.budgets)]
     worst = {o.name: 0.0 for o in open_ones}
@@ -334,8 +336,16 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
                 f"none of the largest architectures of space {config.space.name} can be measured on this device: set "
                 + " ".join(f"--max {_base(o)}=…" for o in open_ones)
             )
-    budgets = {o.name: config.budgets[_base(o)] for o in objectives if o.minimize and o not in open_ones}
-    return {o.name: budgets.get(o.name, 1.1 * worst.get(o.name, 0.0)) if o.minimize else 0.0 for o in objectives}
+    reference = {}
+    for objective in objectives:
+        if objective in open_ones:
+            reference[objective.name] = 1.1 * worst[objective.name]
+        elif objective.minimize:
+            reference[objective.name] = config.budgets[_base(objective)]
+        else:
+            chance = 100 / len(evaluator.data.classes)
+            reference[objective.name] = chance if objective.field == "accuracy" else 0.0
+    return reference
 
 
 def _base(objective: Objective) -> str:

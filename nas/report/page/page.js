@@ -131,6 +131,12 @@
     });
     return cell;
   };
+  /** A stage as a short tag in its mixer's colour; the whole of it is the tag's title. */
+  const chip = (stage) => {
+    const made = element("span", { className: "chip", textContent: `${stage.mixer} ${stage.depth}×${stage.width}`, title: stage.line });
+    made.style.setProperty("--mixer", data.colours[stage.mixer]);
+    return made;
+  };
   const drawTable = () => {
     const head = element("tr", {}, heading("key", "key"), ...data.objectives.map((o, i) => heading(o.name, i, true)), heading("mostly", "mixer"),
       element("th", { scope: "col", textContent: "stages" }));
@@ -143,7 +149,7 @@
         element("th", { scope: "row" }, button, element("span", { className: "hidden", textContent: point.front ? " on the front" : " not on the front" })),
         ...point.shown.map((text) => element("td", { className: "number", textContent: text })),
         element("td", { textContent: point.mixer }),
-        element("td", { className: "stages-of", textContent: point.lines.map((line) => line.replace(/^stage \d+: /, "")).join(" → ") }));
+        element("td", { className: "stages-of" }, ...stagesOf(point).map(chip)));
       row.dataset.id = id(point);
       return row;
     }));
@@ -272,7 +278,7 @@
     growth.setAttribute("aria-label", `Hypervolume over ${title}. ${ends.join("; ")}`);
     Plotly.react(growth, traces, {
       ...look(), showlegend: several, legend: { orientation: "h", y: 1.12 },
-      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" }, range: [0, 1.05 * Math.max(1e-9, ...data.growth.flatMap((run) => run.volumes))] }),
+      xaxis: axis({ title: { text: title }, rangemode: "tozero" }), yaxis: axis({ title: { text: "hypervolume" } }),
     }, CONFIG);
   };
   const draw = () => {
