@@ -802,7 +802,8 @@ def test_export(name):
     check_export(create(NETWORKS[name]))
 
 
-@each_of_the_cover
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COVER)
 def test_compile(name):
     check_compile(create(NETWORKS[name]))
 

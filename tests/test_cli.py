@@ -267,6 +267,7 @@ def test_a_folders_program_is_not_run_unasked(capsys, tmp_path, run_path):
     assert (tmp_path / "ran").exists(), "the test would see it"
 
 
+@pytest.mark.slow
 def test_search_json_is_the_front(capsys, tmp_path):
     code, out, _ = call(capsys, *SEARCH, "--out", str(tmp_path / "run"), "--json")
     _, front, _ = call(capsys, "front", str(tmp_path / "run"), "--json")

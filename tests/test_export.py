@@ -287,6 +287,7 @@ def test_an_onnx_file_says_what_it_takes(run, exported):
         assert [opset.version for opset in model.opset_import if not opset.domain] == [20]
 
 
+@pytest.mark.slow
 def test_images_are_classified_without_torch(run, exported, pictures):
     command = [sys.executable, str(TESTS.parent / "examples" / "onnx_inference.py"), str(exported), str(pictures)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -509,6 +510,7 @@ def test_finished_trainings_come_first(run, tmp_path):
         shutil.rmtree(run.path / "trained")
 
 
+@pytest.mark.slow
 def test_a_training_of_another_family(run, tmp_path):
     folder = trained(tmp_path / "train", run, model="test_resnet")
     (made,) = export_each(folder.path, [], False, None, Settings(formats=("torch",)))

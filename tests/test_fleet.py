@@ -369,6 +369,7 @@ def another_of(run: Run, config: SearchConfig, leads: bool) -> Fleet:
     return Fleet(study, knobs, known, Worker("here", 1, "cpu", leads, "dead"))
 
 
+@pytest.mark.slow
 def test_one_alone_takes_up_what_several_left(tmp_path):
     """A worker's trial that was under way, and one that waits to be repeated."""
     config = analytic_config(tmp_path, trials=4, workers=2)

@@ -51,7 +51,7 @@ def test_equal_arguments_give_equal_trials_and_no_point_twice(sampler):
     assert len({tuple(t.choices.values()) for t in first.trials}) == 20
 
 
-@pytest.mark.parametrize("sampler", ["surrogate", "evolution"])
+@pytest.mark.parametrize("sampler", ["evolution", pytest.param("surrogate", marks=pytest.mark.slow)])
 def test_an_interrupted_call_goes_on(sampler, tmp_path):
     whole = optimize(KNOBS, scores, BOTH, sampler=sampler, trials=24, seed=0)
     url = f"sqlite:///{tmp_path / 'study.db'}"
@@ -155,7 +155,7 @@ def test_what_was_not_evaluated_is_predicted():
         few.predict(rest)
 
 
-@pytest.mark.parametrize("objectives", [3, 4])
+@pytest.mark.parametrize("objectives", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_more_objectives(objectives):
     wanted = dict(list({**BOTH, "params": "minimize", "memory": "minimize"}.items())[:objectives])
 

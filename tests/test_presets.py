@@ -264,7 +264,9 @@ def test_s2a_r_to_the_unit(size, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@table("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if "xs" in n or "mini" in n else pytest.mark.slow) for n in PRESETS]
+)
 def test_our_counter_to_the_unit(name):
     """`count_cost` counts attention's products too."""
     family, size = ("cas_vit", name.split("_")[2]) if name.startswith("cas") else ("s2a_r", name.split("_")[2])
@@ -356,11 +358,11 @@ SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 32, 48, 64)}
 CHANGES: dict[str, list[Any]] = {
     "depths": [(2, 1, 1, 3)],
     "widths": [(24, 32, 64, 96)],
-    "heads": [(2, 2, 4, 4), (1, 1, 1, 1)],
-    "kv_reductions": [(4, 2, 1, 1), (7, 7, 2, 1)],
-    "qk_channels": [2, 4],
-    "mlp_ratio": [2.0, 3.5],
-    "stem_width": [6, 16],
+    "heads": [(2, 2, 4, 4)],
+    "kv_reductions": [(7, 7, 2, 1)],
+    "qk_channels": [2],
+    "mlp_ratio": [3.5],
+    "stem_width": [6],
     "downsample_kernel_size": [1, 5],
     "head_width": [100, 0],
 }

@@ -172,6 +172,7 @@ def test_another_configuration_is_refused(profiled):
         replace(CONFIG, input_size=2)
 
 
+@pytest.mark.slow
 def test_held_out_networks_are_others_and_are_predicted(profiled):
     report = hold_out(profiled, 4)
     assert report["count"] == 4

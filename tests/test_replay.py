@@ -205,6 +205,7 @@ def test_a_run_on_a_server(tmp_path):
     assert not (run.path / "study.db").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_postgres(tmp_path, database):
     run = search(analytic_config(tmp_path, trials=2, storage=database))
     assert not again(Run.open(run.path)).disagreeing
@@ -329,10 +330,8 @@ def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
     assert saved(run)[: len(before)] == before
 
 
-MOST_SLOW = [pytest.param(n, marks=() if n == "surrogate" else pytest.mark.slow) for n in SAMPLERS]
-
-
-@pytest.mark.parametrize("name", MOST_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architectures(tmp_path, name):
     """So many trials that each has left its random start, and some of them over budget."""
     config = analytic_config(tmp_path, space=MINI, trials=14, sampler=name, budgets={"params": 1.2e5})
@@ -340,7 +339,7 @@ def test_a_fresh_sampler_fed_the_recorded_values_draws_the_recorded_architecture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOST_SLOW)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_latencies_that_no_second_run_has_are_no_obstacle_to_that(tmp_path, name):
     timed = TIMED | {"objectives": ("latency", "macs", "accuracy")}
     check_redrawn(analytic_config(tmp_path, space=MINI, trials=14, sampler=name, **TRAINED | timed))

@@ -76,9 +76,14 @@ def brute_force_front(points: dict[str, tuple[float, float]]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow)])
-def test_an_exhausted_space_gives_the_brute_force_front(tmp_path, sampler):
-    run = search(analytic_config(tmp_path, trials=100, sampler=sampler))
+@pytest.fixture(scope="module")
+def exhausted(tmp_path_factory) -> Run:
+    """A run of all 16 architectures."""
+    return search(analytic_config(tmp_path_factory.mktemp("exhausted"), trials=100, sampler="random"))
+
+
+def test_an_exhausted_space_gives_the_brute_force_front(exhausted):
+    run = exhausted
     truth = {}
     for architecture in TINY:
         model = create_backbone(architecture, 10)
@@ -200,24 +205,18 @@ def test_budgets_prune_before_training_and_say_by_how_much(tmp_path):
         assert violation == pytest.approx(trial.user_attrs["scores"]["macs"] / budget - 1)
 
 
-def test_a_budget_nothing_meets_ends_with_its_own_error(tmp_path):
+def test_a_budget_nothing_meets_ends_with_its_own_error_and_how_far_it_is_off(tmp_path, caplog):
     with pytest.raises(InfeasibleError, match=r"none of 16 architectures .* params 10") as caught:
         search(analytic_config(tmp_path, budgets={"params": 10.0}))
     assert caught.value.exit_code == 3
-
-
-def test_people_are_told_how_far_a_budget_is_off(tmp_path, caplog):
-    with pytest.raises(InfeasibleError):
-        search(analytic_config(tmp_path, budgets={"params": 10.0}))
     (line,) = [r.getMessage() for r in caplog.records if "scored nothing" in r.getMessage()]
     least = min(t.scores.params for t in Run.open(tmp_path / "run").trials()[:10])
     assert line.startswith("the last 10 trials scored nothing")
     assert f"the nearest is {100 * (least / 10 - 1):.0f} % above --max params" in line
 
 
-def test_the_bend_is_the_nearest_to_the_best_in_everything(tmp_path):
-    run = search(analytic_config(tmp_path, trials=12, sampler="random"))
-    front = run.front()
+def test_the_bend_is_the_nearest_to_the_best_in_everything(exhausted):
+    run, front = exhausted, exhausted.front()
     macs, params = (np.array([getattr(t.scores, name) for t in front], float) for name in ("macs", "params"))
     shares = np.hypot((macs - macs.min()) / np.ptp(macs), (params.max() - params) / np.ptp(params))
     assert len(front) > 2
@@ -255,11 +254,12 @@ def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeyp
         return estimate(model, input_size)
 
     monkeypatch.setattr(evaluate_module, "count_cost", fails_on_strip)
-    run = search(analytic_config(tmp_path, trials=100, sampler="random"))
+    run = search(analytic_config(tmp_path, trials=5, sampler="random"))
     failed = [t for t in run.trials() if t.state == "failed"]
-    assert len(failed) == 7  # of 4 x 4 pairs of mixers, those with strip
+    assert failed
+    assert all("strip" in {s.mixer.name for s in t.architecture.stages} for t in failed)
     assert all(t.failure == "out_of_memory: no memory for this one" for t in failed)
-    assert len(numbers(run)) == 9
+    assert len(numbers(run)) == 5
 
 
 def test_a_non_finite_score_is_a_failure(tmp_path, monkeypatch):
@@ -467,6 +467,7 @@ def test_a_program_or_device_that_a_run_has_no_use_for_is_refused(tmp_path):
         worker_config(run, "sqlite:///x.db", "train", device="cpu")
 
 
+@pytest.mark.slow
 def test_the_same_data_may_be_spelled_in_another_way(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for label in "ab":
@@ -524,16 +525,16 @@ def test_bad_configurations_are_refused(tmp_path, change):
     assert "secret" not in str(caught.value)
 
 
-def test_the_front_ignores_what_was_not_scored(tmp_path):
-    run = search(analytic_config(tmp_path, trials=4))
+def test_the_front_ignores_what_was_not_scored(exhausted):
+    run = exhausted
     scored = [t for t in run.trials() if t.state == "complete"]
     for state in ("pruned", "failed", "running"):
         assert run.front([replace(t, state=state) for t in scored]) == []
     assert run.hypervolume([]) == 0
 
 
-def test_hypervolume_is_that_of_the_rectangles(tmp_path):
-    run = search(analytic_config(tmp_path, trials=8))
+def test_hypervolume_is_that_of_the_rectangles(exhausted):
+    run = exhausted
     best = {}
     for trial in run.front():
         best[trial.scores.macs] = trial.scores.proxy
@@ -610,6 +611,7 @@ class Hungry(torch.nn.Module):
         return self.head(images.flatten(1))
 
 
+@pytest.mark.slow
 def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, caplog):
     config = replace(
         analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=2, train_batch_size=32),

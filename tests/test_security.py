@@ -231,14 +231,14 @@ def test_a_folder_connects_nobody(tmp_path: Path, server: Server, capsys: pytest
 
 def test_a_lost_manifest_is_found_in_the_study(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Old: a run without `run.json` could not be gone on with."""
-    run = search(analytic_config(tmp_path, trials=3))
+    run = search(analytic_config(tmp_path, trials=1))
     scores = {t.key: t.scores for t in run.trials()}
     (run.path / "run.json").unlink()
-    longer = search(analytic_config(tmp_path, trials=5))
+    longer = search(analytic_config(tmp_path, trials=2))
     assert "written again from the study" in caplog.text
     assert longer.manifest == run.manifest | {"config": longer.manifest["config"]}
     found = {t.key: t.scores for t in longer.trials()}
-    assert len(found) == 5
+    assert len(found) == 2
     assert scores.items() <= found.items()
 
 

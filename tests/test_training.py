@@ -471,6 +471,7 @@ def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tm
     assert train(TrainConfig(str(trained.path), device="cpu", workers=0)).result
 
 
+@pytest.mark.slow
 def test_auto_is_chosen_once(images, file, tmp_path, monkeypatch, caplog):
     """What it chose is kept: a later release that chooses otherwise goes on by it, by the command and by the folder."""
     caplog.set_level("INFO")
