@@ -14,8 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -453,17 +452,19 @@ def search_command(context: click.Context, /, as_json: bool, **options: Any) -> 
     typed = _typed(context, options)
     config = _search_config(options, typed)
 
-    from nas.report.live import Display
+    from nas.display import Display
+    from nas.report.live import SearchView
     from nas.search import search
 
     display = Display()
+    view = SearchView(display)
     try:
         with display:
-            run = search(config, display.update)
+            run = search(config, view.update)
     except (KeyboardInterrupt, SystemExit):
-        if display.run_path is not None:
-            path = shlex.quote(str(display.run_path))
-            click.echo(f"interrupted with {display.standing}", err=True)
+        if view.run_path is not None:
+            path = shlex.quote(str(view.run_path))
+            click.echo(f"interrupted with {view.standing}", err=True)
             click.echo(f"resume with: {_program()} search --out {path}", err=True)
         raise
     front = run.front()
@@ -510,7 +511,8 @@ def worker_command(
 
     Space, objectives, proxy and conditions come from the study.
     """
-    from nas.report.live import Display
+    from nas.display import Display
+    from nas.report.live import SearchView
     from nas.search import SearchConfig
     from nas.search.study import join, work
 
@@ -526,7 +528,7 @@ def worker_command(
     local = {name: value for name, value in local.items() if value is not None}
     config = replace(config, **local, storage=storage, only=only, workers=1)
     with Display() as display:
-        work(run, config, display.update)
+        work(run, config, SearchView(display).update)
     click.echo(f"{study} is done; its front is where it was started")
 
 
@@ -950,7 +952,8 @@ def train_command(
 
     The same command goes on with a training that was interrupted, and so does `train FOLDER`.
     """
-    from nas.training.display import TrainingDisplay
+    from nas.display import Display
+    from nas.training.display import TrainingView
     from nas.training.recipes import find_recipe
     from nas.training.work import TrainConfig, train, train_front
 
@@ -958,11 +961,12 @@ def train_command(
         settings = (*settings, f"epochs={epochs}")
     config = TrainConfig(target=target, recipe=find_recipe(recipe, settings), **options)
     try:
-        with TrainingDisplay() as display:
+        with Display() as display:
+            view = TrainingView(display)
             if front:
-                of_front = train_front(config, display.update, display.begin)
+                of_front = train_front(config, view.update, view.begin)
             else:
-                trained = train(config, display.update)
+                trained = train(config, view.update)
     except (KeyboardInterrupt, SystemExit):
         click.echo("interrupted; the same command goes on", err=True)
         raise
@@ -1054,6 +1058,7 @@ def profile_command(
 ) -> None:
     """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
     import search_spaces
+    from nas.display import Display
     from nas.machine import resolve_device
     from nas.profile import ProfileConfig, hold_out, profile, trials_of
     from nas.runs import Run
@@ -1064,14 +1069,16 @@ def profile_command(
     options["max_seconds"] = options.pop("latency_seconds")
     config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
     path = out or Path("results") / f"profile-{config.space.name}-{config.latency.label}-{input_size}".replace(":", "")
-    with _bar("profiling", 60 * minutes) as advance:
-        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
+    with Display() as display:
+        bar = display.bar("profiling", 60 * minutes)
+        found = profile(config, path, minutes, lambda count, seconds: bar.update(seconds, f"networks {count}"))
     report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
     if held_out:
-        with _bar("held-out networks", held_out) as advance:
+        with Display() as display:
+            bar = display.bar("held-out networks", held_out)
             trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
             found = replace(found, config=config)  # held-out networks are measured as carefully as asked for
-            report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
+            report |= hold_out(found, held_out, lambda done, _: bar.update(done), trials)
     if as_json:
         _print_json(report)
         return
@@ -1119,6 +1126,7 @@ def replay_command(
     Space, data, conditions and seeds come from run.json. Results are kept in RUN/replay.csv: a replay that was stopped
     goes on. Exit status 0 where all agree, else 1.
     """
+    from nas.display import Bar, Display
     from nas.replay import Replayed, replay
     from nas.runs import Run
     from nas.search import SearchConfig
@@ -1130,15 +1138,15 @@ def replay_command(
     train_device = train_device or device
     local: dict[str, Any] = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
     config = replace(config, **{name: value for name, value in local.items() if value is not None})
-    bars: list[Callable[[float, str], None]] = []
+    bars: list[Bar] = []
     try:
         with contextlib.ExitStack() as stack:
 
             def show(done: int, total: int, last: Replayed | None) -> None:
                 if not bars:  # not before it is known that the run can be replayed
-                    bars.append(stack.enter_context(_bar("replaying", 1.0)))
+                    bars.append(stack.enter_context(Display()).bar("replaying", total))
                 verdict = "" if last is None else f" {last.trial.key} {'agrees' if last.agrees else 'differs'}"
-                bars[0](done / total, f"{done} of {total}{verdict}")
+                bars[0].update(done, f"{done} of {total}{verdict}")
 
             found = replay(run, config, front=only_front, limit=limit, latency=latency, anew=anew, on_done=show)
     except (KeyboardInterrupt, SystemExit):
@@ -1310,6 +1318,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Train some architectures of a space for long, and see how far each accuracy estimator orders them alike."""
     import search_spaces
     from nas.calibration.work import CalibrationConfig, calibrate
+    from nas.display import Display
     from nas.machine import resolve_device
     from nas.report.trust import plot_trust
 
@@ -1320,8 +1329,9 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     stem = "".join(c if c.isalnum() else "-" for c in Path(config.data).name.removesuffix(".tar"))
     path = out or Path("results") / f"calibration-{config.space.name}-{stem}"
     try:
-        with _bar("calibrating", 1.0) as advance:
-            found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
+        with Display() as display:
+            bar = display.bar("calibrating", 1.0)
+            found = calibrate(config, path, lambda done, total, note: bar.update(done / total, note))
     except (KeyboardInterrupt, SystemExit):
         click.echo(f"interrupted; the same command with --out {shlex.quote(str(path))} goes on", err=True)
         raise
@@ -1421,18 +1431,6 @@ def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_
         click.echo(f"skipped: {reason} ({count:,})")
     for note in listing.notes:
         click.echo(note)
-
-
-@contextmanager
-def _bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on standard error; yields what sets its place and its note."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, note="")
-        yield lambda done, note: bar.update(task, completed=min(done, total), note=note)
 
 
 @cli.command()
