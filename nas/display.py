@@ -36,7 +36,7 @@ class Display:
     """Shows how far a command is while the display is entered.
 
     A terminal shows one row for each bar and below them the body. The rows go when the display ends. Elsewhere `say`
-    prints lines. If nothing was said by the end, each bar is printed as one line.
+    prints lines. If nothing was said by the end, each bar that has come anywhere is printed as one line.
 
     Args:
         console: where to draw; None for standard error.
@@ -78,7 +78,8 @@ class Display:
             self._live.stop()
         elif not self._said:
             for bar in self._bars:
-                self.say(bar.line())
+                if bar.done:
+                    self.say(bar.line())
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """Answers a signal at once: the command may need seconds to put in order what it was doing."""

@@ -211,10 +211,11 @@ def test_a_body_stands_below_the_bars_and_is_drawn_again_only_when_it_changes():
 def test_a_display_that_said_nothing_ends_with_a_line_for_each_bar(capsys):
     with Display(Console(file=io.StringIO())) as display:
         display.bar("calibrating", 1.0).update(0.5, "3 of 6")
-        display.bar("other", 1.0)
-    assert capsys.readouterr().err.splitlines() == ["calibrating: 3 of 6, 0:00:00", "other: 0:00:00"]
+        display.bar("profiling", 9).update(1)
+        display.bar("not begun", 1.0)
+    assert capsys.readouterr().err.splitlines() == ["calibrating: 3 of 6, 0:00:00", "profiling: 0:00:00"]
     with Display(Console(file=io.StringIO())) as display:
-        display.bar("calibrating", 1.0)
+        display.bar("calibrating", 1.0).update(0.5)
         display.say("a line")
     assert capsys.readouterr().err == "a line\n"
 
