@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import table
 from rich.console import Console
 
+from nas.display import Clock, Display
 from nas.folders.run import Run
 from nas.objectives.objectives import OBJECTIVES
-from nas.report.live import ASCII, UNICODE, Clock, Display, View, axes, line, scatter
+from nas.report.live import ASCII, UNICODE, SearchView, axes, line, scatter
 from nas.search.progress import Progress
 from nas.search.workers.claims import Member
-from nas.training.display import TrainingDisplay
+from nas.training.display import TrainingView
 from nas.training.loop import Step
 
 EXAMPLE = Path(__file__).parents[1] / "results" / "example"
@@ -48,20 +48,20 @@ def progress(run, trials, ended=None, times=1, workers=0) -> Progress:
     return Progress(run, ended, scored, 32, front * times, run.hypervolume(front), fleet, trials)
 
 
-def shown(view: View, width: int, height: int, encoding: str = "utf-8") -> list[str]:
+def shown(display: Display, width: int, height: int, encoding: str = "utf-8") -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(width=width, height=height, file=file, force_terminal=True, color_system=None, markup=False)
-    console.print(view)
+    console.print(display)
     file.flush()
     return file.buffer.getvalue().decode(encoding).splitlines()
 
 
-@table("times, workers", [(1, 0), (20, 3), (4, 50)])
-@table("size", [(60, 12), (61, 13), (80, 24), (99, 20), (100, 20), (120, 40), (300, 90)])
+@pytest.mark.parametrize(("times", "workers"), [(1, 0), (20, 3), (4, 50)])
+@pytest.mark.parametrize("size", [(60, 12), (61, 13), (80, 24), (99, 20), (100, 20), (120, 40), (300, 90)])
 def test_it_fits_the_terminal(run, trials, size, times, workers):
-    view = View()
-    view.update(progress(run, trials, trials[9], times, workers))
-    lines = shown(view, *size)
+    display = Display()
+    SearchView(display).update(progress(run, trials, trials[9], times, workers))
+    lines = shown(display, *size)
     assert len(lines) < size[1]
     assert max(map(len, lines)) <= size[0]
     assert lines[0].startswith("scored 32 of 32")
@@ -88,11 +88,11 @@ def test_a_signal_is_answered_at_once(number, capfd):
 
 
 def test_a_signal_is_seen_in_the_view(run, trials):
-    view = View()
-    view.ending = True
-    assert shown(view, 80, 24) == ["interrupted: stopping, a moment"]
-    view.update(progress(run, trials, trials[9], 20))
-    lines = shown(view, 60, 12)
+    display = Display()
+    display.ending = True
+    assert shown(display, 80, 24) == ["interrupted: stopping, a moment"]
+    SearchView(display).update(progress(run, trials, trials[9], 20))
+    lines = shown(display, 60, 12)
     assert len(lines) < 12
     assert lines[0].startswith("interrupted")
     assert lines[1].startswith("scored 32 of 32")
@@ -100,10 +100,10 @@ def test_a_signal_is_seen_in_the_view(run, trials):
 
 @pytest.mark.parametrize("count", [0, 1, 3, 32])
 def test_from_the_first_trial_on(run, trials, count):
-    view = View()
-    assert shown(view, 80, 24) == ["getting ready"]
-    view.update(progress(run, trials[:count], trials[count - 1] if count else None))
-    text = "\n".join(shown(view, 80, 24))
+    display = Display()
+    assert shown(display, 80, 24) == ["getting ready"]
+    SearchView(display).update(progress(run, trials[:count], trials[count - 1] if count else None))
+    text = "\n".join(shown(display, 80, 24))
     assert f"scored {count} of 32" in text
     assert ("front of" in text) == ("Latency (ms)" in text) == (count > 0)
 
@@ -132,17 +132,17 @@ def test_marks_are_where_the_scores_are(run, trials, marks):
 
 
 def test_ascii_terminals_get_ascii(run, trials):
-    view = View()
-    view.update(progress(run, trials, trials[9]))
-    text = "\n".join(shown(view, 80, 24, "ascii"))
+    display = Display()
+    SearchView(display).update(progress(run, trials, trials[9]))
+    text = "\n".join(shown(display, 80, 24, "ascii"))
     assert "o front  . scored" in text
     fastest = run.front(trials)[0].scores
     assert f"{fastest.latency_ms:.2f} ms +-{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
     assert "Latency (ms)" in text
 
 
-@table(
-    "names, expected",
+@pytest.mark.parametrize(
+    ("names", "expected"),
     [
         (("latency", "accuracy"), ("latency", "accuracy")),
         (("accuracy", "latency"), ("latency", "accuracy")),
@@ -164,7 +164,60 @@ def test_the_clock_goes_by_what_was_scored_here():
     assert clock.left(20, 140.0) == 400.0
     assert clock.left(20, 155.0) == 385.0
     assert clock.left(1, 999.0) == 0.0
-    assert clock.passed(160.0) == 60.0
+
+
+def test_a_bar_says_what_is_done_and_how_long_the_rest_takes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    display = Display()
+    reading = display.bar("reading")
+    work = display.bar("working", 10)
+    assert shown(display, 80, 24)[0].split()[::2] == ["reading", "0:00:00"]
+    for seconds, done in ((100.0, 2), (160.0, 4)):  # an earlier process did the first two
+        now[0] = seconds
+        work.update(done, f"{done} of 10")
+    assert work.time() == "0:01:00, about 0:03:00 left"
+    work.update(5, "5 of 10", left=20)
+    now[0] = 165.0
+    line = shown(display, 80, 24)[1]
+    assert line.startswith("working ")
+    assert line.rstrip().endswith("5 of 10 0:01:05, about 0:00:15 left")
+    work.update(11)
+    assert work.time() == "0:01:05, finishing"
+    assert reading.time() == "0:01:05"
+    work.restart("again", 4)
+    assert work.time() == "0:01:05", "nothing is known of the new work's speed"
+
+
+def test_a_body_stands_below_the_bars_and_is_drawn_again_only_when_it_changes():
+    drawn = []
+
+    def body(console, options, height):
+        drawn.append(height)
+        return "x\n" * (height - 1) + "x"
+
+    display = Display()
+    display.bar("one", 1)
+    display.bar("two", 1)
+    display.body = body
+    assert len(shown(display, 80, 24)) == len(shown(display, 80, 24)) == 22
+    assert drawn == [20]
+    display.body = lambda *arguments: body(*arguments)
+    shown(display, 80, 24)
+    shown(display, 80, 30)
+    assert drawn == [20, 20, 26]
+
+
+def test_a_display_that_said_nothing_ends_with_a_line_for_each_bar(capsys):
+    with Display(Console(file=io.StringIO())) as display:
+        display.bar("calibrating", 1.0).update(0.5, "3 of 6")
+        display.bar("profiling", 9).update(1)
+        display.bar("not begun", 1.0)
+    assert capsys.readouterr().err.splitlines() == ["calibrating: 3 of 6, 0:00:00", "profiling: 0:00:00"]
+    with Display(Console(file=io.StringIO())) as display:
+        display.bar("calibrating", 1.0).update(0.5)
+        display.say("a line")
+    assert capsys.readouterr().err == "a line\n"
 
 
 @pytest.mark.parametrize("terminal", [{}, {"force_terminal": True, "width": 50}, {"force_terminal": True, "height": 8}])
@@ -172,8 +225,9 @@ def test_elsewhere_there_are_plain_lines(run, trials, capsys, terminal):
     file = io.StringIO()
     told = progress(run, trials, trials[3], workers=1)
     with Display(Console(file=file, **{"width": 80, "height": 24, **terminal})) as display:
-        display.update(told)
-        display.update(told)
+        view = SearchView(display)
+        view.update(told)
+        view.update(told)
     err = capsys.readouterr().err.splitlines()
     assert file.getvalue() == ""
     assert err == [line(told), "  also at work: host-0:4711 on cuda:0: trial 0 for 3 s", line(told)]
@@ -183,7 +237,7 @@ def test_elsewhere_there_are_plain_lines(run, trials, capsys, terminal):
 def test_a_dumb_terminal_gets_plain_lines(run, trials, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with Display(Console(file=io.StringIO(), force_terminal=True, width=80, height=24)) as display:
-        display.update(progress(run, trials))
+        SearchView(display).update(progress(run, trials))
     assert "32 of 32 scored" in capsys.readouterr().err
 
 
@@ -192,8 +246,9 @@ def test_the_live_view_leaves_nothing_behind(run, trials, monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, height=24, markup=False)
     with Display(console) as display:
-        display.update(progress(run, trials, trials[9]))
-    assert display.run_path == run.path
+        view = SearchView(display)
+        view.update(progress(run, trials, trials[9]))
+    assert view.run_path == run.path
     said = file.getvalue()
     assert "Latency (ms)" in said
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1  # the cursor is hidden and comes back
@@ -208,7 +263,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     arguments = ["--objective", "macs,accuracy", "--epochs", "1", "--trials", "50", "--out", str(tmp_path / "run")]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     with subprocess.Popen(
-        [sys.executable, "-m", "nas", "search", "--device", "cpu", *arguments],
+        [sys.executable, "-m", "cli", "search", "--device", "cpu", *arguments],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -231,15 +286,22 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert f"search --out {tmp_path / 'run'}" in text.rpartition("\x1b[?25h")[2].replace("\r\n", "")
 
 
-@pytest.mark.parametrize(("kind", "lines"), [("dumb", ["epoch 1/2: loss 0.5000, 10 images/s"]), ("xterm", [])])
-def test_a_training_tells_lines_where_it_has_no_bar(monkeypatch, caplog, kind, lines):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+@pytest.mark.parametrize(("kind", "said"), [("dumb", "epoch 1/2: loss 0.5000, 10 images/s\n"), ("xterm", "")])
+def test_a_training_says_lines_where_it_has_no_bar(monkeypatch, capsys, kind, said):
     monkeypatch.setenv("TERM", kind)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with caplog.at_level("INFO", "nas"), TrainingDisplay() as display:
-        display.update(Step(0, 3, 4, 2, 10.0, None, {}))
-        display.update(Step(1, 0, 4, 2, 10.0, None, {"train_loss": 0.5}))
-    assert caplog.messages == lines
+    with Display(Console(file=io.StringIO(), force_terminal=True, width=80, height=24)) as display:
+        view = TrainingView(display)
+        view.update(Step(0, 3, 4, 2, 10.0, None, {}))
+        view.update(Step(1, 0, 4, 2, 10.0, None, {"train_loss": 0.5}))
+    assert capsys.readouterr().err == said
+
+
+def test_the_bar_of_a_training():
+    display = Display()
+    view = TrainingView(display)
+    assert shown(display, 80, 24)[0].startswith("reading images ")
+    view.begin(1, 3, "abc")
+    view.update(Step(1, 2, 4, 5, 1234.5, 90.0, {"train_loss": 0.5, "holdout_accuracy": 71.256}))
+    line = shown(display, 120, 24)[0]
+    assert line.startswith("[2/3] abc epoch 2/5 ")
+    assert "1,234 images/s, top-1 71.26 % 0:00:00, about 0:01:30 left" in line

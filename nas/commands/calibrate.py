@@ -10,7 +10,7 @@ import click
 
 from .. import defaults
 from .options import DEVICES, JSON, SEARCH_IMAGES, SHARE_DEVICE, command, option, space
-from .printing import new_table, print_json, print_table, progress_bar
+from .printing import new_table, print_json, print_table
 
 
 @command("calibrate")
@@ -36,6 +36,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     import search_spaces
 
     from ..calibration.work import CalibrationConfig, calibrate
+    from ..display import Display
     from ..machine.devices import resolve_device
     from ..report.trust import plot_trust
 
@@ -43,8 +44,9 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
     config = CalibrationConfig(**options)
     path = out or config.folder
     try:
-        with progress_bar("calibrating", 1.0) as advance:
-            found = calibrate(config, path, lambda done, total, note: advance(done / total, note))
+        with Display() as display:
+            bar = display.bar("calibrating", 1.0)
+            found = calibrate(config, path, lambda done, total, note: bar.update(done / total, note))
     except (KeyboardInterrupt, SystemExit):
         click.echo(f"interrupted; the same command with --out {shlex.quote(str(path))} goes on", err=True)
         raise

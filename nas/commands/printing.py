@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,18 +102,6 @@ def print_uncounted(name: str, uncounted: Sequence[str]) -> None:
     if uncounted:
         more = f" and {len(uncounted) - 3} more" if len(uncounted) > 3 else ""
         click.echo(f"not counted in {name}, so its MACs are a lower bound: {', '.join(uncounted[:3])}{more}")
-
-
-@contextmanager
-def progress_bar(what: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on standard error; yields what sets its place and its note."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, note="")
-        yield lambda done, note: bar.update(task, completed=min(done, total), note=note)
 
 
 def large_number(number: int) -> str:

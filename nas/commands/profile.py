@@ -10,7 +10,7 @@ import click
 from .. import defaults
 from .options import JSON, STORAGE, command, latency, option
 from .options import space as space_option
-from .printing import print_json, progress_bar
+from .printing import print_json
 
 
 @command("profile")
@@ -60,6 +60,7 @@ def profile_command(
     """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
     import search_spaces
 
+    from ..display import Display
     from ..folders.profile import ProfileConfig
     from ..folders.run import Run
     from ..machine.devices import resolve_device
@@ -69,13 +70,15 @@ def profile_command(
     options["device"] = resolve_device(options["device"])
     config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
     path = out or config.folder
-    with progress_bar("profiling", 60 * minutes) as advance:
-        found = profile(config, path, minutes, lambda count, seconds: advance(seconds, f"networks {count}"))
+    with Display() as display:
+        bar = display.bar("profiling", 60 * minutes)
+        found = profile(config, path, minutes, lambda count, seconds: bar.update(seconds, f"networks {count}"))
     report: dict[str, Any] = {"profile": str(path), "networks": len(found.records())}
     if held_out:
-        with progress_bar("held-out networks", held_out) as advance:
+        with Display() as display:
+            bar = display.bar("held-out networks", held_out)
             trials = [trial for run_path in run_paths for trial in trials_of(Run.open(run_path), found)]
-            report |= hold_out(found, held_out, lambda done, _: advance(done, ""), trials)
+            report |= hold_out(found, held_out, lambda done, _: bar.update(done), trials)
     if as_json:
         print_json(report)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 
 from ..errors import NasError
 from .options import JSON, RUN, STORAGE, command, option
-from .printing import new_table, print_json, print_table, progress_bar
+from .printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
     from ..replay import Replay
@@ -52,6 +51,7 @@ def replay_command(
     Space, data, conditions and seeds come from run.json. Results are kept in RUN/replay.csv: a replay that was stopped
     goes on. Exit status 0 where all agree, else 1.
     """
+    from ..display import Bar, Display
     from ..folders.run import Run
     from ..replay import Replayed, replay
     from ..search.config import local_config
@@ -59,15 +59,15 @@ def replay_command(
     run = Run.open(run_path)
     place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device or device}
     config = local_config(run, command, latency is not False, **place)
-    bars: list[Callable[[float, str], None]] = []
+    bars: list[Bar] = []
     try:
         with contextlib.ExitStack() as stack:
 
             def show(done: int, total: int, last: Replayed | None) -> None:
                 if not bars:  # not before it is known that the run can be replayed
-                    bars.append(stack.enter_context(progress_bar("replaying", 1.0)))
+                    bars.append(stack.enter_context(Display()).bar("replaying", total))
                 verdict = "" if last is None else f" {last.trial.key} {'agrees' if last.agrees else 'differs'}"
-                bars[0](done / total, f"{done} of {total}{verdict}")
+                bars[0].update(done, f"{done} of {total}{verdict}")
 
             found = replay(run, config, front=only_front, limit=limit, latency=latency, anew=anew, on_done=show)
     except (KeyboardInterrupt, SystemExit):

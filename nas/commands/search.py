@@ -190,7 +190,8 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     """
     import search_spaces
 
-    from ..report.live import Display
+    from ..display import Display
+    from ..report.live import SearchView
     from ..search import SearchConfig, configure, search
 
     given = typed(context, options)
@@ -198,13 +199,14 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
         given["space"] = search_spaces.load(given["space"])
     config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given)
     display = Display()
+    view = SearchView(display)
     try:
         with display:
-            run = search(config, display.update)
+            run = search(config, view.update)
     except (KeyboardInterrupt, SystemExit):
-        if display.run_path is not None:
-            path = shlex.quote(str(display.run_path))
-            click.echo(f"interrupted with {display.standing}", err=True)
+        if view.run_path is not None:
+            path = shlex.quote(str(view.run_path))
+            click.echo(f"interrupted with {view.standing}", err=True)
             click.echo(f"resume with: {program()} search --out {path}", err=True)
         raise
     front = run.front()

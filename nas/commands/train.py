@@ -55,7 +55,8 @@ def train_command(
 
     The same command goes on with a training that was interrupted, and so does `train FOLDER`.
     """
-    from ..training.display import TrainingDisplay
+    from ..display import Display
+    from ..training.display import TrainingView
     from ..training.recipes import find_recipe
     from ..training.work import TrainConfig, train, train_front
 
@@ -63,11 +64,12 @@ def train_command(
         settings = (*settings, f"epochs={epochs}")
     config = TrainConfig(target=target, recipe=find_recipe(recipe, settings), **options)
     try:
-        with TrainingDisplay() as display:
+        with Display() as display:
+            view = TrainingView(display)
             if front:
-                of_front = train_front(config, display.update, display.begin)
+                of_front = train_front(config, view.update, view.begin)
             else:
-                trained = train(config, display.update)
+                trained = train(config, view.update)
     except (KeyboardInterrupt, SystemExit):
         click.echo("interrupted; the same command goes on", err=True)
         raise

@@ -40,7 +40,8 @@ def worker_command(
 
     Space, objectives, proxy and conditions come from the study.
     """
-    from ..report.live import Display
+    from ..display import Display
+    from ..report.live import SearchView
     from ..search.config import worker_config
     from ..search.study import join, work
 
@@ -48,7 +49,7 @@ def worker_command(
     place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
     config = worker_config(run, storage, only, command, **place)
     with Display() as display:
-        work(run, config, display.update)
+        work(run, config, SearchView(display).update)
     click.echo(f"{study} is done; its front is where it was started")
 
 

@@ -1,34 +1,25 @@
-"""Progress of a search on standard error: the growing front on a terminal, one line for each trial elsewhere.
+"""A running search in a display: the front as it grows on a terminal, a line for each trial elsewhere.
 
-The view is drawn after each trial. Between trials only its clock moves.
+The search tells after each trial where it stands. Between trials only the clock moves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.live import Live
 from rich.measure import Measurement
-from rich.progress_bar import ProgressBar
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from ..display import Bar, Display
 from ..folders.run import Run
 from ..folders.trial import Trial
-from ..machine.children import ending_signals
 from ..objectives.objectives import Objective
 from ..objectives.text import format_score, format_value
 from ..streams import encodable
@@ -36,85 +27,47 @@ from ..streams import encodable
 if TYPE_CHECKING:
     from ..search import Progress
 
-NARROWEST, LOWEST = 60, 12
-"""Fewest columns and lines for the view; a smaller terminal gets plain lines."""
 WIDE = 100
 """Fewest columns for showing table and plot side by side."""
 LEAST_PLOT, MOST_PLOT = (24, 8), (100, 26)
-"""Smallest and largest size of the plot, in columns and lines."""
-REFRESHES = 2.0
-"""Redraws of the clock per second. They are few, because drawing takes CPU time from the measurements."""
-ENDING = "interrupted: stopping, a moment"
-
+"""Columns and lines below which there is no plot, and those it never exceeds."""
 UNICODE, ASCII = "●○│└─", "o.|+-"
 """Characters of a plot: a point of the front, any other point, the vertical axis, the corner, the horizontal axis."""
 
 
-class Display:
-    """Shows the progress of a search while its context is entered; the search calls `update`.
+class SearchView:
+    """Shows a search in a display; `update` is what a search calls.
+
+    Args:
+        display: where to show it.
 
     Attributes:
-        run_path: path of the run folder, once it is known.
-        standing: the progress as text.
+        run_path: the run folder; None before the search has told it.
+        standing: how far the search is, in words.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, display: Display) -> None:
         self.run_path: Path | None = None
         self.standing = ""
-        self._handlers: dict[int, Any] = {}
+        self._display = display
+        self._bar: Bar | None = None
         self._places: set[str] = set()
-        self._view = View()
-        console = console or Console(stderr=True, markup=False, highlight=False)
-        roomy = console.width >= NARROWEST and console.height >= LOWEST
-        self._live = (
-            Live(self._view, console=console, refresh_per_second=REFRESHES, transient=True)
-            if console.is_terminal and not console.is_dumb_terminal and roomy
-            else None
-        )
-
-    def __enter__(self) -> Display:
-        if self._live is not None:
-            self._live.start()
-        if threading.current_thread() is threading.main_thread():
-            for number in ending_signals():
-                if callable(handler := signal.getsignal(number)):
-                    self._handlers[number] = handler
-                    signal.signal(number, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-        if self._live is not None:
-            self._live.stop()
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Reports a signal at once, because it may take seconds until the search has stopped in order."""
-        if self._live is None:
-            with contextlib.suppress(OSError):
-                os.write(2, f"{ENDING}\n".encode())  # a signal handler must not use a stream that is in use
-        self._view.ending = True  # drawn at the next move of the clock
-        self._handlers[number](number, frame)
 
     def update(self, progress: Progress) -> None:
-        """Shows the progress of the search."""
+        """Shows where the search stands."""
         self.run_path = progress.run.path
         self.standing = f"{progress.scored} of {progress.target} scored, a front of {len(progress.front)}"
-        if self._live is not None:
-            self._view.update(progress)
-            self._live.refresh()
-            return
-        _say(line(progress))
+        self._bar = self._bar or self._display.bar("", progress.target)
+        self._bar.name = f"scored {progress.scored} of {progress.target}"
+        self._bar.update(progress.scored)
+        self._display.body = partial(_body, progress)
+        self._display.refresh()
+        self._display.say(line(progress))
         places = {member.place for member in progress.fleet}
         if places != self._places:
             self._places = places
             for member in progress.fleet:
-                _say(f"  also at work: {member}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+                self._display.say(f"  also at work: {member}")
 
 
 def line(progress: Progress) -> str:
@@ -135,86 +88,6 @@ def _ended(run: Run, trial: Trial) -> str:
     else:
         what = f"{trial.state}: {trial.failure}"
     return f"trial {trial.number} {trial.key or '-'}: {what}"
-
-
-class View:
-    """The view on a terminal; its body is drawn once for each trial and size of the terminal.
-
-    Attributes:
-        ending: whether a signal has asked the search to stop.
-    """
-
-    def __init__(self) -> None:
-        self.ending = False
-        self._clock = Clock()
-        self._progress: Progress | None = None
-        self._drawn: tuple[object, list[list[Segment]]] | None = None
-
-    def update(self, progress: Progress) -> None:
-        """Stores the progress of the search."""
-        self._clock.tick(progress.scored, time.monotonic())
-        self._progress = progress
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
-        """Draws the clock, and below it the trials and the front."""
-        progress = self._progress
-        if self.ending:
-            yield Text(ENDING, no_wrap=True, overflow="ellipsis")
-        if progress is None:
-            if not self.ending:
-                yield Text("getting ready")
-            return
-        yield self._head(progress)
-        of = (id(progress), options.max_width, console.height)
-        if self._drawn is None or self._drawn[0] != of:
-            body = _body(progress, console, options, console.height - 3)
-            self._drawn = of, console.render_lines(body, options.update(height=None), pad=False)
-        for segments in self._drawn[1]:
-            yield from segments
-            yield Segment.line()
-
-    def _head(self, progress: Progress) -> Table:
-        now = time.monotonic()
-        to_go = progress.target - progress.scored
-        left = self._clock.left(to_go, now)
-        grid = Table.grid(padding=(0, 1), expand=True)
-        for ratio in (None, 1, None):
-            grid.add_column(ratio=ratio, no_wrap=True)
-        done = f"scored {progress.scored} of {progress.target}"
-        when = ", finishing" if to_go <= 0 else "" if left is None else f", about {_minutes(left)} left"
-        bar = ProgressBar(progress.target, min(progress.scored, progress.target))
-        grid.add_row(done, bar, _minutes(self._clock.passed(now)) + when)
-        return grid
-
-
-class Clock:
-    """Estimates the remaining time from the trials that were scored since this process began."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-        self._last: tuple[int, float] | None = None
-
-    def tick(self, scored: int, now: float) -> None:
-        """Records the number of scored trials, at a time in seconds."""
-        self._first = self._first or (scored, now)
-        if self._last is None or scored > self._last[0]:
-            self._last = scored, now
-
-    def passed(self, now: float) -> float:
-        """Returns the seconds since the first tick."""
-        return now - self._first[1] if self._first else 0.0
-
-    def left(self, count: int, now: float) -> float | None:
-        """Estimates the seconds for `count` more trials; None while it is unknown."""
-        if self._first is None or self._last is None or self._last[0] == self._first[0]:
-            return None
-        each = (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
-        return max(0.0, each * count - (now - self._last[1]))
-
-
-def _minutes(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def _body(progress: Progress, console: Console, options: ConsoleOptions, height: int) -> RenderableType:
