@@ -36,12 +36,12 @@ def test_a_worker_that_dies_is_named_with_its_last_words(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
     (run.path / "run.json").rename(run.path / "moved.json")
     heard = Heard("a worker of this search died (status 1)")
-    logging.getLogger("nas.search.workers.claims").addHandler(heard)
+    logging.getLogger("nas.search.workers.local").addHandler(heard)
     try:
         with local_workers(run, 1):
             assert heard.event.wait(120)
     finally:
-        logging.getLogger("nas.search.workers.claims").removeHandler(heard)
+        logging.getLogger("nas.search.workers.local").removeHandler(heard)
     assert "is not a run folder" in (run.path / "workers" / "1.log").read_text()
 
 

@@ -718,7 +718,7 @@ class Heard(logging.Handler):
 
 def test_a_device_is_held_by_one_process_at_a_time(caplog, monkeypatch):
     code = (
-        "import sys\nfrom nas.machine import exclusive\n"
+        "import sys\nfrom nas.machine.turns import exclusive\n"
         "with exclusive('cpu'):\n    print('held', flush=True); sys.stdin.readline()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -736,7 +736,7 @@ def test_a_device_is_held_by_one_process_at_a_time(caplog, monkeypatch):
         release.join()
     logging.getLogger("nas.machine").removeHandler(reminded)
     assert "waiting for another process" in caplog.text
-    assert "for 0 min now" in caplog.text
+    assert "after 0 min" in caplog.text
     assert "--share-device" in caplog.text
     if Path("/proc/locks").exists():
         assert f": process {holder.pid}\n" in caplog.text

@@ -87,7 +87,7 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
         try:
             enter(timeout=0.2)
         except Timeout:
-            with _told_while_waiting(device):
+            with _waiting_reported(device):
                 wait()
     except OSError as error:
         where = _lock_file(device)
@@ -99,7 +99,7 @@ def _turn(device: str, lock: FileLock | _SharedLock, unless: Callable[[], object
 
 
 @contextlib.contextmanager
-def _told_while_waiting(device: str) -> Iterator[None]:
+def _waiting_reported(device: str) -> Iterator[None]:
     """Reports that this process waits for its turn, by `WAITING` and in the log, at once and again later."""
     begun, ended = time.monotonic(), threading.Event()
 

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers for which thop's rule and this module count the same. A subclass may do something else."""
 
-WHOLE = "(model)"
+MODEL_ITSELF = "(model)"
 """Name of the module itself, for work that it does outside its parts."""
 
 
@@ -84,9 +84,9 @@ def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         torch.backends.mha.set_fastpath_enabled(fast)
 
     params = _params_by_part(model)
-    parts = {part: (params.get(part, 0), counter.macs[part]) for part in [*_part_names(model), WHOLE]}
-    if not any(parts[WHOLE]):
-        del parts[WHOLE]
+    parts = {part: (params.get(part, 0), counter.macs[part]) for part in [*_part_names(model), MODEL_ITSELF]}
+    if not any(parts[MODEL_ITSELF]):
+        del parts[MODEL_ITSELF]
     return Cost(
         params=sum(params.values()),
         macs=counter.macs.total(),
@@ -111,7 +111,7 @@ def _part_names(model: nn.Module) -> dict[str, nn.Module]:
 def _params_by_part(model: nn.Module) -> Counter[str]:
     """Returns the number of parameters of each part. Each tensor counts once."""
     counted, found = set(), Counter[str]()
-    for part, module in [*_part_names(model).items(), (WHOLE, model)]:
+    for part, module in [*_part_names(model).items(), (MODEL_ITSELF, model)]:
         own = [p for p in module.parameters() if p not in counted]
         counted.update(own)
         found[part] = sum(p.numel() for p in own)
@@ -162,9 +162,9 @@ class _Counter(TorchDispatchMode):
         if self._running[-1].module is not module:  # another hook raised an error before the call began
             return
         counted = self._running.pop().macs
-        told = None if output is None else _told(module, args, kwargs, output)
+        told = None if output is None else _macs_by_rule(module, args, kwargs, output)
         if told is not None and told != counted:
-            line = f"{self._names[module] or WHOLE}: {told:,} MACs by its rule, {counted:,} by its operations"
+            line = f"{self._names[module] or MODEL_ITSELF}: {told:,} MACs by its rule, {counted:,} by its operations"
             (self.uncounted if told > counted else self.disputed).add(line)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,14 +179,14 @@ class _Counter(TorchDispatchMode):
             try:
                 macs = rule(*args, **kwargs, out_val=result)
             except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-                self.uncounted.add(f"{self._names[call.module] or WHOLE}: {func.__name__.partition('.')[0]}")
+                self.uncounted.add(f"{self._names[call.module] or MODEL_ITSELF}: {func.__name__.partition('.')[0]}")
             else:
                 call.macs += macs
-                self.macs[call.part or WHOLE] += macs
+                self.macs[call.part or MODEL_ITSELF] += macs
         return result
 
 
-def _told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int | None:
+def _macs_by_rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int | None:
     """Returns the MACs of one call by the module's own method or by thop's rule for its layer.
 
     The result is None if there is neither.

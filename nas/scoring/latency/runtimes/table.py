@@ -60,7 +60,7 @@ def prepare_chain(parts: Sequence[nn.Module], images: torch.Tensor, config: Late
     if config.runtime in ONNX_RUNTIMES:
         load = ONNX_RUNTIMES[config.runtime]
         start = time.perf_counter()
-        with _failures_told(config):
+        with _errors_as_failures(config):
             graphs = export_chain(*_exportable(chain, images, config), len(outputs))
         export_seconds = time.perf_counter() - start
         for graph, (_, inputs), output in zip(graphs, modules, expected, strict=True):
@@ -117,7 +117,7 @@ def _eager_outputs(probe: nn.Module, images: torch.Tensor, config: LatencyConfig
 def _checked(make: Callable[[], Prepared], expected: torch.Tensor, config: LatencyConfig) -> Prepared:
     """Prepares a network with `make`, compares its output with eager's and records the time."""
     start = time.perf_counter()
-    with _failures_told(config):
+    with _errors_as_failures(config):
         prepared = make()
         output = prepared.output()
     seconds = time.perf_counter() - start
@@ -135,7 +135,7 @@ def _checked(make: Callable[[], Prepared], expected: torch.Tensor, config: Laten
 
 
 @contextmanager
-def _failures_told(config: LatencyConfig) -> Iterator[None]:
+def _errors_as_failures(config: LatencyConfig) -> Iterator[None]:
     """Turns errors of exporters and compilers into `TrialFailure`.
 
     These errors can have any type, and they mean that the runtime cannot run the architecture.
