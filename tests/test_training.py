@@ -650,7 +650,7 @@ def test_a_network_that_aborted_torch_is_trained(images, tmp_path):
 def test_one_image_a_step_is_too_few_for_some_batch_norms(images, file, tmp_path, scales):
     """Where a map is 1x1; before anything is trained. Larger maps are enough."""
     one = replace(TINY, batch_size=1, scales=scales, epochs=1, warmup_epochs=0.0)
-    with pytest.raises(UsageError, match="set a batch_size of 2 or more"):
+    with pytest.raises(UsageError, match="Set a batch_size of 2 or more"):
         train(config("timm:test_resnet", images, tmp_path / "t", recipe=one))
     assert not (tmp_path / "t" / "checkpoint.pt").exists()
     assert train(config(file, images, tmp_path / "u", recipe=one)).result

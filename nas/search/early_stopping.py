@@ -131,7 +131,7 @@ class Judge:
     finished: tuple[Finished, ...]
 
     def __call__(self, scores: Scores, rung: Rung) -> None:
-        """Checks a rung of a training; `scores` are the costs of its architecture.
+        """Checks a rung of a training; `scores` has the costs of its architecture.
 
         Raises:
             Stopped: as `check_rung`.

@@ -26,7 +26,7 @@ class TrainConfig:
         input_size: side of the images in pixels; None takes that of the run, or the native size of the data.
         seed: random seed.
         device: auto, cpu, cuda or cuda:i; with several processes, each has its own GPU.
-        workers: processes that read and augment images for each training process; None for one for each core.
+        workers: processes that read and augment images for each training process; None shares all cores among them.
         init: initial weights: auto (the trained weights of the target, if it has some), scratch, or a safetensors file.
         teacher: a trained folder, an exported folder or `timm:NAME` that the network learns from.
         teacher_weights: a safetensors file with the weights of `timm:NAME`.

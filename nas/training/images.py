@@ -107,7 +107,7 @@ class TrainingData:
         held: how `holdout` was drawn.
         fingerprint: short hash of class names, labels, file names and the choice of training images. It tells data
             sets apart.
-        listing: the files that were found, and the ones that were skipped.
+        listing: the classes and image counts that were found, and what was skipped.
     """
 
     name: str
