@@ -1,6 +1,6 @@
 """mixnas: search for efficient vision backbones that mix softmax, additive, strip and Hadamard token mixers.
 
-The names in `__all__` are the public face of the library. Each is loaded when it is first used, so `import nas` is fast.
+The names in `__all__` are the public face of the library. Each is loaded when it is first used.
 """
 
 import sys

@@ -167,6 +167,25 @@ def test_scoring_knows_neither_architectures_nor_optuna(module):
     assert "optuna" not in third_party(module)
 
 
+def test_the_public_face_is_loaded_on_first_use():
+    code = """
+import sys, nas
+print(sorted({"torch", "optuna", "numpy"} & set(sys.modules)))
+from nas import *
+from nas import measure, search
+import nas.measure, nas.search.study
+print(all(callable(getattr(nas, name)) for name in nas.__all__), nas.search is search, nas.measure is measure)
+try:
+    search(None, None, "three")
+except TypeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, face, refusal = done.stdout.splitlines()
+    assert (loaded, face) == ("[]", "True True True")
+    assert "search() takes" in refusal
+
+
 def test_report_never_imports_torch():
     report = [name for name in NAS if part(name) == "nas.report"]
     assert {name: third_party(name) & {"torch", "timm", "torchvision"} for name in report} == {n: set() for n in report}
