@@ -162,6 +162,8 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def _key(config: LatencyConfig) -> str:
+    known = {"runtime", "command", "dtype", "batch_size", "threads", "channels_last", "folded"}
+    further = {name: value for name, value in config.conditions.items() if name not in known}
     parts = (
         f"reference {VERSION}",
         machine_name(config.device),
@@ -173,5 +175,6 @@ def _key(config: LatencyConfig) -> str:
         f"batch {config.batch_size}",
         f"{config.threads or torch.get_num_threads()} threads",
         "channels_last" if config.channels_last else "contiguous",
+        *(f"{name} {value}" for name, value in further.items() if value is not None),
     )
     return ", ".join(part for part in parts if part)
