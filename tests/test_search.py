@@ -254,12 +254,12 @@ def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeyp
         return estimate(model, input_size)
 
     monkeypatch.setattr(evaluate_module, "count_cost", fails_on_strip)
-    run = search(analytic_config(tmp_path, trials=5, sampler="random"))
+    run = search(analytic_config(tmp_path, trials=7, sampler="random"))
     failed = [t for t in run.trials() if t.state == "failed"]
     assert failed
     assert all("strip" in {s.mixer.name for s in t.architecture.stages} for t in failed)
     assert all(t.failure == "out_of_memory: no memory for this one" for t in failed)
-    assert len(numbers(run)) == 5
+    assert len(numbers(run)) == 7
 
 
 def test_a_non_finite_score_is_a_failure(tmp_path, monkeypatch):
