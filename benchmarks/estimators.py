@@ -25,6 +25,7 @@ from nas.errors import NotApplicable
 from nas.machine.description import machine_name
 from nas.models import create_backbone
 from nas.scoring.accuracy import ESTIMATORS, Estimate, Fidelity
+from nas.scoring.latency import LatencyConfig
 from nas.search import Progress, SearchConfig, search
 
 NAMES = [name for name, row in ESTIMATORS.items() if not row.trained and not row.needs]
@@ -92,7 +93,8 @@ def memory(trials: int) -> None:
         seen.append(pages * 4096 / 2**20)
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"trials": trials, "epochs": 4, "max_images": 400, "latency_seconds": 0.05, "device": "cpu"}
+        options = {"trials": trials, "epochs": 4, "max_images": 400}
+        options["latency"] = (LatencyConfig(max_seconds=0.05),)
         search(SearchConfig(search_spaces.load("mini"), out=Path(folder) / "run", **options), note)
     print(f"\n## Resident memory over {trials} trials (latency and short training, `mini` on digits)\n")
     print("| after trial | MiB |\n|---|---:|")

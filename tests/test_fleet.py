@@ -23,6 +23,7 @@ from nas import consent
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
 from nas.search import SearchConfig, search
+from nas.search.samplers.history import SPARED
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.problem import Problem
 from nas.search.samplers.table import SAMPLERS
@@ -402,7 +403,7 @@ def test_what_was_spared_may_be_drawn_again(tmp_path):
     one.give_up(trial._trial_id, claims.DIED)
     again, same = one.draw()
     assert same == point
-    one.drop(again._trial_id, claims.SPARED)
+    one.drop(again._trial_id, SPARED)
     other = fleet_of(tmp_path, None, knobs, "other")
     assert {other.draw()[1], other.draw()[1]} == {(0,), (1,)}
     assert other.draw() is None

@@ -324,7 +324,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.measure.prepare_model", no_work)
     monkeypatch.setattr("nas.search.evaluate.Evaluator.evaluate", no_work)
     monkeypatch.setattr("optuna.storages.run_grpc_proxy_server", no_work)
-    for module in ("search.study", "calibration.work", "profile"):
+    for module in ("search.study", "calibration.work", "profile.measure"):
         monkeypatch.setattr(f"nas.{module}.locked_folder", no_work)
 
 

@@ -568,7 +568,9 @@ def test_bad_conditions_are_refused(options, words):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(RUNTIME_TRAITS, "openvino", replace(RUNTIME_TRAITS["openvino"], packages=("no_such_package",)))
     with pytest.raises(UsageError, match=r"needs no_such_package: pip install 'mixnas\[openvino\]'"):
-        LatencyConfig(runtime="openvino")
+        LatencyConfig(runtime="openvino").here()
+    with pytest.raises(UsageError, match="needs no_such_package"):
+        prepare_model(SMALL, (3, 16, 16), LatencyConfig(runtime="openvino", **QUICK))
 
 
 # a user's own program

@@ -128,7 +128,7 @@ def profiled(tmp_path_factory) -> Profile:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WHOLE", "PIECE"):
             quick = {"target": 0.5, "max_seconds": 0.01, "warmup_seconds": 0.0, "block_ms": 1.0}
-            patch.setattr(f"nas.profile.{name}", quick)
+            patch.setattr(f"nas.profile.measure.{name}", quick)
         while not path.exists() or len(Profile.open(path).records()) < 10:
             minutes = sum(r["seconds"] for r in Profile.open(path).records()) / 60 if path.exists() else 0.0
             found = profile(CONFIG, path, minutes + 0.01)

@@ -255,7 +255,7 @@ def test_a_runtime_and_a_latency_protocol_matter_to_latency_alone(single):
 
 
 def test_nothing_to_replay(tmp_path, monkeypatch):
-    monkeypatch.setattr("nas.search.loop.MAX_OVER_BUDGET", 3)
+    monkeypatch.setattr("nas.search.giving_up.MAX_OVER_BUDGET", 3)
     with pytest.raises(NasError):
         search(analytic_config(tmp_path, trials=1, budgets={"params": 10.0}))
     run = Run.open(tmp_path / "run")

@@ -511,6 +511,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path, text):
         {"epochs": 0},
         {"sampler": "tpee"},
         {"dtype": "fp8"},
+        {"device": "gpu"},
         {"runtime": "x"},
         {"proxy": "x"},
         {"seed": -1},
@@ -631,7 +632,9 @@ def test_a_training_without_memory_goes_on_with_half_a_step_at_a_time(tmp_path, 
 def test_halves_of_a_step_are_the_same_step(tmp_path):
     """Without batch norms, gradients of two halves add up to those of the whole."""
     config = analytic_config(tmp_path, objectives=("params", "accuracy"), proxy="train", epochs=1, train_batch_size=33)
-    evaluator = make_evaluator(replace(config, device="cpu"), load_data("digits", None, None, 300, seed=0))
+    evaluator = make_evaluator(
+        replace(config, latency=(LatencyConfig(device="cpu"),)), load_data("digits", None, None, 300, seed=0)
+    )
     halves = replace(evaluator, fidelity=replace(evaluator.fidelity, chunks=2))
     whole, half = (e.evaluate_network(lambda: Hungry(99)).weights for e in (evaluator, halves))
     for name in whole:

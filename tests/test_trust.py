@@ -323,7 +323,7 @@ def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
 
 
 def test_an_ensemble_is_for_what_it_was_calibrated_on(calibrated, tmp_path):
-    options = {"space": MINI, "proxy": "ensemble", "calibration": str(calibrated.path), "device": "cpu"}
+    options = {"space": MINI, "proxy": "ensemble", "calibration": str(calibrated.path)}
     options |= {"max_images": 240, "train_batch_size": 32, "out": tmp_path / "run"}
     for change, error, words in (
         ({"max_images": 120}, RunError, "another data"),
@@ -352,7 +352,7 @@ def test_an_ensemble_without_its_calibration_is_a_mistake():
 
 
 def quick_search(out, **changes):
-    options = {"trials": 8, "epochs": 2, "max_images": 240, "train_batch_size": 32, "device": "cpu", "seed": 3}
+    options = {"trials": 8, "epochs": 2, "max_images": 240, "train_batch_size": 32, "seed": 3}
     return search(SearchConfig(space=MINI, objectives=("macs", "accuracy"), out=out, **options | changes))
 
 

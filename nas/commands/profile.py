@@ -63,12 +63,10 @@ def profile_command(
     from ..display import Display
     from ..folders.profile import ProfileConfig
     from ..folders.run import Run
-    from ..machine.devices import resolve_device
     from ..profile.measure import hold_out, profile, trials_of
     from ..scoring.latency import LatencyConfig
 
-    options["device"] = resolve_device(options["device"])
-    config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options), input_size, seed)
+    config = ProfileConfig(search_spaces.load(space), LatencyConfig(**options).here(), input_size, seed)
     path = out or config.folder
     with Display() as display:
         bar = display.bar("profiling", 60 * minutes)

@@ -18,7 +18,6 @@ from ..errors import DataError, RunError, UsageError, unknown_name
 from ..folders.run import Run, is_run
 from ..folders.training import Trained, is_training, load_weights
 from ..folders.trial import Trial
-from ..machine.devices import resolve_device
 from ..models import create_backbone
 from ..scoring.latency import LatencyConfig
 from ..training.batches import evaluation_batches
@@ -255,4 +254,4 @@ def timing(
     """
     if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
         threads = Run.open(run).latency[0].threads
-    return LatencyConfig(device=resolve_device(device), threads=threads, max_seconds=seconds)
+    return LatencyConfig(device=device, threads=threads, max_seconds=seconds).here()

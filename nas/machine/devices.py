@@ -9,6 +9,17 @@ from typing import Any
 from ..errors import UsageError
 
 
+def check_device_name(name: str) -> None:
+    """Refuses what names no device. The device need not be on this machine.
+
+    Raises:
+        UsageError: if the name is unknown.
+    """
+    kind, _, index = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
+
+
 def resolve_device(name: str) -> str:
     """Returns the name of a device after checking it. `auto` becomes a device of this machine.
 
@@ -17,13 +28,12 @@ def resolve_device(name: str) -> str:
     """
     import torch
 
+    check_device_name(name)
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index.isdigit() or name == "cuda"):
-        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:i")
+    index = name.partition(":")[2]
     if not torch.cuda.is_available():
         raise UsageError(
             f"--device {name}: this torch sees no CUDA device: use --device cpu, or install a CUDA build and driver"

@@ -17,7 +17,7 @@ from ... import defaults
 from ...errors import UsageError, unknown_name
 from ...foreign_files import LINE, POSITIVE
 from ...interval import Interval
-from ...machine.devices import resolve_device
+from ...machine.devices import check_device_name, resolve_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,6 +117,7 @@ class LatencyConfig:
     seed: int = defaults.SEED
 
     def __post_init__(self) -> None:
+        check_device_name(self.device)
         for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("dtype", self.dtype, DTYPES)):
             if name not in table:
                 raise unknown_name(what, name, table)
@@ -162,12 +163,20 @@ class LatencyConfig:
         Raises:
             UsageError: where the device is not here, or the runtime's packages are not installed.
         """
+        self.check_installed()
+        return replace(self, device=resolve_device(self.device))
+
+    def check_installed(self) -> None:
+        """Refuses a runtime whose packages are not installed.
+
+        Raises:
+            UsageError: if one is missing.
+        """
         traits = RUNTIME_TRAITS[self.runtime]
         if traits.missing:
             raise UsageError(
                 f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
             )
-        return replace(self, device=resolve_device(self.device))
 
     @property
     def conditions(self) -> dict[str, Any]:

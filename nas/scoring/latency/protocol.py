@@ -308,6 +308,7 @@ def _block_passes(pass_ms: float, config: LatencyConfig) -> int:
 
 @contextmanager
 def _conditions(config: LatencyConfig) -> Iterator[None]:
+    config.check_installed()
     device = torch.device(config.device)
     _keep_freed_memory()
     with (
