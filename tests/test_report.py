@@ -29,7 +29,8 @@ from test_search import analytic_config
 
 import search_spaces
 from nas.errors import RunError, UsageError
-from nas.folders.run import STAGES, Run
+from nas.folders.attributes import STAGES
+from nas.folders.run import Run
 from nas.report import facts
 from nas.report.dashboard import ReadOnlyStorage, guarded, serve
 from nas.report.html import report

@@ -17,9 +17,10 @@ from conftest import required, table
 
 import search_spaces
 from nas.errors import TrialFailure, UsageError
-from nas.folders.run import ELSEWHERE, REMEASURED, STAGES, WHOLE, Run, to_scale
+from nas.folders.attributes import ELSEWHERE, REMEASURED, STAGES, WHOLE
+from nas.folders.run import Run
 from nas.folders.trial import Trial
-from nas.folders.verdicts import doubts
+from nas.folders.verdicts import doubts, to_scale
 from nas.interval import Interval
 from nas.measure import REST, agreement, measure
 from nas.models import Backbone

@@ -1,7 +1,8 @@
-"""Joins a shared run from its storage alone, and clears what an interrupted creation left."""
+"""Joins a shared run from its storage alone, finds a run that lost its manifest, and clears an unfinished creation."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
@@ -9,9 +10,11 @@ from sqlalchemy.engine import make_url
 from .. import consent
 from ..errors import RunError
 from ..foreign_files import check, is_file
-from ..storage.connect import STUDY_FILES, open_storage, storage_errors
+from ..storage.connect import STUDY_FILES, check_database, damage_reported, open_storage, storage_errors
 from .manifest import RUN
 from .run import FORMAT, MANIFEST, Run, is_run
+
+log = logging.getLogger(__name__)
 
 
 def remove_unfinished_study(path: Path) -> None:
@@ -72,3 +75,30 @@ def join_run(path: Path, url: str, study: str) -> Run:
     except OSError as error:
         raise RunError(f"cannot make the folder {path}: {error.strerror or error}") from None
     return Run.create(path, manifest)
+
+
+def find_run(path: Path) -> bool:
+    """Whether a folder holds a run. A manifest that is lost is written again from the copy in the study.
+
+    Raises:
+        RunError: where the study is damaged.
+    """
+    if is_run(path):
+        return True
+    file = path / "study.db"
+    if not is_file(file, RunError) or not file.stat().st_size:
+        return False
+    with storage_errors(path), damage_reported(path):
+        check_database(path, None)
+        storage = open_storage(path, None, create=False)
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+    found = studies.get(path.resolve().name)
+    manifest = found.user_attrs.get(MANIFEST) if found is not None else None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    check(manifest, RUN, f"the study of {path}", RunError)
+    if manifest["config"]["storage"] is not None:
+        return False
+    Run.create(path, {name: value for name, value in manifest.items() if name != "format"})
+    log.warning("%s had lost its run.json: it is written again from the study", path)
+    return True

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,17 +28,18 @@ import optuna
 from .. import consent
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check, is_file
-from ..objectives.agreement import compare_orders, rank_correlation, ties
-from ..objectives.objectives import OBJECTIVES, Objective, Scores, latency_fields, other_entry, parse_objectives
+from ..objectives.objectives import Objective, Scores, latency_fields, other_entry, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import SearchSpace
-from ..storage.connect import _check_database, damage_reported, no_study, open_storage, storage_errors
+from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
+from .attributes import BASELINES, REMEASURED, STAGES
 from .files import reading_manifest, write_file
 from .manifest import RUN, STUDY
+from .tables import columns, front_dict, table
 from .trial import Trial, read_trial
-from .verdicts import doubts, measured_latencies, trust_in_words
+from .verdicts import to_scale, verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -47,14 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-UNLISTED = ("others", "curve", "uncounted", "form")
-"""Fields of `Scores` that are no columns of the tables as they are, or that no point of a run has."""
-BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
-"""Attributes of the study that `nas.search.remeasure` writes."""
-WHOLE = "whole"
-"""Among measured parts, the network itself."""
 MANIFEST = "manifest"
-"""The one with the content of `run.json`, for workers that have no more than the storage."""
+"""Study attribute with a copy of `run.json`, for workers that only see the storage."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +86,19 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
-        """Write `run.json`: the last step of a run's creation, or an update of what a resumed run may change."""
+        """Writes `run.json`: the last step when a run is created, or an update of what a resumed run may change."""
         write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
         return cls.open(path)
 
     def update(self, manifest: Mapping[str, Any]) -> Run:
-        """Keep another manifest, for the workers of a shared study too."""
+        """Writes another manifest, also into the study, where workers read it."""
         with self._study() as (storage, study_id):
             storage.set_study_user_attr(study_id, MANIFEST, {**manifest, "format": FORMAT})
         return Run.create(self.path, manifest)
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
-        """What the run minimises and maximises, in order."""
+        """The objectives of the run, in order."""
         config = self.manifest["config"]
         return parse_objectives(
             config["objectives"], config["proxy"], self.manifest["proxy_trained"], self.targets or ("",)
@@ -117,7 +111,7 @@ class Run:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What latency is measured on, such as `cpu-eager`, the first one first; empty where nothing is timed."""
+        """Labels of the latency targets, such as `cpu-eager`; empty if latency is not measured."""
         return tuple(str(label) for label in self.manifest.get("latency_references", {}))
 
     @cached_property
@@ -130,7 +124,7 @@ class Run:
 
     @property
     def timing(self) -> str:
-        """What was timed, in words: runtime (where there is one target), type, batch and form of the networks."""
+        """The timing conditions for people: runtime (if there is one target), data type, batch size and form."""
         first = self.latency[0]
         form = "batch norms folded" if first.folded else "batch norms not folded"
         runtime = [] if len(self.targets) > 1 else [first.runtime]
@@ -138,18 +132,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name; bytes of it that are no text are escaped."""
+        """Name of the folder. Bytes that are not text are escaped."""
         return encodable(self.path.resolve().name, "utf-8")
 
     def columns(self) -> dict[str, str]:
-        """Field of `Scores` -> column of the tables: an untrained proxy's column names the proxy."""
-        proxy = f"proxy_{self.manifest['config']['proxy']}"
-        names = {name: name for name in Scores.__dataclass_fields__ if name not in UNLISTED}
-        names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
-        first = [o.field for o in self.objectives] + [
-            OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")
-        ]
-        return {name: names[name] for name in dict.fromkeys([*first, *names])}
+        """Field of `Scores` -> column of the tables. The column of an untrained proxy has the name of the proxy."""
+        return columns(self)
 
     def storage(self) -> optuna.storages.BaseStorage:
         """The study's storage.
@@ -162,7 +150,7 @@ class Run:
 
     @contextlib.contextmanager
     def study(self) -> Iterator[optuna.Study]:
-        """Optuna's own view of the run; what its storage raises meanwhile becomes one line."""
+        """Yields Optuna's study of the run. Errors of its storage become one line."""
         with self._study() as (storage, _), damage_reported(self.path):
             yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
 
@@ -186,7 +174,7 @@ class Run:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What is kept of the study as a whole."""
+        """Attributes of the study."""
         with self._study() as (storage, study_id), damage_reported(self.path):
             attributes = dict(storage.get_study_user_attrs(study_id))
         check(attributes, STUDY, f"the study of {self.path}", RunError)
@@ -197,7 +185,7 @@ class Run:
         with storage_errors(self.path):
             consent.check_storage(self.manifest["config"]["storage"], str(self.path))
             with damage_reported(self.path):
-                _check_database(self.path, self.manifest["config"]["storage"])
+                check_database(self.path, self.manifest["config"]["storage"])
                 storage = self.storage()
             try:
                 study_id = storage.get_study_id_from_name(self.manifest["study"])
@@ -206,7 +194,7 @@ class Run:
             yield storage, study_id
 
     def _second(self, trial: Trial, again: Mapping[str, Any]) -> Trial:
-        """A trial as measured again; one that is over the budget of latency after all is pruned."""
+        """Returns a trial with its second measurement. It is pruned if that exceeds the latency budget."""
         scores = self._with_second(trial.key, trial.scores, again)
         budget = self.manifest["config"]["budgets"].get("latency")
         over = budget is not None and scores.latency_ms is not None and scores.latency_ms > budget
@@ -217,7 +205,7 @@ class Run:
         return replace(trial, scores=scores, state="pruned", failure=failure)
 
     def _with_second(self, name: str, scores: Scores, again: Mapping[str, Any]) -> Scores:
-        """Scores with what a second measurement found of a network in place of the first."""
+        """Replaces the latencies of the search by those of the second measurement."""
         for i, target in enumerate(self.targets):
             found = again.get(target, {}).get(name)
             if found is None or "failure" in found:
@@ -229,7 +217,7 @@ class Run:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """Named networks that were scored beside the search, by name; those that failed are left out."""
+        """Scores of the baselines, by name. Baselines that failed are left out."""
         attributes = self.attributes
         again = attributes.get(REMEASURED, {})
         return {
@@ -269,58 +257,18 @@ class Run:
         return [front[i].key for i in np.flatnonzero(certain)]
 
     def unknowns(self, scores: Scores) -> list[str]:
-        """What keeps a network with these scores from being compared, a clause each; empty where all is known."""
+        """Reasons why a network with these scores cannot be compared, one clause each; empty if it can be."""
         missing = [f"{o.name} was not measured" for o in self.objectives if o.read(scores) is None]
         return missing + [f"{o.label} are a lower bound" for o in self.objectives if o.at_least(scores)]
 
     def failed_baselines(self) -> dict[str, str]:
-        """Named networks that could not be scored -> why."""
+        """Name of each baseline that could not be scored -> the reason."""
         entries = self.attributes.get(BASELINES, {})
         return {name: one_line(entry["failure"]) for name, entry in entries.items() if "failure" in entry}
 
-    def _baselines_dict(self, front: list[Trial]) -> dict[str, Any]:
-        """Baselines as plain data; `dominated_by` is null where it cannot be told, with `unknowns` or a `failure`."""
-        found: dict[str, Any] = {}
-        for name, scores in self.baselines().items():
-            beaten = self.beaten(front, scores)
-            found[name] = self._flat(scores) | {"dominated_by": beaten}
-            if beaten is None:
-                found[name]["unknowns"] = self.unknowns(scores)
-        return found | {
-            name: {"failure": failure, "dominated_by": None} for name, failure in self.failed_baselines().items()
-        }
-
     def verdicts(self) -> list[str]:
-        """How far the front can be trusted: its proxy, where that was calibrated, its order, its intervals.
-
-        Of the order of latencies, what measuring again said is a line for each target and each further runtime.
-        """
-        attributes, front = self.attributes, self.front()
-        first = {t.key: t.scores for t in self.front(self.trials(remeasured=False))}
-        lines = [trust_in_words(told)] if (told := self.manifest.get("trust")) else []
-        for objective in (o for o in self.objectives if o.is_latency):
-            target = objective.target or (self.targets[0] if self.targets else "")
-            seen = {key: figure for key, scores in first.items() if (figure := objective.interval(scores)) is not None}
-            again = measured_latencies(attributes.get(REMEASURED, {}).get(target, {}))
-            if again:
-                lines.append(f"{target}, the front as the search saw it: {compare_orders(seen, again).verdict}")
-            last = {t.key: figure for t in front if (figure := objective.interval(t.scores)) is not None}
-            if tied := ties(last):
-                lines.append(f"{target}: statistically tied on this front, so in either order: {tied}")
-        latency = OBJECTIVES["latency"]
-        final = {t.key: figure for t in front if (figure := latency.interval(t.scores)) is not None}
-        for target, entries in attributes.get(ELSEWHERE, {}).items():
-            there = measured_latencies(entries)
-            both = [key for key in final if key in there]
-            if len(both) < 2:
-                continue
-            held = compare_orders({key: final[key] for key in both}, there)
-            rho = rank_correlation([final[key].value for key in both], [there[key].value for key in both])
-            lines.append(
-                f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
-                + (f", rank correlation {rho:.2f}" if rho is not None else "")
-            )
-        return lines + doubts(self.objectives, front, int(self.manifest["data"]["num_holdout"]))
+        """How far the front can be trusted, one sentence each: its proxy, its order and its intervals."""
+        return verdicts(self)
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
         """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
@@ -382,7 +330,7 @@ class Run:
         return [float(value) for value in np.mean(curves, axis=0)]
 
     def write_tables(self) -> None:
-        """Derive `trials.csv`, `front.csv` and `front.json` from the study."""
+        """Writes `trials.csv`, `front.csv` and `front.json` from the study."""
         trials = self.trials()
         front = self.front(trials)
         write_file(self.path / "trials.csv", self.table(trials))
@@ -390,89 +338,12 @@ class Run:
         write_file(self.path / "front.json", json.dumps(self.front_dict(front), indent=2) + "\n")
 
     def table(self, trials: list[Trial], on_front: bool = False) -> str:
-        """Trials as CSV, one a line; columns in which nothing is known are left out."""
-        import pandas as pd
-
-        columns = self.columns()
-        others = self.targets[1:]
-        reached = {} if on_front else dict(zip((t.number for t in trials), self.hypervolumes(trials), strict=True))
-
-        def row(trial: Trial) -> dict[str, Any]:
-            architecture = trial.architecture
-            scores = {column: getattr(trial.scores, name) for name, column in columns.items()}
-            for target in others:
-                entry = trial.scores.others.get(target, {})
-                scores |= {f"latency_{part}@{target}": entry.get(part) for part in ("ms", "low_ms", "high_ms")}
-            return {
-                "key": trial.key,
-                **scores,
-                "curve": " ".join(f"{epoch}:{accuracy:g}" for epoch, accuracy in trial.scores.curve) or None,
-                "mixer": architecture.dominant_mixer if architecture else "",
-                "trial": trial.number,
-                "state": trial.state,
-                "hypervolume": reached.get(trial.number),
-                "failure": trial.failure,
-                "architecture": architecture.to_json() if architecture else "",
-            }
-
-        further = [f"latency_{part}@{target}" for target in others for part in ("ms", "low_ms", "high_ms")]
-        names = [
-            "key",
-            *columns.values(),
-            *further,
-            "curve",
-            "mixer",
-            "trial",
-            "state",
-            "hypervolume",
-            "failure",
-            "architecture",
-        ]
-        # whole numbers stay whole where some are missing
-        table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
-        if trials:
-            table = table.dropna(axis="columns", how="all")
-        if on_front:
-            table = table.drop(columns=["state", "failure"], errors="ignore")
-        text: str = table.to_csv(index=False)
-        return text
+        """Trials as CSV, one a line. Columns without any value are left out."""
+        return table(self, trials, on_front)
 
     def front_dict(self, front: list[Trial]) -> dict[str, Any]:
         """The front as plain data, with objectives, hypervolume and its reference point."""
-        columns = self.columns()
-        return {
-            "run": self.name,
-            "objectives": [
-                {
-                    "name": o.name,
-                    "column": columns[o.field] + (f"@{o.target}" if o.target else ""),
-                    "unit": o.unit,
-                    "direction": o.direction,
-                }
-                for o in self.objectives
-            ],
-            "reference": self.reference,
-            "hypervolume": self.hypervolume(front),
-            "verdicts": self.verdicts(),
-            "baselines": self._baselines_dict(front),
-            "points": [
-                {
-                    "key": t.key,
-                    "trial": t.number,
-                    **self._flat(t.scores),
-                    "architecture": t.architecture.to_dict() if t.architecture else None,
-                }
-                for t in front
-            ],
-        }
-
-    def _flat(self, scores: Scores) -> dict[str, Any]:
-        """Scores by the names of the tables' columns."""
-        columns, data = self.columns(), scores.to_dict()
-        others = data.pop("others", {})
-        further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
-        flags = {"macs_at_least": True} if scores.uncounted else {}
-        return {columns.get(name, name): value for name, value in data.items()} | further | flags
+        return front_dict(self, front)
 
     def find(self, key: str, trials: list[Trial] | None = None) -> Trial:
         """The scored trial whose architecture's key is, or starts with, `key`; among `trials` where they are read.
@@ -490,36 +361,19 @@ class Run:
         raise UsageError(f"{key!r} is ambiguous in {self.path}: {', '.join(found)}")
 
     def weights_file(self, key: str) -> Path:
-        """Where the proxy-trained weights of a front's architecture are."""
+        """Path of the proxy-trained weights of an architecture on the front."""
         return self.path / "weights" / f"{key}.safetensors"
 
     def save_weights(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Keep trained weights."""
+        """Writes trained weights."""
         from safetensors.torch import save
 
         write_file(self.weights_file(key), save(dict(weights)))
 
     def drop_weights(self, keys: set[str]) -> None:
-        """Delete the weights of architectures; others may be of a worker whose trial is not known here yet."""
+        """Deletes the weights of these architectures only: other files may belong to another worker's trial."""
         for key in keys:
             self.weights_file(key).unlink(missing_ok=True)
-
-
-def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
-    """Latencies of parts such that the whole, measured with them, takes what it is known to; the whole is left out.
-
-    Its error is added to theirs: in squares, as logarithms.
-    """
-    whole = next((entry for entry in measured if entry["part"] == WHOLE), None)
-    parts = [dict(entry) for entry in measured if entry is not whole]
-    if whole is None or known_ms is None:  # of an earlier release
-        return parts
-    for part in parts:
-        ms = part["ms"] * known_ms / whole["ms"]
-        below = math.hypot(math.log(part["ms"] / part["low_ms"]), math.log(whole["high_ms"] / whole["ms"]))
-        above = math.hypot(math.log(part["high_ms"] / part["ms"]), math.log(whole["ms"] / whole["low_ms"]))
-        part |= {"ms": ms, "low_ms": ms * math.exp(-below), "high_ms": ms * math.exp(above)}
-    return parts
 
 
 def is_run(path: Path) -> bool:
@@ -529,33 +383,6 @@ def is_run(path: Path) -> bool:
         RunError: where the folder cannot be looked into.
     """
     return is_file(path / "run.json", RunError)
-
-
-def find_run(path: Path) -> bool:
-    """Whether a folder holds a run; where only its manifest is lost, the study's copy of it is written again.
-
-    Raises:
-        RunError: where the study is damaged.
-    """
-    if is_run(path):
-        return True
-    file = path / "study.db"
-    if not is_file(file, RunError) or not file.stat().st_size:
-        return False
-    with storage_errors(path), damage_reported(path):
-        _check_database(path, None)
-        storage = open_storage(path, None, create=False)
-        studies = {study.study_name: study for study in storage.get_all_studies()}
-    found = studies.get(path.resolve().name)
-    manifest = found.user_attrs.get(MANIFEST) if found is not None else None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return False
-    check(manifest, RUN, f"the study of {path}", RunError)
-    if manifest["config"]["storage"] is not None:
-        return False
-    Run.create(path, {name: value for name, value in manifest.items() if name != "format"})
-    log.warning("%s had lost its run.json: it is written again from the study", path)
-    return True
 
 
 def _known(value: float | None) -> float:

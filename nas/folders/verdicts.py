@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..interval import Interval
-from ..objectives.objectives import Objective
+from ..objectives.agreement import compare_orders, rank_correlation, ties
+from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
+from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .trial import Trial
+
+if TYPE_CHECKING:
+    from .run import Run
 
 WIDE = 0.05
 """Half-width of a latency's interval, as a share, from which on people are told."""
@@ -54,3 +59,50 @@ def trust_in_words(told: Mapping[str, Any]) -> str:
 def measured_latencies(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
     """Name -> latency in milliseconds. Failures are left out."""
     return {name: Interval.of_latency(entry) for name, entry in entries.items() if "failure" not in entry}
+
+
+def verdicts(run: Run) -> list[str]:
+    """See `Run.verdicts`. Each target and each further runtime has a line on the order of its latencies."""
+    attributes, front = run.attributes, run.front()
+    first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
+    lines = [trust_in_words(told)] if (told := run.manifest.get("trust")) else []
+    for objective in (o for o in run.objectives if o.is_latency):
+        target = objective.target or (run.targets[0] if run.targets else "")
+        seen = {key: figure for key, scores in first.items() if (figure := objective.interval(scores)) is not None}
+        again = measured_latencies(attributes.get(REMEASURED, {}).get(target, {}))
+        if again:
+            lines.append(f"{target}, the front as the search saw it: {compare_orders(seen, again).verdict}")
+        last = {t.key: figure for t in front if (figure := objective.interval(t.scores)) is not None}
+        if tied := ties(last):
+            lines.append(f"{target}: statistically tied on this front, so in either order: {tied}")
+    latency = OBJECTIVES["latency"]
+    final = {t.key: figure for t in front if (figure := latency.interval(t.scores)) is not None}
+    for target, entries in attributes.get(ELSEWHERE, {}).items():
+        there = measured_latencies(entries)
+        both = [key for key in final if key in there]
+        if len(both) < 2:
+            continue
+        held = compare_orders({key: final[key] for key in both}, there)
+        rho = rank_correlation([final[key].value for key in both], [there[key].value for key in both])
+        lines.append(
+            f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
+            + (f", rank correlation {rho:.2f}" if rho is not None else "")
+        )
+    return lines + doubts(run.objectives, front, int(run.manifest["data"]["num_holdout"]))
+
+
+def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
+    """Scales the latencies of parts so that the whole, measured with them, has its known latency.
+
+    The whole is left out. Its error is added to that of the parts, as squares of logarithms.
+    """
+    whole = next((entry for entry in measured if entry["part"] == WHOLE), None)
+    parts = [dict(entry) for entry in measured if entry is not whole]
+    if whole is None or known_ms is None:  # of an earlier release
+        return parts
+    for part in parts:
+        ms = part["ms"] * known_ms / whole["ms"]
+        below = math.hypot(math.log(part["ms"] / part["low_ms"]), math.log(whole["high_ms"] / whole["ms"]))
+        above = math.hypot(math.log(part["high_ms"] / part["ms"]), math.log(whole["ms"] / whole["low_ms"]))
+        part |= {"ms": ms, "low_ms": ms * math.exp(-below), "high_ms": ms * math.exp(above)}
+    return parts

@@ -13,8 +13,9 @@ import optuna
 
 from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
+from ..folders.attributes import BASELINES
 from ..folders.manifest import TRAINED, TRAINED_FRONT
-from ..folders.run import BASELINES, Run
+from ..folders.run import Run
 from ..folders.trial import Trial
 from ..foreign_files import is_file, read_json
 from ..interval import Interval

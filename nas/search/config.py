@@ -11,7 +11,8 @@ from typing import Any
 from .. import consent, defaults
 from ..architecture import Architecture
 from ..errors import RunError, UsageError, unknown_name
-from ..folders.run import Run, find_run
+from ..folders.join import find_run
+from ..folders.run import Run
 from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives

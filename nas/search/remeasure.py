@@ -21,7 +21,8 @@ from torch import nn
 from ..architecture import Architecture
 from ..counts import pieces_of
 from ..errors import NasError, TrialFailure
-from ..folders.run import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, Run
+from ..folders.attributes import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE
+from ..folders.run import Run
 from ..folders.trial import Trial
 from ..models import Backbone
 from ..models.timm_models import check_network_name, create_network

@@ -20,9 +20,9 @@ from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
 from ..folders.files import locked_folder
-from ..folders.join import join_run, remove_unfinished_study
+from ..folders.join import find_run, join_run, remove_unfinished_study
 from ..folders.profile import Profile
-from ..folders.run import FORMAT, MANIFEST, Run, find_run, is_run
+from ..folders.run import FORMAT, MANIFEST, Run, is_run
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives

@@ -93,7 +93,7 @@ def _server(url: str, create: bool) -> optuna.storages.BaseStorage:
         ) from None
 
 
-def _check_database(path: Path, url: str | None) -> None:
+def check_database(path: Path, url: str | None) -> None:
     """Refuses an SQLite file that does not exist, or that holds anything else than tables.
 
     Views, triggers and computed columns would run code of the file when it is read. A run's file holds only tables.
