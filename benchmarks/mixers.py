@@ -229,7 +229,7 @@ def main() -> None:
     options = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
-    dtype, device = DTYPES[options.dtype], options.device
+    dtype, device = getattr(torch, DTYPES[options.dtype]), options.device
     machine = describe_machine("cuda:0" if device == "cuda" else "cpu")
     print(f"# Token mixers, {date.today()}\n")
     print(

@@ -23,7 +23,6 @@ from .machine.limits import free_memory
 from .objectives.agreement import compare_orders, rank_correlation
 from .scoring.cost import Cost, count_cost
 from .scoring.latency import (
-    DTYPES,
     RUNTIME_TRAITS,
     Latency,
     LatencyConfig,
@@ -118,7 +117,7 @@ def _check_memory(target: Target, model: nn.Module, size: tuple[int, int, int], 
     """Refuses a forward pass that does not fit in memory, before the system kills the process for it."""
     if not config.device.startswith("cpu"):
         return  # CUDA raises an error when memory runs out
-    free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size, DTYPES[config.dtype])
+    free, needed = free_memory(), estimate_memory_mib(model, size, config.batch_size, config.torch_dtype)
     if free is not None and needed is not None and needed * MIB > free:
         raise NasError(
             f"{target.name} with a batch of {config.batch_size} images of {size[1]} pixels does not fit in memory: it "
@@ -171,7 +170,7 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
         "disputed": list(cost.disputed),
         "params": cost.params,
         "memory_mib": measure_memory_mib(
-            network.fused.model, network.size, config.batch_size, config.device, DTYPES[config.dtype]
+            network.fused.model, network.size, config.batch_size, config.device, config.torch_dtype
         ),
         "device": config.device,
         "runtime": config.runtime,

@@ -155,7 +155,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["search", "--runtime", "eagre"], 2, ["unknown runtime", "eager"]),
         (["search", "--device", "cpu", "--runtime", "cudagraph"], 2, ["runs on cuda"]),
         (["search", "--device", "cpu", "--device", "cpu"], 2, ["each may be named once"]),
-        (["search", "--latency-target", "0"], 2, ["latency_target"]),
+        (["search", "--latency-target", "0"], 2, ["latency target"]),
         (["measure", "cas_vit_xs", "--device", "cpu", "--runtime", "command"], 2, ["--command PROGRAM"]),
         (["measure", "cas_vit_xs", "--command", "x"], 2, ["--command PROGRAM"]),
         (["profile", "--device", "cpu", "--input-size", "4"], 2, ["too small"]),

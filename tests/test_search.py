@@ -51,7 +51,7 @@ TINY = SearchSpace(
 
 def analytic_config(tmp_path, **changes) -> SearchConfig:
     """Exact scores only: MACs against the untrained proxy `params`. Changes are of the search or of its timing."""
-    timing = {name: changes.pop(name) for name in ("device", "max_seconds", *IN_RUNS) if name in changes}
+    timing = {name: changes.pop(name) for name in ("device", "runtime", *IN_RUNS) if name in changes}
     base = SearchConfig(
         space=TINY,
         objectives=("macs", "accuracy"),

@@ -27,7 +27,7 @@ from ..objectives.objectives import OBJECTIVES, Scores, latency_fields, other_en
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
 from ..scoring.cost import count_cost
-from ..scoring.latency import DTYPES, LatencyConfig, measure_latency
+from ..scoring.latency import LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .early_stopping import Judge, Stopped
 
@@ -258,7 +258,7 @@ class Evaluator:
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]
-        return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, DTYPES[at.dtype])
+        return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, at.torch_dtype)
 
     def _latency(self, model: nn.Module) -> dict[str, Any]:
         measured = [

@@ -4,7 +4,11 @@ Networks and a fixed reference network take turns, round by round. The reported 
 multiplied by the stored latency of the reference, which is fixed once. So the drift of the machine, and most of the
 disturbance by other programs, cancel. By default, networks are timed in their deployed form, with training branches
 fused and batch norms folded (`nas.folding`).
+
+What runs networks is loaded on first use, so that a run folder can be read without torch.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .config import (
     DTYPES,
@@ -17,18 +21,20 @@ from .config import (
     reference_of,
     run_latency,
 )
-from .protocol import (
-    measure_latencies,
-    measure_latency,
-    prepare_call,
-    prepare_model,
-    prepare_modules,
-    prepare_onnx,
-    prepare_parts,
-    reference_ms,
-)
-from .reference import forget_references
-from .runtimes import RUNTIMES, Prepared, random_images
+
+if TYPE_CHECKING:
+    from .protocol import (
+        measure_latencies,
+        measure_latency,
+        prepare_call,
+        prepare_model,
+        prepare_modules,
+        prepare_onnx,
+        prepare_parts,
+        reference_ms,
+    )
+    from .reference import forget_references
+    from .runtimes import RUNTIMES, Prepared, random_images
 
 __all__ = [
     "DTYPES",
@@ -53,3 +59,16 @@ __all__ = [
     "reference_of",
     "run_latency",
 ]
+
+_PLACES = {
+    **dict.fromkeys(("RUNTIMES", "Prepared", "random_images"), "runtimes"),
+    "forget_references": "reference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_PLACES.get(name, 'protocol')}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ... import defaults
 from ...errors import UsageError, unknown_name
@@ -19,7 +17,11 @@ from ...foreign_files import LINE, POSITIVE
 from ...interval import Interval
 from ...machine.devices import check_device_name, resolve_device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Name -> the name in torch."""
 
 
 MAX_BATCH_SIZE = 65_536
@@ -155,7 +157,17 @@ class LatencyConfig:
     @property
     def num_threads(self) -> int:
         """The CPU threads of the timed network: as given, else torch's own number."""
+        import torch
+
         return self.threads or torch.get_num_threads()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The data type of weights and input."""
+        import torch
+
+        found: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return found
 
     def here(self) -> LatencyConfig:
         """The same conditions on this machine: `auto` becomes a device.

@@ -17,7 +17,7 @@ from ....errors import TrialFailure, UsageError
 from ....folding import deploy
 from ....onnx import export_chain, export_onnx
 from ...memory import is_out_of_memory
-from ..config import DTYPES, LatencyConfig
+from ..config import LatencyConfig
 from .command import prepare_command
 from .onnx_models import prepare_onnxruntime, prepare_openvino
 from .prepared import Prepared, to_cpu
@@ -88,7 +88,7 @@ class _Chain(nn.Module):
 
 def _deployed(model: nn.Module, images: torch.Tensor, config: LatencyConfig) -> tuple[Any, torch.Tensor]:
     """Returns a copy of `model` in the form, and `images` in the format, that `config` requires."""
-    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    device, dtype = torch.device(config.device), config.torch_dtype
     weight = next(model.parameters(), images)
     probe = deploy(model, images.to(weight)) if config.folded else copy.deepcopy(model).eval()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
