@@ -1,11 +1,9 @@
-"""Throughput of the study itself, with a scorer that costs nothing; beyond that by simulation.
+"""Measures the throughput of a study, with a scorer that costs nothing.
 
-    python benchmarks/study_throughput.py measure measured.json --postgresql postgresql://user@host/empty
-    python benchmarks/study_throughput.py simulate measured.json
+    python benchmarks/study_throughput.py measured.json --postgresql postgresql://user@host/empty
 
-`measure` runs the search's own loop (draw, claims, beats, tell, taking in what ended) in processes that begin together,
-and times single calls of the storage over studies of several sizes. The server must be on this machine: the processor
-time of its processes is counted. `simulate` plays what was measured for more workers, with trials of minutes.
+It runs the loop of the search in processes that begin together, and times single calls of the storage over studies of
+several sizes. The server must be on this machine, because the processor time of its processes is counted.
 """
 
 from __future__ import annotations
@@ -13,13 +11,10 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import heapq
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import statistics
@@ -28,8 +23,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,9 +67,6 @@ POPULATIONS = ((100, 1), (100, 257), (10_000, 1))
 TICK = os.sysconf("SC_CLK_TCK")
 BLOCKS = 5
 """The least of so many means is kept: other work on the machine only adds."""
-
-
-# --- measuring ---
 
 
 class Free:
@@ -497,440 +489,15 @@ def measure(options: argparse.Namespace) -> None:
         proxy.process.terminate()
 
 
-# --- simulating ---
-
-MANY = (1, 4, 16, 64, 256, 1000)
-MEDIAN_SECONDS, SPREAD = 180.0, 0.5
-"""Of a trial's scoring, which is log-normal."""
-SERVER_CORES, PROXY_THREADS = 8, 64
-NETWORK_SECONDS = 0.002
-"""What a call takes longer than over loopback."""
-SLICE = 0.005
-"""Seconds that a processor gives to one before it turns to the next."""
-FINISHED = 5000
-"""Trials of the study when the simulation begins."""
-BUSY_DELAYS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05, 0.05, 0.1)
-BUSY_SECONDS = 60.0
-"""How SQLite waits for its lock: looking again after each of these, and every 0.1 s from then on."""
-VARIANTS = NOW, LEAN, WAITING = (
-    "as it is",
-    "with four reads a trial, and all knobs in one write at its end",
-    "as it is, half of them waiting for the end",
-)
-ALIKE = {"set_trial_system_attr": "set_trial_user_attr", "get_trial_system_attrs": "get_trial"}
-
-Process = Generator[Any, None, None]
-
-
-class Resource:
-    """Something that so many have at a time; the others queue."""
-
-    def __init__(self, world: World, capacity: int) -> None:
-        self.world, self.capacity = world, capacity
-        self.used, self.busy, self.since = 0, 0.0, 0.0
-        self.queue: collections.deque[Process] = collections.deque()
-
-    def change(self, by: int) -> None:
-        self.busy += self.used * (self.world.now - self.since)
-        self.used, self.since = self.used + by, self.world.now
-
-    def take(self) -> bool:
-        if self.used >= self.capacity:
-            return False
-        self.change(1)
-        return True
-
-    def release(self) -> None:
-        if self.queue:
-            self.world.start(self.queue.popleft())
-        else:
-            self.change(-1)
-
-
-class World:
-    """Processes are generators: a number is a wait in seconds, a resource one for that."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._heap: list[tuple[float, int, Process]] = []
-        self._count = itertools.count()
-
-    def start(self, process: Process, after: float = 0.0) -> None:
-        heapq.heappush(self._heap, (self.now + after, next(self._count), process))
-
-    def run(self, until: float) -> None:
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, process = heapq.heappop(self._heap)
-            for wanted in process:
-                if isinstance(wanted, float):
-                    self.start(process, wanted)
-                    break
-                if not wanted.take():
-                    wanted.queue.append(process)
-                    break
-
-
-@dataclass(frozen=True)
-class Model:
-    """What was measured of one storage and one space.
-
-    Args:
-        storage: one of `STORAGES`.
-        calls: name -> part (wall, client, proxy, server) -> seconds, further ones a running and a finished trial.
-        cycle: the calls of a trial, from one scoring to the next.
-        think: processor seconds of a trial that are no call's.
-    """
-
-    storage: str
-    calls: dict[str, dict[str, tuple[float, float, float]]]
-    cycle: list[str]
-    think: float
-
-    def seconds(self, call: str, running: float, finished: float) -> dict[str, float]:
-        parts = self.calls[ALIKE.get(call, call)]
-        return {name: base + slope * running + growth * finished for name, (base, slope, growth) in parts.items()}
-
-
-def of(run: dict[str, Any], storage: str, space: str, sampler: str) -> bool:
-    return (run["storage"], run["space"], run["sampler"]) == (storage, space, sampler)
-
-
-def model_of(measured: dict[str, list[Any]], storage: str, space: str, sampler: str) -> Model:
-    """Lines through the calls of the smallest study, that with most running trials and that with most finished ones."""
-    own: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
-    for row in measured["costs"]:
-        if (row["storage"], row["space"]) == (storage, space):
-            least = own.setdefault((row["finished"], row["running"]), row["calls"])
-            for call, parts in row["calls"].items():
-                least[call] = {part: min(seconds, least[call][part]) for part, seconds in parts.items()}
-    base, crowded, long = (own[size] for size in POPULATIONS)
-    calls: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for call, parts in base.items():
-        calls[call] = {}
-        for part, seconds in parts.items():
-            slope = max(0.0, crowded[call][part] - seconds) / 256 if call == "get_all_trials" else 0.0
-            growth = max(0.0, long[call][part] - seconds) / 9900
-            calls[call][part] = (max(0.0, seconds - slope - 100 * growth), slope, growth)
-    alone = [r for r in measured["runs"] if of(r, storage, space, sampler) and r["workers"] == 1]
-    return Model(storage, calls, alone[-1]["cycle"], statistics.median(r["think"] for r in alone))
-
-
-@dataclass
-class Outcome:
-    """What came of a simulation: shares of the time, and how long some waits were at most."""
-
-    per_second: float
-    scoring: float
-    busy: dict[str, float]
-    longest_beat: float
-    locked_out: int
-    reads: float
-    processor: float
-
-    @property
-    def fullest(self) -> str:
-        name = max(self.busy, key=lambda name: self.busy[name])
-        return f"{name} {self.busy[name]:.0%}"
-
-
-def play(
-    model: Model,
-    count: int,
-    seconds: float,
-    finished: float,
-    others: int | None = None,
-    idle: int = 0,
-    grows: bool = True,
-) -> Outcome:
-    """Let workers work, the second half of the time counted.
-
-    Args:
-        model: what things cost.
-        count: workers.
-        seconds: of simulated time.
-        finished: trials at the beginning.
-        others: processes that want a core all the time, on one machine of two with workers, proxy and server, where
-            scoring costs nothing; None for trials of minutes, a core for each worker, and machines of their own for
-            the proxy and the server.
-        idle: how many of the workers only wait for the others to end.
-        grows: whether trials that end make the study longer.
-    """
-    world, rng = World(), random.Random(0)
-    alone, shared = others is None, Resource(world, 2)
-    places = {
-        "lock": Resource(world, 1),
-        "row": Resource(world, 1),
-        "server": Resource(world, SERVER_CORES) if alone else shared,
-        "interpreter": Resource(world, 1),
-        "threads": Resource(world, PROXY_THREADS),
-    }
-    scoring = Resource(world, count)
-    state = {
-        "trials": finished,
-        "running": float(count - idle),
-        "ended": 0.0,
-        "reads": 0.0,
-        "processor": 0.0,
-    }
-    beats, locked_out = [0.0], [0]
-
-    def use(seconds: float, *resources: Resource) -> Process:
-        while seconds > 0:
-            part = min(seconds, SLICE)
-            for resource in resources:
-                yield resource
-            yield part
-            for resource in resources:
-                resource.release()
-            seconds -= part
-
-    def here(seconds: float) -> Process:
-        if alone:
-            yield seconds
-        else:
-            yield from use(seconds, shared)
-
-    def wait_for_lock() -> Process:
-        begun = world.now
-        for delay in itertools.chain(BUSY_DELAYS, itertools.repeat(0.1)):
-            if places["lock"].take():
-                return
-            if world.now - begun > BUSY_SECONDS:
-                locked_out[0] += 1
-                begun = world.now
-            yield delay * rng.uniform(1.0, 1.1)
-
-    def call(name: str) -> Process:
-        cost = model.seconds(name, state["running"], state["trials"])
-        state["reads"] += name == "get_all_trials"
-        state["processor"] += sum(spent for part, spent in cost.items() if part != "wall")
-        client, proxy, server = cost["client"], cost.get("proxy", 0.0), cost.get("server", 0.0)
-        rest = max(0.0, cost["wall"] - client - proxy - server)
-        if model.storage == "sqlite":
-            yield from wait_for_lock()
-            yield from here(client)
-            yield rest
-            places["lock"].release()
-            return
-        yield from here(client)
-        if alone:
-            yield NETWORK_SECONDS
-        if model.storage == "grpc":
-            yield places["threads"]
-            yield from use(proxy, places["interpreter"], *([] if alone else [shared]))
-        if name == "create_new_trial":
-            yield places["row"]
-        yield from use(server, places["server"])
-        yield rest
-        if name == "create_new_trial":
-            places["row"].release()
-        if model.storage == "grpc":
-            places["threads"].release()
-
-    def beat(alive: list[bool]) -> Process:
-        while alive[0]:
-            before = world.now
-            yield from call("set_trial_user_attr")
-            if alive[0]:
-                yield claims.BEAT_SECONDS
-            if world.now > seconds / 2:
-                beats[0] = max(beats[0], world.now - before)
-
-    def worker(rest: float) -> Process:
-        while True:
-            alive = [True]
-            world.start(beat(alive))
-            yield scoring
-            if alone:
-                yield rest
-            scoring.release()
-            for name in model.cycle:
-                yield from call(name)
-                if name == "set_trial_state_values":
-                    alive[0] = False
-                    state["ended"] += world.now > seconds / 2
-                    state["trials"] += grows
-            yield from here(model.think)
-            rest = rng.lognormvariate(np.log(MEDIAN_SECONDS), SPREAD)
-
-    def waiting() -> Process:
-        while True:
-            yield 1.0
-            for _ in range(2):
-                yield from call("get_all_trials")
-
-    for number in range(count):
-        process = waiting() if number < idle else worker(rng.uniform(0, MEDIAN_SECONDS))
-        world.start(process, rng.uniform(0, 1.0) if alone else 0.0)
-    for _ in range(others or 0):
-        world.start(use(math.inf, shared))
-    world.run(seconds / 2)
-    world.now = seconds / 2
-    for resource in (*places.values(), scoring):
-        resource.change(0)
-        resource.busy = 0.0
-    state["reads"] = state["processor"] = 0.0
-    world.run(seconds)
-    world.now = seconds
-    for resource in (*places.values(), scoring):
-        resource.change(0)
-    wanted = {"sqlite": ("lock",), "postgresql": ("server", "row"), "grpc": ("interpreter", "server", "row")}
-    return Outcome(
-        per_second=state["ended"] / (seconds / 2),
-        scoring=scoring.busy / (max(1, count - idle) * seconds / 2),
-        busy={n: places[n].busy / places[n].capacity / (seconds / 2) for n in wanted[model.storage]},
-        longest_beat=beats[0],
-        locked_out=locked_out[0],
-        reads=state["reads"] / (seconds / 2),
-        processor=state["processor"] / (seconds / 2),
-    )
-
-
-def validate(measured: dict[str, list[Any]]) -> None:
-    """What was measured, and in brackets what the simulation says: it is no use where these differ much."""
-    print(
-        "| space, sampler | storage | workers | trials/s | times one worker's | reads a trial | processor ms a trial |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    errors: dict[str, list[float]] = collections.defaultdict(list)
-    for space, sampler, storage in itertools.product(SPACES, ("random", "surrogate"), STORAGES):
-        one, ours = (0.0, 0.0), [r for r in measured["runs"] if of(r, storage, space, sampler)]
-        for count in sorted({r["workers"] for r in ours}):
-            best = max((r for r in ours if r["workers"] == count), key=lambda r: r["per_second"])
-            model = model_of(measured, storage, space, sampler)
-            found = play(model, count, 30.0, best["trials"] / 2, others=round(best["others"]), grows=False)
-            one = (best["per_second"], found.per_second) if count == 1 else one
-            rate = max(found.per_second, 1e-9)
-            pairs = {
-                "times": (best["per_second"] / one[0], rate / one[1]),
-                "reads": (best["calls"]["get_all_trials"]["per_trial"], found.reads / rate),
-                "processor": (
-                    1e3 * (best["client"] + sum(best["served"].values())),
-                    1e3 * (found.processor / rate + model.think),
-                ),
-            }
-            for name, (seen, expected) in pairs.items():
-                if count > 1 or name == "processor":
-                    errors[name].append(abs(math.log(expected / seen)))
-            cells = [f"{seen:.3g} ({expected:.3g})" for seen, expected in pairs.values()]
-            print(f"| {space}, {sampler} | {storage} | {count} | {best['per_second']:.1f} | {' | '.join(cells)} |")
-    for name, found_errors in errors.items():
-        middle, most = math.expm1(statistics.median(found_errors)), math.expm1(max(found_errors))
-        print(f"\n{name}: median error {middle:.0%}, largest {most:.0%}")
-
-
-def faster(model: Model, small: Model) -> Model:
-    """As it would be with four reads a trial, and with all knobs written at once when it ends."""
-    reads, params, cycle = 0, 0, []
-    for name in model.cycle:
-        reads, params = reads + (name == "get_all_trials"), params + (name == "set_trial_param")
-        if (name != "get_all_trials" or reads <= 4) and (name != "set_trial_param" or params <= 1):
-            cycle.append(name)
-    lean = {
-        part: (base, small.calls["get_all_trials"][part][1], growth)
-        for part, (base, _, growth) in model.calls["get_all_trials"].items()
-    }
-    return Model(model.storage, {**model.calls, "get_all_trials": lean}, cycle, model.think)
-
-
-def row(count: int, found: Outcome) -> str:
-    return (
-        f"{count} | {found.scoring:.1%} | {found.per_second * 3600:.0f} | {found.reads:.1f} | "
-        + ", ".join(f"{name} {share:.0%}" for name, share in found.busy.items())
-        + f" | {found.longest_beat:.0f} s | {found.locked_out}"
-    )
-
-
-def show(measured: dict[str, list[Any]]) -> None:
-    """Tables of what was measured, but for the runs' trials a second."""
-    alone = [r for r in measured["runs"] if r["workers"] == 1 and r["sampler"] == "random"]
-    print("| call | " + " | ".join(f"{r['space']}, {r['storage']}" for r in alone) + " |")
-    print("|---" * (1 + len(alone)) + "|")
-    for call in sorted({name for r in alone for name in r["calls"]}):
-        parts = [r["calls"].get(call, {"per_trial": 0, "ms": 0}) for r in alone]
-        cells = [f"{p['per_trial']:.0f} of {p['ms']:.1f} ms: {p['per_trial'] * p['ms']:.0f} ms" for p in parts]
-        print(f"| {call} | " + " | ".join(cells) + " |")
-    print("| all else | " + " | ".join(f"{1e3 * r['think']:.0f} ms" for r in alone) + " |")
-    twice, mistaken, trials = (sum(r[name] for r in measured["runs"]) for name in ("twice", "mistaken", "trials"))
-    print(
-        f"\n{trials} trials in {len(measured['runs'])} runs; scored twice {twice}; knobs of another point {mistaken}\n"
-    )
-    print("| space | storage | call | client, proxy, server, all | a further running trial | a further finished one |")
-    print("|---|---|---|---|---|---|")
-    for space, storage in itertools.product(SPACES, STORAGES):
-        model = model_of(measured, storage, space, "random")
-        for call in ("get_all_trials", "set_trial_user_attr", "create_new_trial"):
-            parts = [model.calls[call].get(name, (0.0, 0.0, 0.0)) for name in ("client", "proxy", "server", "wall")]
-            cells = [", ".join(f"{1e3 * part[i]:.{(1, 2, 4)[i]}f}" for part in parts) for i in range(3)]
-            print(f"| {space} | {storage} | {call} | {' ms | '.join(cells)} ms |")
-    print()
-    for row in measured["costs"]:
-        if row["finished"] == POPULATIONS[-1][0]:
-            print(f"first read of 10,000 trials, {row['space']}, {row['storage']}: {row['first_read']:.0f} s")
-    for row in measured["suggestions"]:
-        print(
-            "a suggestion:", ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        )
-    print()
-
-
-def limit(model: Model) -> tuple[int, int]:
-    """Most workers that score nine tenths of the time, and so many that no beat is late."""
-    counts = [round(16 * 1.4**step) for step in range(14)]
-    busy = still = 0
-    for count in counts:
-        found = play(model, count, 720.0, FINISHED)
-        busy = count if found.scoring >= 0.9 else busy
-        still = count if found.longest_beat < claims.GRACE_SECONDS else still
-        if max(busy, still) < count:
-            break
-    return busy, still
-
-
-def simulate(options: argparse.Namespace) -> None:
-    measured = json.loads(options.file.read_text())
-    show(measured)
-    validate(measured)
-    thinking = {s["space"]: s["again"] for s in measured["suggestions"] if s["running"] > 1}
-    limits = []
-    for what in VARIANTS:
-        print(f"\n{what}\n")
-        print("| space | storage | workers | scoring | trials/h | reads/s | busy | longest beat | locked out |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for space, storage in itertools.product(SPACES, STORAGES):
-            model = model_of(measured, storage, space, "random")
-            model = replace(model, think=model.think + thinking[space])
-            if what == LEAN:
-                model = faster(model, model_of(measured, storage, "mini", "random"))
-            for count in MANY if what == NOW else MANY[3:]:
-                found = play(model, count, 1200.0, FINISHED, idle=count // 2 if what == WAITING else 0)
-                print(f"| {space} | {storage} | {row(count, found)} |", flush=True)
-                if storage == "sqlite" and found.scoring < 0.9:
-                    break  # more only wait longer, and waiting by looking again takes long to play
-            if what != WAITING:
-                limits.append((what, space, storage, *limit(model)))
-    print("\n| | space | storage | nine tenths of the time is scoring to | no beat is late to |\n|---|---|---|---|---|")
-    for line in limits:
-        print("| " + " | ".join(map(str, line)) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    measuring = commands.add_parser("measure")
-    measuring.add_argument("--postgresql", required=True)
-    measuring.add_argument("--trials", type=int, default=400, help="of each run, at most")
-    measuring.add_argument("--seconds", type=float, default=8.0, help="of each run, at most")
-    measuring.add_argument("--rounds", type=int, default=2)
-    measuring.add_argument(
-        "--patience", type=float, default=30.0, help="seconds to wait for other work before each part"
-    )
-    simulating = commands.add_parser("simulate")
-    for command, call in ((measuring, measure), (simulating, simulate)):
-        command.add_argument("file", type=Path)
-        command.set_defaults(call=call)
-    options = parser.parse_args()
-    options.call(options)
+    parser.add_argument("--postgresql", required=True)
+    parser.add_argument("--trials", type=int, default=400, help="of each run, at most")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each run, at most")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for other work before each part")
+    parser.add_argument("file", type=Path)
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":
