@@ -26,13 +26,13 @@ import pytest
 from PIL import Image
 from test_cli import call
 from test_fuzz import CALIBRATION, NETWORK, PROFILE, REPORT, ROW
-from test_replay import TIMED
 from test_search import analytic_config
 
 import search_spaces
 from nas.export import Settings, export
 from nas.folders.calibration import COLUMNS
 from nas.machine.children import python_module
+from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +156,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Strang
     os.mkfifo(images / "dog" / "pipe.png")
     config = SearchConfig(
         space=search_spaces.load("mini"),
-        **TIMED | {"objectives": ("latency", "accuracy"), "dtype": "fp32"},
+        latency=(LatencyConfig(device="cpu", max_seconds=0.01),),
         data=str(images),
         proxy="train",
         epochs=1,

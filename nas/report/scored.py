@@ -14,6 +14,7 @@ from ..folders.trial import Trial
 from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_value
+from ..scoring.latency.config import CONDITIONS
 from ..streams import encodable
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """Returns a sentence for each condition that differs between the runs, so that their points are not comparable."""
     return [
         f"these runs were scored under another {name}, so their points are not comparable on all axes"
-        for name in ("device", *runs[0].latency[0].conditions, "also", "latency_protocol", "input_size", "data")
+        for name in ("device", *CONDITIONS, "also", "latency_protocol", "input_size", "data")
         if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1
     ]
 

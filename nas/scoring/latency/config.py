@@ -193,12 +193,13 @@ class LatencyConfig:
     @property
     def conditions(self) -> dict[str, Any]:
         """All that changes the figure, but for the device: two latencies with other conditions are not comparable."""
-        names = (f.name for f in fields(self) if f.name not in (*EFFORT, "device"))
-        return {name: getattr(self, name) for name in names} | {"threads": self.num_threads}
+        return {name: getattr(self, name) for name in CONDITIONS} | {"threads": self.num_threads}
 
 
 EFFORT = ("command_timeout", "target", "max_seconds", "warmup_seconds", "block_ms", "seed")
 """Fields of `LatencyConfig` that say how long to measure. All others are conditions, which change the figure."""
+CONDITIONS = tuple(f.name for f in fields(LatencyConfig) if f.name not in (*EFFORT, "device"))
+"""Names of the conditions besides the device."""
 SHAPES: dict[str, Any] = {
     **dict.fromkeys(("device", "runtime", "dtype"), LINE),
     "batch_size": range(1, 2**31),
