@@ -33,7 +33,7 @@ an exported folder. RUN is a run folder; [its format](../results/README.md).
 | 1 | failed; one line says what, and what to do |
 | 2 | wrong usage |
 | 3 | nothing meets the budgets |
-| 130, 143 | interrupted, terminated; the same command goes on |
+| 130, 143 | interrupted, terminated; run the same command to resume |
 
 The output may have any encoding. A character that it lacks becomes ASCII (`+-`, `...`, `>=`) or is escaped (`\\xe9`),
 and so is a byte of a path that is no text. `--json` and `front --csv` are always ASCII. If standard output is closed or

@@ -6,7 +6,7 @@ This module imports nothing, so that `--help` can show the values without loadin
 DEVICE = "auto"
 SEED = 0
 
-# What a search looks for, and how long
+# Objectives, sampler and length of a search
 OBJECTIVES = ("latency", "accuracy")
 SAMPLER = "surrogate"
 TRIALS = 32
@@ -30,7 +30,7 @@ LATENCY_TARGET = 0.01
 """Half-width of the 95 % interval, as a share of the latency."""
 LATENCY_SECONDS = 3.0
 
-# Who scores
+# Processes that score
 WORKERS = 1
 ENGINE = "local"
 ADDRESS = "auto"

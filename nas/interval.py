@@ -1,4 +1,4 @@
-"""A figure with its interval: the one type of everything that is measured, estimated or predicted."""
+"""A figure with its interval, the common type of all measured, estimated and predicted figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Z95 = 1.96
-"""Standard errors from the middle of a normal distribution to the end of its 95 % interval."""
+"""Number of standard errors from the middle of a normal distribution to the end of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Interval:
     """A figure with its 95 % interval, all three in the figure's own unit.
 
     Args:
-        value: the figure. NaN where it is not defined.
+        value: the figure. NaN if it is not defined.
         low: the lower end.
-        high: the upper end. Both ends equal the value where it is exact.
+        high: the upper end. Both ends equal the value if it is exact.
     """
 
     value: float
@@ -27,23 +27,23 @@ class Interval:
 
     @classmethod
     def exact(cls, value: float) -> Interval:
-        """A figure without error."""
+        """Returns a figure without error."""
         return cls(value, value, value)
 
     @classmethod
     def around(cls, value: float, std: float | None) -> Interval:
-        """A figure with a normal error of standard deviation `std`; None for no error."""
+        """Returns a figure with a normal error of standard deviation `std`. None means no error."""
         half = Z95 * (std or 0.0)
         return cls(value, value - half, value + half)
 
     @classmethod
     def of(cls, entry: Mapping[str, Any] | None) -> Interval | None:
-        """Reads `value`, `low` and `high` of an entry of a file. Other keys are ignored."""
+        """Reads `value`, `low` and `high` from an entry of a file. Other keys are ignored."""
         return None if entry is None else cls(entry["value"], entry["low"], entry["high"])
 
     @classmethod
     def of_latency(cls, entry: Mapping[str, Any]) -> Interval:
-        """Reads `ms`, `low_ms` and `high_ms` of an entry of a file, in milliseconds. Other keys are ignored."""
+        """Reads `ms`, `low_ms` and `high_ms`, all in milliseconds, from an entry of a file. Other keys are ignored."""
         return cls(entry["ms"], entry["low_ms"], entry["high_ms"])
 
     @property

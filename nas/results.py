@@ -1,4 +1,4 @@
-"""Names of the folders that are made in `results/` of the current folder where a user names none."""
+"""Default names of output folders, in `results/` of the current folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RESULTS = Path("results")
 
 
 def search_folder(space: str, data: str) -> Path:
-    """`results/SPACE-DATA-TIME`; a number follows where that folder exists."""
+    """Returns `results/SPACE-DATA-TIME`. A number is added if that folder exists."""
     base = RESULTS / f"{space}-{_stem(data)}-{datetime.now():%Y%m%d-%H%M%S}"
     path, number = base, 2
     while path.exists():
@@ -18,15 +18,15 @@ def search_folder(space: str, data: str) -> Path:
 
 
 def calibration_folder(space: str, data: str) -> Path:
-    """`results/calibration-SPACE-DATA`."""
+    """Returns `results/calibration-SPACE-DATA`."""
     return RESULTS / f"calibration-{space}-{_stem(data)}"
 
 
 def profile_folder(space: str, target: str, input_size: int) -> Path:
-    """`results/profile-SPACE-DEVICE-RUNTIME-SIZE`."""
+    """Returns `results/profile-SPACE-DEVICE-RUNTIME-SIZE`."""
     return RESULTS / f"profile-{space}-{target}-{input_size}".replace(":", "")
 
 
 def _stem(data: str) -> str:
-    """The name of a data set without what folders' names should not hold."""
+    """Returns a data set's name, with `-` for every character that is neither a letter nor a digit."""
     return "".join(c if c.isalnum() else "-" for c in Path(data).name.removesuffix(".tar"))

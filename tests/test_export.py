@@ -504,7 +504,7 @@ def test_finished_trainings_come_first(run, tmp_path):
         )
         (folder.path / "result.json").unlink()  # it has not ended
         assert "short training" in (export(run, trial.key, tmp_path / "d") / "README.md").read_text()
-        with pytest.raises(RunError, match="not trained to its end"):
+        with pytest.raises(RunError, match="not fully trained"):
             export(run, trial.key, tmp_path / "e", Settings(weights="trained"))
     finally:
         shutil.rmtree(run.path / "trained")

@@ -289,7 +289,7 @@ def test_one_measures_while_others_train(tmp_path, database, start):
 def test_parts_are_refused_where_there_is_but_one(tmp_path):
     with pytest.raises(UsageError, match="there is but one part"):
         analytic_config(tmp_path, storage="sqlite:///s.db", only="measure")
-    with pytest.raises(UsageError, match="needs others"):
+    with pytest.raises(UsageError, match="needs workers"):
         analytic_config(tmp_path, objectives=("latency", "accuracy"), only="measure")
     with pytest.raises(UsageError, match="is for workers"):
         search(analytic_config(tmp_path, objectives=("latency", "accuracy"), storage="sqlite:///s.db", only="train"))

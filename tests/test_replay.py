@@ -322,7 +322,7 @@ def test_a_replay_that_is_stopped_goes_on(tmp_path, number, code):
         assert process.wait(timeout=60) == code
     assert "Traceback" not in rest
     if number == signal.SIGINT:
-        assert "interrupted; the same command without --anew goes on" in rest
+        assert "interrupted; to resume, run the same command without --anew" in rest
     before = saved(run)
     assert 0 < len(before) < 6
     found = again(run)

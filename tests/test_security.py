@@ -235,7 +235,7 @@ def test_a_lost_manifest_is_found_in_the_study(tmp_path: Path, caplog: pytest.Lo
     scores = {t.key: t.scores for t in run.trials()}
     (run.path / "run.json").unlink()
     longer = search(analytic_config(tmp_path, trials=2))
-    assert "written again from the study" in caplog.text
+    assert "restored from the study" in caplog.text
     assert longer.manifest == run.manifest | {"config": longer.manifest["config"]}
     found = {t.key: t.scores for t in longer.trials()}
     assert len(found) == 2

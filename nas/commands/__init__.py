@@ -1,7 +1,7 @@
-"""The command line: arguments, printing and exit codes. What a command does lives in `nas`.
+"""The command line: arguments, printing and exit codes. The work itself is done in the other packages of `nas`.
 
-Results go to standard output, progress and logs to standard error. Everything heavy is imported where it is used, so
-that `--help` answers at once.
+Results go to standard output, progress and logs to standard error. Functions import heavy packages where they use
+them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMANDS = (
     *(measure_command, train_command, profile_command, replay_command, explain_command, calibrate_command),
     *(doctor_command, describe_command, spaces_command),
 )
-"""In the order of docs/commands.md."""
+"""All commands, in the order of docs/commands.md."""
 
 
 @click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -60,14 +60,17 @@ def cli() -> None:
 
 @guarded_streams()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted."""
+    """Runs the command line and exits.
+
+    Exit statuses: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
     logging.getLogger("nas").setLevel(logging.INFO)
     for number in set(ending_signals()) - {signal.SIGINT}:
         signal.signal(number, _on_signal)
     try:
         if any("\0" in argument for argument in arguments or ()):
-            raise UsageError("an argument holds a NUL character, which no name or path may")
+            raise UsageError("an argument holds a NUL character, which no name or path may hold")
         with REPEATS.summarised(logging.getLogger("nas")):
             try:
                 cli.main(args=arguments, prog_name="mixnas", standalone_mode=False)
@@ -87,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 class _LogToStderr(logging.Handler):
-    """Logs to what standard error is at that moment: a live display stands in for it while it runs."""
+    """Logs to the standard error of the moment, because a live display replaces it while it runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record as a line."""
+        """Prints a record as a line."""
         print(self.format(record), file=sys.stderr)
 
 

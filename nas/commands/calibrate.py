@@ -17,22 +17,26 @@ from .printing import new_table, print_json, print_table
 @space()
 @SEARCH_IMAGES
 @option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
-@option("--count", type=int, default=defaults.CALIBRATION_COUNT, help="Architectures to train.")
-@option("--epochs", type=int, default=defaults.CALIBRATION_EPOCHS, help="Of a training that counts as the truth.")
-@option("--repeats", type=int, default=defaults.CALIBRATION_REPEATS, help="Of these, trained again with another seed.")
+@option("--count", type=int, default=defaults.CALIBRATION_COUNT, help="Number of architectures to train.")
+@option("--epochs", type=int, default=defaults.CALIBRATION_EPOCHS, help="Epochs of each reference training.")
+@option(
+    "--repeats", type=int, default=defaults.CALIBRATION_REPEATS, help="Number of them to train again with another seed."
+)
 @SHARE_DEVICE
-@option("--train-batch-size", "batch_size", type=int, default=defaults.TRAIN_BATCH_SIZE, help="Images a training step.")
-@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Of every draw and training.")
+@option(
+    "--train-batch-size", "batch_size", type=int, default=defaults.TRAIN_BATCH_SIZE, help="Images per training step."
+)
+@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Random seed.")
 @option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="An existing calibration goes on, with more architectures or epochs where asked.  "
+    help="Folder of the calibration. An existing one is resumed, and extended if you ask for more.  "
     "[default: results/calibration-SPACE-DATA]",
 )
 @JSON
 def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
-    """Train some architectures of a space for long, and see how far each accuracy estimator orders them alike."""
+    """Train some architectures of a space for long, and report how well each accuracy estimator ranks them."""
     import search_spaces
 
     from ..calibration.work import CalibrationConfig, calibrate
@@ -48,7 +52,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
             bar = display.bar("calibrating", 1.0)
             found = calibrate(config, path, lambda done, total, note: bar.update(done / total, note))
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"interrupted; the same command with --out {shlex.quote(str(path))} goes on", err=True)
+        click.echo(f"interrupted; to resume, run the same command with --out {shlex.quote(str(path))}", err=True)
         raise
     report = found.report()
     files = plot_trust(found)
@@ -60,7 +64,7 @@ def calibrate_command(out: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _print_trust(report: dict[str, Any], path: str) -> None:
-    """The table of a calibration, best estimator first."""
+    """Prints the table of a calibration, best estimator first."""
     from ..interval import Interval
     from ..objectives.text import format_figure
 

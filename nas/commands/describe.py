@@ -13,17 +13,17 @@ from .printing import large_number, new_table, print_json, print_table, print_un
 @command("describe")
 @click.argument("target")
 @STORAGE
-@option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
+@option("--input-size", type=int, help="Side of the images in pixels.  [default: the target's own]")
 @option(
     "--profile",
     "profile_path",
     metavar="PROFILE",
     type=click.Path(path_type=Path),
-    help="A profile whose model predicts the latency.",
+    help="Folder of a profile, whose model predicts the latency.",
 )
 @JSON
 def describe_command(target: str, input_size: int | None, profile_path: Path | None, as_json: bool) -> None:
-    """Show a network, or a space, stage by stage."""
+    """Show a network or a search space, stage by stage."""
     import search_spaces
 
     if target in search_spaces.names() or search_spaces.is_space_file(target):

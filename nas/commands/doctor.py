@@ -15,18 +15,21 @@ from .printing import new_table, print_json, print_table
 @command("doctor")
 @click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
 @STORAGE
-@option("--data", section=IMAGES, help="Show what a folder or an archive of images holds, and nothing else.")
+@option(
+    "--data", section=IMAGES, help="Check this data set (such as a folder or an archive of images) and nothing else."
+)
 @DATA_ROOT
 @CLASSES
 @JSON
 def doctor_command(
     run_path: Path | None, data: str | None, data_root: str | None, classes: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check this machine and what is installed and, with RUN, whether that run folder is sound.
+    """Check this machine and the installed packages and, with RUN, whether that run folder is sound.
 
-    With --data: which classes, splits and images a data set has, and what would be left out. No image is opened.
+    With --data, the command lists the classes, splits and images of a data set, and the files that a search would skip.
+    It opens no image.
 
-    Nothing is changed. Exit status 0 where there is no problem (warnings are none), else 1.
+    The command changes nothing. The exit status is 1 if there is a problem, else 0. Warnings do not count.
     """
     if data is not None:
         if run_path is not None:
@@ -50,7 +53,7 @@ def doctor_command(
 
 
 def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_json: bool) -> None:
-    """The listing of a data set."""
+    """Prints the listing of a data set."""
     from ..data import open_split
 
     listing = open_split(name, data_root, classes).listing

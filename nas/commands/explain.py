@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 @command("explain")
 @click.argument("target", metavar="RUN@KEY")
 @STORAGE
-@option("--neighbours", type=click.IntRange(min=1), metavar="N", help="Only the first N.  [default: 20; JSON: all]")
+@option(
+    "--neighbours", type=click.IntRange(min=1), metavar="N", help="Number of changes to show.  [default: 20; JSON: all]"
+)
 @JSON
 def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
-    """Say what each change of one knob would do to an architecture of a run, and where its time goes.
+    """Show how each change of one knob would affect an architecture of a run, and which parts take its time.
 
-    What was not measured is predicted from the run's trials, with 95 % intervals; what promises most comes first.
+    Scores that were not measured are predicted from the run's trials, with 95 % intervals. The most promising change
+    comes first.
     """
     from ..explain import explain
     from ..folders.run import Run
@@ -47,7 +50,7 @@ def explain_command(target: str, neighbours: int | None, as_json: bool) -> None:
 
 
 def _print_explanation(found: Explanation, limit: int) -> None:
-    """The neighbours, what is known of them below what is predicted, then the parts."""
+    """Prints the neighbours, each with its predicted and below them its measured scores, and then the parts."""
     from ..objectives.text import format_value
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
@@ -82,7 +85,10 @@ def _print_explanation(found: Explanation, limit: int) -> None:
 
 
 def _change(found: Explanation, objective: Objective, scores: Mapping[str, Interval], brief: bool) -> str:
-    """By how much a score is another than the architecture's, with its interval; `brief` has half its width."""
+    """Formats the difference between a score and the architecture's own, with its interval.
+
+    With `brief`, the interval is shown as half its width.
+    """
     from ..objectives.text import format_value
 
     score, origin = scores.get(objective.name), found.origin(objective.name)
@@ -103,7 +109,7 @@ def _change(found: Explanation, objective: Objective, scores: Mapping[str, Inter
 
 
 def _print_parts(found: Explanation) -> None:
-    """What each part of the network has to do, and how long it takes where the run has that."""
+    """Prints the size of each part of the network, and its latency if the run holds it."""
     targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
     table = _parts_table(found, targets, intervals=True)
     print_table(table if fits(table) else _parts_table(found, targets, intervals=False))

@@ -24,38 +24,38 @@ if TYPE_CHECKING:
     "keys",
     multiple=True,
     metavar="KEY",
-    help="Of a run: an architecture of the front, by its key or the start of it; repeatable.",
+    help="Key of an architecture of the run, or the start of the key; repeatable.",
 )
-@option("--all", "everything", is_flag=True, help="Of a run: every point of the front.")
+@option("--all", "everything", is_flag=True, help="Export every point of the run's front.")
 @option(
     "--format",
     "formats",
     default="timm",
     callback=names,
     metavar="NAME,…",
-    help="timm, torch (torch.export), onnx, int8 (quantised ONNX); the folder is timm's in any case.",
+    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX). The timm files are always written.",
 )
 @option(
     "--weights",
     default="auto",
-    help="trained, proxy (the search's short training), or auto: trained where `train` has finished.",
+    help="trained, proxy (from the search's short training), or auto: trained if `train` has finished, else proxy.",
 )
 @option(
     "--batch",
     type=int,
     metavar="N",
-    help="Fix the images that a pass of torch, onnx and int8 takes, as some devices want.  [default: any number]",
+    help="Fixed batch size of the torch, onnx and int8 files, which some devices need.  [default: any number]",
 )
-@option("--data", help="Where the images lie now.  [default: where they lay]")
-@option("--data-root", help="Likewise, for torch/NAME and hfds/NAME sets.")
+@option("--data", help="Current place of the images.  [default: their place at the time of training]")
+@option("--data-root", help="Current folder of torch/NAME and hfds/NAME sets.")
 @option("--measure/--no-measure", default=True, help="Time each file in its runtime.")
-@option("--device", default="cpu", help="Where files are timed.")
+@option("--device", default="cpu", help="Device on which files are timed.")
 @option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
-@option("--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, help="Time for a file's latency.")
+@option("--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, help="Seconds to time one file.")
 @option(
     "--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: exports in the folder given]"
 )
-@option("--json", "as_json", is_flag=True, help="Print folders, files and what failed as JSON.")
+@option("--json", "as_json", is_flag=True, help="Print folders, files and failures as JSON.")
 def export_command(
     path: Path,
     keys: tuple[str, ...],
@@ -72,9 +72,9 @@ def export_command(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Hand over points of a run, or what `train` made: a folder for timm each, with further formats.
+    """Export points of a run, or a network that `train` made, each as a folder for timm with further formats.
 
-    Every file is compared with the trained network before it is handed over; README.md and export.json say how it did.
+    Every file is compared with the trained network before it is written. README.md and export.json hold the results.
     """
     from ..export import Settings, export_each, timing
 
@@ -95,11 +95,11 @@ def export_command(
         print_table(_files_table(files))
     failed = [f"{made.key} ({', '.join(made.failures)})" for made in done if made.failures]
     if failed:
-        raise NasError(f"not all was written: {'; '.join(failed)}")
+        raise NasError(f"not all files were written: {'; '.join(failed)}")
 
 
 def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
-    """What was written, how far it is from eager, and how fast it is."""
+    """Builds the table of the written files, with their difference from eager torch and their latency."""
     table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
     for made, name, file in files:
         latency, top1 = file.get("latency", {}), file.get("top1")
@@ -113,5 +113,8 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
             f"{latency['ms']:.3f} ±{(latency['high_ms'] - latency['low_ms']) / 2:.2f}" if "ms" in latency else "",
             "{runtime}, {device}, threads {threads}, batch {batch_size}".format(**latency) if "ms" in latency else "",
         )
-    table.caption = "difference: of a logit, to the trained network in eager torch (int8: to onnx), on unseen images"
+    table.caption = (
+        "difference: largest difference of a logit from the trained network in eager torch (int8: from onnx), "
+        "on unseen images"
+    )
     return table

@@ -1,4 +1,4 @@
-"""`front`, and how a front is printed."""
+"""`front`, and the printing of fronts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def _front_table(run: Run, front: list[Trial]) -> Table:
-    """The front, best first objective first, with half its 95 % intervals; stages where there is room for them."""
+    """Builds the table of the front, sorted by the first objective from best to worst.
+
+    Scores have half their 95 % intervals. The column of stages is left out if the terminal is too narrow.
+    """
     whole = _front_columns(run, front, "\n" if sys.stdout.isatty() else ", ")
     return whole if fits(whole) else _front_columns(run, front, None)
 
@@ -52,7 +55,7 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
 
 
 def print_front(run: Run, front: list[Trial]) -> None:
-    """The front, the baselines with what beats them, and whether the order of latency held."""
+    """Prints the front, the baselines with the points that dominate them, and the verdicts on the front."""
     from ..objectives.text import format_score
 
     table = _front_table(run, front)
@@ -80,7 +83,7 @@ def print_front(run: Run, front: list[Trial]) -> None:
 
 
 def _dominated_by(run: Run, front: list[Trial], scores: Scores) -> str:
-    """The points of the front that dominate a baseline, as far as that can be told."""
+    """Lists the points of the front that dominate a baseline, or the reason why that is unknown."""
     beaten = run.beaten(front, scores)
     if beaten is None:
         return f"cannot be told: {', '.join(run.unknowns(scores))}"

@@ -14,12 +14,12 @@ from .printing import new_table, print_json, print_table, print_uncounted
 @click.argument("targets", metavar="TARGET…", nargs=-1, required=True)
 @STORAGE
 @latency()
-@option("--input-size", type=int, help="Side of the images.  [default: the target's own]")
-@option("--per-stage", is_flag=True, help="Time stem, stages and head on their own too.")
+@option("--input-size", type=int, help="Side of the images in pixels.  [default: the target's own]")
+@option("--per-stage", is_flag=True, help="Also time the stem, each stage and the head separately.")
 @option(
     "--refix",
     is_flag=True,
-    help="Forget what was fixed for the reference network on this machine, in all runtimes, and begin anew.",
+    help="Delete the stored latencies of the reference network on this machine, in all runtimes, and measure it again.",
 )
 @JSON
 @click.pass_context
@@ -33,10 +33,10 @@ def measure_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure latency, MACs, parameters and memory of networks, in turns where there are several.
+    """Measure latency, MACs, parameters and memory of networks. Several networks are timed in turns.
 
-    A point of a run is measured under the conditions of its run, where no option says otherwise; a run without a key
-    stands for its whole front, whose order there and here are compared.
+    A point of a run is measured under the conditions of its run; options that you give replace them. A run without a
+    key stands for its whole front. The command then compares the order of the front with the order in the run.
     """
     from ..measure import agreement, measure
     from ..scoring.latency import forget_references
@@ -100,11 +100,11 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             click.echo(f"counted by what ran in {row['target']}, more than the rules say: {', '.join(row['disputed'])}")
         if not row["within_target"]:
             click.echo(
-                f"{row['target']}: its time was over at ±{100 * row['latency_spread']:.1f} % from round to round, "
-                "wider than wanted (--latency-target); give it more with --latency-seconds"
+                f"{row['target']}: rounds still spread by ±{100 * row['latency_spread']:.1f} % when time was up, which "
+                "is more than --latency-target allows. Give it more time with --latency-seconds."
             )
         if not 0.8 < row["drift"] < 1.25:
             click.echo(
-                f"{row['target']}: now this machine is {row['drift']:.2f} times as slow as when its reference was "
-                "fixed, which widens the interval; --refix fixes it anew"
+                f"{row['target']}: this machine is now {row['drift']:.2f} times as slow as when the latency of its "
+                "reference network was stored, which widens the interval. Pass --refix to measure the reference again."
             )

@@ -1,7 +1,7 @@
-"""How options are declared and shown, and those that several commands have.
+"""The declaration and display of options, and the options that several commands share.
 
-An option has the name of the field that it sets, and its default from `nas.defaults`. So a command hands what it is
-given to the library as it is.
+An option has the name of the field that it sets, and its default comes from `nas.defaults`. So a command passes its
+options to the library unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Option(click.Option):
     """An option that shows its default and stands under a heading of `--help`.
 
     Args:
-        section: the heading; empty for the last one.
+        section: the heading. Options with an empty one come last.
     """
 
     def __init__(self, *args: Any, section: str = "", **settings: Any) -> None:
@@ -41,7 +41,7 @@ class Command(click.Command):
     """A command whose help shows options in sections, in the order in which they are declared."""
 
     def sections(self, context: click.Context) -> dict[str, list[click.Parameter]]:
-        """Heading -> options; those without a heading come last."""
+        """Returns heading -> options. Options without a heading come last."""
         found: dict[str, list[click.Parameter]] = {}
         for parameter in self.get_params(context):
             if isinstance(parameter, click.Option):
@@ -50,7 +50,7 @@ class Command(click.Command):
         return found | {"Other options" if found else "Options": rest}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections."""
+        """Writes the sections."""
         for heading, parameters in self.sections(ctx).items():
             with formatter.section(heading):
                 formatter.write_dl([row for p in parameters if (row := p.get_help_record(ctx)) is not None])
@@ -61,7 +61,7 @@ option = partial(click.option, cls=Option)
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Several options as one decorator; help shows them in this order."""
+    """Combines several options into one decorator. Help shows them in this order."""
 
     def decorate(function: Decorated) -> Decorated:
         for decorator in reversed(decorators):
@@ -72,26 +72,26 @@ def together(*decorators: Decorator) -> Decorator:
 
 
 def typed(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line, as far as they are among `options`."""
+    """Returns those of `options` that the user gave on the command line."""
     on_line = click.core.ParameterSource.COMMANDLINE
     return {name: value for name, value in options.items() if context.get_parameter_source(name) is on_line}
 
 
-# What a value becomes on its way from the command line to a field
+# Conversion of values from the command line to fields
 
 
 def names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """What is between the commas."""
+    """Splits a text at its commas."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def percent(_: click.Context, __: click.Parameter, value: float) -> float:
-    """A percentage as a share."""
+    """Converts a percentage to a share."""
     return value / 100
 
 
 def share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """`0.1%` or `0.001` as a number."""
+    """Converts `0.1%` or `0.001` to a number."""
     if value is None:
         return None
     number = value.strip().removesuffix("%")
@@ -102,7 +102,7 @@ def share(_: click.Context, __: click.Parameter, value: str | None) -> float | N
 
 
 def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
-    """`OBJECTIVE=VALUE` of each as a number in the objective's unit."""
+    """Converts each `OBJECTIVE=VALUE` to a number in the objective's unit."""
     from ..objectives.objectives import parse_budgets
 
     return parse_budgets(value)
@@ -122,27 +122,29 @@ STORAGE = option(
     metavar="URL",
     expose_value=False,
     callback=_allow_storage,
-    help="Of a run whose study is in a database: its URL, said again to allow connecting to it.",
+    help="URL of the database that holds the run's study. Giving it allows the connection.",
 )
 SHARE_DEVICE = option(
     "--share-device",
     is_flag=True,
     section=DEVICES,
-    help="Train without waiting for other processes that use the device; latency is still measured alone.",
+    help="Train without waiting for other processes that use the device. Latency is still measured alone.",
 )
 CLASSES = option(
     "--classes",
     metavar="NAME,…",
     callback=names,
     section=IMAGES,
-    help="The class folders of --data, by name, where it is not clear which they are.  [default: all]",
+    help="Names of the class folders of --data, if it is not clear which they are.  [default: all]",
 )
-DATA_ROOT = option("--data-root", section=IMAGES, help="Where torch/NAME and hfds/NAME sets lie.")
+DATA_ROOT = option("--data-root", section=IMAGES, help="Folder of torch/NAME and hfds/NAME sets.")
 
 
 def space(section: str = "") -> Decorator:
-    """`--space`."""
-    return option("--space", default=SPACE, section=section, help="A space by name (see `spaces`) or a .json file.")
+    """Returns the option `--space`."""
+    return option(
+        "--space", default=SPACE, section=section, help="Search space: a name (see `spaces`) or a .json file."
+    )
 
 
 SEARCH_IMAGES = together(
@@ -150,7 +152,7 @@ SEARCH_IMAGES = together(
         "--data",
         default=defaults.DATA,
         section=IMAGES,
-        help="digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
+        help="Data set: digits, a folder of class folders, a .tar of them, torch/NAME or hfds/NAME.",
     ),
     CLASSES,
     DATA_ROOT,
@@ -160,7 +162,7 @@ SEARCH_IMAGES = together(
         type=int,
         default=defaults.MAX_IMAGES,
         section=IMAGES,
-        help="Of a larger training split, a stratified sample of this many.",
+        help="Use a stratified sample of at most this many training images.",
     ),
     option("--input-size", type=int, section=IMAGES, help="Side of the images in pixels.  [default: the data's own]"),
 )
@@ -168,13 +170,13 @@ SEARCH_IMAGES = together(
 
 
 def latency(several: bool = False) -> Decorator:
-    """The options that say how latency is measured.
+    """Returns the options of latency measurement. All have names of fields of `LatencyConfig`.
 
     Args:
-        several: whether several devices and runtimes may be named, as `devices` and `runtimes`. Every other option has
-            the name of a field of `LatencyConfig`.
+        several: whether the user may name several devices and runtimes. Their options are then called `devices` and
+            `runtimes`.
     """
-    again = "; repeatable: each device and runtime is an objective of its own" if several else ""
+    again = "; repeatable, each pair of device and runtime becomes an objective" if several else ""
     more: dict[str, Any] = {"multiple": True} if several else {}
 
     def target(name: str, field: str, default: str, help: str) -> Decorator:
@@ -183,47 +185,52 @@ def latency(several: bool = False) -> Decorator:
 
     timing = partial(option, section=LATENCY)
     return together(
-        target("--device", "device", defaults.DEVICE, "auto, cpu, cuda or cuda:i"),
+        target("--device", "device", defaults.DEVICE, "Device: auto, cpu, cuda or cuda:i"),
         target(
             "--runtime",
             "runtime",
             defaults.RUNTIME,
-            "eager, compile, cudagraph, onnxruntime, openvino or command",
+            "Runtime: eager, compile, cudagraph, onnxruntime, openvino or command",
         ),
-        timing("--dtype", default=defaults.DTYPE, help="fp32, bf16 or fp16."),
-        timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images a timed pass."),
+        timing("--dtype", default=defaults.DTYPE, help="Data type: fp32, bf16 or fp16."),
+        timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images per timed pass."),
         timing("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         timing(
             "--fold/--no-fold",
             "folded",
             default=True,
-            help="Measure networks as deployed, branches fused and batch norms folded, or as trained.",
+            help="Measure networks as deployed (branches fused, batch norms folded) or as trained.",
         ),
         timing(
             "--channels-last/--no-channels-last",
             default=False,
             show_default=False,
-            help="Memory format of the timed network.",
+            help="Time the network in channels-last memory format.  [default: no-channels-last]",
         ),
         timing(
             "--command",
             metavar="PROGRAM",
-            help="For --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
+            help="Program for --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
         ),
-        timing("--command-timeout", type=float, default=defaults.COMMAND_TIMEOUT, help="Seconds for one call."),
+        timing(
+            "--command-timeout",
+            type=float,
+            default=defaults.COMMAND_TIMEOUT,
+            help="Seconds that one call of the program may take.",
+        ),
         timing(
             "--latency-target",
             "target",
             type=float,
             default=100 * defaults.LATENCY_TARGET,
             callback=percent,
-            help="Wanted half-width of a latency's 95 % interval, in percent.",
+            help="Wanted half-width of a latency's 95 % interval, in percent of the latency.",
         ),
         timing(
             "--latency-seconds",
             "max_seconds",
             type=float,
             default=defaults.LATENCY_SECONDS,
-            help="Time for a network whose interval stays wider than that.",
+            help="Stop timing a network after this many seconds, even if its interval is still too wide.",
         ),
     )

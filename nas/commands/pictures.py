@@ -30,10 +30,10 @@ def plot_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -
 @command("report")
 @RUNS
 @STORAGE
-@option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: RUN/report.html]")
+@option("--out", type=click.Path(path_type=Path), metavar="FILE", help="File of the page.  [default: RUN/report.html]")
 @option("--json", "as_json", is_flag=True, help="Print the file's path as JSON.")
 def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Write all that is known of one or several runs as one page that needs no network: report.html."""
+    """Write everything about one or several runs to one page that needs no network: report.html."""
     from ..folders.run import Run
     from ..report.html import report
 
@@ -47,12 +47,12 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
 @command("dashboard")
 @RUN
 @STORAGE
-@option("--host", default="127.0.0.1", help="Address to listen on; it has no password.")
+@option("--host", default="127.0.0.1", help="Address to listen on. There is no password.")
 @option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on.")
-@option("--writable", is_flag=True, help="Let whoever reaches the port change and delete the study.")
+@option("--writable", is_flag=True, help="Allow everyone who reaches the port to change and delete the study.")
 def dashboard_command(run_path: Path, host: str, port: int, writable: bool) -> None:
-    """Look at a run in Optuna's dashboard, in a browser on this machine, until Ctrl-C."""
+    """Serve a run in Optuna's dashboard, for a browser on this machine, until Ctrl-C."""
     from ..folders.run import Run
     from ..report.dashboard import serve
 
-    serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; Ctrl-C ends it", err=True), writable)
+    serve(Run.open(run_path), host, port, lambda url: click.echo(f"{url}; stop with Ctrl-C", err=True), writable)

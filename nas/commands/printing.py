@@ -1,4 +1,4 @@
-"""Tables, JSON, bars and figures, as commands print them."""
+"""Printing of tables, JSON and figures by commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def program() -> str:
-    """How this program was called, for the commands it suggests."""
+    """Returns the name by which this program was called, for the commands that it suggests."""
     script = Path(sys.argv[0])
     if script.name != "cli.py":
         return "mixnas"
@@ -29,15 +29,15 @@ def program() -> str:
 
 
 def print_json(data: Any) -> None:
-    """Print data as JSON."""
+    """Prints data as JSON."""
     click.echo(json.dumps(data, indent=2))
 
 
 def print_table(table: Table) -> None:
-    """Print a table, as wide as its figures need."""
+    """Prints a table as wide as its figures need."""
     from rich.console import Console
 
-    # never cut a figure: in a pipe there is no width to keep to, and a terminal breaks lines that are too long
+    # never cut a figure: a pipe has no width, and a terminal breaks lines that are too long
     least, most = _widths(table)
     width = max(least, shutil.get_terminal_size().columns) if sys.stdout.isatty() else max(most, 80)
     # with no height rich takes 80 columns on a dumb terminal
@@ -45,11 +45,11 @@ def print_table(table: Table) -> None:
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """A table with these columns.
+    """Returns an empty table.
 
     Args:
-        columns: their headings. A heading that ends in `>` has its cells on the right, and they are never broken.
-        title: of the table.
+        columns: headings. A heading that ends in `>` makes a right-aligned column whose cells are never broken.
+        title: title of the table.
     """
     from rich.box import SIMPLE, Box
     from rich.cells import cell_len
@@ -83,12 +83,12 @@ def new_table(*columns: str, title: str | None = None) -> Table:
 
 
 def fits(table: Table) -> bool:
-    """Whether there is room for a table as it is, without breaking its cells: always, but on a terminal."""
+    """Whether a table fits without breaking its cells. Only a terminal limits the width."""
     return not sys.stdout.isatty() or _widths(table)[1] <= shutil.get_terminal_size().columns
 
 
 def _widths(table: Table) -> tuple[int, int]:
-    """The least columns in which no figure of a table is cut, and those in which no cell is broken."""
+    """Returns the smallest width at which no figure of a table is cut, and the smallest at which no cell is broken."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -98,12 +98,12 @@ def _widths(table: Table) -> tuple[int, int]:
 
 
 def print_uncounted(name: str, uncounted: Sequence[str]) -> None:
-    """Why a network's MACs are only a lower bound."""
+    """Prints why a network's MACs are only a lower bound. Prints nothing if they are exact."""
     if uncounted:
         more = f" and {len(uncounted) - 3} more" if len(uncounted) > 3 else ""
         click.echo(f"not counted in {name}, so its MACs are a lower bound: {', '.join(uncounted[:3])}{more}")
 
 
 def large_number(number: int) -> str:
-    """`12,345`, or `1.2e+09` from a million on."""
+    """Formats a number as `12,345`, or as `1.2e+09` from a million on."""
     return f"{number:,}" if number < 1e6 else f"{number:.2g}"

@@ -22,28 +22,29 @@ from .printing import print_json
     "--minutes",
     type=click.FloatRange(min=0),
     default=defaults.PROFILE_MINUTES,
-    help="Of measuring, earlier calls included.",
+    help="Minutes of measuring in total, including earlier calls.",
 )
 @option(
     "--held-out",
     type=click.IntRange(min=0),
     default=0,
-    help="Networks to measure and compare afterwards.",
+    help="Number of further networks to measure, to check the predictions.",
 )
-@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Of the networks that are drawn.")
+@option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Random seed.")
 @option(
     "--run",
     "run_paths",
     metavar="RUN",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="With --held-out: a run on this device, runtime and image size whose trials teach the model too; repeatable.",
+    help="With --held-out: also fit the model to the trials of this run, which must have the same device, runtime and "
+    "image size; repeatable.",
 )
 @option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="PROFILE",
-    help="The folder; an existing profile goes on.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
+    help="Folder of the profile. An existing one is extended.  [default: results/profile-SPACE-DEVICE-RUNTIME-SIZE]",
 )
 @JSON
 def profile_command(
@@ -57,7 +58,7 @@ def profile_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure pieces of a space's networks on a device, and predict the latency of any of them from these."""
+    """Measure pieces of a space's networks on a device, to predict the latency of every network of the space."""
     import search_spaces
 
     from ..display import Display
@@ -83,7 +84,8 @@ def profile_command(
     click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
     if held_out:
         click.echo(
-            f"{report['count']} others measured: predicted within 5 % of it {100 * report['within_5']:.0f} %, within "
-            f"10 % {100 * report['within_10']:.0f} %; mean absolute error {report['mape']:.1f} %"
+            f"predictions for {report['count']} other networks: {100 * report['within_5']:.0f} % within 5 % of the "
+            f"measured latency, {100 * report['within_10']:.0f} % within 10 %, mean absolute error "
+            f"{report['mape']:.1f} %"
             + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
         )

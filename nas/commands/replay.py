@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 @command("replay")
 @RUN
 @STORAGE
-@option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N architectures.")
-@option("--front", "only_front", is_flag=True, help="Only the points of the front.")
+@option("--limit", type=click.IntRange(min=1), metavar="N", help="Replay only the first N architectures.")
+@option("--front", "only_front", is_flag=True, help="Replay only the points of the front.")
 @option(
     "--latency/--no-latency",
     default=None,
-    help="Compare latencies too.  [default: on the run's machine, with its number of threads]",
+    help="Compare latencies too.  [default: only on the run's machine with its number of threads]",
 )
-@option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as the run's]")
-@option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
-@option("--device", help="Of this machine, to measure and train on.  [default: as the run's]")
-@option("--train-device", metavar="DEVICE", help="Where networks are trained.  [default: as --device]")
-@option("--command", metavar="PROGRAM", help="For --runtime command: the run's program, said again to allow it.")
-@option("--anew", is_flag=True, help="Forget what earlier replays of the run scored.")
+@option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the run's]")
+@option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@option("--device", help="Device of this machine that measures and trains.  [default: the run's]")
+@option("--train-device", metavar="DEVICE", help="Device that trains networks.  [default: as --device]")
+@option("--command", metavar="PROGRAM", help="For --runtime command: the run's program. Giving it allows running it.")
+@option("--anew", is_flag=True, help="Discard the scores of earlier replays of the run.")
 @JSON
 def replay_command(
     run_path: Path,
@@ -46,10 +46,10 @@ def replay_command(
     anew: bool,
     as_json: bool,
 ) -> None:
-    """Score a run's architectures again, in the recorded order, and say which agree with what is recorded.
+    """Score a run's architectures again, in the recorded order, and show which agree with their recorded scores.
 
-    Space, data, conditions and seeds come from run.json. Results are kept in RUN/replay.csv: a replay that was stopped
-    goes on. Exit status 0 where all agree, else 1.
+    Space, data, conditions and seeds come from run.json. The results are kept in RUN/replay.csv, so a replay that was
+    stopped can be resumed. The exit status is 0 if all agree, else 1.
     """
     from ..display import Bar, Display
     from ..folders.run import Run
@@ -64,14 +64,14 @@ def replay_command(
         with contextlib.ExitStack() as stack:
 
             def show(done: int, total: int, last: Replayed | None) -> None:
-                if not bars:  # not before it is known that the run can be replayed
+                if not bars:  # no bar for a run that cannot be replayed
                     bars.append(stack.enter_context(Display()).bar("replaying", total))
                 verdict = "" if last is None else f" {last.trial.key} {'agrees' if last.agrees else 'differs'}"
                 bars[0].update(done, f"{done} of {total}{verdict}")
 
             found = replay(run, config, front=only_front, limit=limit, latency=latency, anew=anew, on_done=show)
     except (KeyboardInterrupt, SystemExit):
-        click.echo("interrupted; the same command without --anew goes on", err=True)
+        click.echo("interrupted; to resume, run the same command without --anew", err=True)
         raise
     if as_json:
         print_json(found.to_dict())
@@ -82,7 +82,7 @@ def replay_command(
 
 
 def _print_replay(found: Replay) -> None:
-    """What disagrees, and how much agrees."""
+    """Prints the architectures that disagree, and a summary."""
     if found.disagreeing:
         table = new_table("key", "trial>", "what", "recorded>", "95 % interval>", "now>", "95 % interval>")
         for row in found.disagreeing:
@@ -96,7 +96,7 @@ def _print_replay(found: Replay) -> None:
                 table.add_row(row.trial.key, str(row.trial.number), c.name, *cells)
         print_table(table)
     if found.left_out:
-        click.echo(f"{found.left_out} further trials have no score to compare: they failed, or never ended")
+        click.echo(f"{found.left_out} further trials have no score to compare, because they failed or never ended")
     click.echo(found.summary)
 
 

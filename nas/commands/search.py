@@ -38,7 +38,7 @@ from .printing import print_json, program
     default=",".join(defaults.OBJECTIVES),
     callback=names,
     section=WHAT,
-    help="Two to four of latency, accuracy, macs, flops, params, memory.",
+    help="Objectives: two to four of latency, accuracy, macs, flops, params, memory.",
 )
 @space(WHAT)
 @option(
@@ -47,23 +47,23 @@ from .printing import print_json, program
     metavar="NAME,…",
     callback=names,
     section=WHAT,
-    help="timm models and presets to score beside the search, as mobilenetv4_conv_small,cas_vit_xs.",
+    help="timm models and presets to score for comparison, such as mobilenetv4_conv_small,cas_vit_xs.",
 )
 @option(
     "--warm-start",
     metavar="RUN|PRESET,…",
     callback=names,
     section=WHAT,
-    help="Score the fronts of earlier runs, and presets that are points of the space, first.",
+    help="First score these presets and the fronts of these runs. Networks outside the space are skipped.",
 )
 @option(
     "--sampler",
     default=defaults.SAMPLER,
     section=WHAT,
-    help="surrogate, evolution, local, tpe, nsga2, nsga3, gp or random (docs/search.md).",
+    help="Sampler: surrogate, evolution, local, tpe, nsga2, nsga3, gp or random (see docs/search.md).",
 )
-@option("--seed", type=int, default=defaults.SEED, section=WHAT, help="Of every draw and training.")
-@option("--trials", type=int, default=defaults.TRIALS, section=BUDGETS, help="Architectures to score in all.")
+@option("--seed", type=int, default=defaults.SEED, section=WHAT, help="Random seed.")
+@option("--trials", type=int, default=defaults.TRIALS, section=BUDGETS, help="Number of candidates to score.")
 @option(
     "--max",
     "budgets",
@@ -71,7 +71,7 @@ from .printing import print_json, program
     metavar="OBJECTIVE=VALUE",
     callback=budgets,
     section=BUDGETS,
-    help="A budget, such as latency=5ms (of the first target), params=6M or macs=600M; repeatable.",
+    help="Budget, such as latency=5ms (on the first target), params=6M or macs=600M; repeatable.",
 )
 @option(
     "--timeout",
@@ -79,14 +79,14 @@ from .printing import print_json, program
     type=float,
     metavar="MINUTES",
     section=BUDGETS,
-    help="Start no trial after this long.",
+    help="Start no further trial after this many minutes.",
 )
 @option(
     "--until",
     metavar="SHARE",
     callback=share,
     section=BUDGETS,
-    help="Stop when a further architecture is expected to add less, such as 0.1%.",
+    help="Stop when a further candidate is expected to add less than this share of the hypervolume, such as 0.1%.",
 )
 @option(
     "--trial-timeout",
@@ -94,99 +94,105 @@ from .printing import print_json, program
     type=float,
     metavar="MINUTES",
     section=BUDGETS,
-    help="A training that takes longer fails.",
+    help="Fail a trial whose training takes longer than this many minutes.",
 )
 @SEARCH_IMAGES
 @option(
     "--proxy",
     default=defaults.PROXY,
     section=ACCURACY,
-    help="Where accuracy comes from: train, or what only ranks (params, macs, zico, ensemble, …; see docs/proxies.md).",
+    help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md).",
 )
-@option("--epochs", type=int, default=defaults.EPOCHS, section=ACCURACY, help="Of the short training.")
+@option("--epochs", type=int, default=defaults.EPOCHS, section=ACCURACY, help="Epochs of the short training.")
 @option(
     "--early-stopping/--no-early-stopping",
     default=True,
     section=ACCURACY,
-    help="End a training that cannot reach the front any more.",
+    help="Stop a training that can no longer reach the front.",
 )
 @option(
     "--train-batch-size",
     type=int,
     default=defaults.TRAIN_BATCH_SIZE,
     section=ACCURACY,
-    help="Images a training step.",
+    help="Images per training step.",
 )
 @option(
     "--proxy-repeats",
     type=int,
     default=defaults.PROXY_REPEATS,
     section=ACCURACY,
-    help="Seeds over which a score is averaged.",
+    help="Number of seeds over which a proxy score is averaged.",
 )
 @option(
     "--proxy-images",
     type=int,
     section=ACCURACY,
-    help="Training images the proxy sees, a stratified sample.  [default: all]",
+    help="Number of training images for the proxy, a stratified sample.  [default: all]",
 )
-@option("--proxy-size", type=int, section=ACCURACY, help="Side of the images it sees.  [default: the input size]")
-@option("--calibration", metavar="FOLDER", section=ACCURACY, help="For --proxy ensemble: what `calibrate` made.")
+@option(
+    "--proxy-size", type=int, section=ACCURACY, help="Side of the proxy's images in pixels.  [default: the input size]"
+)
+@option("--calibration", metavar="FOLDER", section=ACCURACY, help="Folder of `calibrate`, for --proxy ensemble.")
 @latency(several=True)
 @option(
     "--profile",
     metavar="FOLDER",
     section=LATENCY,
-    help="What `profile` made on this device: the search then knows latency beforehand.",
+    help="Folder that `profile` made on this device. The search then predicts latency before it measures.",
 )
 @option(
     "--workers",
     type=int,
     default=defaults.WORKERS,
     section=DEVICES,
-    help="Processes here that score side by side.",
+    help="Number of processes on this machine that score in parallel.",
 )
-@option("--train-device", metavar="DEVICE", section=DEVICES, help="Where networks are trained.  [default: as --device]")
+@option(
+    "--train-device", metavar="DEVICE", section=DEVICES, help="Device that trains networks.  [default: as --device]"
+)
 @SHARE_DEVICE
 @option(
     "--storage",
     metavar="URL",
     section=DEVICES,
-    help="A database (postgresql://…) that `worker` can join, instead of study.db.",
+    help="URL of a database (postgresql://…) that `worker` can join.  [default: study.db in the run folder]",
 )
 @option(
     "--only",
     metavar="PART",
     default=defaults.ONLY,
     section=DEVICES,
-    help="measure: let `worker --only train` do the training.",
+    help="Part of a trial that this process does: all, or measure, which leaves the training to `worker --only train`.",
 )
 @option(
     "--engine",
     default=defaults.ENGINE,
     section=DEVICES,
-    help="local, or ray: --workers trials at a time on a cluster.",
+    help="Engine: local, or ray, which runs --workers trials at a time on a cluster.",
 )
-@option("--address", default=defaults.ADDRESS, section=DEVICES, help="Of the Ray cluster: auto, HOST:PORT or local.")
+@option(
+    "--address", default=defaults.ADDRESS, section=DEVICES, help="Address of the Ray cluster: auto, HOST:PORT or local."
+)
 @option(
     "--gpus-per-trial",
     type=float,
     default=defaults.GPUS_PER_TRIAL,
     section=DEVICES,
-    help="Share of a GPU a training asks for.",
+    help="Share of a GPU that a training on Ray reserves.",
 )
 @option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="The run folder; an existing run is resumed.  [default: results/SPACE-DATA-TIME]",
+    help="Run folder. An existing run is resumed.  [default: results/SPACE-DATA-TIME]",
 )
 @option("--json", "as_json", is_flag=True, help="Print the front as JSON.")
 @click.pass_context
 def search_command(context: click.Context, /, out: Path | None, as_json: bool, **options: Any) -> None:
     """Run or resume a search for a Pareto front.
 
-    Resuming takes every option that is not given from the run.
+    When resuming, options you omit keep the run's values.
     """
     import search_spaces
 
@@ -217,5 +223,5 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     path = shlex.quote(str(run.path))
     click.echo(f"next:\n  {program()} report {path}")
     if front:
-        target = shlex.quote(f"{run.path}@{run.bend(front).key}")  # of a front's points often a good one
+        target = shlex.quote(f"{run.path}@{run.bend(front).key}")  # often a good choice
         click.echo(f"  {program()} train {target}\n  {program()} export {path} --all")

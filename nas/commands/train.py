@@ -22,38 +22,55 @@ if TYPE_CHECKING:
 @command("train")
 @click.argument("target")
 @STORAGE
-@option("--front", is_flag=True, help="TARGET is a run: train its whole front, and compare the proxy's order.")
+@option(
+    "--front",
+    is_flag=True,
+    help="Train the whole front of the run TARGET, and compare the proxy's order with the final one.",
+)
 @option(
     "--recipe",
     default="auto",
     section=RECIPE,
-    help="auto (follows the images and the start), standard, small, quick or finetune.",
+    help="Recipe: auto (depends on the images and the initial weights), standard, small, quick or finetune.",
 )
-@option("--set", "settings", multiple=True, metavar="KEY=VALUE", section=RECIPE, help="Change the recipe; repeatable.")
-@option("--epochs", type=int, section=RECIPE, help="The same as --set epochs=N.")
-@option("--data", section=IMAGES, help="The training split, as for `search`.  [default: the run's, else digits]")
+@option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    section=RECIPE,
+    help="Change a value of the recipe; repeatable.",
+)
+@option("--epochs", type=int, section=RECIPE, help="Number of epochs, the same as --set epochs=N.")
+@option("--data", section=IMAGES, help="Training split, as for `search`.  [default: the run's, else digits]")
 @option("--test-data", section=IMAGES, help="Images of the final test.  [default: the split beside --data, if any]")
 @DATA_ROOT
 @CLASSES
-@option("--input-size", type=int, section=IMAGES, help="Side of the images.  [default: the run's, else the data's own]")
-@option("--init", default="auto", section=RECIPE, help="auto (trained weights, where there are), scratch or a file.")
+@option("--input-size", type=int, section=IMAGES, help="Side in pixels.  [default: the run's, else the data's own]")
 @option(
-    "--teacher", metavar="TARGET", section=RECIPE, help="A trained or exported folder, or timm:NAME, to learn from."
+    "--init", default="auto", section=RECIPE, help="Initial weights: auto (trained ones, if any), scratch or a file."
 )
-@option("--teacher-weights", metavar="FILE", section=RECIPE, help="Of timm:NAME, a .safetensors file.")
+@option(
+    "--teacher", metavar="TARGET", section=RECIPE, help="Network to distil: a trained or exported folder, or timm:NAME."
+)
+@option(
+    "--teacher-weights", metavar="FILE", section=RECIPE, help="Weights of a teacher timm:NAME, a .safetensors file."
+)
 @option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
-@option("--workers", type=int, section=DEVICES, help="Processes that read and augment images.  [default: one a core]")
-@option("--seed", type=int, default=defaults.SEED, help="Of all that is random.")
-@option("--tensorboard", is_flag=True, help="Write logs for TensorBoard too.")
+@option("--workers", type=int, section=DEVICES, help="Processes that read and augment images.  [default: one per core]")
+@option("--seed", type=int, default=defaults.SEED, help="Random seed.")
+@option("--tensorboard", is_flag=True, help="Also write logs for TensorBoard.")
 @SHARE_DEVICE
-@option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: RUN/trained/KEY]")
-@option("--json", "as_json", is_flag=True, help="Print what was reached as JSON.")
+@option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the training.  [default: RUN/trained/KEY]"
+)
+@option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def train_command(
     target: str, front: bool, recipe: str, settings: tuple[str, ...], epochs: int | None, as_json: bool, **options: Any
 ) -> None:
-    """Train a network to its end, for deployment; by several processes under `torchrun`.
+    """Train a network fully, for deployment. Under `torchrun`, several processes train together.
 
-    The same command goes on with a training that was interrupted, and so does `train FOLDER`.
+    To resume an interrupted training, run the same command again, or `train FOLDER`.
     """
     from ..display import Display
     from ..training.display import TrainingView
@@ -71,10 +88,10 @@ def train_command(
             else:
                 trained = train(config, view.update)
     except (KeyboardInterrupt, SystemExit):
-        click.echo("interrupted; the same command goes on", err=True)
+        click.echo("interrupted; to resume, run the same command", err=True)
         raise
     if os.environ.get("RANK", "0") != "0":
-        return  # the first of several processes tells it
+        return  # the first of several processes prints the results
     if front:
         _print_trained_front(of_front, target, as_json)
     else:
@@ -97,9 +114,7 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
     if as_json:
         print_json(told.to_dict())
     else:
-        table = new_table(
-            "key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, trained to its end"
-        )
+        table = new_table("key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, fully trained")
         for row in told.rows:
             final = f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "accuracy" in row else ""
             table.add_row(

@@ -11,19 +11,28 @@ from .options import command, option
 
 
 @command("worker")
-@option("--storage", metavar="URL", required=True, help="Where the study is: postgresql://…, grpc://HOST:PORT, …")
-@option("--study", metavar="NAME", required=True, help="The name of its run folder.")
-@option("--data", metavar="DATA", help="Where the images lie on this machine.  [default: as on the search's]")
-@option("--data-root", metavar="DIR", help="Where installed data sets lie on this machine.")
-@option("--device", help="Of this machine; of the same kind as the search's.  [default: as the search's]")
-@option("--train-device", metavar="DEVICE", help="Where networks are trained here.  [default: as the search's]")
-@option("--only", metavar="PART", default=defaults.ONLY, help="train, on any device, or measure.")
-@option("--command", metavar="PROGRAM", help="For --runtime command: the search's program, said again to allow it.")
+@option(
+    "--storage", metavar="URL", required=True, help="URL of the study's storage: postgresql://…, grpc://HOST:PORT, …"
+)
+@option("--study", metavar="NAME", required=True, help="Name of the study, which is the name of its run folder.")
+@option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the search's]")
+@option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@option("--device", help="Device that measures, of the same kind as the search's.  [default: the search's]")
+@option("--train-device", metavar="DEVICE", help="Device of this machine that trains.  [default: the search's]")
+@option(
+    "--only",
+    metavar="PART",
+    default=defaults.ONLY,
+    help="Part of a trial to do: all, train (on any device) or measure.",
+)
+@option(
+    "--command", metavar="PROGRAM", help="For --runtime command: the search's program. Giving it allows running it."
+)
 @option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="A folder for weights trained here.  [default: results/STUDY]",
+    help="Folder for weights trained here.  [default: results/STUDY]",
 )
 def worker_command(
     storage: str,
@@ -38,7 +47,7 @@ def worker_command(
 ) -> None:
     """Join a search from another process or machine.
 
-    Space, objectives, proxy and conditions come from the study.
+    The space, objectives, proxy and conditions come from the study.
     """
     from ..display import Display
     from ..report.live import SearchView
@@ -50,15 +59,15 @@ def worker_command(
     config = worker_config(run, storage, only, command, **place)
     with Display() as display:
         work(run, config, SearchView(display).update)
-    click.echo(f"{study} is done; its front is where it was started")
+    click.echo(f"{study} is done; its front is in the folder of the search that started it")
 
 
 @command("serve-storage")
-@option("--storage", metavar="URL", required=True, help="The database.")
-@option("--host", default="localhost", help="Address to listen on; it has no password.")
+@option("--storage", metavar="URL", required=True, help="URL of the database.")
+@option("--host", default="localhost", help="Address to listen on. There is no password.")
 @option("--port", type=click.IntRange(1, 65535), default=13000, help="Port to listen on.")
 def serve_storage_command(storage: str, host: str, port: int) -> None:
-    """Stand between a database and workers, which join by grpc://HOST:PORT."""
+    """Serve a database to workers, which join by grpc://HOST:PORT."""
     from ..storage.serve import serve_storage as serve
 
-    serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; Ctrl-C ends it", err=True))
+    serve(storage, host, port, lambda: click.echo(f"serving on grpc://{host}:{port}; stop with Ctrl-C", err=True))

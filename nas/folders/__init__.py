@@ -1,1 +1,1 @@
-"""Everything that is written to disk: each kind of folder with its only reader and writer."""
+"""The folders on disk. Each kind of folder has one module that reads and writes it."""

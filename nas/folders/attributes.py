@@ -1,4 +1,4 @@
-"""Names of the study's attributes that a run adds."""
+"""Names of the attributes that a run adds to its study."""
 
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Study attributes that `nas.search.remeasure` writes."""

@@ -1,12 +1,12 @@
-"""A calibration's folder: its only reader and writer.
+"""The folder of a calibration. Only this module reads and writes it.
 
-calibration.json    of which space, on which data, on what machine
-pool.csv            random architectures with their latency, from which those to train are taken
+calibration.json    space, data and machine
+pool.csv            random architectures with their latency, from which the architectures to train are chosen
 truths.csv          trainings: architecture, seed, epochs, learning curve
-scores.csv          what each estimator said of each architecture
-report.json         how far they agree, derived
+scores.csv          score of each architecture by each estimator
+report.json         agreement of the estimators with the trainings, derived
 trust.png trust.svg the same as a picture, derived
-checkpoints/        where each training stands, so that it can go on
+checkpoints/        state of each training, to resume it
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REPORT = {
     "rows": [{"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE}],
     "ensemble": dict,
 }
-"""What else reads of a report, see `nas.foreign_files`."""
+"""Shape of the part of a report that other modules read, see `nas.foreign_files`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Calibration:
 
     Args:
         path: its folder.
-        manifest: what `calibration.json` holds.
+        manifest: the content of `calibration.json`.
     """
 
     path: Path
@@ -65,10 +65,10 @@ class Calibration:
 
     @classmethod
     def open(cls, path: Path) -> Calibration:
-        """Read a calibration's folder.
+        """Reads a calibration's folder.
 
         Raises:
-            RunError: where it is none, or damaged.
+            RunError: if the folder is not a calibration, or is damaged.
         """
         with reading_manifest(path / FILE, FORMAT, "calibration", MANIFEST) as manifest:
             found = cls(path, manifest)
@@ -77,11 +77,11 @@ class Calibration:
 
     @property
     def space(self) -> SearchSpace:
-        """Whose architectures."""
+        """The space whose architectures were trained."""
         return SearchSpace.from_dict(self.manifest["space"])
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """A table's rows as text; none where there is no such table yet."""
+        """Returns a table's rows as text. The list is empty if the table does not exist yet."""
         file = self.path / f"{name}.csv"
         if not file.exists():
             return []
@@ -95,7 +95,7 @@ class Calibration:
         return rows
 
     def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace a table."""
+        """Replaces a table."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, COLUMNS[name], lineterminator="\n")
         writer.writeheader()
@@ -103,29 +103,37 @@ class Calibration:
         write_file(self.path / f"{name}.csv", buffer.getvalue())
 
     def truths(self) -> dict[tuple[str, int], tuple[Rung, ...]]:
-        """(key, seed) -> learning curve; without the trainings that failed."""
+        """Returns (key, seed) -> learning curve. Trainings that failed are left out."""
         return {
             (row["key"], int(row["seed"])): parse_curve(row["curve"]) for row in self.rows("truths") if row["curve"]
         }
 
     def report(self) -> dict[str, Any]:
-        """What `calibrate` found last; raises RunError where it has not come so far."""
+        """Returns the last report of `calibrate`.
+
+        Raises:
+            RunError: if there is no report yet, or it is damaged.
+        """
         file = self.path / "report.json"
         if not file.exists():
-            raise RunError(f"{self.path} has no report yet: go on with mixnas calibrate --out {self.path}")
+            raise RunError(f"{self.path} has no report yet: resume it with mixnas calibrate --out {self.path}")
         report: dict[str, Any] = read_json(file, "a report", REPORT, RunError)
         return report
 
     def ensemble(self) -> Ensemble:
-        """The ensemble that is fitted on all of its truths."""
+        """Returns the ensemble that was fitted to all of its trainings.
+
+        Raises:
+            RunError: if there is no ensemble yet, or the report is damaged.
+        """
         try:
             return Ensemble.from_dict(self.report()["ensemble"])
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise RunError(f"{self.path} has no ensemble: go on with mixnas calibrate --out {self.path}") from None
+            raise RunError(f"{self.path} has no ensemble: resume it with mixnas calibrate --out {self.path}") from None
 
 
 def _check_row(row: Mapping[str, str | None], columns: Sequence[str]) -> None:
-    """Raise ValueError where a table's row cannot be what `Calibration.write` wrote."""
+    """Raises ValueError if `Calibration.write` cannot have written this row."""
     if None in row or any(row.get(name) is None for name in columns):
         raise ValueError(f"the columns are {', '.join(columns)}")
     known = {name: text for name, text in row.items() if text and not row["failure"]}
@@ -138,12 +146,12 @@ def _check_row(row: Mapping[str, str | None], columns: Sequence[str]) -> None:
 
 
 def format_curve(curve: Sequence[Rung]) -> str:
-    """`epoch:accuracy:seconds`, a space between the points."""
+    """Formats a learning curve as `epoch:accuracy:seconds`, with a space between the points."""
     return " ".join(f"{rung.epoch}:{rung.accuracy:.6g}:{rung.seconds:.3f}" for rung in curve)
 
 
 def parse_curve(text: str) -> tuple[Rung, ...]:
-    """The inverse of `format_curve`."""
+    """Parses a learning curve. The inverse of `format_curve`."""
     points = (point.split(":") for point in text.split())
     return tuple(Rung(int(epoch), float(accuracy), float(seconds)) for epoch, accuracy, seconds in points)
 
@@ -151,19 +159,20 @@ def parse_curve(text: str) -> tuple[Rung, ...]:
 def find_trust(
     space: SearchSpace, fingerprint: str, proxy: str, epochs: int, batch_size: int, places: Iterable[Path]
 ) -> dict[str, Any] | None:
-    """What a calibration says of a proxy; None where none of the same space, data and recipe has it.
+    """Finds the calibration of a proxy for a run.
 
     Args:
-        space: of the run.
-        fingerprint: of its data.
+        space: space of the run.
+        fingerprint: fingerprint of the run's data.
         proxy: a row of `ESTIMATORS`.
-        epochs: of its training.
-        batch_size: images a training step.
+        epochs: epochs of the proxy's training.
+        batch_size: images per training step.
         places: folders that may be calibrations.
 
     Returns:
-        The row of `trust_report` with `calibration` (its folder), `ceiling` and `epochs` (of a truth); of the
-        calibration with the most truths.
+        The proxy's row of `trust_report`, with `calibration` (the folder), `ceiling` and `epochs` (of a reference
+        training) added. If several calibrations fit, the one with the most trainings counts. None if no calibration
+        has the same space, data and recipe and knows the proxy.
     """
     name = f"train@{epochs}" if proxy == "train" else proxy
     wanted = {"batch_size": batch_size, "training_recipe": RECIPE}
@@ -179,5 +188,5 @@ def find_trust(
                 told = {"calibration": str(path), "ceiling": report["ceiling"]["kendall"], "epochs": report["epochs"]}
                 best = row | told
         except (NasError, KeyError, TypeError):
-            continue  # a damaged one is no reason not to search
+            continue  # a damaged calibration must not stop a search
     return best

@@ -1,4 +1,4 @@
-"""What all folders share: a manifest that is checked when it is read, a lock, and files that are written whole."""
+"""Functions for all kinds of folders: checked manifests, locks, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..streams import encodable
 
 @contextlib.contextmanager
 def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The content of a folder's manifest; what a body refuses in it is reported with the file's name.
+    """Yields the content of a folder's manifest. If the body raises an error, it is reported with the file's name.
 
     Args:
         file: the manifest.
         release_format: the `format` that it must have.
-        what: the folder is with it.
-        shape: what else it holds, see `nas.foreign_files`.
+        what: the kind of folder, for messages.
+        shape: shape of its other fields, see `nas.foreign_files`.
 
     Raises:
-        RunError: where it is missing, of another format or damaged.
+        RunError: if the manifest is missing, damaged, or has another format.
     """
     if not is_file(file, RunError):
         raise RunError(f"{file.parent} is not a {what}: it has no {file.name}")
@@ -43,22 +43,22 @@ def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[
 
 @contextlib.contextmanager
 def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> Iterator[None]:
-    """Hold a folder, made if it is not there: one process at a time. It goes again if nothing comes of it.
+    """Locks a folder for this process. The folder is created first, and removed again if no manifest was written.
 
     Args:
         path: the folder.
-        manifest: the file that makes it what it is to be.
-        what: is to come of it.
+        manifest: name of the file that marks a complete folder.
+        what: what the folder will contain, for messages.
 
     Raises:
-        RunError: where it cannot be made or written, holds something else, or another process has it.
+        RunError: if the folder cannot be created or written, holds other files, or is locked by another process.
     """
     try:
         str(path.resolve()).encode()
     except UnicodeEncodeError:  # SQLite and safetensors take no other path
         raise RunError(
-            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (where it is, set "
-            "PYTHONUTF8=1)"
+            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (if the path is UTF-8, "
+            "set PYTHONUTF8=1)"
         ) from None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
             held = True
             yield
     finally:
-        if held and not (path / manifest).is_file():  # what another process holds is not ours to clear
+        if held and not (path / manifest).is_file():  # never clear a folder that another process holds
             with contextlib.suppress(OSError):
                 (path / ".lock").unlink(missing_ok=True)
                 path.rmdir()
@@ -82,15 +82,15 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
 
 @contextlib.contextmanager
 def held_folder(path: Path, what: str = "run", instead: str = "") -> Iterator[None]:
-    """Hold a folder that is there: one process at a time.
+    """Locks an existing folder for this process.
 
     Args:
         path: the folder.
-        what: it is of.
-        instead: of waiting, what may be done.
+        what: the kind of folder, for messages.
+        instead: an alternative to waiting, for the message.
 
     Raises:
-        RunError: where another process has it, or it cannot be written.
+        RunError: if another process holds the lock, or the folder cannot be written.
     """
     lock = FileLock(path / ".lock")
     try:
@@ -106,9 +106,9 @@ def held_folder(path: Path, what: str = "run", instead: str = "") -> Iterator[No
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
+    """Writes a file atomically: either the whole content or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # it may hold a path with bytes that are no text
+    # the content may hold a path with bytes that are not text
     data = encodable(content, "utf-8").encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Joins a shared run from its storage alone, finds a run that lost its manifest, and clears an unfinished creation."""
+"""Joins a shared run through its storage, restores a lost manifest, and removes an unfinished study."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def remove_unfinished_study(path: Path) -> None:
-    """Clear what a creation that was cut short left in a run folder: a study without a trial, before its manifest.
+    """Removes the study of a run whose creation was interrupted before its manifest was written.
 
     Raises:
-        RunError: where the study is not such a one, and so somebody's.
+        RunError: if the study has trials or another name, because it then belongs to somebody.
     """
     if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
         with storage_errors(path):
@@ -35,15 +35,15 @@ def remove_unfinished_study(path: Path) -> None:
 
 
 def join_run(path: Path, url: str, study: str) -> Run:
-    """The run of a study in a shared storage, with a folder for what belongs to this machine alone.
+    """Returns the run of a study in a shared storage. Its folder holds only files of this machine.
 
     Args:
-        path: the folder; made where it is not there.
-        url: of the storage.
-        study: its name.
+        path: the folder. It is created if it does not exist.
+        url: URL of the storage.
+        study: name of the study.
 
     Raises:
-        RunError: where the storage has no such study, or the folder is another run's.
+        RunError: if the storage has no such study, or the folder belongs to another run.
     """
     consent.allow(storage=url)
     if url.startswith("sqlite"):
@@ -68,7 +68,7 @@ def join_run(path: Path, url: str, study: str) -> Run:
         before = Run.open(path).manifest
         if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
             raise RunError(f"{path} is the folder of another run: give another --out")
-        return Run(path, manifest)  # perhaps the search's own folder, whose manifest is not ours to write
+        return Run(path, manifest)  # this may be the search's own folder, whose manifest must stay as it is
     del manifest["format"]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,10 @@ def join_run(path: Path, url: str, study: str) -> Run:
 
 
 def find_run(path: Path) -> bool:
-    """Whether a folder holds a run. A manifest that is lost is written again from the copy in the study.
+    """Whether a folder holds a run. A lost manifest is restored from the copy in the study.
 
     Raises:
-        RunError: where the study is damaged.
+        RunError: if the study is damaged.
     """
     if is_run(path):
         return True
@@ -100,5 +100,5 @@ def find_run(path: Path) -> bool:
     if manifest["config"]["storage"] is not None:
         return False
     Run.create(path, {name: value for name, value in manifest.items() if name != "format"})
-    log.warning("%s had lost its run.json: it is written again from the study", path)
+    log.warning("%s had lost its run.json, which was restored from the study", path)
     return True

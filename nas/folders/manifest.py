@@ -1,8 +1,7 @@
-"""What a run's manifest and its study's attributes look like, as far as they are read.
+"""Shapes of a run's manifest and of its study's attributes, as far as this release reads them.
 
-`nas.foreign_files` says what a shape is.
-
-A field that only some releases wrote may be missing. Fields of a later release are left alone.
+`nas.foreign_files` defines shapes. A field that only some releases wrote may be missing. Fields of later releases are
+ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ..scoring.latency.config import IN_RUNS, SHAPES
 
 _ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
 TRUST = {"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE, "ceiling": _ESTIMATE, "epochs": COUNT}
-"""What a calibration says of a proxy."""
+"""The verdict of a calibration on a proxy."""
 
 LATENCY = {
     (f"{IN_RUNS[name[:-1]]}?" if name.endswith("?") else IN_RUNS.get(name, name)): shape
@@ -65,7 +64,7 @@ DATA = {
     "num_holdout": COUNT,
     "listing?": {"split": str, "images": [COUNT], "others": {str: COUNT}, "skipped": {str: COUNT}, "notes": [str]},
 }
-"""What was trained on, in runs and full trainings."""
+"""The data of a run or of a full training."""
 MACHINE = {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE}
 RUN = {
     "study": str,
@@ -122,9 +121,9 @@ TRAINED = {
     "holdout": (_TOP1, None),
     "test": ({"name": str, **_TOP1}, None),
 }
-"""What a full training reached: its `result.json`."""
+"""The result of a full training: its `result.json`."""
 TRAINED_FRONT = {
     "rows": [{"key": LINE, "accuracy?": FIGURE}],
     "kendall": ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None),
 }
-"""What those of a front reached: `trained/front.json`."""
+"""The results of training a whole front: `trained/front.json`."""

@@ -25,9 +25,9 @@ from .files import reading_manifest, write_file
 FORMAT = 2
 NUM_CLASSES = 1000
 WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0.3}
-"""How a network is timed: less exactly than elsewhere, since the model averages over many."""
+"""Settings for timing a network. They are less exact than elsewhere, because the model averages over many networks."""
 PIECE: dict[str, Any] = {"target": 0.04, "max_seconds": 0.15, "warmup_seconds": 0.1, "block_ms": 10.0}
-"""How its pieces are."""
+"""Settings for timing a piece of a network."""
 _FAILED = {"architecture": dict, "failure": str}
 RECORDS: dict[str, Any] = {
     "networks": (
@@ -36,7 +36,7 @@ RECORDS: dict[str, Any] = {
     ),
     "held_out": ({"architecture": dict, "ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}, _FAILED),
 }
-"""File -> what a line of it holds, see `nas.foreign_files`."""
+"""File -> shape of its lines, see `nas.foreign_files`."""
 MANIFEST = {
     "space": dict,
     "input_size": SIDE,
@@ -48,13 +48,13 @@ MANIFEST = {
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What to profile, and under which conditions.
+    """The networks to profile, and the conditions of measurement.
 
     Args:
-        space: whose networks.
+        space: the space of the networks.
         latency: the conditions.
-        input_size: side of the images.
-        seed: of the networks that are drawn.
+        input_size: side of the images in pixels.
+        seed: random seed for drawing networks.
     """
 
     space: SearchSpace
@@ -69,11 +69,11 @@ class ProfileConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the profile is kept unless a user says otherwise."""
+        """Default folder of the profile."""
         return profile_folder(self.space.name, self.latency.label, self.input_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns the configuration as plain data."""
         latency = {k: v for k, v in asdict(self.latency).items() if k not in PIECE and k != "seed"}
         latency["threads"] = self.latency.num_threads
         return {
@@ -91,8 +91,8 @@ class Profile:
 
     Args:
         path: its folder.
-        config: what it is of.
-        reference_ms: what its figures hang on.
+        config: its networks and conditions.
+        reference_ms: stored latency of the reference network, by which its figures are normalised.
     """
 
     path: Path
@@ -101,21 +101,21 @@ class Profile:
 
     @property
     def label(self) -> str:
-        """What it predicts, in words."""
+        """The conditions of its predictions, for people."""
         at = self.config.latency
         return f"{at.label}, {at.dtype}, batch {at.batch_size}, {self.config.input_size} pixels"
 
     def check(self, latency: LatencyConfig, input_size: int, machine: str, what: str) -> None:
-        """Refuses what was measured under other conditions.
+        """Refuses a measurement that was made under other conditions.
 
         Args:
             latency: the conditions of the other measurement.
-            input_size: side of its images.
-            machine: where it was made.
-            what: what was measured, for the message.
+            input_size: side of its images in pixels.
+            machine: the machine on which it was made.
+            what: subject of the message, with its verb.
 
         Raises:
-            UsageError: where one differs.
+            UsageError: if a condition differs.
         """
         mine = self.config
         here = {"input size": mine.input_size, "machine": machine_name(mine.latency.device), **mine.latency.conditions}
@@ -128,10 +128,10 @@ class Profile:
 
     @classmethod
     def open(cls, path: Path) -> Profile:
-        """Read a profile's folder.
+        """Reads a profile's folder.
 
         Raises:
-            RunError: where it is none, or damaged.
+            RunError: if the folder is not a profile, or is damaged.
         """
         with reading_manifest(path / "profile.json", FORMAT, "profile", MANIFEST) as data:
             names = tuple(f.name for f in fields(LatencyConfig))
@@ -140,7 +140,7 @@ class Profile:
             return cls(path, config, data["reference_ms"])
 
     def records(self, name: str = "networks") -> list[dict[str, Any]]:
-        """What was measured, in order; a last line that a killed process left unfinished is not there."""
+        """Returns the measurements in order. An incomplete last line, which a killed process may leave, is skipped."""
         file = self.path / f"{name}.jsonl"
         if not file.exists():
             return []
@@ -155,19 +155,20 @@ class Profile:
         return records
 
     def add(self, record: Mapping[str, Any], name: str = "networks") -> None:
-        """Append a record, in one write."""
+        """Appends a record. The file is written atomically."""
         file = self.path / f"{name}.jsonl"
         whole = "".join(json.dumps(r) + "\n" for r in [*self.records(name), record])
         write_file(file, whole)
 
     def fit(self, trials: Sequence[tuple[Architecture, float]] = ()) -> LatencyModel:
-        """The model of all that was measured.
+        """Fits the latency model to all measurements.
 
         Args:
-            trials: further architectures with their latency as a whole, such as `trials_of` a run.
+            trials: further architectures with the latency of the whole network in milliseconds, such as `trials_of` a
+                run.
 
         Raises:
-            RunError: where too little was measured.
+            RunError: if there are too few measurements.
         """
         pieces: list[np.ndarray] = []
         pieces_ms: list[float] = []
@@ -195,5 +196,9 @@ class Profile:
         return count_pieces(architecture, self.config.input_size, self.config.latency.batch_size).features
 
     def predict(self, model: LatencyModel, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
-        """Latency in milliseconds of each architecture, and the standard deviation of its error, as a share."""
+        """Predicts the latency of each architecture.
+
+        Returns:
+            Latencies in milliseconds, and the standard deviations of their errors, as shares of the latency.
+        """
         return model.predict([self._features(a) for a in architectures])

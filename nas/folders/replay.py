@@ -1,4 +1,4 @@
-"""The table `replay.csv` of a run folder: the scores of a replay. This is its only reader and writer."""
+"""The table `replay.csv` of a run folder, with the scores of a replay. Only this module reads and writes it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KINDS = (ACCURACY, PROXY, LATENCY, COUNTED)
 COLUMNS = ("trial", "key", "machine", *KINDS, "failure", "scores")
 
 Rescored = dict[tuple[int, str], tuple[Scores, str]]
-"""(trial, key) -> scores and failure of the replay; one of the two is empty."""
+"""(trial, key) -> scores and failure of the replay. One of the two is empty."""
 
 
 def read_replay(file: Path, machine: str) -> Rescored:
-    """Reads what earlier calls scored; empty if there is no such file.
+    """Reads the scores of earlier calls. The result is empty if the file does not exist.
 
     Raises:
         RunError: if they ran on another machine, or the file is damaged.
@@ -54,7 +54,7 @@ def write_replay(file: Path, machine: str, rescored: Rescored, verdicts: Iterabl
 
     Args:
         file: the table.
-        machine: where the replay runs.
+        machine: the machine on which the replay runs.
         rescored: the scores, in the order of the rows.
         verdicts: the verdict on each kind of figure, row by row.
     """

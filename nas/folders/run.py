@@ -1,14 +1,14 @@
-"""A run folder: its only reader and writer.
+"""A run folder. Only this module reads and writes it.
 
-    run.json                what was asked for, on what machine, with which versions
-    study.db                Optuna's SQLite storage: the truth; absent where the storage is a server
+    run.json                configuration, machine and software versions
+    study.db                Optuna's SQLite storage with all trials; absent if the storage is a server
     trials.csv              every trial, derived
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
-    exports/<key>/          what `export` made
-    trained/<key>/          what `train` made
+    exports/<key>/          networks that `export` wrote
+    trained/<key>/          networks that `train` trained
 
-Derived files can be deleted at any time. Every file is written under a temporary name and renamed.
+You can delete derived files at any time. Every file is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -65,17 +65,21 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Read a run folder's manifest.
+        """Reads a run folder's manifest.
 
         Raises:
-            RunError: where the folder is not a run's, or its manifest is damaged.
+            RunError: if the folder is not a run folder, or its manifest is damaged.
         """
         folder = Path(path)
         manifest = folder / "run.json"
         if not is_run(folder):
             raise RunError(
                 f"{folder} is not a run folder: it has no run.json"
-                + (f" (mixnas search --out {folder} finds it in its study)" if (folder / "study.db").is_file() else "")
+                + (
+                    f" (mixnas search --out {folder} restores it from the study)"
+                    if (folder / "study.db").is_file()
+                    else ""
+                )
                 if folder.is_dir()
                 else f"no run folder at {folder}"
             )
@@ -86,12 +90,12 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
-        """Writes `run.json`: the last step when a run is created, or an update of what a resumed run may change."""
+        """Writes `run.json`. This is the last step of creating a run, or an update when a run is resumed."""
         write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
         return cls.open(path)
 
     def update(self, manifest: Mapping[str, Any]) -> Run:
-        """Writes another manifest, also into the study, where workers read it."""
+        """Replaces the manifest, also in the study, where workers read it."""
         with self._study() as (storage, study_id):
             storage.set_study_user_attr(study_id, MANIFEST, {**manifest, "format": FORMAT})
         return Run.create(self.path, manifest)
@@ -106,7 +110,7 @@ class Run:
 
     @cached_property
     def latency(self) -> tuple[LatencyConfig, ...]:
-        """The conditions under which latency is measured, a configuration for each target."""
+        """The conditions of latency measurement, one configuration for each target."""
         return run_latency(self.manifest["config"])
 
     @property
@@ -143,7 +147,7 @@ class Run:
         """The study's storage.
 
         Raises:
-            RunError: where it is not the folder's own file, and the user did not name it (`nas.consent`).
+            RunError: if it is not the folder's own file, and the user did not name it (`nas.consent`).
         """
         consent.check_storage(self.manifest["config"]["storage"], str(self.path))
         return open_storage(self.path, self.manifest["config"]["storage"], create=False)
@@ -155,13 +159,13 @@ class Run:
             yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
 
     def trials(self, remeasured: bool = True) -> list[Trial]:
-        """Every trial of the study, in order.
+        """Returns every trial of the study, in order.
 
         Args:
-            remeasured: whether latencies that were measured again after the search take the place of the first ones.
+            remeasured: whether latencies that were measured again after the search replace the first ones.
 
         Raises:
-            RunError: where the storage is missing or damaged.
+            RunError: if the storage is missing or damaged.
         """
         with self._study() as (storage, study_id), damage_reported(self.path):
             frozen = storage.get_all_trials(study_id, deepcopy=False)
@@ -227,20 +231,21 @@ class Run:
         }
 
     def stage_latencies(self) -> dict[str, list[dict[str, Any]]]:
-        """Latency of each part of the front's networks on the first target: key -> `part`, `ms`, `low_ms`, `high_ms`.
+        """Returns the latencies of the parts of the front's networks: key -> `part`, `ms`, `low_ms` and `high_ms`.
 
-        Parts are `stem`, `stages.N` and `head`, in the order in which they run. What could not be measured is left out.
-        The whole was timed with them, and what it is known to take now sets their scale.
+        They are latencies on the first target. Parts are `stem`, `stages.N` and `head`, in the order in which they run.
+        Parts that could not be measured are left out. The whole network was timed with its parts, and all are scaled
+        so that the whole has its latest known latency.
         """
         measured = self.attributes.get(STAGES, {}).get(self.targets[0], {}) if self.targets else {}
         known = {t.key: t.scores.latency_ms for t in self.trials()} if measured else {}
         return {key: to_scale(parts, known.get(key)) for key, parts in measured.items() if parts}
 
     def beaten(self, front: list[Trial], scores: Scores) -> list[str] | None:
-        """Keys of the front's points that certainly dominate a network with these scores.
+        """Returns the keys of the front's points that certainly dominate a network with these scores.
 
-        A score that is missing, or known as a lower bound alone, may be as bad as can be: a point that beats a lower
-        bound beats the network. None where no point certainly does, but for all that is known one may.
+        A score that is missing or only a lower bound may be arbitrarily bad. So a point that beats a lower bound beats
+        the network. The result is None if no point certainly dominates the network, but some point may.
         """
         if not front:
             return []
@@ -257,7 +262,7 @@ class Run:
         return [front[i].key for i in np.flatnonzero(certain)]
 
     def unknowns(self, scores: Scores) -> list[str]:
-        """Reasons why a network with these scores cannot be compared, one clause each; empty if it can be."""
+        """Lists the reasons why a network with these scores cannot be compared. The list is empty if it can be."""
         missing = [f"{o.name} was not measured" for o in self.objectives if o.read(scores) is None]
         return missing + [f"{o.label} are a lower bound" for o in self.objectives if o.at_least(scores)]
 
@@ -267,11 +272,11 @@ class Run:
         return {name: one_line(entry["failure"]) for name, entry in entries.items() if "failure" in entry}
 
     def verdicts(self) -> list[str]:
-        """How far the front can be trusted, one sentence each: its proxy, its order and its intervals."""
+        """Returns sentences on how far to trust the front: its proxy, its order and its intervals."""
         return verdicts(self)
 
     def front(self, trials: list[Trial] | None = None) -> list[Trial]:
-        """The non-dominated complete trials, by the first objective from best to worst; equal points are all kept."""
+        """Returns the non-dominated complete trials, by the first objective from best to worst. Keeps equal points."""
         complete = [t for t in (self.trials() if trials is None else trials) if t.state == "complete"]
         if not complete:
             return []
@@ -280,11 +285,11 @@ class Run:
         return [complete[i] for i in sorted(chosen, key=lambda i: tuple(losses[i]))]
 
     def losses(self, trials: list[Trial]) -> np.ndarray:
-        """Objective values in loss space, of shape (trials, objectives)."""
+        """Returns the objective values in loss space, of shape (trials, objectives)."""
         return np.array([[o.loss(_known(o.read(t.scores))) for o in self.objectives] for t in trials])
 
     def loss_intervals(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-        """Losses at their best and at their worst, by the intervals of latency; each of shape (trials, objectives)."""
+        """Returns the best and the worst losses within the latency intervals, each of shape (trials, objectives)."""
         best, worst = self.losses(list(trials)), self.losses(list(trials))
         for column, objective in ((c, o) for c, o in enumerate(self.objectives) if o.is_latency):
             for row, trial in enumerate(trials):
@@ -293,9 +298,10 @@ class Run:
         return best, worst
 
     def bend(self, front: list[Trial]) -> Trial:
-        """The point of a front (not empty) that is nearest to the best in everything, in shares of the front's reach.
+        """Returns the point of a front (not empty) that is nearest to the ideal point.
 
-        Of two that are as near the one that is better in the later objectives.
+        The ideal point has the best value of each objective, and distances are shares of each objective's range. If
+        two points are equally near, the one that is better in the later objectives is chosen.
         """
         losses = self.losses(front)
         reach = np.where(np.ptp(losses, axis=0) > 0, np.ptp(losses, axis=0), 1.0)
@@ -303,12 +309,12 @@ class Run:
         return front[min(range(len(front)), key=lambda i: (distances[i], *losses[i][::-1]))]
 
     def hypervolume(self, front: list[Trial]) -> float:
-        """Hypervolume of a front against the run's reference point, in the product of the objectives' units."""
+        """Returns a front's hypervolume against the run's reference point, in the product of the objectives' units."""
         corner = [o.loss(self.reference[o.name]) for o in self.objectives]
         return hypervolume(self.losses(front) if front else np.empty((0, len(corner))), corner)
 
     def hypervolumes(self, trials: Sequence[Trial]) -> list[float]:
-        """The hypervolume of the front after each trial, in the order given, against the run's reference point."""
+        """Returns the hypervolume of the front after each trial, against the run's reference point."""
         corner = [o.loss(self.reference[o.name]) for o in self.objectives]
         front, volumes = GrowingFront(corner), []
         for trial in trials:
@@ -318,9 +324,9 @@ class Run:
         return volumes
 
     def random_hypervolumes(self, trials: Sequence[Trial], orders: int = 100) -> list[float]:
-        """What random search would have after each trial, as a mean over random orders.
+        """Returns the hypervolume that random search would have after each trial, averaged over random orders.
 
-        Only a run that scored every architecture of its space knows that; others give an empty list.
+        This is known only if the run scored every architecture of its space. Otherwise the list is empty.
         """
         complete = [t for t in trials if t.state == "complete"]
         if len(complete) < SearchSpace.from_dict(self.manifest["space"]).size:
@@ -338,18 +344,22 @@ class Run:
         write_file(self.path / "front.json", json.dumps(self.front_dict(front), indent=2) + "\n")
 
     def table(self, trials: list[Trial], on_front: bool = False) -> str:
-        """Trials as CSV, one a line. Columns without any value are left out."""
+        """Formats trials as CSV, one per line. Empty columns are left out."""
         return table(self, trials, on_front)
 
     def front_dict(self, front: list[Trial]) -> dict[str, Any]:
-        """The front as plain data, with objectives, hypervolume and its reference point."""
+        """Returns the front as plain data, with objectives, hypervolume and its reference point."""
         return front_dict(self, front)
 
     def find(self, key: str, trials: list[Trial] | None = None) -> Trial:
-        """The scored trial whose architecture's key is, or starts with, `key`; among `trials` where they are read.
+        """Finds the scored trial whose architecture's key is `key` or starts with it.
+
+        Args:
+            key: the key, or the start of it.
+            trials: the trials to search; None reads them.
 
         Raises:
-            UsageError: where none or several match.
+            UsageError: if no trial or several trials match.
         """
         trials = self.trials() if trials is None else trials
         found = {t.key: t for t in trials if t.architecture and t.key.startswith(key) and t.state != "running"}
@@ -380,7 +390,7 @@ def is_run(path: Path) -> bool:
     """Whether a folder holds a run's manifest.
 
     Raises:
-        RunError: where the folder cannot be looked into.
+        RunError: if the folder cannot be read.
     """
     return is_file(path / "run.json", RunError)
 

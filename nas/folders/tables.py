@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 UNLISTED = ("others", "curve", "uncounted", "form")
-"""Fields of `Scores` that are not columns of the tables as they are, or that no point of a run has."""
+"""Fields of `Scores` that the tables leave out or show in another form."""
 
 
 def columns(run: Run) -> dict[str, str]:
@@ -24,7 +24,10 @@ def columns(run: Run) -> dict[str, str]:
 
 
 def _baselines_dict(run: Run, front: list[Trial]) -> dict[str, Any]:
-    """Baselines as plain data. `dominated_by` is null if it is unknown; `unknowns` or `failure` then says why."""
+    """Returns the baselines as plain data.
+
+    `dominated_by` is null if it is unknown. `unknowns` or `failure` then holds the reason.
+    """
     found: dict[str, Any] = {}
     for name, scores in run.baselines().items():
         beaten = run.beaten(front, scores)
@@ -75,7 +78,7 @@ def table(run: Run, trials: list[Trial], on_front: bool = False) -> str:
         "failure",
         "architecture",
     ]
-    # whole numbers stay whole where some are missing
+    # keep columns with missing values integer
     table = pd.DataFrame([row(t) for t in trials], columns=names).convert_dtypes()
     if trials:
         table = table.dropna(axis="columns", how="all")
@@ -116,7 +119,7 @@ def front_dict(run: Run, front: list[Trial]) -> dict[str, Any]:
 
 
 def _flat(run: Run, scores: Scores) -> dict[str, Any]:
-    """Scores by the column names of the tables."""
+    """Returns the scores by the column names of the tables."""
     named, data = columns(run), scores.to_dict()
     others = data.pop("others", {})
     further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}

@@ -1,13 +1,13 @@
-"""A folder that `train` made: its only reader and writer.
+"""A folder that `train` made. Only this module reads and writes it.
 
-    train.json          what is trained, by which recipe, on which images, on what machine
-    checkpoint.pt       all that the training needs to go on; read as tensors and plain data only
-    log.csv             a line an epoch
-    tensorboard/        the same for TensorBoard, where asked for
-    model.safetensors   the finished weights: the average that was tested
-    result.json         what the finished training reached; written once, last
+    train.json          network, recipe, images and machine
+    checkpoint.pt       the state from which to resume; only tensors and plain data are read
+    log.csv             one line per epoch
+    tensorboard/        the same for TensorBoard, if asked for
+    model.safetensors   the final weights: the average that was tested
+    result.json         the final accuracies; written once, as the last file
 
-Every file is written under a temporary name and renamed.
+Every file is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class Trained:
 
     @classmethod
     def open(cls, path: Path) -> Trained:
-        """Read a folder's manifest.
+        """Reads a folder's manifest.
 
         Raises:
-            RunError: where the folder is not a training's, or its manifest is damaged.
+            RunError: if the folder is not a training folder, or its manifest is damaged.
         """
         with reading_manifest(path / MANIFEST, FORMAT, "training folder", _SHAPE) as manifest:
             if (manifest["architecture"] is None) == (manifest["model"] is None):
@@ -101,27 +101,27 @@ class Trained:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to go on with."""
+        """Whether the folder holds a checkpoint or a result."""
         return any(is_file(self.path / name, RunError) for name in (CHECKPOINT, RESULT))
 
     @classmethod
     def create(cls, path: Path, manifest: Mapping[str, Any]) -> Trained:
-        """Write `train.json`."""
+        """Writes `train.json`."""
         write_file(path / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
         return cls.open(path)
 
     @property
     def architecture(self) -> Architecture | None:
-        """What is trained; None for a timm model of another family."""
+        """The architecture that is trained. None for a timm model of another family."""
         data = self.manifest["architecture"]
         return None if data is None else Architecture.from_dict(data)
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the finished training reached; None as long as it has not ended.
+        """The result of the training. None if the training has not finished.
 
         Raises:
-            RunError: where it is damaged.
+            RunError: if the file is damaged.
         """
         file = self.path / RESULT
         if not is_file(file, RunError):
@@ -130,10 +130,10 @@ class Trained:
         return result
 
     def build(self, **kwargs: Any) -> nn.Module:
-        """The network, with untrained weights.
+        """Builds the network with untrained weights.
 
         Args:
-            kwargs: for its constructor, such as `drop_path_rate`.
+            kwargs: arguments of its constructor, such as `drop_path_rate`.
         """
         classes = len(self.manifest["data"]["classes"])
         architecture = self.architecture
@@ -143,38 +143,38 @@ class Trained:
         return create_network(self.manifest["model"], classes, (channels, height, width), **kwargs)
 
     def load_model(self) -> nn.Module:
-        """The network with its finished weights, in eval mode.
+        """Returns the network with its final weights, in eval mode.
 
         Raises:
-            RunError: where the training has not ended, or its weights are damaged.
+            RunError: if the training has not finished, or its weights are damaged.
         """
         if self.result is None:
-            raise RunError(f"{self.path} is not trained to its end: call train again with --out {self.path}")
+            raise RunError(f"{self.path} is not fully trained: resume it with mixnas train {self.path}")
         model = self.build()
         load_weights(model, self.path / WEIGHTS)
         return model.eval()
 
     def save_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Keep the finished weights."""
+        """Writes the final weights."""
         from safetensors.torch import save
 
         write_file(self.path / WEIGHTS, save({name: t.detach().cpu().contiguous() for name, t in weights.items()}))
 
     def save_result(self, result: Mapping[str, Any]) -> None:
-        """Say what was reached; the training has ended with that."""
+        """Writes `result.json`, which marks the training as finished."""
         write_file(self.path / RESULT, json.dumps(result, indent=2) + "\n")
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Keep all that the training needs to go on."""
+        """Writes the state from which the training can resume."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         write_file(self.path / CHECKPOINT, buffer.getvalue())
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """What the training goes on from; None where it begins.
+        """Reads the state from which the training resumes. None if it has not been started.
 
         Raises:
-            RunError: where it is damaged.
+            RunError: if the file is damaged.
         """
         file = self.path / CHECKPOINT
         if not is_file(file, RunError):
@@ -183,7 +183,7 @@ class Trained:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise RunError(f"{file} is damaged ({why}): delete it to begin again") from None
+            raise RunError(f"{file} is damaged ({why}): delete it to start over") from None
         return state
 
 
@@ -193,15 +193,15 @@ def is_training(path: Path) -> bool:
 
 
 def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
-    """Fill a network from a safetensors file.
+    """Loads weights from a safetensors file into a network.
 
     Args:
         model: the network.
         file: the weights.
-        adapt: what turns them into those of the network; None where they are.
+        adapt: converts the file's weights to those of the network; None if they need no conversion.
 
     Raises:
-        RunError: where the file is missing or damaged, or does not fit.
+        RunError: if the file is missing or damaged, or does not fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""One trial of a run, as data, and how it is read from the study."""
+"""One trial of a run as data, and its reader."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Trial:
     Args:
         number: position in the run, from 0.
         state: `complete`, `pruned` (over a budget, or stopped early), `failed` or `running`.
-        architecture: what was scored; None where a trial ended before it was drawn.
-        scores: what was measured.
-        failure: `reason: message` of a failed trial, why one was pruned, else ''.
+        architecture: the candidate; None if the trial ended before it was drawn.
+        scores: its measured scores.
+        failure: `reason: message` of a failed trial, or the reason why a trial was pruned; else ''.
     """
 
     number: int
@@ -33,22 +33,26 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The architecture's key, '' where there is none."""
+        """The architecture's key. Empty if the trial has no architecture."""
         return self.architecture.key if self.architecture else ""
 
     @property
     def stopped(self) -> bool:
-        """Whether its training was stopped early, since it could not reach the front."""
+        """Whether its training was stopped early because it could not reach the front."""
         return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
 
     @property
     def scored(self) -> bool:
-        """Whether it counts as one of the architectures that a search was to score."""
+        """Whether it counts towards the number of candidates that a search must score."""
         return self.state == "complete" or self.stopped
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
-    """Optuna's record of a trial as ours."""
+    """Converts Optuna's record of a trial.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
     states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
     attributes, where = frozen.user_attrs, f"trial {frozen.number}"
     check(attributes, TRIAL, where, RunError)

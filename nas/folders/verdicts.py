@@ -1,4 +1,4 @@
-"""What a run's figures can and cannot say, one sentence each."""
+"""Verdicts on a run: sentences on how far to trust its figures."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from .run import Run
 
 WIDE = 0.05
-"""Half-width of a latency's interval, as a share, from which on people are told."""
+"""Warn when the relative half-width of a latency interval exceeds this."""
 
 
 def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout: int) -> list[str]:
-    """What the width of a front's intervals says of it.
+    """Returns warnings about wide intervals of a front's scores.
 
     Args:
-        objectives: of the run.
-        front: its points.
-        num_holdout: images on which accuracy was measured.
+        objectives: objectives of the run.
+        front: points of the front.
+        num_holdout: number of images on which accuracy was measured.
     """
     lines = []
     for objective in (o for o in objectives if o.is_latency):
@@ -34,8 +34,8 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
         widest = max((i.half_width / i.value for i in intervals if i.value), default=0.0)
         if widest > WIDE:
             lines.append(
-                f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; on quieter cores, or with a "
-                "longer --latency-seconds, they are narrower"
+                f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; an idle machine or a larger "
+                "--latency-seconds makes them narrower"
             )
     errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
     if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):
@@ -48,7 +48,7 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
 
 
 def trust_in_words(told: Mapping[str, Any]) -> str:
-    """What a calibration said of a run's proxy, in one line."""
+    """Formats a calibration's verdict on a run's proxy as one line."""
     kendall, ceiling = (format_figure(Interval.of(told[name])) for name in ("kendall", "ceiling"))
     return (
         f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
@@ -57,7 +57,7 @@ def trust_in_words(told: Mapping[str, Any]) -> str:
 
 
 def measured_latencies(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
-    """Name -> latency in milliseconds. Failures are left out."""
+    """Returns name -> latency in milliseconds. Failures are left out."""
     return {name: Interval.of_latency(entry) for name, entry in entries.items() if "failure" not in entry}
 
 
@@ -92,13 +92,13 @@ def verdicts(run: Run) -> list[str]:
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
-    """Scales the latencies of parts so that the whole, measured with them, has its known latency.
+    """Scales the latencies of parts so that the whole network, measured with them, has its known latency.
 
-    The whole is left out. Its error is added to that of the parts, as squares of logarithms.
+    The whole is left out of the result. Its error is added to the errors of the parts, as squares of logarithms.
     """
     whole = next((entry for entry in measured if entry["part"] == WHOLE), None)
     parts = [dict(entry) for entry in measured if entry is not whole]
-    if whole is None or known_ms is None:  # of an earlier release
+    if whole is None or known_ms is None:  # the parts come from an earlier release
         return parts
     for part in parts:
         ms = part["ms"] * known_ms / whole["ms"]

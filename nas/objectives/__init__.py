@@ -1,1 +1,1 @@
-"""What is minimised and maximised: objectives, Pareto maths, how two orders agree, and how a figure is printed."""
+"""Objectives of a search, Pareto mathematics, agreement of two orders, and formatting of figures."""

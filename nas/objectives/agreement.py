@@ -1,4 +1,4 @@
-"""Does an order hold when it is measured again?"""
+"""Compares an order by latency with the order of a second measurement."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..interval import Interval
 
 @dataclass(frozen=True)
 class Stability:
-    """What a second measurement says of an order.
+    """The agreement of an order with a second measurement.
 
     Args:
-        pairs: neighbours in the first order that both have a second figure.
-        held: of these, how many are in the same order the second time.
+        pairs: number of neighbouring pairs in the first order of which both have a second figure.
+        held: number of these pairs with the same order in the second measurement.
         tied: neighbours that one of the two measurements cannot tell apart.
-        held_apart: of the pairs that are not tied, how many are in the same order.
+        held_apart: number of pairs with the same order among those that are not tied.
     """
 
     pairs: int
@@ -27,7 +27,7 @@ class Stability:
 
     @property
     def verdict(self) -> str:
-        """One line for people."""
+        """The agreement as one line for people."""
         if not self.pairs:
             return "order stability: it has fewer than two points, so there is no order to compare"
         text = f"order stability: {self.held} of {self.pairs} neighbouring pairs kept their order when measured again"
@@ -40,11 +40,11 @@ class Stability:
 
 
 def compare_orders(first: Mapping[str, Interval], second: Mapping[str, Interval]) -> Stability:
-    """Compare the order of `first` with that of a second measurement.
+    """Compares the order of `first` with the order of a second measurement.
 
     Args:
         first: name -> latency in milliseconds.
-        second: the same of the second measurement; names that are not in both are left out.
+        second: the same for the second measurement. Names that are not in both are left out.
     """
     order = [name for name in sorted(first, key=lambda n: first[n].value) if name in second]
     held, held_apart = 0, 0
@@ -60,7 +60,7 @@ def compare_orders(first: Mapping[str, Interval], second: Mapping[str, Interval]
 
 
 def ties(figures: Mapping[str, Interval], most: int = 6) -> str:
-    """In words the neighbours, so many at most, that cannot be told apart; '' where there are none."""
+    """Lists the neighbours that cannot be told apart, `most` pairs at most, for people. Empty if there are none."""
     order = sorted(figures, key=lambda n: figures[n].value)
     tied = [f"{a} and {b}" for a, b in pairwise(order) if figures[a].indistinct(figures[b])]
     more = [f"{len(tied) - most} more"] if len(tied) > most else []
@@ -68,7 +68,7 @@ def ties(figures: Mapping[str, Interval], most: int = 6) -> str:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's; None where there are fewer than three points, or all are alike."""
+    """Returns Spearman's rank correlation. None for fewer than three points, or if all values are equal."""
     from scipy.stats import spearmanr
 
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:

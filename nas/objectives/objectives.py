@@ -1,4 +1,4 @@
-"""What a search may minimise or maximise, and the numbers an architecture gets."""
+"""The objectives of a search, and the scores of an architecture."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ MAX_OBJECTIVES = 4
 
 @dataclass(frozen=True)
 class Scores:
-    """The measured numbers of one architecture; None where nothing was measured.
+    """The measured numbers of one architecture. A number that was not measured is None.
 
     Args:
         params: number of parameters.
         macs: multiply-adds for one image.
         flops: 2 x MACs.
-        uncounted: work that these two may lack, as `module: what`: unless it is empty, both are lower bounds.
-        form: in which form a network with training branches was counted and measured; empty for others.
+        uncounted: operations that MACs and FLOPs may lack, as `module: what`. Unless it is empty, both are lower
+            bounds.
+        form: the form in which a network with training branches was counted and measured; empty for other networks.
         latency_ms: milliseconds of a forward pass over a batch, drift-corrected (`nas.scoring.latency.Latency`).
         latency_low_ms: lower end of its 95 % interval.
         latency_high_ms: its upper end.
-        latency_spread: half-width of the interval's part from the rounds' own spread, as a share.
+        latency_spread: half-width of the part of the interval that comes from the spread between rounds, as a share of
+            the latency.
         latency_raw_ms: median of the passes as timed, not corrected.
         latency_q1_ms: their lower quartile.
         latency_q3_ms: their upper quartile.
-        latency_drift: the reference network's latency then, over the one that is fixed for it.
-        latency_passes: timed passes.
-        latency_rounds: rounds of turns with the reference network.
-        latency_steady: whether the spread came within the target; else the time for it was over.
-        latency_waited: share of the time in which another program had the core; not counted.
-        latency_prepare_seconds: what export, compilation and session took; no part of the latency.
-        latency_search_ms: what the search itself saw, where the point was measured again after it.
-        others: further target (`cpu-onnxruntime`) -> `ms`, `low_ms`, `high_ms` and `spread` there.
+        latency_drift: the reference network's latency at that time, divided by its stored latency.
+        latency_passes: number of timed passes.
+        latency_rounds: number of rounds of turns with the reference network.
+        latency_steady: whether the spread came within the target; False if the time limit came first.
+        latency_waited: share of the time in which another program used the core. This time is not part of the latency.
+        latency_prepare_seconds: seconds for export, compilation and session, which are not part of the latency.
+        latency_search_ms: the latency during the search, if the point was measured again afterwards.
+        others: further target (`cpu-onnxruntime`) -> `ms`, `low_ms`, `high_ms` and `spread` on it.
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
-        curve: (epochs, percent top-1) on the way of the training; of a stopped one as far as it came.
+        curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
         proxy: an untrained proxy's score, higher is better; its column is `proxy_NAME`.
         proxy_std: its standard error.
-        scoring_seconds: what all of this took.
+        scoring_seconds: seconds that the whole scoring took.
     """
 
     params: int | None = None
@@ -76,12 +78,12 @@ class Scores:
     scoring_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What was measured, by field name."""
+        """Returns the measured numbers by field name."""
         return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, (), "")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """The inverse of `to_dict`; fields of a later release are dropped."""
+        """Returns scores from plain data. The inverse of `to_dict`. Fields of a later release are dropped."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         curve = tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ()))
         return cls(**known | {"curve": curve, "uncounted": tuple(known.get("uncounted", ()))})
@@ -91,18 +93,18 @@ LATENCY_PARTS = (
     *("ms", "low_ms", "high_ms", "spread", "raw_ms", "q1_ms", "q3_ms"),
     *("drift", "passes", "rounds", "steady", "waited", "prepare_seconds"),
 )
-"""Of a measured latency, what `Scores` holds as `latency_PART`."""
+"""Fields of a measured latency that `Scores` holds as `latency_PART`."""
 OTHER_PARTS = ("ms", "low_ms", "high_ms", "spread")
-"""What `Scores.others` holds of it for each further target."""
+"""Fields of a measured latency that `Scores.others` holds for each further target."""
 
 
 def latency_fields(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """A measured latency (the fields of `nas.scoring.latency.Latency`) as the fields of `Scores` that hold it."""
+    """Converts a measured latency (fields of `nas.scoring.latency.Latency`) to fields of `Scores`."""
     return {f"latency_{part}": measured[part] for part in LATENCY_PARTS}
 
 
 def other_entry(measured: Mapping[str, Any]) -> dict[str, float]:
-    """A measured latency as an entry of `Scores.others`."""
+    """Converts a measured latency to an entry of `Scores.others`."""
     return {part: measured[part] for part in OTHER_PARTS}
 
 
@@ -111,12 +113,12 @@ class Objective:
     """One axis of a search.
 
     Args:
-        name: as typed by users.
-        field: the field of `Scores` that holds it.
-        unit: for tables and axes; empty for a count.
+        name: the name that users type.
+        field: the field of `Scores` that holds the value.
+        unit: unit in tables and on axes; empty for a count.
         minimize: whether less is better.
-        label: for axes.
-        target: of a latency, the further target it is read for; empty for the first.
+        label: label of tables and axes.
+        target: for a latency, the further target on which it is measured; empty for the first target.
     """
 
     name: str
@@ -127,7 +129,7 @@ class Objective:
     target: str = ""
 
     def read(self, scores: Scores) -> float | None:
-        """The value in `scores`, None where it was not measured."""
+        """Returns the value in `scores`. None if it was not measured."""
         value = scores.others.get(self.target, {}).get("ms") if self.target else getattr(scores, self.field)
         return None if value is None else float(value)
 
@@ -136,7 +138,7 @@ class Objective:
         return self.field in ("macs", "flops") and bool(scores.uncounted)
 
     def interval(self, scores: Scores) -> Interval | None:
-        """The value in `scores` with its 95 % interval; None where it is exact, unknown, or its error is unknown."""
+        """Returns the value in `scores` with its 95 % interval. None if the value is exact or its error unknown."""
         if self.target:
             there = scores.others.get(self.target)
             return None if there is None else Interval.of_latency(there)
@@ -153,7 +155,7 @@ class Objective:
         return Interval(value, max(around.low, 0.0), min(around.high, 100.0))
 
     def error(self, scores: Scores) -> float | None:
-        """The standard error of the value in `scores`; None where it is unknown."""
+        """Returns the standard error of the value in `scores`. None if it is unknown."""
         if not self.is_latency:
             return {"accuracy": scores.accuracy_std, "proxy": scores.proxy_std}.get(self.field)
         interval = self.interval(scores)
@@ -161,16 +163,16 @@ class Objective:
 
     @property
     def is_latency(self) -> bool:
-        """Whether it is a latency, on whichever target."""
+        """Whether it is a latency, on any target."""
         return self.field == "latency_ms"
 
     def loss(self, value: float) -> float:
-        """The value in loss space, where less is always better."""
+        """Converts a value to loss space, where less is always better."""
         return value if self.minimize else -value
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """`minimize` or `maximize`."""
+        """The direction: `minimize` or `maximize`."""
         return "minimize" if self.minimize else "maximize"
 
 
@@ -190,16 +192,16 @@ OBJECTIVES: dict[str, Objective] = {
 def parse_objectives(
     names: Sequence[str], proxy: str, proxy_trained: bool, targets: Sequence[str] = ("",)
 ) -> tuple[Objective, ...]:
-    """Objectives by name; `accuracy` becomes the untrained proxy's score where the proxy does not train.
+    """Returns objectives by name. If the proxy does not train, its score replaces `accuracy`.
 
     Args:
         names: rows of `OBJECTIVES`.
         proxy: the proxy's name.
-        proxy_trained: whether it trains.
-        targets: what latency is measured on; with several, `latency` becomes one objective for each, `latency@TARGET`.
+        proxy_trained: whether the proxy trains.
+        targets: the latency targets. If there are several, `latency` becomes one objective for each, `latency@TARGET`.
 
     Raises:
-        UsageError: for an unknown or repeated name, fewer than two or more than four.
+        UsageError: for an unknown or repeated name, or for fewer than two or more than four objectives.
     """
     for name in names:
         if name not in OBJECTIVES:
@@ -227,10 +229,10 @@ def _by_target(latency: Objective, targets: Sequence[str]) -> tuple[Objective, .
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
-    """`latency=5ms`, `params=6M`, `macs=600M`, `memory=64` to name -> number in the objective's unit.
+    """Parses `latency=5ms`, `params=6M`, `macs=600M` or `memory=64` into name -> number in the objective's unit.
 
     Raises:
-        UsageError: for an unknown objective, one that is maximised, or a number that is not above 0.
+        UsageError: for an unknown, repeated or maximised objective, or a number that is not above 0.
     """
     budgets: dict[str, float] = {}
     for text in texts:
@@ -239,7 +241,7 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
             raise unknown_name("objective in --max", name, OBJECTIVES)
         objective = OBJECTIVES[name]
         if not objective.minimize:
-            raise UsageError(f"--max {text}: {name} is maximised, a budget is for one that is minimised")
+            raise UsageError(f"--max {text}: {name} is maximised, but only a minimised objective can have a budget")
         if name in budgets:
             raise UsageError(f"--max {name} is given twice")
         budgets[name] = _parse_amount(text, amount, objective)

@@ -1,7 +1,8 @@
 """Non-dominated sorting and hypervolume, in loss space: less is better in every column.
 
-All functions take an array of shape (n, m), n points with m objectives, and refuse NaN. A point dominates another when
-it is no worse in every objective and better in one; equal points do not dominate each other and share a fate.
+All functions take an array of shape (n, m), for n points with m objectives, and refuse NaN. A point dominates another
+if it is no worse in any objective and better in at least one. Equal points do not dominate each other, so they are
+either all on the front or all off it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ def _as_losses(losses: ArrayLike) -> Floats:
 
 
 def non_dominated(losses: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other point dominates, as a mask of shape (n,)."""
+    """Returns a mask of shape (n,) of the points that no other point dominates."""
     mask: NDArray[np.bool_] = nondomination_ranks(losses, max_rank=0) == 0
     return mask
 
 
 def near_front(best: ArrayLike, worst: ArrayLike) -> NDArray[np.bool_]:
-    """Which points may be on the front when each lies somewhere between its best and its worst, as a mask.
+    """Returns a mask of the points that may be on the front if each lies between its best and its worst losses.
 
-    A point is out when some other, at its worst, dominates it at its best. With `best` equal to `worst` this is
-    `non_dominated`.
+    A point is excluded if another point at its worst dominates it at its best. With `best` equal to `worst`, the
+    result is that of `non_dominated`.
 
     Args:
         best: losses of shape (n, m).
@@ -42,17 +43,17 @@ def near_front(best: ArrayLike, worst: ArrayLike) -> NDArray[np.bool_]:
     low, high = _as_losses(best), _as_losses(worst)
     if not len(low):
         return np.zeros(0, dtype=bool)
-    candidates = np.flatnonzero(non_dominated(high))  # what others dominate at their worst excludes nothing more
+    candidates = np.flatnonzero(non_dominated(high))  # a dominated worst point excludes nothing more
     beaten = (high[candidates, None] <= low[None]).all(-1) & (high[candidates, None] < low[None]).any(-1)
     mask: NDArray[np.bool_] = np.logical_not(np.any(beaten, axis=0))
     return mask
 
 
 def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArray[np.int64]:
-    """The front each point belongs to, 0 being the best, as an array of shape (n,).
+    """Returns the front of each point, as an array of shape (n,). Front 0 is the best.
 
-    Front r is what no point dominates once fronts 0 to r - 1 are taken away. With `max_rank`, points beyond it get
-    `max_rank` + 1.
+    Front r holds the points that no point dominates after fronts 0 to r - 1 are removed. With `max_rank`, all points
+    beyond that front get `max_rank` + 1.
     """
     array = _as_losses(losses)
     unique, where = np.unique(array, axis=0, return_inverse=True)  # sorted by the first column, then the second, …
@@ -65,7 +66,7 @@ def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArr
             break
         left = np.flatnonzero(ranks < 0)
         if unique.shape[1] <= 2:
-            # sorted by the first loss, a point is on the front where its last loss is a new minimum
+            # points are sorted by the first loss: one is on the front if its last loss is a new minimum
             last = unique[left, -1]
             best_before = np.concatenate(([np.inf], np.minimum.accumulate(last)[:-1]))
             front = left[(last < best_before) | (np.arange(len(left)) == 0)]
@@ -77,7 +78,10 @@ def nondomination_ranks(losses: ArrayLike, max_rank: int | None = None) -> NDArr
 
 
 def _front_of_sorted(points: Floats) -> NDArray[np.int64]:
-    """Indices of the non-dominated among distinct, sorted points, none of which a later one can dominate."""
+    """Returns the indices of the non-dominated points. The points are distinct and sorted.
+
+    Because of the order, no point can be dominated by a later one.
+    """
     front = np.empty_like(points)
     indices: list[int] = []
     for i, point in enumerate(points):
@@ -88,10 +92,11 @@ def _front_of_sorted(points: Floats) -> NDArray[np.int64]:
 
 
 def hypervolume(losses: ArrayLike, reference: ArrayLike) -> float:
-    """The volume dominated by the points and bounded by `reference`, of shape (m,).
+    """Returns the volume that the points dominate, bounded by `reference` of shape (m,).
 
-    Points that are not better than the reference in every objective add nothing; no points give 0. Exact, by slicing:
-    O(n log n) for two objectives, a factor n more for each further one.
+    Points that are not better than the reference in every objective add nothing. Without points, the result is 0. The
+    result is exact. It is computed by slicing, in O(n log n) for two objectives and a factor n more for each further
+    one.
     """
     array = _as_losses(losses) if np.size(losses) else np.empty((0, np.size(reference)))
     corner = np.asarray(reference, dtype=np.float64).reshape(-1)
@@ -110,7 +115,7 @@ class GrowingFront:
     """A front that points are added to one by one, with its hypervolume.
 
     Args:
-        reference: of shape (m,).
+        reference: the reference point, of shape (m,).
     """
 
     def __init__(self, reference: ArrayLike) -> None:
@@ -119,16 +124,16 @@ class GrowingFront:
         self.hypervolume = 0.0
 
     def add(self, losses: ArrayLike) -> None:
-        """Add a point of shape (m,)."""
+        """Adds a point of shape (m,)."""
         point = _as_losses(np.asarray(losses, dtype=np.float64)[None])
-        if not (self._front <= point).all(axis=1).any():  # else it changes nothing
+        if not (self._front <= point).all(axis=1).any():  # a dominated point changes nothing
             together = np.concatenate([self._front, point])
             self._front = together[non_dominated(together)]
             self.hypervolume = hypervolume(self._front, self._reference)
 
 
 def _slices(points: Floats, corner: Floats) -> float:
-    """Hypervolume of distinct points inside the corner."""
+    """Returns the hypervolume of distinct points inside the corner."""
     if points.shape[1] == 1:
         return float(corner[0] - points.min())
     if points.shape[1] == 2:
@@ -136,7 +141,7 @@ def _slices(points: Floats, corner: Floats) -> float:
         first, second = points[order, 0], np.minimum.accumulate(points[order, 1])
         widths = np.append(first[1:], corner[0]) - first
         return float((widths * (corner[1] - second)).sum())
-    # sweep the last objective: between two of its levels, the slab's base is that of all points below
+    # sweep the last objective: the base of the slab between two levels is that of all points below
     order = np.argsort(points[:, -1], kind="stable")
     levels = np.append(points[order, -1], corner[-1])
     total = 0.0

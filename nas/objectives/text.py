@@ -1,4 +1,4 @@
-"""Prints figures: values with their units, digits and intervals."""
+"""Formats figures for people, with their units, digits and intervals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from .objectives import Objective, Scores
 
 
 def format_figure(figure: Interval | None) -> str:
-    """A statistic with its interval for people, such as `0.71 (0.60 to 0.80)`; None is `undefined`."""
+    """Formats a statistic with its interval, such as `0.71 (0.60 to 0.80)`. None becomes `undefined`."""
     return "undefined" if figure is None else f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"
 
 
 def format_score(objective: Objective, scores: Scores) -> str:
-    """A score for people, with `±` and half its 95 % interval, where it has one; '' where it was not measured."""
+    """Formats a score, followed by `±` and half its 95 % interval if it has one. '' if it was not measured."""
     value, error, interval = objective.read(scores), objective.error(scores), objective.interval(scores)
     if value is None:
         return ""
@@ -25,18 +25,18 @@ def format_score(objective: Objective, scores: Scores) -> str:
 
 
 def _decimals(objective: Objective, value: float) -> int:
-    """Of a value with a unit; a latency below a millisecond has one more."""
+    """Returns the number of decimals of a value with a unit. A latency below a millisecond has one more."""
     return 3 if objective.is_latency and abs(value) < 1 else 2
 
 
 def format_interval(objective: Objective, interval: Interval) -> str:
-    """An interval for people, in brackets and without its unit."""
+    """Formats an interval in brackets, without its unit."""
     low, high = (format_value(objective, end).removesuffix(objective.unit).rstrip() for end in interval.ends)
     return f"[{low}, {high}]"
 
 
 def format_value(objective: Objective, value: float, at_least: bool = False) -> str:
-    """A value for people: three or four digits and its unit, after `≥` where it is only a lower bound."""
+    """Formats a value with three or four digits and its unit. `≥` marks a lower bound."""
     if at_least:
         return f"≥ {format_value(objective, value)}"
     if objective.unit:

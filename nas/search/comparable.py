@@ -1,7 +1,7 @@
-"""Under which conditions a run's architectures are scored, and what scores them so.
+"""Builds a run's evaluator and checks that resumed scores stay comparable.
 
-Two runs with equal conditions give an architecture equal scores, up to timing noise; a run is gone on with under its
-own conditions only.
+Two runs with equal conditions give an architecture equal scores, up to timing noise. A run can only be resumed under
+its own conditions.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from .evaluate import ALL, PARTS, TRAIN, Evaluator
 log = logging.getLogger(__name__)
 
 LATENCY_PROTOCOL = 2
-"""Of how latency is measured: 1 was a median of plain passes, 2 is the ratio to a reference network."""
+"""Version of the latency protocol. 1 was a median of plain passes; 2 is the ratio to a reference network."""
 
 
 def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, Any]]:
-    """What scores a run's architectures in this process, and under which conditions it does.
+    """Returns the evaluator of a run in this process, and its conditions.
+
+    A process that only trains has only the conditions of training.
 
     Args:
         run: the run.
-        config: of the run; data and device as this process sees them. The conditions of one that only trains are those
-            of training.
+        config: configuration of the run, with the data and the device of this process.
 
     Raises:
-        RunError: where the data is not the run's.
+        RunError: if the data is not the run's.
     """
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(
-            f"{config.data} is not the data of {run.name}: its fingerprint differs; say where they are by --data"
+            f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by --data"
         )
     evaluator = make_evaluator(config, data)
     evaluator = replace(evaluator, references=references_of(run, evaluator))
@@ -55,13 +56,13 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
 
 
 def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
-    """What a run fixed for the reference network on each target, by the targets' labels in this process."""
+    """Returns the run's stored latencies of the reference network, by the targets' labels in this process."""
     known = run.manifest.get("latency_references", {})
     return {c.label: ms for c in evaluator.latency if (ms := reference_of(known, c.label)) is not None}
 
 
 def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
-    """What changes a score, but for the measuring; the device that trains is not among it."""
+    """Returns the settings that affect training scores, except measurement settings and the training device."""
     return {
         "space": config.space.to_dict(),
         "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
@@ -81,7 +82,7 @@ def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evalua
 
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
-    """What changes what is measured; with the others, equal conditions give an architecture equal scores."""
+    """Returns the settings that affect measured scores. With `training_conditions`, they determine all scores."""
     first, *further = config.latency
     shared = latency_in_run(config.latency)
     return {
@@ -94,10 +95,10 @@ def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
 
 
 def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
-    """What scores in this process; the references of its targets are still to be given.
+    """Returns the evaluator of this process, still without the reference latencies of its targets.
 
     Raises:
-        RunError, UsageError: where the calibration that it needs does not suit.
+        RunError, UsageError: if the calibration does not fit.
     """
     limit = config.trial_timeout_minutes
     return Evaluator(
@@ -122,11 +123,11 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
 
 
 def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
-    """The fitted ensemble that the proxy is, where it is one: a resumed run's own, else the calibration's.
+    """Returns the fitted ensemble of the proxy `ensemble`: a resumed run's own, else the calibration's. None otherwise.
 
     Raises:
-        RunError: where the calibration is of another space or other data, or has none.
-        UsageError: where the proxy is to see less than was calibrated on.
+        RunError: if the calibration has another space, other data or another batch size, or holds no ensemble.
+        UsageError: if the proxy would see fewer or smaller images than the calibration.
     """
     if config.calibration is None:
         return None
@@ -134,10 +135,10 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
         manifest = Run.open(config.out).manifest
         stored = manifest.get("conditions", {}).get("ensemble")
         if stored is not None and manifest["config"].get("calibration") == config.calibration:
-            return dict(stored)  # the folder may have grown or gone since
+            return dict(stored)  # the folder may have changed or vanished since
     found = Calibration.open(Path(config.calibration))
     if config.proxy_images is not None or config.proxy_size is not None:
-        raise UsageError("an ensemble sees what it was calibrated on: leave --proxy-images and --proxy-size out")
+        raise UsageError("an ensemble uses the images of its calibration: leave --proxy-images and --proxy-size out")
     for name, mine, its in (
         ("space", config.space, found.space),
         ("data or image size", data.fingerprint, found.manifest["data"]["fingerprint"]),
@@ -149,22 +150,22 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
 
 
 def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Conditions that were others when a run was created: name -> then, now."""
+    """Returns the conditions that differ from those at the run's creation: name -> (then, now)."""
     before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.get("conditions", {})}
     changed = {}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
-            continue  # perhaps written by a release that knew fewer fields
+            continue  # a release with fewer fields may have written it
         if before.get(name) != value:
             changed[name] = (before.get(name), value)
     return changed
 
 
 def check_same(run: Run, conditions: dict[str, Any]) -> None:
-    """Refuse to go on with a run under other conditions.
+    """Refuses to resume a run under other conditions.
 
     Raises:
-        RunError: where one differs.
+        RunError: if a condition differs.
     """
     for name, values in changed_conditions(run, conditions).items():
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
@@ -179,7 +180,7 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
 
 
 def _space(data: Any) -> SearchSpace | None:
-    """A space from a manifest; None where it is none."""
+    """Reads a space from a manifest. None if the data is not a valid space."""
     try:
         return SearchSpace.from_dict(data)
     except UsageError:

@@ -1,4 +1,4 @@
-"""Everything a search depends on, as one value."""
+"""The configuration of a search, and its variants for resuming and for workers."""
 
 from __future__ import annotations
 
@@ -27,55 +27,58 @@ from .warm_start import starting_points
 from .workers.engines import ENGINES
 
 MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
-"""Bounds that a run's manifest has, too."""
+"""Upper bounds, which a run's manifest has too."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Everything a search depends on.
+    """The configuration of a search.
 
     Args:
-        space: what may be built.
+        space: the search space.
         objectives: two to four of `OBJECTIVES`.
-        latency: conditions under which latency is measured. Each further configuration is an objective of its own; it
-            differs from the first one in device and runtime alone (`nas.scoring.latency.latency_targets` makes them).
-        train_device: trains: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:i`; None for the first one's.
-        baselines: networks by name (timm's and presets) that are scored beside the search, as its points are.
+        latency: conditions of latency measurement. Each further configuration is an objective of its own, and differs
+            from the first one only in device and runtime (`nas.scoring.latency.latency_targets` makes them).
+        train_device: device that trains: `auto` (CUDA if available), `cpu`, `cuda` or `cuda:i`. None for the device of
+            the first latency target.
+        baselines: names of networks (timm's and presets) to score for comparison, in the same way as candidates.
         data: a data set as `nas.data` names it.
-        data_root: where `torch/NAME` and `hfds/NAME` sets lie.
-        classes: of a folder or an archive of images, the class folders; empty to find them.
-        max_images: of a larger training split, a stratified sample of this many is used.
-        input_size: side of the images; None takes the data's own.
-        proxy: a row of `ESTIMATORS`; what `accuracy` is read from.
-        proxy_repeats: the proxy's score is the mean over so many seeds.
-        proxy_images: training images that the proxy sees, a stratified sample; None for all.
-        proxy_size: side of the images that it sees, both to train and to validate; None for the input size.
-        profile: a folder of `mixnas profile`, made under the same conditions: the search then knows the latency on the
-            first target beforehand, as its model predicts it, and learns accuracy alone.
-        calibration: a folder of `mixnas calibrate`, whose ensemble the proxy `ensemble` is.
-        early_stopping: end a training that cannot reach the front any more; it counts as scored.
-        epochs: of the short training.
-        train_batch_size: images a training step.
-        trials: architectures to score in all, resumed ones included.
-        timeout_minutes: no trial is started after this long.
-        trial_timeout_minutes: a training that takes longer fails. Everything is then scored in a process of its own,
-            which is ended where it hangs (`nas.search.workers.engines.hang_seconds`). If it dies, the trial fails.
+        data_root: folder of `torch/NAME` and `hfds/NAME` sets.
+        classes: the class folders of a folder or an archive of images; empty to detect them.
+        max_images: use a stratified sample of at most this many training images.
+        input_size: side of the images in pixels; None for the data's own.
+        proxy: a row of `ESTIMATORS`, the source of `accuracy`.
+        proxy_repeats: number of seeds over which the proxy's score is averaged.
+        proxy_images: number of training images for the proxy, a stratified sample; None for all.
+        proxy_size: side in pixels of the proxy's images, in training and validation; None for the input size.
+        profile: a folder of `mixnas profile`, made under the same conditions. The search then takes the latency on the
+            first target from the profile's predictions before it measures, and has to learn only the accuracy.
+        calibration: a folder of `mixnas calibrate`, which holds the ensemble of the proxy `ensemble`.
+        early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
+        epochs: epochs of the short training.
+        train_batch_size: images per training step.
+        trials: number of candidates to score in total, including those before a resume.
+        timeout_minutes: start no further trial after this many minutes.
+        trial_timeout_minutes: a trial fails if its training takes more minutes than this. With such a limit, a separate
+            process scores the candidates. It is ended if it hangs (`nas.search.workers.engines.hang_seconds`). If it
+            dies, the trial fails.
         sampler: a row of `SAMPLERS`.
-        start: architectures of the space to score first: known good ones.
-        until: stop when the expected gain of a further architecture is below this share of the hypervolume, three times
-            in a row; sampler `surrogate` only.
-        budgets: objective -> largest value allowed; what exceeds one is not trained. Latency's is for the first target.
-        seed: of every draw, of initial weights and of training.
+        start: architectures of the space to score first, such as known good ones.
+        until: stop if the expected gain of a further candidate is below this share of the hypervolume three times in a
+            row. Only for the sampler `surrogate`.
+        budgets: objective -> largest value allowed. Candidates that exceed one are not trained. A budget of `latency`
+            holds on the first target.
+        seed: random seed of draws, initial weights and training.
         out: the run folder; None makes `results/SPACE-DATA-TIME`.
         storage: URL of the study's storage, which other processes may share (`nas.storage.connect.open_storage`).
             None keeps `study.db` in the run folder.
-        workers: architectures that are scored side by side: by as many processes on this machine, each of which trains
-            with its part of the threads, or on the cluster.
+        workers: number of candidates that are scored in parallel. On this machine, each has a process that trains with
+            its part of the threads; with Ray, the cluster scores them.
         engine: `local`, or `ray` for a Ray cluster.
-        address: of the cluster, as `Resources` has it.
-        gpus_per_trial: as `Resources` has it.
-        share_device: train without waiting for other processes that use the device; latency is still measured alone.
-        only: of a trial's two parts, the one that this process does, `measure` or `train`; or `all`.
+        address: address of the cluster, as in `Resources`.
+        gpus_per_trial: share of a GPU for each training, as in `Resources`.
+        share_device: train without waiting for other processes that use the device. Latency is still measured alone.
+        only: the part of a trial that this process does: `measure`, `train` or `all`.
     """
 
     space: SearchSpace
@@ -116,12 +119,12 @@ class SearchConfig:
 
     @property
     def device(self) -> str:
-        """The device of the first latency target. It trains too, unless `train_device` names another."""
+        """The device of the first latency target. It also trains, unless `train_device` names another."""
         return self.latency[0].device
 
     @property
     def command(self) -> str | None:
-        """The program of the runtime `command`; None where no target has that runtime."""
+        """The program of the runtime `command`. None if no target has that runtime."""
         return next((target.command for target in self.latency if target.command is not None), None)
 
     @property
@@ -139,7 +142,7 @@ class SearchConfig:
             if name not in table:
                 raise unknown_name(what, name, table)
         if not self.latency:
-            raise UsageError("latency holds no configuration: one is needed, whose device also trains")
+            raise UsageError("latency holds no configuration: give at least one, because its device also trains")
         labels = [target.label for target in self.latency]
         if len(set(labels)) != len(labels):
             raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
@@ -147,7 +150,7 @@ class SearchConfig:
         for baseline in self.baselines:
             check_network_name(baseline)
         if (ESTIMATORS[self.proxy].needs != "") != (self.calibration is not None):
-            raise UsageError("--calibration FOLDER goes with --proxy ensemble, and that with it")
+            raise UsageError("--calibration FOLDER and --proxy ensemble need each other: give both or neither")
         for name in (
             "workers",
             "trials",
@@ -172,7 +175,7 @@ class SearchConfig:
         if self.until is not None and not (0 < self.until < 1):
             raise UsageError(f"until is {self.until}: a share of the hypervolume below 1 is needed, such as 0.1%")
         if self.until is not None and self.sampler != "surrogate":
-            raise UsageError(f"until needs the sampler surrogate: {self.sampler} does not say what it expects")
+            raise UsageError(f"until needs the sampler surrogate, because {self.sampler} does not predict its gain")
         for architecture in self.start:
             self.space.encode(architecture)
         if not 0 <= self.seed < 2**32:
@@ -182,17 +185,18 @@ class SearchConfig:
         wanted = {*self.objectives, *self.budgets}
         if self.only != ALL and ("accuracy" not in wanted or not MEASURED & wanted):
             raise UsageError(
-                f"--only {self.only}: there is but one part: accuracy, and latency or memory, must be wanted"
+                f"--only {self.only}: there is but one part. The objectives must include accuracy, and objectives or "
+                "budgets must include latency or memory"
             )
         if self.only != ALL and self.engine == "ray":
-            raise UsageError("on a Ray cluster one actor measures anyway: leave --only out")
+            raise UsageError("on a Ray cluster one actor does all measurements: leave --only out")
         if self.only != ALL and self.storage is None:
             raise UsageError(
-                f"--only {self.only} needs others who do the rest: say by --storage where they find the study"
+                f"--only {self.only} needs workers for the other part: give --storage, where they find the study"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; the space (kept apart) and the folder are left out."""
+        """Returns plain data without the folder and the space, which a manifest holds separately."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out", "latency")}
         return data | {
             "objectives": list(self.objectives),
@@ -205,15 +209,15 @@ class SearchConfig:
 
     @classmethod
     def from_run(cls, run: Run, measures: bool = True) -> SearchConfig:
-        """The configuration a run was created with.
+        """Returns the configuration of a run.
 
         Args:
             run: the run.
-            measures: whether networks will be timed by it, perhaps by a program that the run names.
+            measures: whether this process will time networks, perhaps with a program that the run names.
 
         Raises:
-            RunError: where it is damaged.
-            UsageError: where the run names a program, and the user did not (`nas.consent`).
+            RunError: if the run is damaged.
+            UsageError: if the run names a program that the user did not name (`nas.consent`).
         """
         if measures:
             consent.check_command(run.manifest["config"].get("command"), str(run.path))
@@ -239,20 +243,21 @@ def configure(
     warm_start: Sequence[str] = (),
     **changes: Any,
 ) -> SearchConfig:
-    """The configuration of a run that is resumed, or of a new one, with changes.
+    """Returns the configuration of a new or a resumed run, with changes.
 
     Args:
-        new: what a new run starts from. An existing run starts from its own configuration.
+        new: the configuration to which changes of a new run apply. An existing run has its own configuration.
         out: the run folder; None for a new one in `results`.
-        devices: measure latency on each of these, in each runtime; the first pair is where training happens.
-        runtimes: measure latency in each of these; empty keeps the known runtimes, as `devices` does.
+        devices: measure latency on each of these devices, in each runtime. The first one also trains. Empty keeps the
+            configured devices.
+        runtimes: measure latency in each of these runtimes. Empty keeps the configured runtimes.
         warm_start: networks to score first, see `starting_points`.
-        changes: fields of `SearchConfig`, and fields of `LatencyConfig` that change for all targets. A program and a
-            storage that are named here are allowed (`nas.consent`).
+        changes: fields of `SearchConfig`, and fields of `LatencyConfig` that change for all targets. Naming a program
+            or a storage here allows its use (`nas.consent`).
 
     Raises:
-        UsageError: where a value is not allowed, or `warm_start` is given for a run that has begun.
-        RunError: where the run is damaged.
+        UsageError: if a value is not allowed, or if `warm_start` is given for an existing run.
+        RunError: if the run is damaged.
     """
     consent.allow(changes.get("command"), changes.get("storage"))
     resumed = out is not None and find_run(out)
@@ -272,23 +277,23 @@ def configure(
 
 
 def local_config(run: Run, command: str | None = None, measures: bool = True, **here: str | None) -> SearchConfig:
-    """A run's configuration, with what differs on this machine.
+    """Returns a run's configuration, adapted to this machine.
 
     Args:
         run: the run.
-        command: the run's own program, which is allowed by naming it here (`nas.consent`); None where it has none.
-        measures: whether networks will be timed by it.
+        command: the run's program. Naming it here allows running it (`nas.consent`). None if the run has no program.
+        measures: whether this process will time networks.
         here: `data`, `data_root`, `device` and `train_device` on this machine; None keeps the run's.
 
     Raises:
-        UsageError: where the run names another program, or one that was not named here.
-        RunError: where the run is damaged.
+        UsageError: if the run names another program, or one that was not named here.
+        RunError: if the run is damaged.
     """
     consent.allow(command)
     config = SearchConfig.from_run(run, measures)
     if command is not None and command != config.command:
         asks = f"runs the program {config.command!r}" if config.command else "runs no program"
-        raise UsageError(f"this run {asks}, not {command!r}: leave --command out, or say the same")
+        raise UsageError(f"this run {asks}, not {command!r}: leave --command out, or give the same one")
     changes: dict[str, Any] = {name: value for name, value in here.items() if value is not None}
     if (device := changes.pop("device", None)) is not None:
         changes["latency"] = (replace(config.latency[0], device=device), *config.latency[1:])
@@ -298,22 +303,22 @@ def local_config(run: Run, command: str | None = None, measures: bool = True, **
 def worker_config(
     run: Run, storage: str, only: str = defaults.ONLY, command: str | None = None, **here: str | None
 ) -> SearchConfig:
-    """The configuration of a worker that joins a run.
+    """Returns the configuration of a worker that joins a run.
 
     Args:
         run: the run, as `join` returns it.
-        storage: where this machine finds the study.
-        only: the part of a trial that the worker does: `train`, on any device, `measure` or `all`.
+        storage: URL under which this machine reaches the study.
+        only: the part of a trial that the worker does: `train` (on any device), `measure` or `all`.
         command: as for `local_config`.
         here: as for `local_config`.
 
     Raises:
-        UsageError: as `local_config`, or for a device to measure on where the worker only trains.
-        RunError: where the run is damaged.
+        UsageError: as `local_config`, or if a device for measuring is given to a worker that only trains.
+        RunError: if the run is damaged.
     """
     config = local_config(run, command, only != TRAIN, **here)
     if only == TRAIN:
         if here.get("device") is not None:
-            raise UsageError("--device says where to measure, which this worker does not: give --train-device")
+            raise UsageError("--device is for measuring, but this worker only trains: give --train-device")
         config = replace(config, train_device=here.get("train_device") or "auto")
     return replace(config, storage=storage, only=only, workers=1)

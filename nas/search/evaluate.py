@@ -1,4 +1,4 @@
-"""Architecture -> Scores, cheap numbers first, so that what is over budget is never trained."""
+"""Scores architectures, cheap numbers first, so that candidates over budget are never trained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MEASURE, TRAIN, ALL = "measure", "train", "all"
 MAX_TRIES = 3
-"""How often a training is tried that runs out of memory, each time with less at a time."""
+"""Maximum number of tries for a training that runs out of memory. Each try needs less memory."""
 PARTS = (MEASURE, TRAIN)
 """The parts of scoring that may be done in different places: latency and memory on the target, the proxy anywhere."""
 MEASURED = frozenset({"latency", "memory"})
@@ -44,15 +44,15 @@ MEASURED = frozenset({"latency", "memory"})
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out of scoring one architecture.
+    """The result of scoring one architecture.
 
     Args:
-        scores: everything measured.
-        excess: budget -> by how much it is exceeded, as a share of the budget; empty where all are met.
-        weights: trained weights, where the proxy trained to its end.
-        stopped: why the training was stopped early, where it was.
-        left: the part that is still to be done elsewhere; '' where none is.
-        chunks: parts that a training step's images went through the network in, for want of memory.
+        scores: all measured scores.
+        excess: budget -> relative excess over the budget; empty if all budgets are met.
+        weights: trained weights, if the proxy finished its training.
+        stopped: the reason for stopping the training early, if it was stopped.
+        left: the part that another process must do; '' if no part is left.
+        chunks: number of chunks into which the images of a training step were split to save memory.
     """
 
     scores: Scores
@@ -68,20 +68,20 @@ class Evaluator:
     """Scores architectures under fixed conditions: equal architectures get equal scores, up to timing noise.
 
     Args:
-        data: what to train and to validate on; gives the image size and the number of classes.
-        objectives: names of what is wanted.
+        data: images for training and validation. They also set the image size and the number of classes.
+        objectives: names of the objectives.
         budgets: objective -> largest value allowed.
-        latency: under which conditions to time, for each target.
-        references: target (`LatencyConfig.label`) -> latency fixed for the reference network, in milliseconds.
-        proxy: a row of `ESTIMATORS`, used where `accuracy` is an objective.
-        fidelity: how much effort the proxy may take.
-        seed: of initial weights and training.
-        repeats: the proxy's score is the mean of so many, with seeds that follow each other.
-        proxy_data: what the proxy sees; None for `data`.
-        device: where networks are trained.
-        parts: of `PARTS`, what is done here.
-        shares: whether other trainings may be on the device at the same time. A measurement is alone in any case.
-        training_threads: CPU threads of a training on a quiet machine; None for torch's own number.
+        latency: conditions of timing, for each target.
+        references: target (`LatencyConfig.label`) -> stored latency of the reference network, in milliseconds.
+        proxy: a row of `ESTIMATORS`, used if `accuracy` is an objective.
+        fidelity: effort of the proxy.
+        seed: random seed of initial weights and training.
+        repeats: number of consecutive seeds over which the proxy score is averaged.
+        proxy_data: images for the proxy; None for `data`.
+        device: device that trains networks.
+        parts: those of `PARTS` that this process does.
+        shares: whether other trainings may use the device at the same time. Measurements always run alone.
+        training_threads: number of CPU threads of a training on an idle machine; None for torch's own number.
         share_device: train without waiting for other processes that use the device.
     """
 
@@ -102,10 +102,10 @@ class Evaluator:
     share_device: bool = False
 
     def build(self, architecture: Architecture) -> nn.Module:
-        """The architecture's module for the data's classes, with initial weights that depend on the seed alone.
+        """Builds the architecture's module for the data's classes. Its initial weights depend only on the seed.
 
         Raises:
-            UsageError: where the images are smaller than the architecture's total stride.
+            UsageError: if the images are smaller than the architecture's total stride.
         """
         return self.seeded(lambda: self._create(architecture))
 
@@ -119,29 +119,29 @@ class Evaluator:
         return create_backbone(architecture, len(self.data.classes))
 
     def seeded(self, create: Callable[[], nn.Module], repeat: int = 0) -> nn.Module:
-        """What `create` makes, with initial weights that depend on the seed (and the repeat, from 0) alone."""
+        """Calls `create` so that initial weights depend only on the seed and on the repeat, which counts from 0."""
         with seeded(self.seed + repeat):
             return create()
 
     def evaluate(
         self, architecture: Architecture, judge: Judge | None = None, measured: Scores | None = None
     ) -> Evaluation:
-        """Score one architecture; as `evaluate_network`."""
+        """Scores one architecture, as `evaluate_network` does."""
         return self.evaluate_network(lambda: self._create(architecture), judge, measured)
 
     def evaluate_network(
         self, create: Callable[[], nn.Module], judge: Judge | None = None, measured: Scores | None = None
     ) -> Evaluation:
-        """Score any network, as far as the parts go that are done here.
+        """Scores any network, in the parts that this process does.
 
         Args:
-            create: makes it, with fresh weights.
-            judge: may stop its training.
-            measured: the scores, where all but the training has been done already.
+            create: builds the network with fresh weights.
+            judge: may stop the network's training.
+            measured: the scores, if everything except the training has already been done.
 
         Raises:
-            TrialFailure: where scoring fails in an expected way (out of memory, non-finite, timeout, a runtime that
-                cannot run it, a proxy that cannot say anything).
+            TrialFailure: if scoring fails in an expected way (out of memory, non-finite values, timeout, a runtime that
+                cannot run the network, a proxy without a result).
         """
         start = time.perf_counter()
         before = (measured and measured.scoring_seconds) or 0.0
@@ -165,10 +165,13 @@ class Evaluator:
     def _with_memory(
         self, scores: Scores, model: nn.Module, create: Callable[[], nn.Module], judge: Judge | None
     ) -> Evaluation:
-        """The proxy's score; a training out of memory is tried again, alone and then with half a step at a time."""
+        """Adds the proxy's score.
+
+        A training that runs out of memory is repeated alone on the device, and then with its steps split in two.
+        """
         tries = [(self, self.fidelity)]
         if ESTIMATORS[self.proxy].trained:
-            alone = replace(self, shares=False)  # others may have had the memory
+            alone = replace(self, shares=False)  # other trainings may have used the memory
             tries += [(alone, self.fidelity)] if self.shares else []
             tries += [(alone, replace(self.fidelity, chunks=2))] if self.fidelity.batch_size >= 4 else []
         for evaluator, fidelity in tries[:-1]:
@@ -183,7 +186,7 @@ class Evaluator:
         return evaluator._with_proxy(scores, model, create, judge, fidelity)
 
     def _measure(self, model: nn.Module) -> Evaluation:
-        """What is counted and measured, cheap numbers first, until a budget is exceeded."""
+        """Counts and measures, cheap numbers first, until a budget is exceeded."""
         wanted = {*self.objectives, *self.budgets}
         deployed = self._deployed(model)
         cost = count_cost(deployed.model, self.data.input_size)
@@ -196,8 +199,8 @@ class Evaluator:
             return Evaluation(scores, excess)
         if MEASURED & wanted and MEASURE not in self.parts:
             return Evaluation(scores, {}, left=MEASURE)
-        with ExitStack() as turns:  # once for all of it: between two turns others would train
-            # in an order that all processes share: two that wait for each other would do so for ever
+        with ExitStack() as turns:  # one turn for all measurements, because others would train between two turns
+            # all processes lock the devices in the same order, which prevents deadlocks
             for device in sorted({c.device for c in self.latency} if "latency" in wanted else (), key=device_id):
                 turns.enter_context(exclusive(device))
             if "memory" in wanted:
@@ -209,7 +212,10 @@ class Evaluator:
         return Evaluation(scores, excesses(scores, self.budgets))
 
     def _deployed(self, model: nn.Module) -> Fused:
-        """The network as it is deployed, but for its batch norms; as it is where nothing is folded."""
+        """Returns the network with its branches fused as for deployment, or unchanged if nothing is folded.
+
+        Its batch norms are not folded.
+        """
         if not all(config.folded for config in self.latency):
             return Fused(model)
         images = torch.randn(1, *self.data.input_size, generator=torch.Generator().manual_seed(0))
@@ -240,7 +246,7 @@ class Evaluator:
                 try:
                     estimates.append(estimator.estimate(network, data, fidelity, seed, self.device, **watch))
                 except Stopped as stopped:
-                    # without its traceback, whose frames hold the training with all its tensors
+                    # drop the traceback, whose frames hold the training with all its tensors
                     return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
@@ -251,7 +257,7 @@ class Evaluator:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """The device and the threads of one training."""
+        """Holds the device and the threads of one training."""
         turn = nullcontext() if self.share_device else (shared if self.shares else exclusive)(self.device)
         with turn, training_threads(self.device, self.training_threads):
             yield
@@ -270,10 +276,10 @@ class Evaluator:
 
 
 def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:
-    """Budgets that are certainly exceeded by what is measured so far -> by which share at least.
+    """Returns the budgets that the scores certainly exceed -> the smallest relative excess.
 
-    A lower bound that lies below a budget does not prove that the budget is met. Only a network of another family can
-    have one, and those are scored without budgets.
+    A lower bound below a budget does not prove that the budget is met. Only networks of other families have lower
+    bounds, and those are scored without budgets.
     """
     excess = {}
     for name, budget in budgets.items():
@@ -284,7 +290,7 @@ def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error: the one that is seen between repeats, or what each says of itself."""
+    """Returns the mean and its standard error, from the spread between repeats or the scores' own errors if larger."""
     count = len(scores)
     own = math.sqrt(sum(std**2 for std in stds)) / count
     seen = statistics.stdev(scores) / math.sqrt(count) if count > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Begin a search, go on with one, or join it: the run folder, its study, and the loop over it."""
+"""Starts, resumes and joins searches: the run folder, its study, and the loop over it."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ log = logging.getLogger(__name__)
 
 
 def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = None) -> Run:
-    """Search until `config.trials` architectures are scored, and return the run.
+    """Searches until `config.trials` architectures are scored, and returns the run.
 
-    An existing run folder at `config.out` is resumed. Ctrl-C and kill -9 lose nothing but the work on one trial.
+    An existing run folder at `config.out` is resumed. Ctrl-C and kill -9 only lose the trials in progress.
 
     Args:
-        config: what to search, on what and how.
+        config: the configuration.
         on_trial: called at the start and after every trial.
 
     Raises:
         UsageError: for a value that is not allowed.
         DataError: for an unusable data set.
         RunError: for an unusable run folder, or one made under conditions that change scores.
-        InfeasibleError: where no architecture meets the budgets.
-        NasError: where one trial after the other fails.
+        InfeasibleError: if no architecture meets the budgets.
+        NasError: if too many consecutive trials fail.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     consent.allow(config.command, config.storage)
     if config.only == TRAIN:
-        raise UsageError("--only train is for workers: the search itself measures, so start it on the target")
+        raise UsageError("--only train is for workers: the search itself measures, so start it on the target device")
     config = replace(
         config,
         latency=tuple(target.here() for target in config.latency),
@@ -82,11 +82,13 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     )
     assert config.out is not None
     if find_run(config.out):
-        Run.open(config.out)  # a damaged one is refused before data is read
+        Run.open(config.out)  # refuses a damaged run before data is read
     if "accuracy" not in config.objectives:
-        log.info("accuracy is not an objective: nothing is trained")
+        log.info("accuracy is not an objective, so the search trains nothing")
     if config.only == MEASURE:
-        log.info("this process only measures: nothing is drawn until a worker trains (mixnas worker --only train)")
+        log.info(
+            "This process only measures. It draws no candidate until a worker trains (mixnas worker --only train)."
+        )
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     evaluator = make_evaluator(config, data)
     largest = config.space.largest()[0]
@@ -107,7 +109,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         else:
             evaluator = replace(evaluator, references=_references(config, evaluator))
             run = _create(config, data, evaluator, conditions)
-            log.info("a new run in %s: space %s, images %s", run.path, config.space.name, data.name)
+            log.info("created the run %s: space %s, images %s", run.path, config.space.name, data.name)
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
         processes = config.workers - 1 if config.engine == "local" else 0
@@ -116,10 +118,15 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
 
 
 def join(storage: str, study: str, out: Path | None) -> Run:
-    """The run of a study in a shared storage, with a folder on this machine.
+    """Returns the run of a study in a shared storage, with a folder on this machine.
+
+    Args:
+        storage: URL of the storage.
+        study: name of the study.
+        out: the folder; None for `results/STUDY`.
 
     Raises:
-        UsageError: where the URL is none, or holds a password.
+        UsageError: if the URL is invalid or holds a password, or if the study's name cannot name a folder.
         RunError: as `nas.folders.join.join_run`.
     """
     check_storage(storage)
@@ -132,28 +139,28 @@ def join(storage: str, study: str, out: Path | None) -> Run:
 def work(
     run: Run, config: SearchConfig, on_trial: Callable[[Progress], None] | None = None, parent: int | None = None
 ) -> Run:
-    """Join the search of a run until its architectures are scored.
+    """Joins the search of a run until its architectures are scored.
 
     Args:
-        run: the run, or a folder that `join` made for one.
-        config: of the run; storage, data and device as this process sees them.
+        run: the run, or the run that `join` returned.
+        config: configuration of the run, with the storage, data and device of this process.
         on_trial: as for `search`.
-        parent: the process that started this one, which ends when that is gone.
+        parent: id of the process that started this one. This process ends when the parent is gone.
 
     Raises:
         As `search`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.only == TRAIN:
-        # the target and what was measured of it are elsewhere
+        # the target and its profile are on another machine
         config = replace(config, train_device=resolve_device(config.train_device or "auto"), profile=None)
     else:
-        measures_only = config.only == MEASURE  # where it might train does not matter then, nor need it be here
+        measures_only = config.only == MEASURE  # its training device is then unused and may be missing
         trains = resolve_device(config.train_device) if config.train_device and not measures_only else None
         latency = tuple(target.here() for target in config.latency)
         config = replace(config, latency=latency, train_device=trains)
     if config.profile is not None and not Path(config.profile).is_dir():
-        log.warning("the profile %s is not on this machine: latency is not known beforehand here", config.profile)
+        log.warning("the profile %s is not on this machine, so latency is not predicted here", config.profile)
         config = replace(config, profile=None)
     evaluator, conditions = evaluator_of(run, config)
     check_same(run, conditions)
@@ -165,9 +172,9 @@ def work(
 
 
 def _absolute(data: str) -> str:
-    """A path as it is found from anywhere; names of embedded and installed sets as they are."""
+    """Makes a path absolute. Names of embedded and installed data sets stay as they are."""
     embedded = data == "digits" or data.lower().startswith(("torch/", "hfds/"))
-    # links stay as they are named: what lies beside them says which split they are
+    # keep symbolic links: the files beside a link show which split it is
     return data if embedded else os.path.abspath(Path(data).expanduser())
 
 
@@ -176,7 +183,7 @@ def _absolute_folder(path: str | None) -> str | None:
 
 
 def _update(run: Run, config: SearchConfig) -> Run:
-    """Keep what a resumed run may change, so that the next resume goes on with it."""
+    """Stores the settings that a resumed run may change, so that the next resume keeps them."""
     names = (
         "trials",
         "workers",
@@ -203,7 +210,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
 
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """What a calibration says of the run's proxy: the ensemble's own, or one beside the run; None where none does."""
+    """Returns the verdict on the run's proxy by its own calibration or one beside the run. None if none fits."""
     reduced_effort = config.proxy_images is not None or config.proxy_size is not None or config.proxy_repeats > 1
     if "accuracy" not in config.objectives or reduced_effort:
         return None
@@ -213,23 +220,23 @@ def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any]
 
 
 def _open_profile(config: SearchConfig, evaluator: Evaluator) -> Profile | None:
-    """The profile that predicts the first target's latency, where one is named.
+    """Opens the profile that predicts the first target's latency. None if the configuration names no profile.
 
     Raises:
-        RunError: where the folder has none, or too little was measured.
-        UsageError: where it is of other conditions, or latency is not wanted.
+        RunError: if the folder is not a profile, or is damaged.
+        UsageError: if the profile has other conditions, or latency is neither an objective nor a budget.
     """
     if config.profile is None:
         return None
     if "latency" not in (*config.objectives, *config.budgets):
-        raise UsageError("--profile predicts latency, which is no objective and has no budget here")
+        raise UsageError("--profile predicts latency, but latency is no objective and has no budget here")
     found, target, side = Profile.open(Path(config.profile)), evaluator.latency[0], evaluator.data.input_size[1]
     found.check(target, side, machine_name(target.device), "this search measures")
     return found
 
 
 def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Profile | None) -> Problem:
-    """What is searched for, with all that is known beforehand."""
+    """Builds the optimisation problem, with the objectives that are known without measuring."""
     objectives, image = run.objectives, (evaluator.data.input_size[1], len(evaluator.data.classes))
     cheap = known_beforehand(
         config.space,
@@ -245,14 +252,14 @@ def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Prof
 
 
 def _references(config: SearchConfig, evaluator: Evaluator) -> dict[str, float]:
-    """Target -> latency of the reference network that this run's figures hang on; fixed for good here."""
+    """Returns target -> latency of the reference network, by which all latencies of this run are normalised."""
     if "latency" not in (*config.objectives, *config.budgets):
         return {}
     return {target.label: reference_ms(target) for target in evaluator.latency}
 
 
 def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]) -> Run:
-    """Fix the reference point, create the study, and only then write the manifest that makes the folder a run."""
+    """Fixes the reference point, creates the study, and then writes the manifest that makes the folder a run."""
     assert config.out is not None
     objectives = parse_objectives(
         config.objectives, config.proxy, ESTIMATORS[config.proxy].trained, tuple(evaluator.references) or ("",)
@@ -265,7 +272,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
             if old.study_name == name:
                 if storage.get_n_trials(old._study_id):
                     raise RunError(f"the storage already has a study named {name!r}: give another --out")
-                storage.delete_study(old._study_id)  # a creation that was cut short
+                storage.delete_study(old._study_id)  # left by an interrupted creation
     reference = _reference(config, evaluator, objectives)
     try:
         with storage_errors(config.out):
@@ -306,7 +313,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
         "machine": describe_machine(config.device),
         "software": describe_software(),
     }
-    with storage_errors(config.out):  # workers on other machines have nothing else
+    with storage_errors(config.out):  # workers on other machines see only the study
         study.set_user_attr(MANIFEST, {"format": FORMAT, **manifest})
     return Run.create(config.out, manifest)
 
@@ -323,7 +330,7 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
     if open_ones:
         measured = 0
         log.info("measuring the largest architectures of %s to fix the reference point", config.space.name)
-        # a corner need not be known to the percent
+        # the reference point needs no precise latencies
         roughly = tuple(replace(target, target=0.05, max_seconds=0.5) for target in evaluator.latency)
         cheap = replace(evaluator, objectives=tuple({_base(o) for o in open_ones}), budgets={}, latency=roughly)
         for architecture in config.space.largest():
@@ -349,5 +356,5 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
 
 
 def _base(objective: Objective) -> str:
-    """The name as users type it: `latency` for `latency@cpu-eager`."""
+    """Returns the name that users type, such as `latency` for `latency@cpu-eager`."""
     return objective.name.partition("@")[0]

@@ -1,4 +1,4 @@
-"""The part of one process in a search: it scores candidates until enough are scored, and the lead finishes the run."""
+"""The part of one process in a search. It scores candidates until enough are scored; the lead then finishes the run."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def open_state(run: Run, config: SearchConfig, problem: Problem) -> State[Trial]:
-    """Opens the study of a run, with the sampler of a configuration, and reads what it holds.
+    """Opens the study of a run with the sampler of a configuration, and reads its trials.
 
     Raises:
-        RunError: where the storage has no such study.
+        RunError: if the storage has no such study.
     """
     knobs, known = Knobs.of_space(config.space), set[Point]()
     sampler = SAMPLERS[config.sampler](knobs, problem, known, config.seed)
@@ -63,21 +63,21 @@ def take_part(
     lead: bool = True,
     parent: int | None = None,
 ) -> Run:
-    """Scores candidates until enough are scored, and returns the run. Its tables are written however it ends.
+    """Scores candidates until enough are scored, and returns the run. The tables are written even after an error.
 
     Args:
-        state: of the run's study, as `open_state` returns it.
+        state: state of the run's study, as `open_state` returns it.
         run: the run.
-        config: what is searched and how.
+        config: the configuration of the search.
         evaluator: scores the candidates.
         on_trial: called at the start and after each trial.
-        lead: whether this process holds the run folder. The lead finishes the trials that it left when it died, scores
-            the baselines and measures the front again.
-        parent: the process that must live on for this one to begin further trials; None for no such process.
+        lead: whether this process holds the run folder. The lead finishes the trials that an earlier lead left
+            unfinished when it died, scores the baselines and measures the front again.
+        parent: id of a process. After it ends, this process starts no further trial. None for no such process.
 
     Raises:
-        InfeasibleError: where no candidate met the budgets.
-        NasError: where no candidate was scored, or one trial after the other failed.
+        InfeasibleError: if no candidate met the budgets.
+        NasError: if no candidate was scored, or too many consecutive trials failed.
     """
     OUTAGES.take_time()
     standing, fleet = Standing(run), None
@@ -95,7 +95,7 @@ def take_part(
         try:
             reason = loop.run()
         except BaseException:
-            # the reason for ending is what the user must see, not a second failure on the way out
+            # the user must see the first error, not a second one from writing the tables
             with contextlib.suppress(NasError):
                 run.write_tables()
             raise
@@ -111,11 +111,13 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         run.write_tables()
         raise nothing_scored(state.ended, config, exhausted or infeasible)
     try:
-        # nobody else is there for the baselines, so this process trains them too
+        # no worker scores baselines, so this process trains them too
         finish(state.study, run, replace(evaluator, parts=PARTS), config.baselines)
     finally:
         run.write_tables()
     if exhausted:
-        log.warning("space %s is exhausted: all %d architectures were tried", config.space.name, state.knobs.size)
+        log.warning(
+            "space %s is exhausted, because all %d architectures were tried", config.space.name, state.knobs.size
+        )
     if infeasible:
         log.warning("stopped: none of the last %d architectures could be scored", giving_up.MAX_OVER_BUDGET)

@@ -1,4 +1,4 @@
-"""Under which conditions latency is measured, and what comes out."""
+"""Conditions and results of latency measurements."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class RuntimeTraits:
-    """What a runtime can do, known without loading it.
+    """The abilities of a runtime, known without loading it.
 
     Args:
-        devices: kinds of devices it runs on; empty where the device is its own.
-        dtypes: rows of `DTYPES` it takes.
-        packages: what must be installed, beside torch.
+        devices: kinds of devices on which it runs; empty if it has a device of its own.
+        dtypes: rows of `DTYPES` that it supports.
+        packages: packages that it needs, besides torch.
         extra: the extra of this package that installs them.
-        channels_last: whether that memory format means anything to it.
+        channels_last: whether it supports the channels-last memory format.
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -53,9 +53,9 @@ class RuntimeTraits:
 
 
 def import_package(name: str) -> Any:
-    """A package of a runtime.
+    """Imports a package of a runtime.
 
-    OpenVINO tells Google Analytics that it was imported, without asking. Where its telemetry is not there, it does not.
+    On import, OpenVINO reports to Google Analytics without asking. Blocking its telemetry package prevents this.
     """
     if name == "openvino":
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -73,34 +73,35 @@ RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
     ),
     "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16"), packages=_ONNX, extra="onnx"),
 }
-"""Name -> traits; `nas.scoring.latency.runtimes.RUNTIMES` has the code, row by row."""
+"""Name -> traits. `nas.scoring.latency.runtimes.RUNTIMES` holds the code under the same names."""
 
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """Under which conditions latency is measured.
+    """The conditions of a latency measurement.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:i`; `auto` until `here` chooses one. The runtime `command` has its own device and
-            takes `cpu` for the check.
+        device: `cpu`, `cuda` or `cuda:i`; `auto` until `here` chooses one. The runtime `command` has its own device
+            and uses `cpu` to check its output.
         runtime: a row of `RUNTIMES`.
         dtype: a row of `DTYPES`, for weights and input.
-        batch_size: images a forward pass.
-        threads: CPU threads inside an operation; None leaves torch's own number.
-        channels_last: weights and input in channels-last memory format.
-        folded: time the network as it is deployed: training branches fused, batch norms folded into convolutions.
-        command: for the runtime `command`, the program and its arguments; `{model}` (ONNX), `{input}` and `{output}`
-            (NumPy files) stand for paths. Run without a shell.
-        command_timeout: seconds after which one call of it is given up; it is tried three times.
-        target: wanted half-width of the 95 % interval, as a share of the figure.
-        max_seconds: time for a network's rounds; the fewest rounds are always made.
-        warmup_seconds: the most time for running untimed until the time of a pass is steady.
-        block_ms: how long a network runs before the next has its turn, about: short against drift, long against caches
-            that hold the network before; less where `max_seconds` has no room for the fewest rounds of it.
-        seed: of the random input, and of the order in which networks take turns.
+        batch_size: images per forward pass.
+        threads: CPU threads inside an operation; None keeps torch's own number.
+        channels_last: whether weights and input have the channels-last memory format.
+        folded: whether to time the network as deployed: training branches fused, batch norms folded into convolutions.
+        command: for the runtime `command`, the program and its arguments. `{model}` (ONNX), `{input}` and `{output}`
+            (NumPy files) stand for paths. The program runs without a shell.
+        command_timeout: seconds after which one call of the program is aborted. A call is tried three times.
+        target: wanted half-width of the 95 % interval, as a share of the latency.
+        max_seconds: time limit in seconds for a network's rounds. The minimum number of rounds is always made.
+        warmup_seconds: time limit in seconds for untimed passes, which run until the time of a pass is steady.
+        block_ms: approximate time in milliseconds that a network runs in one turn. Short turns limit drift; long turns
+            limit the effect of caches that still hold the previous network. Turns are shorter if `max_seconds` is too
+            short for the minimum number of rounds.
+        seed: random seed of the input and of the order in which networks take turns.
 
     Raises:
-        UsageError: where a value is not allowed.
+        UsageError: if a value is not allowed.
     """
 
     device: str = "cpu"
@@ -136,7 +137,7 @@ class LatencyConfig:
         if not (math.isfinite(self.command_timeout) and self.command_timeout > 0):
             raise UsageError(f"command_timeout is {self.command_timeout!r}: it must be a number above 0")
         if (self.runtime == "command") != (self.command is not None):
-            raise UsageError("--command PROGRAM goes with --runtime command, and that with it")
+            raise UsageError("--command PROGRAM and --runtime command need each other: give both or neither")
         if self.command is not None:
             _check_command(self.command)
 
@@ -151,12 +152,12 @@ class LatencyConfig:
 
     @property
     def label(self) -> str:
-        """Device and runtime in short, such as `cpu-onnxruntime`."""
+        """Short name of device and runtime, such as `cpu-onnxruntime`."""
         return f"{self.device}-{self.runtime}"
 
     @property
     def num_threads(self) -> int:
-        """The CPU threads of the timed network: as given, else torch's own number."""
+        """The number of CPU threads of the timed network: `threads` if given, else torch's own number."""
         import torch
 
         return self.threads or torch.get_num_threads()
@@ -170,10 +171,10 @@ class LatencyConfig:
         return found
 
     def here(self) -> LatencyConfig:
-        """The same conditions on this machine: `auto` becomes a device.
+        """Returns the same conditions on this machine, with a device in place of `auto`.
 
         Raises:
-            UsageError: where the device is not here, or the runtime's packages are not installed.
+            UsageError: if this machine lacks the device, or the runtime's packages are not installed.
         """
         self.check_installed()
         return replace(self, device=resolve_device(self.device))
@@ -192,12 +193,12 @@ class LatencyConfig:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """All that changes the figure, but for the device: two latencies with other conditions are not comparable."""
+        """All settings that affect the latency, except the device. Latencies are comparable only if these are equal."""
         return {name: getattr(self, name) for name in CONDITIONS} | {"threads": self.num_threads}
 
 
 EFFORT = ("command_timeout", "target", "max_seconds", "warmup_seconds", "block_ms", "seed")
-"""Fields of `LatencyConfig` that say how long to measure. All others are conditions, which change the figure."""
+"""Fields of `LatencyConfig` that set the effort of measuring. All others are conditions, which affect the latency."""
 CONDITIONS = tuple(f.name for f in fields(LatencyConfig) if f.name not in (*EFFORT, "device"))
 """Names of the conditions besides the device."""
 SHAPES: dict[str, Any] = {
@@ -208,22 +209,22 @@ SHAPES: dict[str, Any] = {
     "command?": (str, None),
     **dict.fromkeys(("command_timeout?", "target?", "max_seconds?"), POSITIVE),
 }
-"""How files hold a configuration, see `nas.foreign_files`."""
+"""Shape of a configuration in files, see `nas.foreign_files`."""
 
 
 def latency_targets(
     places: Sequence[Sequence[str]], command: str | None = None, channels_last: bool = False, **shared: Any
 ) -> tuple[LatencyConfig, ...]:
-    """One configuration for each of several targets.
+    """Returns one configuration for each target.
 
     Args:
         places: device and runtime of each target.
-        command: for the targets with the runtime `command`.
-        channels_last: for the targets whose runtime does not choose its own memory format.
+        command: the program of targets with the runtime `command`.
+        channels_last: the memory format of targets whose runtime does not choose its own.
         shared: further fields of `LatencyConfig`, the same for all targets.
 
     Raises:
-        UsageError: where a value is not allowed.
+        UsageError: if a value is not allowed.
     """
     return tuple(
         LatencyConfig(
@@ -237,7 +238,7 @@ def latency_targets(
     )
 
 
-# In a run's `config`, what all targets share has these names.
+# Names, in a run's `config`, of the settings that all targets share
 IN_RUNS = {
     f.name: {"target": "latency_target", "max_seconds": "latency_seconds"}.get(f.name, f.name)
     for f in fields(LatencyConfig)
@@ -247,14 +248,17 @@ IN_RUNS = {
 
 
 def run_latency(config: Mapping[str, Any]) -> tuple[LatencyConfig, ...]:
-    """The targets of a run, from its `config`. The inverse of `latency_in_run`."""
-    stored = {"folded": False, **config}  # runs from before folding do not hold it
+    """Returns the targets of a run from its `config`. The inverse of `latency_in_run`."""
+    stored = {"folded": False, **config}  # runs of releases before folding lack it
     shared = {name: stored[key] for name, key in IN_RUNS.items() if key in stored}
     return latency_targets([(config["device"], config["runtime"]), *config.get("also", ())], **shared)
 
 
 def latency_in_run(latency: Sequence[LatencyConfig]) -> dict[str, Any]:
-    """Several targets as a run's `config` holds them: the first target's device and runtime, `also`, what is shared."""
+    """Returns the targets as fields of a run's `config`.
+
+    The fields are the first target's device and runtime, the further targets as `also`, and the shared settings.
+    """
     first, *further = latency
     return {
         "device": first.device,
@@ -267,9 +271,10 @@ def latency_in_run(latency: Sequence[LatencyConfig]) -> dict[str, Any]:
 
 
 def reference_of(references: Mapping[str, float], label: str) -> float | None:
-    """The latency fixed for the reference network on a target, by its `label`.
+    """Returns the stored latency of the reference network on a target, by the target's `label`.
 
-    Where there is none, that of a GPU under another number: whoever asks has seen that the machines are alike.
+    If it is missing, the latency of a GPU with another number is taken. The caller must have checked that the machines
+    are alike.
     """
 
     def kind(name: str) -> str:
@@ -292,25 +297,26 @@ def _check_command(command: str) -> None:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass over a batch.
+    """The measured latency of one forward pass over a batch.
 
     Args:
-        ms: the figure to quote: the ratio to the reference network in interleaved rounds x the reference's own latency.
+        ms: the latency to quote: its ratio to the reference network in interleaved rounds, times the reference's stored
+            latency.
         low_ms: lower end of its 95 % interval.
-        high_ms: its upper end.
-        spread: half-width of the part of that interval which the rounds' own spread makes, as a share of the figure.
-        raw_ms: median of the network's own passes, as timed here and now.
+        high_ms: upper end of that interval.
+        spread: half-width of the part of that interval that comes from the spread between rounds, as a share of `ms`.
+        raw_ms: median of the network's passes as timed, not corrected.
         q1_ms: lower quartile of those passes.
-        q3_ms: upper quartile.
-        drift: the reference network here and now over the latency that is fixed for it: 1.2 on a machine that is a
-            fifth slower than when it was fixed.
-        rounds: interleaved rounds.
-        passes: timed passes of the network.
-        steady: whether the interval came within the target; else the time budget ended first.
-        waited: share of the time in which another program had this thread's core; not counted in any figure.
-        seconds: what measuring took.
-        prepare_seconds: what export, compilation and session took; no part of the latency.
-        threads: CPU threads that torch used.
+        q3_ms: upper quartile of those passes.
+        drift: the reference network's present latency, divided by its stored latency. It is 1.2 if the machine is a
+            fifth slower than it was when the latency was stored.
+        rounds: number of interleaved rounds.
+        passes: number of timed passes of the network.
+        steady: whether the interval came within the target; False if the time limit came first.
+        waited: share of the time in which another program used this thread's core. This time is not part of any figure.
+        seconds: seconds that the measurement took.
+        prepare_seconds: seconds for export, compilation and session, which are not part of the latency.
+        threads: number of CPU threads that torch used.
     """
 
     ms: float
