@@ -212,12 +212,7 @@ def latency(several: bool = False) -> Decorator:
             metavar="PROGRAM",
             help="Program for --runtime command: 'program {model} {input} {output}', see docs/latency.md.",
         ),
-        timing(
-            "--command-timeout",
-            type=float,
-            default=defaults.COMMAND_TIMEOUT,
-            help="Seconds that one call of the program may take.",
-        ),
+        timing("--command-timeout", type=float, default=defaults.COMMAND_TIMEOUT, help="Seconds for one call."),
         timing(
             "--latency-target",
             "target",
