@@ -80,7 +80,7 @@ def test_no_architecture_over_a_countable_budget_is_tried(tmp_path):
 
 
 def test_a_profile_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="predicts latency, which is no objective"):
+    with pytest.raises(UsageError, match="predicts latency, but latency is no objective"):
         search(analytic_config(tmp_path, profile=str(tmp_path)))
     with pytest.raises(RunError, match="profile"):
         search(analytic_config(tmp_path, profile=str(tmp_path), objectives=("latency", "accuracy")))
