@@ -8,6 +8,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .lazy import on_first_use
+
 if TYPE_CHECKING:
     from .architecture import Architecture
     from .export.folder import export
@@ -48,12 +50,11 @@ _PLACES = {
 }
 
 
+_load = on_first_use(__name__, _PLACES)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
-    if name in __all__:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f".{name}", __name__) if name in __all__ and name not in _PLACES else _load(name)
 
 
 class _Function(ModuleType):

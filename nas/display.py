@@ -149,7 +149,7 @@ class Bar:
         self.restart(name, total)
 
     def restart(self, name: str, total: float | None = None) -> None:
-        """Begins another piece of work; the time passed goes on."""
+        """Begins another piece of work. The time that passed is kept."""
         self.name, self.total, self.done, self.note = name, total, 0.0, ""
         self._clock = Clock()
         self._end: float | None = None

@@ -85,6 +85,7 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     own = target.latency
     if own is None:
         return LatencyConfig(**{"device": "auto", **conditions}).here()
+    # how long to measure is no condition of the run
     own = replace(own, target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
     runtime = conditions.get("runtime", own.runtime)
     suited = dict(conditions)

@@ -547,6 +547,7 @@ def test_a_wrong_output_is_never_timed(monkeypatch):
         ({"dtype": "int8"}, "unknown dtype"),
         ({"batch_size": 0}, "batch size"),
         ({"threads": 0}, "threads"),
+        ({"threads": "4"}, "threads"),
         ({"target": 0.0}, "target"),
         ({"max_seconds": math.inf}, "max_seconds"),
         ({"runtime": "cudagraph"}, "runs on cuda"),

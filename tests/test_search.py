@@ -526,6 +526,22 @@ def test_bad_configurations_are_refused(tmp_path, change):
     assert "secret" not in str(caught.value)
 
 
+@table(
+    "latency",
+    [
+        (),
+        (LatencyConfig(), LatencyConfig()),
+        (LatencyConfig(), LatencyConfig(runtime="compile", dtype="bf16")),
+        (LatencyConfig(threads=1), LatencyConfig(runtime="compile", threads=2)),
+        (LatencyConfig(warmup_seconds=5.0),),
+    ],
+)
+def test_timing_that_a_run_cannot_keep_is_refused(latency):
+    """A resumed search would measure otherwise, and nothing would tell."""
+    with pytest.raises(UsageError, match="latency"):
+        SearchConfig(MINI, latency=latency)
+
+
 def test_the_front_ignores_what_was_not_scored(exhausted):
     run = exhausted
     scored = [t for t in run.trials() if t.state == "complete"]

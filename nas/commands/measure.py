@@ -105,6 +105,6 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             )
         if not 0.8 < row["drift"] < 1.25:
             click.echo(
-                f"{row['target']}: this machine is now {row['drift']:.2f} times as slow as when the latency of its "
-                "reference network was stored, which widens the interval. Pass --refix to measure the reference again."
+                f"{row['target']}: the reference network now takes {row['drift']:.2f} times its stored latency, which "
+                "widens the interval. Pass --refix to measure the reference again."
             )

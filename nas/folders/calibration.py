@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NasError, RunError
-from ..foreign_files import COUNT, FIGURE, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
+from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..space import SearchSpace
 from .files import reading_manifest, write_file
+from .manifest import STATISTIC
 
 FORMAT = 1
 FILE = "calibration.json"
@@ -41,11 +42,10 @@ MANIFEST = {
     "training_recipe": COUNT,
     "data": {"name": str, "fingerprint": LINE},
 }
-_ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
 REPORT = {
     "epochs": COUNT,
-    "ceiling": {"kendall": _ESTIMATE},
-    "rows": [{"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE}],
+    "ceiling": {"kendall": STATISTIC},
+    "rows": [{"estimator": LINE, "count": COUNT, "kendall": STATISTIC}],
     "ensemble": dict,
 }
 """Shape of the part of a report that other modules read, see `nas.foreign_files`."""

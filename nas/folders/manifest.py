@@ -12,8 +12,9 @@ from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
 from ..objectives.objectives import Scores
 from ..scoring.latency.config import IN_RUNS, SHAPES
 
-_ESTIMATE = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
-TRUST = {"estimator": LINE, "count": COUNT, "kendall": _ESTIMATE, "ceiling": _ESTIMATE, "epochs": COUNT}
+STATISTIC = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
+"""An `Interval`, or null where it is not defined."""
+TRUST = {"estimator": LINE, "count": COUNT, "kendall": STATISTIC, "ceiling": STATISTIC, "epochs": COUNT}
 """The verdict of a calibration on a proxy."""
 
 LATENCY = {
@@ -124,6 +125,6 @@ TRAINED = {
 """The result of a full training: its `result.json`."""
 TRAINED_FRONT = {
     "rows": [{"key": LINE, "accuracy?": FIGURE}],
-    "kendall": ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None),
+    "kendall": STATISTIC,
 }
 """The results of training a whole front: `trained/front.json`."""

@@ -43,7 +43,7 @@ class SearchView:
 
     Attributes:
         run_path: the run folder; None before the search has told it.
-        standing: how far the search is, in words.
+        standing: the progress as text.
     """
 
     def __init__(self, display: Display) -> None:

@@ -1,11 +1,12 @@
 """Numbers -> Optuna -> a Pareto front.
 
-`search(SearchConfig(...)) -> Run` does all that the command does; `optimize(knobs, evaluate, ...)` is the engine
-without a network. Loaded on first use, so that what only reads a run's numbers (`objectives`, `pareto`) does not wait
-for torch, nor what only optimises.
+`search(SearchConfig(...)) -> Run` does all that the command does. `optimize(knobs, evaluate, ...)` is the engine
+without a network. Both are loaded on first use, so `optimize` does not load torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import on_first_use
 
 if TYPE_CHECKING:
     from .config import SearchConfig, configure
@@ -25,10 +26,4 @@ _PLACES = {
     "search": "study",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, _PLACES)

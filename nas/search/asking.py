@@ -32,7 +32,7 @@ class Asker(Protocol):
         """Waits a moment for the other processes."""
 
     def release(self, asked: Asked, error: BaseException) -> None:
-        """Leaves a trial to whoever goes on. Its scoring was ended by `error`, which is no fault of the point."""
+        """Leaves a trial to the next process. Its scoring was ended by `error`, which is not the fault of the point."""
 
     def see_through(self, step: Callable[[], None]) -> None:
         """Ends what other processes left behind, after the loop. `step` scores one trial of the queue, or waits."""

@@ -17,7 +17,7 @@ from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives
 from ..scoring.accuracy import ESTIMATORS
-from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets
+from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency
 from ..scoring.latency.config import IN_RUNS
 from ..space import SearchSpace
 from ..storage.connect import check_storage
@@ -144,6 +144,12 @@ class SearchConfig:
         if not self.latency:
             raise UsageError("latency holds no configuration: give at least one, because its device also trains")
         labels = [target.label for target in self.latency]
+        stored = latency_in_run(self.latency)
+        if run_latency(stored) != self.latency:
+            raise UsageError(
+                f"latency targets {', '.join(labels)}: they may differ in device and runtime only, and a run keeps no "
+                "warmup_seconds, block_ms or seed. nas.scoring.latency.latency_targets makes targets that fit"
+            )
         if len(set(labels)) != len(labels):
             raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
         parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
@@ -222,8 +228,8 @@ class SearchConfig:
         if measures:
             consent.check_command(run.manifest["config"].get("command"), str(run.path))
         try:
-            values = dict(run.manifest["config"])
-            values = {name: value for name, value in values.items() if name not in latency_in_run(run.latency)}
+            timing = latency_in_run(run.latency)
+            values = {name: value for name, value in run.manifest["config"].items() if name not in timing}
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
             values["classes"] = tuple(values.get("classes", ()))

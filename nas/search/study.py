@@ -29,7 +29,7 @@ from ..objectives.objectives import Objective, parse_objectives
 from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
-from ..scoring.latency import latency_in_run, reference_ms
+from ..scoring.latency import reference_ms
 from ..storage.connect import check_storage, open_storage, storage_errors
 from .cheap import known_beforehand
 from .comparable import (
@@ -200,9 +200,8 @@ def _update(run: Run, config: SearchConfig) -> Run:
         "timeout_minutes",
         "trial_timeout_minutes",
     )
-    effort = {name: latency_in_run(config.latency)[name] for name in ("latency_target", "latency_seconds")}
-    asked: dict[str, Any] = {name: getattr(config, name) for name in names} | effort
-    asked["baselines"] = list(config.baselines)
+    stored = config.to_dict()
+    asked = {name: stored[name] for name in (*names, "baselines", "latency_target", "latency_seconds")}
     told = _trust(config, run.path, run.manifest["data"]["fingerprint"])
     if asked == {name: run.manifest["config"].get(name) for name in asked} and told == run.manifest.get("trust"):
         return run

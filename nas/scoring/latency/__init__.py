@@ -5,11 +5,12 @@ multiplied by the stored latency of the reference, which is fixed once. So the d
 disturbance by other programs, cancel. By default, networks are timed in their deployed form, with training branches
 fused and batch norms folded (`nas.folding`).
 
-What runs networks is loaded on first use, so that a run folder can be read without torch.
+The functions that run networks are loaded on first use, so that a run folder can be read without torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ...lazy import on_first_use
 from .config import (
     DTYPES,
     RUNTIME_TRAITS,
@@ -61,14 +62,9 @@ __all__ = [
 ]
 
 _PLACES = {
+    **dict.fromkeys((name for name in __all__ if name not in globals()), "protocol"),
     **dict.fromkeys(("RUNTIMES", "Prepared", "random_images"), "runtimes"),
     "forget_references": "reference",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_PLACES.get(name, 'protocol')}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, _PLACES)

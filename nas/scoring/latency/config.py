@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from ... import defaults
 from ...errors import UsageError, unknown_name
 from ...foreign_files import LINE, POSITIVE
-from ...interval import Interval
 from ...machine.devices import check_device_name, resolve_device
 
 if TYPE_CHECKING:
@@ -128,8 +127,8 @@ class LatencyConfig:
             ("batch size", self.batch_size, MAX_BATCH_SIZE),
             ("number of threads", self.threads, MAX_THREADS),
         ):
-            if number is not None and not 1 <= number <= most:
-                raise UsageError(f"the {what} is {number}: it must be from 1 to {most:,}")
+            if number is not None and not (isinstance(number, int) and 1 <= number <= most):
+                raise UsageError(f"the {what} is {number!r}: it must be from 1 to {most:,}")
         for what, share in (("target", self.target), ("max_seconds", self.max_seconds)):
             if not (math.isfinite(share) and share > 0):
                 raise UsageError(f"the latency {what} is {share}: it must be a number above 0")
@@ -334,8 +333,3 @@ class Latency:
     seconds: float = 0.0
     prepare_seconds: float = 0.0
     threads: int = 1
-
-    @property
-    def interval(self) -> Interval:
-        """The latency with its 95 % interval, in milliseconds."""
-        return Interval(self.ms, self.low_ms, self.high_ms)

@@ -162,6 +162,7 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def _key(config: LatencyConfig) -> str:
+    # conditions that a later release adds stand at the end, so that the names of stored references stay as they are
     known = {"runtime", "command", "dtype", "batch_size", "threads", "channels_last", "folded"}
     further = {name: value for name, value in config.conditions.items() if name not in known}
     parts = (

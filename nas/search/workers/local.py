@@ -25,7 +25,7 @@ STOP_SECONDS = 20.0
 def local_workers(run: Run, count: int) -> Iterator[None]:
     """Runs further worker processes on this machine, which end with the context.
 
-    Their logs go to `workers/N.log` of the run folder. Where a worker dies, a warning says so and the search goes on.
+    Their logs go to `workers/N.log` of the run folder. If a worker dies, the search logs a warning and continues.
 
     Args:
         run: the run that they work on.
