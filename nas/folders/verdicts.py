@@ -30,13 +30,17 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
     """
     lines = []
     for objective in (o for o in objectives if o.is_latency):
-        intervals = [interval for t in front if (interval := objective.interval(t.scores)) is not None]
-        widest = max((i.half_width / i.value for i in intervals if i.value), default=0.0)
+        measured = [(i, objective.spread(t.scores)) for t in front if (i := objective.interval(t.scores)) is not None]
+        shares = ((i.half_width / i.value, spread) for i, spread in measured if i.value)
+        widest, spread = max(shares, key=lambda share: share[0], default=(0.0, None))
         if widest > WIDE:
-            lines.append(
-                f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; an idle machine or a larger "
-                "--latency-seconds makes them narrower"
+            advice = (
+                "an idle machine or a larger --latency-seconds makes them narrower"
+                if spread is None or 2 * spread > widest
+                else "the speed of the machine has changed since the latency of the reference network was stored: "
+                "store it again on the idle machine (mixnas measure cas_vit_xs --refix), then start a new run"
             )
+            lines.append(f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; {advice}")
     errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
     if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):
         apart = 1.96 * math.sqrt(2) * max(errors)

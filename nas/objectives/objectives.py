@@ -154,6 +154,10 @@ class Objective:
             return around
         return Interval(value, max(around.low, 0.0), min(around.high, 100.0))
 
+    def spread(self, scores: Scores) -> float | None:
+        """The part of a latency's relative half-width that the rounds' own spread makes; None where it is unknown."""
+        return scores.others.get(self.target, {}).get("spread") if self.target else scores.latency_spread
+
     def error(self, scores: Scores) -> float | None:
         """Returns the standard error of the value in `scores`. None if it is unknown."""
         if not self.is_latency:
