@@ -84,13 +84,13 @@ def _page(runs: Sequence[Run]) -> str:
 
 def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
     """What the page says of one run."""
-    scored, wanted = sum(t.scored for t in trials), run.manifest["config"].get("trials", 0)
+    scored, wanted = sum(t.scored for t in trials), run.manifest.config.trials
     return {
         "name": run.name,
-        "what": f"{run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}",
+        "what": f"{run.manifest.space_name} on {Path(run.manifest.data.name).name}",
         "timing": run.timing if run.targets else "",
-        "machine": run.manifest["conditions"]["device"],
-        "created": run.manifest["created"],
+        "machine": run.manifest.conditions.device,
+        "created": run.manifest.created,
         "scored": scored,
         "wanted": wanted,
         "figures": facts.key_figures(run, trials, front),

@@ -226,16 +226,15 @@ class SearchConfig:
             UsageError: if the run names a program that the user did not name (`nas.consent`).
         """
         if measures:
-            consent.check_command(run.manifest["config"].get("command"), str(run.path))
+            consent.check_command(run.manifest.config.command, str(run.path))
         try:
             timing = latency_in_run(run.latency)
-            values = {name: value for name, value in run.manifest["config"].items() if name not in timing}
+            values = {name: value for name, value in run.manifest.config.recorded.items() if name not in timing}
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
             values["classes"] = tuple(values.get("classes", ()))
             values["start"] = tuple(Architecture.from_dict(data) for data in values.get("start", ()))
-            space = SearchSpace.from_dict(run.manifest["space"])
-            return cls(space=space, latency=run.latency, out=run.path, **values)
+            return cls(space=run.space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
 

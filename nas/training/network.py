@@ -136,7 +136,7 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
     known: Mapping[str, Any]
     if is_training(folder):
         trained = Trained.open(folder)
-        model, known = trained.load_model(), trained.manifest["data"]
+        model, known = trained.load_model(), trained.manifest.data.recorded
     elif is_file(folder / "config.json", UsageError):
         exported = resolve(name)
         if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
