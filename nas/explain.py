@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .architecture import Architecture
+from .architecture import Candidate
 from .counts import Pieces, count_pieces, part_in_words
 from .folders.run import Run
 from .folders.trial import Trial
@@ -25,7 +25,7 @@ from .search.samplers.history import HANDED_ON
 from .search.samplers.knobs import Knobs, Point
 from .search.samplers.surrogate.acquisition import Marginal
 from .search.samplers.table import numeric_threads
-from .space import Choice, SearchSpace
+from .space import Choice, space_from_dict
 
 LEVEL = 0.95
 """The probability that a measured score lies within its predicted interval."""
@@ -52,7 +52,7 @@ class Neighbour:
     knob: str
     before: Choice
     after: Choice
-    architecture: Architecture
+    architecture: Candidate
     predicted: Mapping[str, Interval]
     tried: str = ""
     measured: Mapping[str, Interval] = field(default_factory=dict)
@@ -205,7 +205,7 @@ def explain(run: Run, key: str) -> Explanation:
     trials = run.trials()
     trial = run.find(key, trials)
     assert trial.architecture is not None
-    space = SearchSpace.from_dict(run.manifest["space"])
+    space = space_from_dict(run.manifest["space"])
     knobs = Knobs.of_space(space)
     here = knobs.point(space.encode(trial.architecture))
     changes = _changes(knobs, here)
@@ -270,11 +270,11 @@ class _Counts:
         data = run.manifest["data"]
         self._names, self._side, self._classes = names, data["input_size"][1], len(data["classes"])
 
-    def pieces(self, architecture: Architecture) -> Pieces:
+    def pieces(self, architecture: Candidate) -> Pieces:
         """Returns the counts of each part of a network."""
         return count_pieces(architecture, self._side, num_classes=self._classes)
 
-    def of(self, architecture: Architecture) -> dict[str, Interval]:
+    def of(self, architecture: Candidate) -> dict[str, Interval]:
         """Returns the counts of a whole network, by the name of the objective."""
         pieces = self.pieces(architecture)
         counts = {name: COUNTS[name](pieces) for name in self._names}
@@ -325,7 +325,8 @@ def _parts(run: Run, trial: Trial, pieces: Pieces) -> tuple[Part, ...]:
     timed: dict[str, dict[str, Interval]] = {}
     for entry in run.stage_latencies().get(trial.key, ()):
         timed[entry["part"]] = {run.targets[0]: Interval.of_latency(entry)}
-    names = ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
+    whole = len(pieces.params) == 1  # of a graft
+    names = ["network"] if whole else ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
     return tuple(
         Part(part_in_words(name), macs, int(params), timed.get(name, {}))
         for name, macs, params in zip(names, pieces.macs_each, pieces.params, strict=True)

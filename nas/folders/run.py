@@ -31,14 +31,14 @@ from ..foreign_files import check, is_file
 from ..objectives.objectives import Objective, Scores, latency_fields, other_entry, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
-from ..space import SearchSpace
+from ..space import space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
-from .attributes import BASELINES, REMEASURED, STAGES
+from .attributes import BASELINES, REMEASURED, STAGES, TUNED
 from .files import reading_manifest, write_file
 from .manifest import RUN, STUDY
 from .tables import columns, front_dict, table
-from .trial import Trial, read_trial
+from .trial import Trial, read_trial, with_tuning
 from .verdicts import to_scale, verdicts
 
 if TYPE_CHECKING:
@@ -158,11 +158,13 @@ class Run:
         with self._study() as (storage, _), damage_reported(self.path):
             yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
 
-    def trials(self, remeasured: bool = True) -> list[Trial]:
+    def trials(self, remeasured: bool = True, tuned: bool = True) -> list[Trial]:
         """Returns every trial of the study, in order.
 
         Args:
             remeasured: whether latencies that were measured again after the search replace the first ones.
+            tuned: whether accuracies after tuning replace those of assembled grafts. Grafts that were not tuned are
+                then pruned, because their accuracies cannot be compared.
 
         Raises:
             RunError: if the storage is missing or damaged.
@@ -173,7 +175,10 @@ class Run:
         for trial in trials:
             if trial.state == "complete" and any(o.read(trial.scores) is None for o in self.objectives):
                 raise RunError(f"trial {trial.number} of {self.path} is damaged: it is complete without its scores")
-        again = self.attributes.get(REMEASURED, {}) if remeasured else {}
+        attributes = self.attributes if remeasured or tuned else {}
+        if tuned and (entries := attributes.get(TUNED)):
+            trials = [with_tuning(t, entries) for t in trials]
+        again = attributes.get(REMEASURED, {}) if remeasured else {}
         return [self._second(t, again) for t in trials] if again else trials
 
     @property
@@ -329,7 +334,7 @@ class Run:
         This is known only if the run scored every architecture of its space. Otherwise the list is empty.
         """
         complete = [t for t in trials if t.state == "complete"]
-        if len(complete) < SearchSpace.from_dict(self.manifest["space"]).size:
+        if len(complete) < space_from_dict(self.manifest["space"]).size:
             return []
         rng = np.random.default_rng(0)
         curves = [self.hypervolumes([complete[i] for i in rng.permutation(len(complete))]) for _ in range(orders)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import MIXER_TYPES
+from ..architecture import FORMS
 from ..errors import RunError
 from ..folders.files import write_file
 from ..folders.run import Run
@@ -21,6 +21,7 @@ from .interactive import page
 from .scored import (
     COLOURS,
     INK,
+    KINDS,
     MIXER_COLOURS,
     WHISKER,
     Scored,
@@ -118,8 +119,8 @@ def _draw(scored: Scored) -> Figure:
                 set_limits(*axis_range(which, scored))
     present = dict.fromkeys(mixer_of(t) for _, trials, _ in scored for t in trials)
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=f"mostly {name}")
-        for name in MIXER_TYPES
+        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=_kind(name))
+        for name in KINDS
         if name in present
     ]
     if len(scored) == 1:
@@ -150,6 +151,10 @@ def _draw(scored: Scored) -> Figure:
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure
+
+
+def _kind(name: str) -> str:
+    return name if name in FORMS else f"mostly {name}"
 
 
 def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:
