@@ -40,7 +40,7 @@ def check_command(command: str | None, where: str) -> None:
         UsageError: if the user did not name the same program.
     """
     if command and command not in _COMMANDS:
-        raise UsageError(f"{where} runs the program {command!r}: pass it with --command to allow it")
+        raise UsageError(f"{where} runs the program {command!r}: pass it with `command` to allow it")
 
 
 def check_storage(url: str | None, where: str) -> None:
@@ -55,4 +55,4 @@ def check_storage(url: str | None, where: str) -> None:
     """
     if url and url not in _STORAGES:
         shown = _SECRET.sub(lambda found: "://***@" if found[0].endswith("@") else "?***", url)
-        raise RunError(f"{where} keeps its study at {shown}: pass it with --storage to allow opening it")
+        raise RunError(f"{where} keeps its study at {shown}: pass it with `storage` to allow opening it")

@@ -30,7 +30,7 @@ from .errors import NasError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WAY_OUT = "measure it unfolded with --no-fold (folded=False)"
+WAY_OUT = "measure it unfolded with `folded` = False"
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 """Names of the methods with which timm's modules fuse their training branches."""
 

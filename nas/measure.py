@@ -277,7 +277,7 @@ def describe(target: Target, input_size: int | None = None, profile: Profile | N
 
 def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
     if not isinstance(target.architecture, Architecture):
-        raise UsageError(f"{target.name} is no architecture of ours: a profile cannot predict it, `measure` it")
+        raise UsageError(f"{target.name} is no architecture of ours: a profile cannot predict it. Measure it instead")
     ((ms,), (std,)) = profile.predict(profile.fit(), [target.architecture])
     return {"latency_ms": float(ms), "std": float(std), "profile": profile.label}
 

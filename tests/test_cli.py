@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+import logging
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from images import build
 
 from nas import commands
 from nas.calibration.work import CalibrationConfig
+from nas.commands.flags import Flags
 from nas.folders.profile import ProfileConfig
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig
@@ -458,3 +462,87 @@ def test_what_was_found_is_said_once_and_first(capsys, caplog, photos, tmp_path)
     key = json.loads((run / "front.json").read_text())["points"][0]["key"]
     of_train = said("train", f"{run}@{key}", "--recipe", "quick", "--epochs", "1", "--workers", "0")
     assert any(message.startswith("final test on") for message in of_train)
+
+
+WHOLE_COMMAND = re.compile(r"`[a-z]+ [^`]*`|\b(?:mixnas|pip|ray) [^`,;:()]*")
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """The texts in a module except docstrings, with `{}` for each value in them."""
+    nodes = list(ast.walk(tree))
+    left_out = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    left_out |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in (node for node in nodes if id(node) not in left_out):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_of_the_library_name_arguments():
+    """Flags have names on the command line only. A whole command may stay, for somebody to type."""
+    library = Path(commands.__file__).parents[1]
+    found, arguments = [], set()
+    for file in sorted(library.rglob("*.py")):
+        if file.is_relative_to(library / "commands"):
+            continue
+        for text in texts(ast.parse(file.read_text(encoding="utf-8"))):
+            if re.search(r"(?<![\w-])--[a-z{]", WHOLE_COMMAND.sub("", text)):
+                found.append(f"{file.relative_to(library)}: {text}")
+            arguments |= set(re.findall(r"`([a-z]\w*)`", text)) if "\n" not in text else set()
+    assert found == []
+    options = {p.name for c in commands.COMMANDS for p in c.params if isinstance(p, click.Option)}
+    assert len(arguments) > 40
+    assert arguments <= options, "each has a flag"
+
+
+@table(
+    "arguments, words",
+    [
+        (["search", "--data", "/no/such"], "--data /no/such: no such file or folder"),
+        (["search", "--data", "torch/cifar10"], "--data torch/cifar10 needs --data-root, the folder"),
+        (["search", "--images", "1"], "--images 1: at least 2"),
+        (["search", "--max", "accuracy=5"], "--max accuracy=5: accuracy is maximised"),
+        (["train", "cas_vit_xs", "--workers", "999"], "--workers 999: it must be from 0 to 256"),
+        (["train", "cas_vit_xs", "--device", "cpu", "--teacher", "x"], "--teacher x: give a trained folder"),
+        (["train", "cas_vit_xs", "--set", "x"], "--set x: give KEY=VALUE"),
+        (["calibrate", "--device", "cpu", "--images", "1"], "--images 1: at least 2"),
+        (["worker", "--storage", "sqlite:///x.db", "--study", ".."], "names no folder in results: give --out"),
+    ],
+)
+def test_the_command_line_names_flags_instead(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    _, _, err = call(capsys, *arguments)
+    assert words in err
+    assert "`" not in err
+
+
+@table(
+    "command, message, shown",
+    [
+        ("search", "`target`, `max_seconds` and `device`", "--latency-target, --latency-seconds and --device"),
+        ("search", "`batch_size` = 3 and `train_batch_size`", "--batch-size 3 and --train-batch-size"),
+        ("calibrate", "`batch_size` = 3", "--train-batch-size 3"),
+        ("measure", "`folded` = False or `folded` = True", "--no-fold or --fold"),
+        ("replay", "`anew` = True, `anew` = False", "--anew, `anew` = False"),
+        ("export", "`everything` = True, `data` = True", "--all, --data True"),
+        (
+            "train",
+            "`target` = x and `ray start --head` and `nothing`",
+            "`target` = x and `ray start --head` and `nothing`",
+        ),
+        ("doctor", "a smaller `train_batch_size`, `threads` = 1", "a smaller --train-batch-size, --threads 1"),
+    ],
+)
+def test_flags_are_those_of_the_running_command(command, message, shown):
+    flags = Flags()
+    flags.choose(commands.cli.commands[command], commands.COMMANDS)
+    assert flags.shown(message) == shown
+
+
+def test_logs_of_the_library_name_flags(capsys):
+    call(capsys, "front", "/no/such/run")
+    handler = commands.LogToStderr()
+    for name in ("nas.search", "optuna"):
+        handler.emit(logging.LogRecord(name, logging.WARNING, "", 0, "%s: give `until`", (name,), None))
+    assert capsys.readouterr().err == "nas.search: give --until\noptuna: give `until`\n"

@@ -523,7 +523,7 @@ def test_a_training_of_another_family(run, tmp_path):
     assert target.build().num_classes == 10
     (again,) = export_each(folder.path, [], False, None, Settings())
     assert again.folder == made.folder
-    with pytest.raises(UsageError, match="leave --arch out"):
+    with pytest.raises(UsageError, match="leave `keys` out"):
         list(export_each(folder.path, ["abc"], False, None, Settings()))
     with pytest.raises(UsageError, match="for the points of a run"):
         list(export_each(folder.path, [], False, None, Settings(weights="proxy")))

@@ -331,7 +331,7 @@ class Peculiar(nn.Module):
 
 @pytest.mark.parametrize("how", ["reads the norm", "asks for its type", "hides its output"])
 def test_what_cannot_be_folded_says_so_and_the_way_out(how):
-    with pytest.raises(NasError, match="--no-fold") as caught:
+    with pytest.raises(NasError, match="`folded` = False") as caught:
         fold_batch_norms(Peculiar(how), images(2, 3, 6, 6))
     assert "\n" not in str(caught.value)
 
@@ -346,5 +346,5 @@ def test_a_fold_beyond_the_numbers_of_its_type_is_found():
         model[0].weight.fill_(1)
         model[1].running_var.zero_()
         model[1].weight.fill_(60)
-    with pytest.raises(NasError, match="--no-fold"):
+    with pytest.raises(NasError, match="`folded` = False"):
         fold_batch_norms(model, torch.zeros(1, 3, 4, 4).half())

@@ -551,8 +551,8 @@ def test_a_wrong_output_is_never_timed(monkeypatch):
         ({"target": 0.0}, "target"),
         ({"max_seconds": math.inf}, "max_seconds"),
         ({"runtime": "cudagraph"}, "runs on cuda"),
-        ({"command": "x {model} {input} {output}"}, "--command PROGRAM and --runtime"),
-        ({"runtime": "command"}, "--command PROGRAM and --runtime"),
+        ({"command": "x {model} {input} {output}"}, "`command` = PROGRAM and `runtime`"),
+        ({"runtime": "command"}, "`command` = PROGRAM and `runtime`"),
         ({"runtime": "command", "command": "x {model}"}, "must have {model}, {input} and {output}"),
         ({"runtime": "command", "command": "'"}, "cannot be split"),
         ({"runtime": "onnxruntime", "dtype": "bf16"}, "takes fp32 and fp16"),
@@ -740,7 +740,7 @@ def test_a_device_is_held_by_one_process_at_a_time(caplog, monkeypatch):
     logging.getLogger("nas.machine").removeHandler(reminded)
     assert "waiting for another process" in caplog.text
     assert "after 0 min" in caplog.text
-    assert "--share-device" in caplog.text
+    assert "`share_device`" in caplog.text
     if Path("/proc/locks").exists():
         assert f": process {holder.pid}\n" in caplog.text
 

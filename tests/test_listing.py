@@ -156,22 +156,26 @@ def refused(*said: str, name: object, **options: object) -> None:
 
 UNCLEAR = {
     # files: what the line must say
-    ("train/cat/*2.png", "val/cat/*2.png", "other/cat/*2.png"): ("train, val", "other", "photos/train", "--classes"),
-    ("cat/*2.png", "dog/*2.png", "val/*2.png", "test/*2.png"): ("test, val", "cat, dog", "--classes cat,dog,test,val"),
-    ("cat/*2.png", "dog/*2.png", "test/cat/*2.png"): ("test", "cat, dog", "--classes"),
+    ("train/cat/*2.png", "val/cat/*2.png", "other/cat/*2.png"): ("train, val", "other", "photos/train", "`classes`"),
+    ("cat/*2.png", "dog/*2.png", "val/*2.png", "test/*2.png"): (
+        "test, val",
+        "cat, dog",
+        "`classes` = cat,dog,test,val",
+    ),
+    ("cat/*2.png", "dog/*2.png", "test/cat/*2.png"): ("test", "cat, dog", "`classes`"),
     ("images/cat/*2.png", "images/dog/*2.png", "holdout/cat/*2.png", "holdout/dog/*2.png"): ("holdout", "images"),
     ("train/cat/*2.png", "train/dog/*2.png", "secret/cat/*2.png", "secret/dog/*2.png"): (
         "train",
         "secret",
-        "--classes",
+        "`classes`",
     ),
-    ("cat/*2.png", "dog/test/*2.png", "dog/*2.png"): ("dog/test", "evaluation", "--classes cat,dog"),
-    ("cat/2023/val/*2.png", "dog/*2.png"): ("cat/2023/val", "evaluation", "--classes"),
+    ("cat/*2.png", "dog/test/*2.png", "dog/*2.png"): ("dog/test", "evaluation", "`classes` = cat,dog"),
+    ("cat/2023/val/*2.png", "dog/*2.png"): ("cat/2023/val", "evaluation", "`classes`"),
     ("train/cat/*2.png", "train/dog/test/*2.png"): ("train/dog/test", "evaluation"),
     ("cat/test/*2.png", "dog/test/*2.png"): ("cat/test", "evaluation"),
     ("test/cat/*2.png", "val/cat/*2.png"): ("test, val", "evaluation"),
     ("train/cat/*2.png", "training/cat/*2.png"): ("train, training", "photos/train"),
-    ("train/*2.png", "test/*2.png"): ("photos/train", "--classes test,train"),
+    ("train/*2.png", "test/*2.png"): ("photos/train", "`classes` = test,train"),
     ("pets/cat/*2.png", "pets/dog/*2.png"): ("pets", "cat, dog", "photos/pets"),
     ("*3.png",): ("3 images", "no class folders"),
     ("cat/notes.txt",): ("no images",),
@@ -192,7 +196,7 @@ def test_the_classes_can_be_named(tmp_path):
     assert some.train.classes == ("cat", "fox")
     assert some.test().classes == ("fox",)
     refused("cow", "cat, dog, fox", name=split, classes=("cat", "cow"))
-    with pytest.raises(UsageError, match="--classes"):
+    with pytest.raises(UsageError, match="`classes`"):
         open_split("digits", classes=("1", "2"))
 
 

@@ -122,7 +122,7 @@ def test_several_budgets():
 @table("amount", ["", "0", "-1", "nan", "inf", "-inf", "five", "5s", "5 5", "1e400", "0x10", "ms", "M", "5MM", "--5"])
 @table("name", MINIMISED)
 def test_bad_amounts_are_refused(name, amount):
-    with pytest.raises(UsageError, match=f"--max {name}") as caught:
+    with pytest.raises(UsageError, match=f"`budgets` {name}") as caught:
         parse_budgets([f"{name}={amount}"])
     assert "\n" not in str(caught.value)
 

@@ -194,7 +194,7 @@ def test_another_machine_leaves_latency_out_unless_told_otherwise(tmp_path, capl
     assert "latency not compared" in found.summary
     assert found.count("counts") == {"agree": 1, "equal": 1, "of": 1}
     (line,) = [r.getMessage() for r in caplog.records if "Abacus" in r.getMessage()]
-    assert "--latency" in line
+    assert "pass `latency` = True" in line
     assert again(run, latency=True).count("latency")["of"] == 1  # the same rows, scored again for what they lack
 
 
@@ -277,7 +277,7 @@ def test_nothing_to_replay(tmp_path, monkeypatch):
 def test_a_foreign_replay_is_one_line(single, content, words):
     run = single
     (run.path / FILE).write_bytes(content)
-    with pytest.raises(RunError, match="--anew") as caught:
+    with pytest.raises(RunError, match="`anew` = True") as caught:
         again(run)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

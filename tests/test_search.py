@@ -212,7 +212,7 @@ def test_a_budget_nothing_meets_ends_with_its_own_error_and_how_far_it_is_off(tm
     (line,) = [r.getMessage() for r in caplog.records if "scored nothing" in r.getMessage()]
     least = min(t.scores.params for t in Run.open(tmp_path / "run").trials()[:10])
     assert line.startswith("the last 10 trials scored nothing")
-    assert f"the nearest is {100 * (least / 10 - 1):.0f} % above --max params" in line
+    assert f"the nearest is {100 * (least / 10 - 1):.0f} % above `budgets` params" in line
 
 
 def test_the_bend_is_the_nearest_to_the_best_in_everything(exhausted):
@@ -463,7 +463,7 @@ def test_a_program_or_device_that_a_run_has_no_use_for_is_refused(tmp_path):
     with pytest.raises(UsageError, match="this run runs no program, not 'x'"):
         local_config(run, "x")
     assert local_config(run, data_root=None, train_device="cuda").train_device == "cuda"
-    with pytest.raises(UsageError, match="give --train-device"):
+    with pytest.raises(UsageError, match="give `train_device`"):
         worker_config(run, "sqlite:///x.db", "train", device="cpu")
 
 

@@ -189,7 +189,7 @@ def test_wide_intervals_are_told():
     assert "reach ±25 %" in wide
     assert "less than 5.5 points apart" in chance, "1.96 times the root of two times two points"
     assert "(200 held-out images)" in chance
-    assert "--latency-seconds" in wide
+    assert "`max_seconds`" in wide
     steady = [replace(t, scores=replace(t.scores, latency_spread=0.01)) for t in [point(0.5, 1.0)] * 2]
     assert "--refix" in doubts(objectives, steady, 200)[0], "longer measuring would not help"
     assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []

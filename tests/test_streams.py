@@ -107,7 +107,7 @@ def test_a_run_of_any_name_can_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.setattr("nas.doctor.ENVIRONMENT", {})
     assert dict(examine(path))["tables"].state == "ok"
     with (
-        pytest.raises(RunError, match=r"\\xe9esx: its path is not UTF-8; give another --out"),
+        pytest.raises(RunError, match=r"\\xe9esx: its path is not UTF-8; give another `out`"),
         locked_folder(Path(f"{path}x")),
     ):
         pass

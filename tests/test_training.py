@@ -461,9 +461,9 @@ def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tm
     trained = train(config(file, images, tmp_path / "t"))
     (trained.path / "result.json").unlink()
     for change, words in (
-        ({"seed": 3}, "another --seed"),
-        ({"data": "digits"}, "another --data"),
-        ({"out": tmp_path / "u"}, "leave --out out"),
+        ({"seed": 3}, "another `seed`"),
+        ({"data": "digits"}, "another `data`"),
+        ({"out": tmp_path / "u"}, "leave `out` out"),
         ({"recipe": RECIPES["small"]}, "another recipe"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -485,7 +485,7 @@ def test_auto_is_chosen_once(images, file, tmp_path, monkeypatch, caplog):
     for again in (config(file, images, tmp_path / "t", recipe=asked), TrainConfig(str(trained.path), device="cpu")):
         (trained.path / "result.json").unlink()
         assert train(again).manifest == trained.manifest
-    with pytest.raises(RunError, match="another training needs another --out"):
+    with pytest.raises(RunError, match="another training needs another `out`"):
         train(config(file, images, tmp_path / "t", recipe=Auto()))
 
 

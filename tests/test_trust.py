@@ -328,7 +328,7 @@ def test_an_ensemble_is_for_what_it_was_calibrated_on(calibrated, tmp_path):
     for change, error, words in (
         ({"max_images": 120}, RunError, "another data"),
         ({"train_batch_size": 16}, RunError, "another training batch size"),
-        ({"proxy_size": 16}, UsageError, "leave --proxy-images"),
+        ({"proxy_size": 16}, UsageError, "leave `proxy_images`"),
     ):
         with pytest.raises(error, match=words):
             search(SearchConfig(**options | change))
@@ -342,9 +342,9 @@ def test_the_tables_are_plain_csv(calibrated):
 
 
 def test_an_ensemble_without_its_calibration_is_a_mistake():
-    with pytest.raises(UsageError, match="--calibration"):
+    with pytest.raises(UsageError, match="`calibration` = FOLDER"):
         SearchConfig(space=MINI, proxy="ensemble")
-    with pytest.raises(UsageError, match="--calibration"):
+    with pytest.raises(UsageError, match="`calibration` = FOLDER"):
         SearchConfig(space=MINI, calibration="somewhere")
 
 

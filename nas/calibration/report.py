@@ -63,7 +63,7 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     if len(final) < FEWEST:
         known = ", ".join(f"{len(part)} of {e}" for e, part in sorted(rungs[first].items())) or "none"
         raise RunError(
-            f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: resume, or set --epochs to fit"
+            f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: resume, or set `epochs` to fit"
         )
     latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
     if unknown := sorted(final.keys() - latency.keys()):

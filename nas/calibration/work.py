@@ -93,14 +93,14 @@ class CalibrationConfig:
 OnStep = Callable[[int, int, str], None]
 
 
-def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: OnStep | None = None) -> Calibration:
+def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnStep | None = None) -> Calibration:
     """Trains and scores architectures, and compares the two.
 
     Finished work is not repeated, and a killed training resumes at its last rung.
 
     Args:
         config: the settings; those of an existing folder may differ in `count`, `epochs` and `repeats` only.
-        path: the folder of the calibration; None for `config.folder`.
+        out: the folder of the calibration; None for `config.folder`.
         on_step: called after each step with the number of steps done, the number of all steps, and what was done.
 
     Raises:
@@ -108,7 +108,7 @@ def calibrate(config: CalibrationConfig, path: Path | None = None, on_step: OnSt
         DataError: if the data set cannot be used.
         UsageError: if the images are too small for the space.
     """
-    config, path = replace(config, device=resolve_device(config.device)), path or config.folder
+    config, path = replace(config, device=resolve_device(config.device)), out or config.folder
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     reduction = config.space.largest()[0].reduction
     if data.input_size[1] < reduction:
@@ -304,7 +304,7 @@ def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> C
         found = Calibration.open(path)
         for name, value in same.items():
             if found.manifest.get(name) != value:
-                raise RunError(f"{path} is a calibration with another {name}: give another --out")
+                raise RunError(f"{path} is a calibration with another {name}: give another `out`")
         return found
     manifest = same | {
         "format": FORMAT,

@@ -25,6 +25,7 @@ from .describe import describe_command, spaces_command
 from .doctor import doctor_command
 from .explain import explain_command
 from .export import export_command
+from .flags import FLAGS
 from .front import front_command
 from .measure import measure_command
 from .pictures import dashboard_command, plot_command, report_command
@@ -47,11 +48,13 @@ COMMANDS = (
 
 @click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mixnas")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context, /) -> None:
     """Find an efficient vision backbone for your own device.
 
     TARGET is a preset (cas_vit_xs, …), timm:NAME, an architecture file (.json), RUN@KEY or an exported folder.
     """
+    FLAGS.choose(cli.commands[str(context.invoked_subcommand)], COMMANDS)
     try:
         Path.cwd()
     except OSError:  # torch's libraries would end the process
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Exit statuses: 0 done, 1 failed, 2 wrong usage, 3 nothing feasible, 130 and 143 interrupted.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_LogToStderr()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogToStderr()])
     logging.getLogger("nas").setLevel(logging.INFO)
     for number in set(ending_signals()) - {signal.SIGINT}:
         signal.signal(number, _on_signal)
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 sys.exit(2)
         sys.stdout.flush()
     except NasError as error:
-        _fail(str(error), error.exit_code)
+        _fail(FLAGS.shown(str(error)), error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -89,12 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-class _LogToStderr(logging.Handler):
+class LogToStderr(logging.Handler):
     """Logs to the standard error of the moment, because a live display replaces it while it runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record as a line."""
-        print(self.format(record), file=sys.stderr)
+        line, ours = self.format(record), record.name.partition(".")[0] == "nas"
+        print(FLAGS.shown(line) if ours else line, file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import NasError, UsageError, one_line
+from .flags import FLAGS
 from .options import CLASSES, DATA_ROOT, IMAGES, JSON, STORAGE, command, option
 from .printing import new_table, print_json, print_table
 
@@ -44,7 +45,8 @@ def doctor_command(
         found.append({"name": name, **vars(finding)})
         if not as_json:
             colour = {"problem": "red", "warning": "yellow"}.get(finding.state) if coloured else None
-            click.echo(click.style(finding.line(name), fg=colour) if colour else finding.line(name))
+            line = FLAGS.shown(finding.line(name))
+            click.echo(click.style(line, fg=colour) if colour else line)
     if as_json:
         print_json(found)
     problems = [str(entry["name"]) for entry in found if entry["state"] == "problem"]

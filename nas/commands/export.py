@@ -10,7 +10,7 @@ import click
 from .. import defaults
 from ..errors import NasError, one_line
 from .options import STORAGE, command, names, option
-from .printing import new_table, print_json, print_table
+from .printing import new_table, print_json, print_message, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +86,7 @@ def export_command(
         if made.folder is not None and not as_json:
             click.echo(str(made.folder))
         for name, why in made.failures.items():
-            click.echo(f"{made.key}: {name} not written: {one_line(why)}", err=True)
+            print_message(f"{made.key}: {name} not written: {one_line(why)}", err=True)
     if as_json:
         folders = [str(made.folder) for made in done if made.folder is not None]
         exports = [{"key": made.key, "failures": made.failures, **made.report} for made in done]

@@ -11,7 +11,7 @@ import click
 
 from ..errors import UsageError
 from .options import JSON, RUN, STORAGE, command, option
-from .printing import fits, new_table, print_json, print_table, print_uncounted, program
+from .printing import fits, new_table, print_json, print_message, print_table, print_uncounted, program
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,14 +72,14 @@ def print_front(run: Run, front: list[Trial]) -> None:
             table.add_row(name, *[""] * len(run.objectives), "could not be scored")
         print_table(table)
         for name, why in failed.items():
-            click.echo(f"{name} could not be scored: {why}")
+            print_message(f"{name} could not be scored: {why}")
         for name, scores in baselines.items():
             print_uncounted(name, scores.uncounted)
         for form in dict.fromkeys(scores.form for scores in baselines.values() if scores.form):
             names = ", ".join(name for name, scores in baselines.items() if scores.form == form)
             click.echo(f"counted and measured {form}: {names}")
     for line in run.verdicts():
-        click.echo(line)
+        print_message(line)
 
 
 def _dominated_by(run: Run, front: list[Trial], scores: Scores) -> str:

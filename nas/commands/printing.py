@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..streams import encodable
+from .flags import FLAGS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +29,13 @@ def program() -> str:
     return f"{python.relative_to(Path.cwd()) if inside else 'python'} {script}"
 
 
+def print_message(message: str, err: bool = False) -> None:
+    """Prints a message of the library. Its arguments become flags."""
+    click.echo(FLAGS.shown(message), err=err)
+
+
 def print_json(data: Any) -> None:
-    """Prints data as JSON."""
+    """Prints data as JSON. Messages in the data stay as the library wrote them."""
     click.echo(json.dumps(data, indent=2))
 
 

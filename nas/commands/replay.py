@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import NasError
+from .flags import FLAGS
 from .options import JSON, RUN, STORAGE, command, option
 from .printing import new_table, print_json, print_table
 
@@ -87,7 +88,7 @@ def _print_replay(found: Replay) -> None:
         table = new_table("key", "trial>", "what", "recorded>", "95 % interval>", "now>", "95 % interval>")
         for row in found.disagreeing:
             if row.failure:
-                table.add_row(row.trial.key, str(row.trial.number), row.failure)
+                table.add_row(row.trial.key, str(row.trial.number), FLAGS.shown(row.failure))
             for c in (c for c in row.comparisons if not c.agrees):
                 cells = (
                     *(f"{c.recorded:.6g}", _interval(c.recorded_interval)),

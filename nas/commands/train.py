@@ -11,6 +11,7 @@ import click
 
 from .. import defaults
 from ..errors import NasError
+from .flags import FLAGS
 from .options import CLASSES, DATA_ROOT, DEVICES, IMAGES, RECIPE, SHARE_DEVICE, STORAGE, command, option
 from .printing import new_table, print_json, print_table, program
 
@@ -118,7 +119,10 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
         for row in told.rows:
             final = f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "accuracy" in row else ""
             table.add_row(
-                row["key"], "" if row["proxy"] is None else f"{row['proxy']:.4g}", final, row.get("failure", "")
+                row["key"],
+                "" if row["proxy"] is None else f"{row['proxy']:.4g}",
+                final,
+                FLAGS.shown(row.get("failure", "")),
             )
         print_table(table)
         if told.kendall is not None:

@@ -33,7 +33,7 @@ def open_files(name: str, classes: Sequence[str]) -> Opened:
     """Opens the data set in a folder or an archive, as `nas.data.sources.open_data_set` does."""
     skipped: Counter[str] = Counter()
     place = _open_place(name, skipped)
-    splits, base = find_splits(place.top, f"--data {readable(name)}", classes, place.name), readable(name)
+    splits, base = find_splits(place.top, f"`data` = {readable(name)}", classes, place.name), readable(name)
     own = split_kind(place.name)
     why_no_train = f"{listed(s.name for s in splits)} in it is for evaluation: give the training images"
     pointed_at = False
@@ -51,7 +51,7 @@ def open_files(name: str, classes: Sequence[str]) -> Opened:
     train = None
     if train_split is not None:
         evaluated = {file.identity for split in tests for file in _distinct(split)}
-        train = _source(train_split, f"--data {readable(name)}", skipped, others, evaluated)
+        train = _source(train_split, f"`data` = {readable(name)}", skipped, others, evaluated)
     labelled = [s for s in tests if any(train is None or label in train.classes for label, f in s.classes.items() if f)]
     if labelled:
         where = f"{base}/{labelled[0].name}"
@@ -81,9 +81,11 @@ def _open_place(name: str, skipped: Counter[str]) -> _Place:
     try:
         archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".tar" and p.is_file()), None)
         if archive is None and not path.exists():
-            raise DataError(f"--data {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)")
+            raise DataError(
+                f"`data` = {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)"
+            )
         if archive is None and not path.is_dir():
-            raise DataError(f"--data {name} is neither a folder nor a .tar of class folders: unpack other archives")
+            raise DataError(f"`data` = {name} is neither a folder nor a .tar of class folders: unpack other archives")
         if archive is None or archive == path:
             real = Path(os.path.abspath(path))
             top = scan_folder(path, skipped) if archive is None else scan_archive(path, skipped)
@@ -91,11 +93,13 @@ def _open_place(name: str, skipped: Counter[str]) -> _Place:
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"--data {name} cannot be read ({first_line(error)})") from None
+        raise DataError(f"`data` = {name} cannot be read ({first_line(error)})") from None
     holder = folder = scan_archive(archive, skipped)
     for part in path.relative_to(archive).parts:
         if part not in folder.folders:
-            raise DataError(f"--data {name}: {archive.name} holds no folder {part}; it holds {listed(folder.folders)}")
+            raise DataError(
+                f"`data` = {name}: {archive.name} holds no folder {part}; it holds {listed(folder.folders)}"
+            )
         holder, folder = folder, folder.folders[part]
     beside = {n: partial(holder.folders.__getitem__, n) for n in holder.folders if n != path.name and split_kind(n)}
     return _Place(folder, path.name, beside)

@@ -42,7 +42,7 @@ def torchvision(name: str, data_root: str | Path, test: bool) -> Source:
     try:
         dataset = create_dataset(name, root=str(data_root), split="val" if test else "train", download=False)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"--data {name}: not found under {data_root} ({first_line(error)})") from None
+        raise DataError(f"`data` = {name}: not found under {data_root} ({first_line(error)})") from None
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [dataset[i][1] for i in range(len(dataset))]
@@ -54,7 +54,7 @@ def torchvision(name: str, data_root: str | Path, test: bool) -> Source:
 def hugging_face(name: str, data_root: str | Path, test: bool) -> Source:
     """Opens a Hugging Face data set under `data_root`."""
     if importlib.util.find_spec("datasets") is None:
-        raise DataError(f"--data {name}: reading it needs the package datasets (pip install datasets)")
+        raise DataError(f"`data` = {name}: reading it needs the package datasets (pip install datasets)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # sets on disk only
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from timm.data.readers import create_reader
@@ -67,7 +67,7 @@ def hugging_face(name: str, data_root: str | Path, test: bool) -> Source:
         else:
             break
     else:
-        raise DataError(f"--data {name}: not found under {data_root} ({why})")
+        raise DataError(f"`data` = {name}: not found under {data_root} ({why})")
     labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
     by_index = {index: label for label, index in reader.class_to_idx.items()}
     classes = [str(by_index.get(c, c)) for c in range(int(labels.max()) + 1)]

@@ -112,7 +112,7 @@ def load_data(
         UsageError: if the name or a number is not allowed.
     """
     if max_images < 2:
-        raise UsageError(f"--images {max_images}: at least 2 are needed")
+        raise UsageError(f"`max_images` = {max_images}: at least 2 are needed")
     if input_size is not None and not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
     # the embedded set never changes, so small versions of it are cached; files on disk may change
@@ -242,7 +242,7 @@ def _decode(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor
     try:
         pixels = np.empty((len(chosen), 3, size, size), dtype=np.uint8)
     except MemoryError:
-        raise DataError(f"{len(chosen)} images of {size} pixels do not fit in memory: lower --images") from None
+        raise DataError(f"{len(chosen)} images of {size} pixels do not fit in memory: lower `max_images`") from None
     good, corrupt = 0, []
     with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, found in zip(chosen.tolist(), pool.map(fit, chosen.tolist()), strict=True):

@@ -34,14 +34,14 @@ def open_data_set(name: str, data_root: str | Path | None = None, classes: Seque
     """
     prefix = name.partition("/")[0].lower()
     if classes and (name == EMBEDDED or prefix in ("torch", "hfds")):
-        raise UsageError(f"--classes is for folders and archives of images: {name} has its own classes")
+        raise UsageError(f"`classes` is for folders and archives of images: {name} has its own classes")
     if name == EMBEDDED:
         return Opened(digits(test=False), lambda: digits(test=True))
     if prefix in ("torch", "hfds"):
         if data_root is None:
-            raise UsageError(f"--data {name} needs --data-root, the folder in which the set lies")
+            raise UsageError(f"`data` = {name} needs `data_root`, the folder in which the set lies")
         if not Path(data_root).is_dir():
-            raise DataError(f"--data-root {data_root} is not a folder")
+            raise DataError(f"`data_root` = {data_root} is not a folder")
         opener = torchvision if prefix == "torch" else hugging_face
         return Opened(opener(name, data_root, test=False), lambda: opener(name, data_root, test=True))
     return open_files(name, classes)
@@ -61,7 +61,7 @@ def open_split(name: str, data_root: str | Path | None = None, classes: Sequence
     """
     opened = open_data_set(name, data_root, classes)
     if opened.train is None:
-        raise DataError(f"--data {name}: {opened.why_no_train}")
+        raise DataError(f"`data` = {name}: {opened.why_no_train}")
     return opened.train
 
 
@@ -83,7 +83,7 @@ def open_test_set(name: str, data_root: str | Path | None = None, classes: Seque
     if opened.test is not None:
         return opened.test()
     if opened.train is None:
-        raise DataError(f"--test-data {name}: {opened.why_no_test}")
+        raise DataError(f"`test_data` = {name}: {opened.why_no_test}")
     return opened.train
 
 

@@ -151,9 +151,9 @@ def listed(names: Iterable[str], most: int = MAX_LISTED, length: int = 40) -> st
     return ", ".join(shown) + (", …" if len(names) > most else "")
 
 
-def _as_option(classes: Iterable[str]) -> str:
-    """Returns the option that names the class folders."""
-    return f"--classes {listed(classes).replace(', ', ',')}"
+def _as_argument(classes: Iterable[str]) -> str:
+    """Returns the argument that names the class folders."""
+    return f"`classes` = {listed(classes).replace(', ', ',')}"
 
 
 def inside(folder: Folder, holder: str) -> Folder:
@@ -221,7 +221,7 @@ def _all_splits(children: Mapping[str, Folder], kinds: Mapping[str, str], where:
         if kind == TRAIN and not root.children():
             raise DataError(
                 f"{where}/{readable(name)} has the name of a training split, but holds no class folders. If it is a "
-                f"class itself, pass {_as_option(children)}"
+                f"class itself, pass {_as_argument(children)}"
             )
         found.append(Split(readable(name), kind, by_class(root), (root,)))
     return found
@@ -269,7 +269,7 @@ def _refuse_mixture(children: Mapping[str, Folder], kinds: Mapping[str, str | No
         first = next((name for name in splits if kinds[name] == TRAIN), others[0])
         raise DataError(
             f"{where} holds folders with names of splits ({listed(splits)}) beside others ({listed(others)}): give "
-            f"only the training images, as {where}/{readable(first)}, or name the classes with {_as_option(children)}"
+            f"only the training images, as {where}/{readable(first)}, or name the classes with {_as_argument(children)}"
         )
 
 
@@ -286,7 +286,7 @@ def _refuse_inner(split: Split, where: str) -> None:
                         raise DataError(
                             f"{where}: {readable(child.name)} lies in class {label} and has the name of an evaluation "
                             "split, which a search must not see: move it out, or use all images in these folders for "
-                            f"training with {_as_option(split.classes)}"
+                            f"training with {_as_argument(split.classes)}"
                         )
 
 

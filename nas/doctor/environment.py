@@ -122,7 +122,7 @@ def _check_runtime(name: str, _: Patient) -> Finding:
 
     traits = RUNTIME_TRAITS[name]
     if traits.missing:
-        return ok(f"not installed; --runtime {name} would need pip install 'mixnas[{traits.extra}]'")
+        return ok(f"not installed; `runtime` = {name} would need pip install 'mixnas[{traits.extra}]'")
     versions = []
     for package in traits.packages:
         try:
@@ -130,7 +130,7 @@ def _check_runtime(name: str, _: Patient) -> Finding:
         except (ImportError, RuntimeError, OSError) as error:
             first = str(error).partition("\n")[0][:200]
             again = f"pip install --force-reinstall {package}"
-            return warning(f"{package} cannot be imported ({first})", f"for --runtime {name}: {again}")
+            return warning(f"{package} cannot be imported ({first})", f"for `runtime` = {name}: {again}")
         versions.append(f"{package} {importlib.metadata.version(package)}")
     return ok(", ".join(versions))
 
@@ -143,7 +143,7 @@ def _check_cores(_: Patient) -> Finding:
     if threads > math.ceil(cores):
         enough = max(1, int(cores))
         return warning(
-            there, f"threads that share a core wait for each other: --threads {enough}, and OMP_NUM_THREADS={enough}"
+            there, f"threads that share a core wait for each other: `threads` = {enough}, and OMP_NUM_THREADS={enough}"
         )
     return ok(there)
 
@@ -153,7 +153,7 @@ def _check_memory(_: Patient) -> Finding:
     if free is None:
         return ok("this system does not say how much is free")
     text = f"{free / GIB:.1f} GiB free"
-    advice = "end other programs, or use smaller --input-size and --train-batch-size"
+    advice = "end other programs, or use smaller `input_size` and `train_batch_size`"
     if free < 256 * MIB:
         return problem(text, advice)
     return warning(text, advice) if free < GIB else ok(text)
@@ -166,9 +166,9 @@ def _check_disk(patient: Patient) -> Finding:
     free = shutil.disk_usage(place).free
     text = f"{free / GIB:.1f} GiB free where results go ({place})"
     if not os.access(place, os.W_OK):
-        return warning(f"{place} cannot be written", "give a folder that can by --out")
+        return warning(f"{place} cannot be written", "give a folder that can by `out`")
     if free < 100 * MIB:
-        return problem(text, "make room, or give a folder elsewhere by --out")
+        return problem(text, "make room, or give a folder elsewhere by `out`")
     return warning(text, "weights may need more: make room") if free < GIB else ok(text)
 
 
@@ -202,7 +202,7 @@ def _check_load(_: Patient) -> Finding:
     load, cores = os.getloadavg()[0], usable_cores()
     text = f"{load:.1f} programs wanted a core in the last minute, {cores:g} are usable"
     if load > 0.5 * cores:
-        return warning(text, "latencies get wide intervals: end other programs, or measure with --threads 1")
+        return warning(text, "latencies get wide intervals: end other programs, or measure with `threads` = 1")
     return ok(text)
 
 

@@ -102,7 +102,7 @@ def _address(url: str) -> tuple[str | None, int]:
 
 
 def _check_trials(patient: Patient) -> Finding:
-    trials, again = patient.trials, f"mixnas search --out {patient.path} goes on"
+    trials, again = patient.trials, f"mixnas search --out {patient.path} resumes the run"
     if [t.number for t in trials] != list(range(len(trials))):
         return problem("trials are missing from the study", "bring it back from a copy")
     if lacking := incomplete_trials(patient.run, trials):
@@ -248,7 +248,7 @@ def _check_exports(patient: Patient) -> Finding:
     wanted = (*names, *(f"{PACKAGE}/{source}" for source in SOURCES))
     folders = [f for f in sorted((patient.path / "exports").glob("*")) if f.is_dir() and not f.name.startswith(".")]
     for folder in folders:
-        again = f"mixnas export {patient.path} --arch {folder.name} makes it anew"
+        again = f"mixnas export {patient.path} --arch {folder.name} writes it again"
         # in exports of version 0.1.0, `architecture` is one file
         if missing := [n for n in wanted if not ((folder / n).exists() or (folder / f"{n}.py").exists())]:
             return problem(f"{folder} lacks {', '.join(missing)}", again)

@@ -76,7 +76,7 @@ class Settings:
             raise UsageError(f"a pass of {self.batch} images: it must be from 1 to {MAX_BATCH}")
         if self.batch is not None and not any(FORMATS[name].deployed for name in self.formats):
             fixed = ", ".join(name for name, kind in FORMATS.items() if kind.deployed)
-            raise UsageError(f"--batch is for the formats {fixed}: name one by --format")
+            raise UsageError(f"`batch` is for the formats {fixed}: name one by `formats`")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def export_each(
     waiting: dict[str, Callable[[], Subject]]
     if is_run(path):
         if bool(keys) == everything:
-            raise UsageError("choose the networks to export: either --arch KEY (repeatable) or --all")
+            raise UsageError("choose the networks to export: either `keys` = KEY (repeatable) or `everything` = True")
         run = Run.open(path)
         trials = run.trials()
         chosen = [run.find(key, trials) for key in keys] or run.front(trials)
@@ -152,11 +152,13 @@ def export_each(
         waiting = {trial.key: partial(of_run, run, trial, settings.weights) for trial in chosen}
     elif is_training(path):
         if keys:
-            raise UsageError(f"{path} is the training of one network: leave --arch out")
+            raise UsageError(f"{path} is the training of one network: leave `keys` out")
         subject = of_training(Trained.open(path), settings.weights)
         waiting = {subject.key: lambda: subject}
     else:
-        raise UsageError(f"{path} is neither the folder of a run (with --arch or --all) nor that of a training")
+        raise UsageError(
+            f"{path} is neither the folder of a run (with `keys` or `everything` = True) nor that of a training"
+        )
     for key, load in waiting.items():
         try:
             yield export_subject(load(), (out or path / "exports") / key, settings)
@@ -173,7 +175,7 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
         NasError: if the model that timm loads does not give the same output.
     """
     if folder.exists() and not _is_export(folder):
-        raise UsageError(f"{folder} exists and is not an export: give another --out")
+        raise UsageError(f"{folder} exists and is not an export: give another `out`")
     material, images = _material(subject, settings)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +241,7 @@ def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
     except (DataError, UsageError) as error:
         if settings.data is not None:
             raise
-        message = f"{error}. Files are compared on random images instead (pass --data to say where the images are)"
+        message = f"{error}. Files are compared on random images instead (pass `data` to say where the images are)"
         REPEATS.tell(log, "exports compared on random images", message)
         images = torch.randn(RANDOM_IMAGES, *subject.input_size, generator=torch.Generator().manual_seed(0))
         return Material(subject, images, None, None, settings.batch), f"{RANDOM_IMAGES} random images"

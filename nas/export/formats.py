@@ -256,7 +256,7 @@ def _make_int8(material: Material, folder: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if material.calibration is None:
-        raise NasError("it is calibrated on training images, which cannot be read: say by --data where they are")
+        raise NasError("it is calibrated on training images, which cannot be read: say by `data` where they are")
     with tempfile.TemporaryDirectory(prefix="mixnas-") as place, _quiet():
         plain, prepared, done = (Path(place) / name for name in ("plain.onnx", "prepared.onnx", "done.onnx"))
         plain.write_bytes(material.onnx)

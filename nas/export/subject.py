@@ -119,7 +119,7 @@ def of_run(run: Run, trial: Trial, weights: str = AUTO) -> Subject:
     if trained is not None and (weights == TRAINED or trained.result is not None):
         return Subject(trial.key, trained.load_model(), run, trial, trained)
     if weights == TRAINED:
-        raise RunError(f"{folder} is no training: train {run.path}@{trial.key} first, or pass --weights proxy")
+        raise RunError(f"{folder} is no training: train {run.path}@{trial.key} first, or pass `weights` = proxy")
     return Subject(trial.key, load_trained(run, trial), run, trial)
 
 
@@ -133,7 +133,7 @@ def of_training(trained: Trained, weights: str = AUTO) -> Subject:
     if weights not in WEIGHTS:
         raise unknown_name("kind of weights", weights, WEIGHTS)
     if weights == PROXY:
-        raise UsageError(f"{trained.path} is a training: --weights proxy is for the points of a run")
+        raise UsageError(f"{trained.path} is a training: `weights` = proxy is for the points of a run")
     architecture = trained.architecture
     key = str(trained.manifest["model"]).removeprefix("timm:") if architecture is None else architecture.key
     return Subject(key, trained.load_model(), trained=trained)
@@ -228,7 +228,7 @@ def _decoded(subset: Subset, data: TrainingData, most: int) -> Images:
 
 
 def _other_data(name: str, of: str) -> str:
-    return f"{name} is not the data of {of}: its fingerprint differs. Say by --data where the right one is"
+    return f"{name} is not the data of {of}: its fingerprint differs. Say by `data` where the right one is"
 
 
 def sample(count: int, most: int) -> torch.Tensor:

@@ -61,7 +61,7 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
         str(path.resolve()).encode()
     except UnicodeEncodeError:  # SQLite and safetensors take no other path
         raise RunError(
-            f"cannot write the {what} folder {path}: its path is not UTF-8; give another --out (if the path is UTF-8, "
+            f"cannot write the {what} folder {path}: its path is not UTF-8; give another `out` (if the path is UTF-8, "
             "set PYTHONUTF8=1)"
         ) from None
     try:
@@ -69,12 +69,12 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
         ours = (path / manifest).is_file()
         foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock", PARENT)]
         if foreign:
-            raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another --out")
+            raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another `out`")
     except OSError as error:
         raise RunError(f"cannot write the {what} folder {path}: {error.strerror or error}") from None
     held = False
     try:
-        with held_folder(path, what, " or give another --out"):
+        with held_folder(path, what, " or give another `out`"):
             held = True
             yield
     finally:

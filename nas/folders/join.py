@@ -29,7 +29,7 @@ def remove_unfinished_study(path: Path) -> None:
             studies = storage.get_all_studies()
             others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
         if others:
-            raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another --out")
+            raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another `out`")
     for name in STUDY_FILES:
         (path / name).unlink(missing_ok=True)
 
@@ -49,7 +49,7 @@ def join_run(path: Path, url: str, study: str) -> Run:
     if url.startswith("sqlite"):
         file = Path(make_url(url).database or "")
         if not is_file(file, RunError):
-            raise RunError(f"there is no database {file}: --storage must be that of the search")
+            raise RunError(f"there is no database {file}: `storage` must be that of the search")
     with storage_errors(path):
         storage = open_storage(path, url, create=False)
         try:
@@ -67,7 +67,7 @@ def join_run(path: Path, url: str, study: str) -> Run:
     if is_run(path):
         before = Run.open(path).manifest
         if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
-            raise RunError(f"{path} is the folder of another run: give another --out")
+            raise RunError(f"{path} is the folder of another run: give another `out`")
         return Run(path, manifest)  # this may be the search's own folder, whose manifest must stay as it is
     del manifest["format"]
     try:

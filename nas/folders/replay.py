@@ -34,7 +34,7 @@ def read_replay(file: Path, machine: str) -> Rescored:
     try:
         text = read_text(file, MAX_TABLE_BYTES, RunError)
     except RunError as error:
-        raise RunError(f"{error}: --anew starts over") from None
+        raise RunError(f"{error}: `anew` = True starts over") from None
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
         known = {
@@ -43,9 +43,11 @@ def read_replay(file: Path, machine: str) -> Rescored:
         }
         places = {row["machine"] for row in rows}
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): --anew starts over") from None
+        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): `anew` = True starts over") from None
     if places - {machine}:
-        raise RunError(f"{file} was begun on {min(places - {machine})}, this is {machine}: --anew starts over here")
+        raise RunError(
+            f"{file} was begun on {min(places - {machine})}, this is {machine}: `anew` = True starts over here"
+        )
     return known
 
 

@@ -35,7 +35,7 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
         widest, spread = max(shares, key=lambda share: share[0], default=(0.0, None))
         if widest > WIDE:
             advice = (
-                "an idle machine or a larger --latency-seconds makes them narrower"
+                "an idle machine or a larger `max_seconds` makes them narrower"
                 if spread is None or 2 * spread > widest
                 else "the speed of the machine has changed since the latency of the reference network was stored: "
                 "store it again on the idle machine (mixnas measure cas_vit_xs --refix), then start a new run"

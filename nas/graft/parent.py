@@ -46,7 +46,9 @@ class ParentConfig:
         """
         target = resolve(self.target)
         if self.weights is None and target.weights is None:
-            raise UsageError(f"parent {self.target} has no weights: give weights, a .safetensors file that holds them")
+            raise UsageError(
+                f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
+            )
         return target
 
 

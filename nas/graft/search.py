@@ -57,7 +57,7 @@ def graft(
     if config.input_size is None and target.data.get("input_size"):
         config = replace(config, input_size=target.data["input_size"][1])
     if find_run(out):
-        raise UsageError(f"{out} is a run already: leave parent out to resume it")
+        raise UsageError(f"{out} is a run already: leave `parent` out to resume it")
     trained = train_parent(parent, config, on_step)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     recorded = trained.manifest["data"]

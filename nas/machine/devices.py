@@ -36,10 +36,10 @@ def resolve_device(name: str) -> str:
     index = name.partition(":")[2]
     if not torch.cuda.is_available():
         raise UsageError(
-            f"--device {name}: this torch sees no CUDA device: use --device cpu, or install a CUDA build and driver"
+            f"`device` = {name}: this torch sees no CUDA device: use `device` = cpu, or install a CUDA build and driver"
         )
     if int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        raise UsageError(f"`device` = {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return f"cuda:{int(index or 0)}"
 
 

@@ -107,7 +107,7 @@ def _waiting_reported(device: str) -> Iterator[None]:
         after = REMINDER_SECONDS
         while not ended.wait(begun + after - time.monotonic()):
             log.info(
-                "still waiting for %s after %.0f min%s; a search or training with --share-device does not wait",
+                "still waiting for %s after %.0f min%s; a search or training with `share_device` = True does not wait",
                 *(device, after / 60, _holder(_lock_file(device))),
             )
             after *= 4

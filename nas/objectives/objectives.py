@@ -244,12 +244,12 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         name, _, amount = text.partition("=")
         if name not in OBJECTIVES:
-            raise unknown_name("objective in --max", name, OBJECTIVES)
+            raise unknown_name("objective in `budgets`", name, OBJECTIVES)
         objective = OBJECTIVES[name]
         if not objective.minimize:
-            raise UsageError(f"--max {text}: {name} is maximised, but only a minimised objective can have a budget")
+            raise UsageError(f"`budgets` {text}: {name} is maximised, but only a minimised objective can have a budget")
         if name in budgets:
-            raise UsageError(f"--max {name} is given twice")
+            raise UsageError(f"`budgets` {name} is given twice")
         budgets[name] = _parse_amount(text, amount, objective)
     return budgets
 
@@ -267,5 +267,5 @@ def _parse_amount(text: str, amount: str, objective: Objective) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         example = f"{objective.name}=5{objective.unit or 'M'}"
-        raise UsageError(f"--max {objective.name}={amount!r}: a positive number is needed, such as {example}")
+        raise UsageError(f"`budgets` {objective.name}={amount!r}: a positive number is needed, such as {example}")
     return value

@@ -39,7 +39,7 @@ from ..space import SearchSpace
 
 def profile(
     config: ProfileConfig,
-    path: Path | None = None,
+    out: Path | None = None,
     minutes: float = defaults.PROFILE_MINUTES,
     on_network: Callable[[int, float], None] | None = None,
 ) -> Profile:
@@ -47,7 +47,7 @@ def profile(
 
     Args:
         config: the settings.
-        path: the folder of the profile; an existing profile with the same settings is resumed. None for
+        out: the folder of the profile; an existing profile with the same settings is resumed. None for
             `config.folder`.
         minutes: minutes of measuring, including those of earlier calls.
         on_network: called after each network with the number of networks and the seconds spent.
@@ -55,7 +55,7 @@ def profile(
     Raises:
         RunError: if the folder has a profile with other settings, or cannot be written.
     """
-    path = path or config.folder
+    path = out or config.folder
     with locked_folder(path, "profile.json", "profile"):
         return _profile(_open_or_create(config, path), minutes, on_network)
 
@@ -210,7 +210,7 @@ def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
         before = read_json(path / "profile.json", "a profile's manifest", MANIFEST, RunError)
         for name, value in now.items():
             if before.get(name) != value:
-                raise RunError(f"{path} is a profile with another {name}: give another --out")
+                raise RunError(f"{path} is a profile with another {name}: give another `out`")
         return replace(found, config=config)
     manifest = now | {
         "format": FORMAT,

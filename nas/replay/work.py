@@ -230,7 +230,7 @@ def _warn_of_differences(run: Run, machine: str, here: bool, latency: bool | Non
     if not here:
         what = {
             None: "accuracies may differ a little",
-            False: "latency is not compared (pass --latency to compare it anyway)",
+            False: "latency is not compared (pass `latency` = True to compare it anyway)",
             True: "latencies may differ",
         }[latency]
         there = _place(conditions["device"], conditions["threads"])

@@ -120,7 +120,7 @@ def guarded(application: Application, host: str, port: int, writable: bool) -> A
         elif origin is not None and origin != f"http://{asked}":
             refusal = "it comes from another site"
         elif environment["REQUEST_METHOD"] not in READS and not writable:
-            refusal = "the study is read-only: start with --writable to change it"
+            refusal = "the study is read-only: mixnas dashboard --writable lets you change it"
         if not refusal:
             return application(environment, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
@@ -170,7 +170,7 @@ def serve(run: Run, host: str, port: int, on_ready: Callable[[str], None], writa
         try:
             server = make_server(host, port, lambda *_: [], server_class=_Server, handler_class=_Quiet)
         except (OSError, OverflowError) as error:
-            raise RunError(f"cannot listen on {host}:{port} ({error}): give another --host or --port") from None
+            raise RunError(f"cannot listen on {host}:{port} ({error}): give another `host` or `port`") from None
         server.set_app(guarded(wsgi(storage), host, server.server_port, writable))
         with server:
             shown = f"[{host}]" if ":" in host else host

@@ -48,7 +48,7 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     data = load_images(config)
     if data.fingerprint != run.manifest["data"]["fingerprint"]:
         raise RunError(
-            f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by --data"
+            f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
         )
     evaluator = make_evaluator(config, data)
     evaluator = replace(evaluator, references=references_of(run, evaluator))
@@ -169,7 +169,7 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
             return dict(stored)  # the folder may have changed or vanished since
     found = Calibration.open(Path(config.calibration))
     if config.proxy_images is not None or config.proxy_size is not None:
-        raise UsageError("an ensemble uses the images of its calibration: leave --proxy-images and --proxy-size out")
+        raise UsageError("an ensemble uses the images of its calibration: leave `proxy_images` and `proxy_size` out")
     for name, mine, its in (
         ("space", config.space, found.space),
         ("data or image size", data.fingerprint, found.manifest["data"]["fingerprint"]),
@@ -205,7 +205,7 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
             if then != now
             else f"its {name} ({then}) is declared differently"
         )
-        raise RunError(f"cannot resume {run.path}: {detail}, so scores would differ; give another --out")
+        raise RunError(f"cannot resume {run.path}: {detail}, so scores would differ; give another `out`")
     if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 

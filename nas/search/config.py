@@ -163,9 +163,9 @@ class SearchConfig:
         if isinstance(self.space, GraftSpace):
             self._check_graft()
         elif ESTIMATORS[self.proxy].needs == PARENT:
-            raise UsageError(f"proxy {self.proxy} is for a search with a parent: give one, or use another proxy")
+            raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
-            raise UsageError("--calibration FOLDER and --proxy ensemble need each other: give both or neither")
+            raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (
             "workers",
             "trials",
@@ -202,14 +202,14 @@ class SearchConfig:
         wanted = {*self.objectives, *self.budgets}
         if self.only != ALL and ("accuracy" not in wanted or not MEASURED & wanted):
             raise UsageError(
-                f"--only {self.only}: there is but one part. The objectives must include accuracy, and objectives or "
+                f"`only` = {self.only}: there is but one part. The objectives must include accuracy, and objectives or "
                 "budgets must include latency or memory"
             )
         if self.only != ALL and self.engine == "ray":
-            raise UsageError("on a Ray cluster one actor does all measurements: leave --only out")
+            raise UsageError("on a Ray cluster one actor does all measurements: leave `only` out")
         if self.only != ALL and self.storage is None:
             raise UsageError(
-                f"--only {self.only} needs workers for the other part: give --storage, where they find the study"
+                f"`only` = {self.only} needs workers for the other part: give `storage`, where they find the study"
             )
 
     def _check_graft(self) -> None:
@@ -225,9 +225,9 @@ class SearchConfig:
             ("proxy_size", self.proxy_size, "the image size is a choice of the search"),
         ):
             if given:
-                raise UsageError(f"{name} does not go with a parent, because {why}")
+                raise UsageError(f"`{name}` does not go with a parent, because {why}")
         if self.engine != "local" or self.only != ALL:
-            raise UsageError("a search with a parent runs on this machine alone: leave engine and only out")
+            raise UsageError("a search with a parent runs on this machine alone: leave `engine` and `only` out")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data without the folder and the space, which a manifest holds separately."""
@@ -298,7 +298,7 @@ def configure(
     config = SearchConfig.from_run(Run.open(out)) if resumed and out is not None else new
     if warm_start:
         if resumed:
-            raise UsageError("--warm-start is for a new run: this one has begun")
+            raise UsageError("`warm_start` is for a new run: this one has begun")
         changes["start"] = starting_points(changes.get("space", new.space), warm_start)
     timing = {name: changes.pop(name) for name in IN_RUNS if name in changes}
     places = [(target.device, target.runtime) for target in config.latency]
@@ -327,7 +327,7 @@ def local_config(run: Run, command: str | None = None, measures: bool = True, **
     config = SearchConfig.from_run(run, measures)
     if command is not None and command != config.command:
         asks = f"runs the program {config.command!r}" if config.command else "runs no program"
-        raise UsageError(f"this run {asks}, not {command!r}: leave --command out, or give the same one")
+        raise UsageError(f"this run {asks}, not {command!r}: leave `command` out, or give the same one")
     changes: dict[str, Any] = {name: value for name, value in here.items() if value is not None}
     if (device := changes.pop("device", None)) is not None:
         changes["latency"] = (replace(config.latency[0], device=device), *config.latency[1:])
@@ -353,6 +353,6 @@ def worker_config(
     config = local_config(run, command, only != TRAIN, **here)
     if only == TRAIN:
         if here.get("device") is not None:
-            raise UsageError("--device is for measuring, but this worker only trains: give --train-device")
+            raise UsageError("`device` is for measuring, but this worker only trains: give `train_device`")
         config = replace(config, train_device=here.get("train_device") or "auto")
     return replace(config, storage=storage, only=only, workers=1)

@@ -130,7 +130,7 @@ class Evaluator:
         if side < architecture.reduction:
             raise UsageError(
                 f"images of {side} pixels are too small for a total stride of {architecture.reduction}: "
-                f"set --input-size to {architecture.reduction} or more, or use a space with fewer stages"
+                f"set `input_size` to {architecture.reduction} or more, or use a space with fewer stages"
             )
         return create_backbone(architecture, len(self.data.classes))
 

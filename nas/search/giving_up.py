@@ -68,7 +68,7 @@ class GivingUp:
         if hopeless:
             return INFEASIBLE
         if expects_too_little(self._state.study, self._config.until):
-            log.warning("stopped: a further architecture is expected to add less than --until asks for")
+            log.warning("stopped: a further architecture is expected to add less than `until` asks for")
             return NO_GAIN
         return None
 
@@ -93,8 +93,8 @@ class GivingUp:
         if over:
             nearest, name = min(over)
             log.warning(
-                "the last %d trials scored nothing; of those over budget the nearest is %.0f %% above --max %s: raise "
-                "it, or search a space of smaller networks; %d in a row end the search",
+                "the last %d trials scored nothing; of those over budget the nearest is %.0f %% above `budgets` %s: "
+                "raise it, or search a space of smaller networks; %d in a row end the search",
                 *(len(streak), 100 * nearest, name, MAX_OVER_BUDGET),
             )
 

@@ -71,7 +71,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     consent.allow(config.command, config.storage)
     if config.only == TRAIN:
-        raise UsageError("--only train is for workers: the search itself measures, so start it on the target device")
+        raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
     config = replace(
         config,
         latency=tuple(target.here() for target in config.latency),
@@ -104,8 +104,8 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
             run = Run.open(config.out)
             if config.storage != run.manifest["config"]["storage"]:
                 there = run.manifest["config"]["storage"]
-                instead = "leave --storage out" if there is None else f"give --storage {there}"
-                raise RunError(f"{config.out} keeps its study elsewhere: {instead}, or give another --out")
+                instead = "leave `storage` out" if there is None else f"give `storage` = {there}"
+                raise RunError(f"{config.out} keeps its study elsewhere: {instead}, or give another `out`")
             check_same(run, conditions)
             run = _update(run, config)
         else:
@@ -134,7 +134,7 @@ def join(storage: str, study: str, out: Path | None) -> Run:
     check_storage(storage)
     name = Path(study).name
     if out is None and name in ("", ".."):
-        raise UsageError(f"study {study!r} names no folder in results: give --out")
+        raise UsageError(f"study {study!r} names no folder in results: give `out`")
     return join_run(out or RESULTS / name, storage, study)
 
 
@@ -233,7 +233,7 @@ def _open_profile(config: SearchConfig, evaluator: Evaluator) -> Profile | None:
     if config.profile is None:
         return None
     if "latency" not in (*config.objectives, *config.budgets):
-        raise UsageError("--profile predicts latency, but latency is no objective and has no budget here")
+        raise UsageError("`profile` predicts latency, but latency is no objective and has no budget here")
     found, target, side = Profile.open(Path(config.profile)), evaluator.latency[0], evaluator.data.input_size[1]
     found.check(target, side, machine_name(target.device), "this search measures")
     return found
@@ -275,7 +275,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
         for old in storage.get_all_studies():
             if old.study_name == name:
                 if storage.get_n_trials(old._study_id):
-                    raise RunError(f"the storage already has a study named {name!r}: give another --out")
+                    raise RunError(f"the storage already has a study named {name!r}: give another `out`")
                 storage.delete_study(old._study_id)  # left by an interrupted creation
     reference = _reference(config, evaluator, objectives)
     try:
@@ -288,7 +288,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
             for architecture in config.start:
                 study.enqueue_trial(config.space.encode(architecture), skip_if_exists=True)
     except optuna.exceptions.DuplicatedStudyError:
-        raise RunError(f"the storage already has a study named {name!r}: give another --out") from None
+        raise RunError(f"the storage already has a study named {name!r}: give another `out`") from None
     resolved = replace(config, input_size=data.input_size[1])
     manifest = {
         "study": name,
@@ -345,7 +345,7 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
         if not measured:
             raise NasError(
                 f"none of the largest architectures of space {config.space.name} can be measured on this device: set "
-                + " ".join(f"--max {_base(o)}=…" for o in open_ones)
+                + " ".join(f"`budgets` {_base(o)}=…" for o in open_ones)
             )
     reference = {}
     for objective in objectives:

@@ -31,6 +31,8 @@ def starting_points(space: Space, names: Sequence[str]) -> tuple[Candidate, ...]
                 space.encode(architecture)
                 fitting.append(architecture)
         if not fitting:
-            raise UsageError(f"--warm-start {name}: not in space {space.name}, whose points alone can be scored first")
+            raise UsageError(
+                f"`warm_start` = {name}: not in space {space.name}, whose points alone can be scored first"
+            )
         found += fitting
     return tuple(dict.fromkeys(found))

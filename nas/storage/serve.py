@@ -38,4 +38,4 @@ def serve_storage(url: str, host: str, port: int, on_ready: Callable[[], None]) 
                 storage, host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=64)
             )
         except RuntimeError as error:
-            raise RunError(f"cannot listen on {host}:{port} ({error}): give another --port") from None
+            raise RunError(f"cannot listen on {host}:{port} ({error}): give another `port`") from None

@@ -59,12 +59,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses values that are not allowed."""
         if self.workers is not None and not 0 <= self.workers <= 256:
-            raise UsageError(f"--workers {self.workers}: it must be from 0 to 256")
+            raise UsageError(f"`workers` = {self.workers}: it must be from 0 to 256")
         if self.input_size is not None and self.input_size not in SIDE:
-            raise UsageError(f"--input-size {self.input_size}: it must be from 1 to {SIDE[-1]}")
+            raise UsageError(f"`input_size` = {self.input_size}: it must be from 1 to {SIDE[-1]}")
         if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed {self.seed}: it must be from 0 to {2**32 - 1}")
+            raise UsageError(f"`seed` = {self.seed}: it must be from 0 to {2**32 - 1}")
         if (self.teacher or "").startswith("timm:") != (self.teacher_weights is not None):
-            raise UsageError("--teacher timm:NAME and --teacher-weights FILE go together: nothing is downloaded")
+            raise UsageError("`teacher` = timm:NAME and `teacher_weights` = FILE go together: nothing is downloaded")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard needs TensorBoard: pip install 'mixnas[tensorboard]'")
+            raise UsageError("`tensorboard` = True needs TensorBoard: pip install 'mixnas[tensorboard]'")

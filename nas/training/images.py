@@ -180,7 +180,7 @@ def open_data(
     if source is None and opened.pointed_at and opened.test is not None:
         source, opened = opened.test(), replace(opened, test=None)  # a user who names a test split may train on it
     if source is None:
-        raise DataError(f"--data {name}: {opened.why_no_train}")
+        raise DataError(f"`data` = {name}: {opened.why_no_train}")
     REPEATS.once(log, source.listing.line(name))
     labels = source.targets
     if len(np.unique(labels)) < 2:
@@ -236,7 +236,7 @@ def _named_test(test_name: str, data_root: str | None, classes: Sequence[str], t
         shared = sum(found.identity(i) in trained for i in range(len(found.targets)))
     if shared:
         many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
-        raise UsageError(f"--test-data {test_name}: {many}these are the images that are trained on; give others")
+        raise UsageError(f"`test_data` = {test_name}: {many}these are the images that are trained on; give others")
     return found
 
 

@@ -63,21 +63,21 @@ def check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
     there = trained.manifest
     for name in ("test_data", "teacher_weights"):
         if there["asked"][name] != manifest["asked"][name]:
-            raise RunError(f"{trained.path} was begun with another --{name.replace('_', '-')}: give another --out")
+            raise RunError(f"{trained.path} was begun with another `{name}`: give another `out`")
     for name in ("architecture", "model", "init", "teacher", "seed"):
         if there.get(name) != manifest[name]:
-            raise RunError(f"{trained.path} is a training with another {name}: give another --out")
+            raise RunError(f"{trained.path} is a training with another {name}: give another `out`")
     recipe = Recipe.from_dict(dict(there["recipe"])).to_dict()  # an older release kept fewer fields
     for name, value in manifest["recipe"].items():
         if (before := recipe[name]) != value:
             what = f"recipe {before}" if name == "name" else f"{name}={before}"
             raise RunError(
                 f"{trained.path} was begun with {what}, not {value}: `mixnas train {trained.path}` resumes it, and "
-                "another training needs another --out"
+                "another training needs another `out`"
             )
     for name in ("fingerprint", "input_size"):
         if there["data"][name] != manifest["data"][name]:
-            raise RunError(f"{trained.path} was begun on other images ({name}): give another --out")
+            raise RunError(f"{trained.path} was begun on other images ({name}): give another `out`")
 
 
 def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
@@ -91,13 +91,12 @@ def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     for name in ASKED[1:]:
         given = getattr(config, name)
         if given not in (asked[name], getattr(TrainConfig(""), name)):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{trained.path} was begun with another {flag}: leave it out to resume")
+            raise UsageError(f"{trained.path} was begun with another `{name}`: leave it out to resume")
     recipe = Recipe.from_dict(dict(manifest["recipe"]))
     if config.recipe not in (Auto(), recipe) and not chosen_before(config.recipe, manifest):
-        raise UsageError(f"{trained.path} was begun with another recipe: leave --recipe and --set out to resume")
+        raise UsageError(f"{trained.path} was begun with another recipe: leave `recipe` and `settings` out to resume")
     if config.out is not None and config.out.resolve() != trained.path.resolve():
-        raise UsageError(f"{trained.path} is an unfinished training: leave --out out to resume it")
+        raise UsageError(f"{trained.path} is an unfinished training: leave `out` out to resume it")
     return replace(
         config,
         **{name: asked[name] for name in ASKED},

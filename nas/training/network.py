@@ -46,7 +46,7 @@ def build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
     if target.architecture is not None:
         if data.input_size[1] < target.architecture.reduction:
             raise UsageError(
-                f"images of {data.input_size[1]} pixels are too small for {target.name}: give an --input-size of "
+                f"images of {data.input_size[1]} pixels are too small for {target.name}: give an `input_size` of "
                 f"{target.architecture.reduction} or more"
             )
         create = partial(create_candidate, target.architecture, classes)
@@ -152,7 +152,7 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
     elif is_file(folder / "config.json", UsageError):
         exported = resolve(name)
         if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
-            raise UsageError(f"--teacher {name}: it is no exported folder with weights")
+            raise UsageError(f"`teacher` = {name}: it is no exported folder with weights")
         model, known = exported.build(), exported.data
         load_weights(model, exported.weights)
     elif name.startswith("timm:"):
@@ -161,13 +161,13 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
         load_weights(model, Path(config.teacher_weights))
         known = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True).to_dict()
     else:
-        raise UsageError(f"--teacher {name}: give a trained folder, an exported folder or timm:NAME")
+        raise UsageError(f"`teacher` = {name}: give a trained folder, an exported folder or timm:NAME")
     count = int(getattr(model, "num_classes", 0))
     if count != len(data.classes):
-        raise UsageError(f"--teacher {name} knows {count} classes, the images have {len(data.classes)}")
+        raise UsageError(f"`teacher` = {name} knows {count} classes, the images have {len(data.classes)}")
     if tuple(known.get("classes", data.classes)) != data.classes:
-        raise UsageError(f"--teacher {name} knows other classes than the images have, or has them in another order")
+        raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
     if side is None:
-        check_sides(model, data, recipe, f"--teacher {name}")
+        check_sides(model, data, recipe, f"`teacher` = {name}")
     model = model.eval().requires_grad_(False).to(device)
     return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)

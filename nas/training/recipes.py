@@ -198,7 +198,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or key not in kinds or key == "name":
             close = difflib.get_close_matches(key, kinds, 3)
             raise UsageError(
-                f"--set {setting}: give KEY=VALUE with one of the recipe's keys"
+                f"`settings` {setting}: give KEY=VALUE with one of the recipe's keys"
                 + (f", such as {', '.join(close)}" if close else f": {', '.join(f for f in kinds if f != 'name')}")
             )
         changes[key] = _value(key, value.strip(), kinds[key])

@@ -185,7 +185,7 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
         total = recipe.epochs * steps_per_epoch(data, recipe)
         if total < FEW_STEPS:
             log.warning(
-                "recipe %s takes %d steps on these %s images, too few to learn much: pass --recipe auto, which "
+                "recipe %s takes %d steps on these %s images, too few to learn much: pass `recipe` = auto, which "
                 "follows the number of images",
                 *(recipe.name, total, f"{len(data.train):,}"),
             )
@@ -244,7 +244,7 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
         return target.weights
     file = Path(config.init)
     if not is_file(file, UsageError):
-        raise UsageError(f"--init {config.init}: it must be auto, scratch or a .safetensors file")
+        raise UsageError(f"`init` = {config.init}: it must be auto, scratch or a .safetensors file")
     return file
 
 
@@ -303,7 +303,7 @@ def train_front(
     if not front:
         raise UsageError(f"{config.target} has no front yet: no architecture is scored")
     if config.out is not None:
-        raise UsageError(f"--out: leave it out, because a front is trained in its run folder, {run.path / 'trained'}")
+        raise UsageError(f"`out`: leave it out, because a front is trained in its run folder, {run.path / 'trained'}")
     rows: list[dict[str, Any]] = []
     with together(config.device) as (processes, _):
         for i, trial in enumerate(front):

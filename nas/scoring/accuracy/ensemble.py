@@ -119,7 +119,7 @@ def ensemble(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, d
     from . import ESTIMATORS
 
     if fidelity.ensemble is None:
-        raise UsageError("the proxy ensemble needs a calibration: mixnas calibrate first, then --calibration FOLDER")
+        raise UsageError("the proxy ensemble needs a calibration: mixnas calibrate first, then `calibration` = FOLDER")
     fitted = Ensemble.from_dict(fidelity.ensemble)
     scores, seconds = [], 0.0
     for member in fitted.members:

@@ -136,7 +136,7 @@ class LatencyConfig:
         if not (math.isfinite(self.command_timeout) and self.command_timeout > 0):
             raise UsageError(f"command_timeout is {self.command_timeout!r}: it must be a number above 0")
         if (self.runtime == "command") != (self.command is not None):
-            raise UsageError("--command PROGRAM and --runtime command need each other: give both or neither")
+            raise UsageError("`command` = PROGRAM and `runtime` = command need each other: give both or neither")
         if self.command is not None:
             _check_command(self.command)
 
@@ -147,7 +147,7 @@ class LatencyConfig:
         if self.dtype not in traits.dtypes:
             raise UsageError(f"runtime {self.runtime} takes {' and '.join(traits.dtypes)}, not {self.dtype}")
         if self.channels_last and not traits.channels_last:
-            raise UsageError(f"runtime {self.runtime} chooses its own memory format: leave --channels-last out")
+            raise UsageError(f"runtime {self.runtime} chooses its own memory format: leave `channels_last` out")
 
     @property
     def label(self) -> str:

@@ -199,10 +199,12 @@ def _connected(address: str) -> Any:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
-        raise RunError(f"--engine ray needs Ray, which is not installed ({error}): pip install 'mixnas[ray]'") from None
+        raise RunError(
+            f"`engine` = ray needs Ray, which is not installed ({error}): pip install 'mixnas[ray]'"
+        ) from None
     if address.startswith("ray://"):
         raise UsageError(
-            "a search measures, so it must be on a node of its cluster: start it there, with --address auto"
+            "a search measures, so it must be on a node of its cluster: start it there, with `address` = auto"
         )
     host, _, port = address.rpartition(":")
     if address not in ("auto", "local") and not (host and port.isdecimal() and int(port) < 2**16):
@@ -216,7 +218,7 @@ def _connected(address: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise RunError(
-            f"no Ray cluster at {address} ({cause}): `ray start --head` starts one, as --address local does"
+            f"no Ray cluster at {address} ({cause}): `ray start --head` starts one, as `address` = local does"
         ) from None
     signal.signal(signal.SIGTERM, ours)  # Ray has put its own in the place of it
     resources, alive = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())

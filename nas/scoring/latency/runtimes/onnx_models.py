@@ -27,10 +27,12 @@ def prepare_onnxruntime(model: bytes, images: torch.Tensor, config: LatencyConfi
     else:
         provider = ("CPUExecutionProvider", {})
     if provider[0] not in onnxruntime.get_available_providers():
-        raise UsageError(f"this onnxruntime has no {provider[0]}: pip install onnxruntime-gpu, or use --device cpu")
+        raise UsageError(f"this onnxruntime has no {provider[0]}: pip install onnxruntime-gpu, or use `device` = cpu")
     session = onnxruntime.InferenceSession(model, options, providers=[provider])
     if session.get_providers()[0] != provider[0]:
-        raise UsageError(f"onnxruntime could not load its {provider[0]}: check its CUDA libraries, or use --device cpu")
+        raise UsageError(
+            f"onnxruntime could not load its {provider[0]}: check its CUDA libraries, or use `device` = cpu"
+        )
     if images.device.type == "cpu":
         feed = {"images": images.numpy()}
 
@@ -61,7 +63,7 @@ def prepare_openvino(model: bytes, images: torch.Tensor, config: LatencyConfig) 
     precision = {"fp32": "f32", "bf16": "bf16"}[config.dtype]
     core = openvino.Core()
     if config.dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UsageError("openvino has no bf16 on this CPU: use --dtype fp32")
+        raise UsageError("openvino has no bf16 on this CPU: use `dtype` = fp32")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
