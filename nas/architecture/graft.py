@@ -78,7 +78,7 @@ class Graft:
     @property
     def lines(self) -> list[str]:
         """Describes the graft for people, one line for the images and one for each sequence that lacks blocks."""
-        dropped = [f"{sequence}: without {', '.join(names)}" for sequence, names in self.without().items()]
+        dropped = [f"{sequence} without {', '.join(names)}" for sequence, names in self.without().items()]
         return [f"images: {self.input_size} px", *dropped]
 
     @cached_property
@@ -131,5 +131,5 @@ def candidate_from_dict(data: Mapping[str, Any]) -> Candidate:
 
 
 def candidate_from_json(text: str) -> Candidate:
-    """Builds an architecture or a graft from the text of its `to_json`. Refuses to parse more than 100,000 characters."""
+    """Builds an architecture or a graft from the text of its `to_json`. Refuses more than 100,000 characters."""
     return candidate_from_dict(parse_json(text, "an architecture"))

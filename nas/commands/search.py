@@ -136,7 +136,8 @@ from .printing import print_json, program
     "--proxy",
     default=defaults.PROXY,
     section=ACCURACY,
-    help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md).",
+    help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md). "
+    "With --parent: assembled (no training) or train.",
 )
 @option("--epochs", type=int, default=defaults.EPOCHS, section=ACCURACY, help="Epochs of the short training.")
 @option(
@@ -240,6 +241,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     given = typed(context, options)
     parent, weights, epochs = (given.pop(name, None) for name in ("parent", "weights", "parent_epochs"))
     given_budgets, shares = given.pop("budgets", ({}, {}))
+    proxy = given.pop("proxy", defaults.GRAFT_PROXY) if parent is not None else ""
     given |= {"budgets": given_budgets} if given_budgets else {}
     if parent is None and (weights is not None or epochs is not None or shares):
         what = "--max OBJECTIVE=SHAREx" if shares else "--weights" if weights is not None else "--parent-epochs"
@@ -247,7 +249,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     if "space" in given:
         given["space"] = search_spaces.load(given["space"])
     config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given)
-    pretrained = None if parent is None else ParentConfig(parent, weights, epochs)
+    pretrained = None if parent is None else ParentConfig(parent, weights, epochs, proxy)
     display = Display()
     view = SearchView(display)
     try:

@@ -106,7 +106,10 @@ STUDY = {
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
     "tuned?": {
         str: (
-            {"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]], "hits": LINE},
+            {
+                **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
+                **{"num_images": COUNT, "hits": str},
+            },
             _FAILURE,
         )
     },

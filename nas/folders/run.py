@@ -5,6 +5,8 @@
     trials.csv              every trial, derived
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
+    parent/                 the parent's training, in a search for grafts
+    tuned/<key>.safetensors     weights of tuned grafts
     exports/<key>/          networks that `export` wrote
     trained/<key>/          networks that `train` trained
 
@@ -376,19 +378,29 @@ class Run:
         raise UsageError(f"{key!r} is ambiguous in {self.path}: {', '.join(found)}")
 
     def weights_file(self, key: str) -> Path:
-        """Path of the proxy-trained weights of an architecture on the front."""
+        """Path of the weights of a network: those of its tuning, else those that the proxy trained."""
+        tuned = self.path / "tuned" / f"{key}.safetensors"
+        return tuned if tuned.is_file() else self._proxy_weights(key)
+
+    def _proxy_weights(self, key: str) -> Path:
         return self.path / "weights" / f"{key}.safetensors"
 
     def save_weights(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Writes trained weights."""
+        """Writes weights that the proxy trained."""
         from safetensors.torch import save
 
-        write_file(self.weights_file(key), save(dict(weights)))
+        write_file(self._proxy_weights(key), save(dict(weights)))
+
+    def save_tuned(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes weights of a tuned graft."""
+        from safetensors.torch import save
+
+        write_file(self.path / "tuned" / f"{key}.safetensors", save(dict(weights)))
 
     def drop_weights(self, keys: set[str]) -> None:
         """Deletes the weights of these architectures only: other files may belong to another worker's trial."""
         for key in keys:
-            self.weights_file(key).unlink(missing_ok=True)
+            self._proxy_weights(key).unlink(missing_ok=True)
 
 
 def is_run(path: Path) -> bool:

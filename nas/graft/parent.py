@@ -9,6 +9,7 @@ from pathlib import Path
 
 import timm
 
+from .. import defaults
 from ..errors import RunError, UsageError
 from ..folders.files import PARENT
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
@@ -32,11 +33,14 @@ class ParentConfig:
         weights: a safetensors file with its weights; None for those of the folder.
         epochs: epochs for which it is trained on the user's images; None leaves them to the recipe `auto`. A finished
             training on the same images is not trained again.
+        proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
+            of `SearchConfig.epochs` epochs).
     """
 
     target: str
     weights: Path | None = None
     epochs: int | None = None
+    proxy: str = defaults.GRAFT_PROXY
 
     def resolved(self) -> Target:
         """Finds the network.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .. import defaults
 from ..data import load_data
 from ..errors import UsageError
 from ..folders.join import find_run
@@ -36,7 +35,7 @@ def graft(
 
     Args:
         parent: the pretrained network.
-        config: the configuration of the search. Its space is ignored, and its proxy is `assembled` or `train`.
+        config: the configuration of the search. Its space and its proxy are ignored.
         shares: `latency` -> largest latency as a share of the parent's, as a budget of the search.
         on_trial: called at the start of the search and after every trial.
         on_step: called after each step of the parent's training.
@@ -69,9 +68,8 @@ def graft(
         budgets["latency"] = shares["latency"] * ms
         log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
     within = tuple(space.rivals().values())
-    proxy = config.proxy if config.proxy == "train" else defaults.GRAFT_PROXY
     return search(
-        replace(config, space=space, budgets=budgets, proxy=proxy, start=within, input_size=data.input_size[1]),
+        replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=within, input_size=data.input_size[1]),
         on_trial,
     )
 

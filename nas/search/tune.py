@@ -83,7 +83,7 @@ class _Tuner:
                 hits = held_out_hits(model.to(at.device), at.data, at.device).numpy()
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
-        self._run.save_weights(graft.key, estimate.weights)
+        self._run.save_tuned(graft.key, estimate.weights)
         share = float(hits.mean())
         return {
             "accuracy": 100 * share,
@@ -91,6 +91,7 @@ class _Tuner:
             "epochs": self._fidelity.epochs,
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
             "seconds": time.monotonic() - start,
+            "num_images": len(hits),
             "hits": np.packbits(hits).tobytes().hex(),
         }
 
