@@ -58,8 +58,11 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
             and (hits := _hits(tuned, key)) is not None
         }
         if plain:
-            name = max(plain, key=lambda n: int(plain[n].sum()))
-            text += f"; {_difference(found, plain[name])} than the best form without a search ({name})"
+            name = max(plain, key=lambda n: (int(plain[n].sum()), keys[n] == best.key))
+            if keys[name] == best.key:
+                text += f"; it is the best form without a search ({name})"
+            else:
+                text += f"; {_difference(found, plain[name])} than the best form without a search ({name})"
         else:
             text += "; no form without a search is as fast"
         lines.append(text)

@@ -46,7 +46,12 @@ class Trial:
     @property
     def scored(self) -> bool:
         """Whether it counts towards the number of candidates that a search must score."""
-        return self.state == "complete" or self.stopped
+        return self.state == "complete" or self.stopped or self.untuned
+
+    @property
+    def untuned(self) -> bool:
+        """Whether it is a graft that was scored but not tuned, when the search tuned the best ones."""
+        return self.state == "pruned" and self.scores.accuracy is None and self.scores.accuracy_assembled is not None
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -85,7 +90,9 @@ def with_tuning(trial: Trial, tuned: Mapping[str, Any]) -> Trial:
         return trial
     entry = tuned.get(trial.key)
     if entry is None:
-        return replace(trial, state="pruned", failure="not tuned, because others looked better before tuning")
+        scores = replace(trial.scores, accuracy=None, accuracy_std=None, accuracy_assembled=trial.scores.accuracy)
+        failure = "not tuned, because others looked better before tuning"
+        return replace(trial, state="pruned", scores=scores, failure=failure)
     if "failure" in entry:
         return replace(trial, state="failed", failure=one_line(entry["failure"]))
     curve = tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ()))

@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 SHARES = (5 / 6, 2 / 3, 1 / 2)
 """Sides of the images that are offered, as shares of the parent's."""
-ORDER_IMAGES = 512
+ORDER_IMAGES = 256
 """Largest number of training images on which the harm of dropping a block is measured."""
 
 
 def space_of(trained: Trained, name: str, data: ImageData, device: str) -> GraftSpace:
-    """Finds the blocks of a parent that can be dropped and the image sizes that it takes, and orders the blocks by harm.
+    """Finds the blocks of a parent that can be dropped and the image sizes that it takes, and orders the blocks.
 
     Args:
         trained: the parent's finished training.

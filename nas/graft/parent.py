@@ -21,7 +21,7 @@ from ..training.recipes import Auto
 from ..training.work import train
 
 HELD_OUT = 0.5
-"""Largest share of the images that the parent's training holds out. A search holds out less, so these are all of its."""
+"""Largest share of the images that the parent's training holds out. It is more than a search holds out."""
 
 
 @dataclass(frozen=True)

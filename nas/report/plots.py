@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import FORMS
 from ..errors import RunError
 from ..folders.files import write_file
 from ..folders.run import Run
@@ -32,6 +31,7 @@ from .scored import (
     caption_of,
     errors_of,
     far_off,
+    kind_in_words,
     mixer_of,
     read_runs,
     title_of,
@@ -119,7 +119,7 @@ def _draw(scored: Scored) -> Figure:
                 set_limits(*axis_range(which, scored))
     present = dict.fromkeys(mixer_of(t) for _, trials, _ in scored for t in trials)
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=_kind(name))
+        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=kind_in_words(name))
         for name in KINDS
         if name in present
     ]
@@ -151,10 +151,6 @@ def _draw(scored: Scored) -> Figure:
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure
-
-
-def _kind(name: str) -> str:
-    return name if name in FORMS else f"mostly {name}"
 
 
 def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:

@@ -115,6 +115,11 @@ def by_mixer(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
             yield name, chosen
 
 
+def kind_in_words(name: str) -> str:
+    """Names a group of points in a legend: `mostly strip`, or what grafts change of their parent."""
+    return name if name in FORMS else f"mostly {name}"
+
+
 def values_of(objective: Objective, trials: list[Trial]) -> list[float]:
     """Returns the values of an objective that are known."""
     return [value for t in trials if (value := objective.read(t.scores)) is not None]

@@ -77,8 +77,9 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     wanted += [t for t in near if t.key not in first][: max(0, MAX_REMEASURED - len(wanted))]
     networks = {t.key: _builder(evaluator, t.architecture) for t in wanted}
     others = {name: _baseline_builder(evaluator, name) for name in scored}
-    others |= {name: _builder(evaluator, graft) for name, graft in rivals.items()}
+    others |= {name: _builder(evaluator, graft) for name, graft in rivals.items() if graft.key not in networks}
     _remeasure(study, run, evaluator, networks | others)
+    _copy_measured(study, {name: graft.key for name, graft in rivals.items() if graft.key in networks})
     # A network that is slower in the second measurement may let others onto the front. They are measured again too.
     while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
         more = {t.key: _builder(evaluator, t.architecture) for t in new}
@@ -110,6 +111,14 @@ def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Bu
     log.info("measuring the front and networks near it again, in turns: %d networks", len(networks))
     found = {name: done.get(name, {}) | _measure(networks, evaluator, c) for name, c in targets}
     study.set_user_attr(REMEASURED, found)
+
+
+def _copy_measured(study: optuna.Study, same: Mapping[str, str]) -> None:
+    """Gives baselines that are candidates too the second measurement of the candidate: name -> key."""
+    found: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
+    copied = {target: each | {name: each[key] for name, key in same.items()} for target, each in found.items()}
+    if copied != found:
+        study.set_user_attr(REMEASURED, copied)
 
 
 def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: str) -> None:

@@ -44,8 +44,9 @@ class GraftSpace:
     def __post_init__(self) -> None:
         if not self.input_sizes or len(self.input_sizes) > MAX_SIZES or len(self.parts) > MAX_PARTS:
             raise UsageError(f"space {self.name}: at most {MAX_PARTS} parts, and 1 to {MAX_SIZES} image sizes")
-        if list(self.input_sizes) != sorted(set(self.input_sizes), reverse=True):
-            raise UsageError(f"space {self.name}: its image sizes must fall")
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in self.input_sizes)
+        if not whole or list(self.input_sizes) != sorted(set(self.input_sizes), reverse=True):
+            raise UsageError(f"space {self.name}: its image sizes must be whole numbers, the largest first")
         if not self.knobs:
             raise UsageError(
                 f"space {self.name}: its parent has no blocks that can be dropped, and only one image size"

@@ -138,7 +138,7 @@
     return made;
   };
   const drawTable = () => {
-    const head = element("tr", {}, heading("key", "key"), ...data.objectives.map((o, i) => heading(o.name, i, true)), heading("mostly", "mixer"),
+    const head = element("tr", {}, heading("key", "key"), ...data.objectives.map((o, i) => heading(o.name, i, true)), heading(data.grouped, "mixer"),
       element("th", { scope: "col", textContent: "stages" }));
     one("#architectures thead").replaceChildren(head);
     const ordered = state.sort === null ? state.shown : [...state.shown].sort(compare);
