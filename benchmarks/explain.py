@@ -23,6 +23,7 @@ from search_quality import OBJECTIVES, mini
 import search_spaces
 from nas.architecture import Architecture
 from nas.explain import explain
+from nas.folders.manifest import Manifest
 from nas.folders.run import Run
 from nas.objectives.objectives import Scores
 from nas.search import optimize
@@ -93,7 +94,7 @@ def make_run(folder: Path, drawn: list[dict[str, Any]]) -> Run:
                 user_attrs=attributes,
             )
         )
-    return Run.create(folder, manifest)
+    return Run.create(folder, Manifest.from_dict(manifest))
 
 
 def verdict(neighbour: Any, row: dict[str, Any], run: Run) -> dict[str, Any]:

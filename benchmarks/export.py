@@ -6,7 +6,7 @@ latency of one image on one thread.
 
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import timm
@@ -16,7 +16,7 @@ import nas.models  # noqa: F401
 from nas.export.checks import compare, logits_of
 from nas.export.formats import FORMATS, Material
 from nas.export.subject import Subject
-from nas.folders.training import Trained
+from nas.folders.training import Asked, Trained, TrainingManifest
 from nas.scoring.latency import LatencyConfig, measure_latencies
 
 SIDE, CLASSES = 224, 1000
@@ -27,13 +27,17 @@ for name in sys.argv[1:] or ["cas_vit_xs", "mobilenetv4_conv_small", "resnet18"]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES).eval()
     data = {
+        **{"name": "none", "fingerprint": "", "num_train": 0, "num_holdout": 0, "held": {}},
         "input_size": [3, SIDE, SIDE],
         "classes": [str(i) for i in range(CLASSES)],
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "interpolation": "bicubic",
     }
-    trained = Trained(Path(), {"architecture": None, "model": name, "data": data})
+    rest = {"target": name, "init": "scratch", "seed": 0, "recipe": {}, "created": "", "machine": {}, "software": {}}
+    asked = dict.fromkeys(f.name for f in fields(Asked))
+    manifest = {"architecture": None, "model": name, "data": data, "asked": asked, **rest}
+    trained = Trained(Path(), TrainingManifest.from_dict(manifest))
     images = torch.randn(48, 3, SIDE, SIDE)
     material = Material(Subject(name, model, trained=trained), images[:16], None, images)
     with tempfile.TemporaryDirectory() as place:

@@ -1,12 +1,12 @@
 """Measures what a search for cheaper forms of a pretrained network finds, against its rivals, over seeds.
 
-    python benchmarks/graft.py --parent tf_efficientnet_lite0 --weights FILE --data DATA/trashnet/train.tar \
+    python benchmarks/graft.py --parent tf_efficientnet_lite0 --weights FILE --data DATA/trashnet/train.tar \\
         --seeds 3 --out FOLDER                # resumes
 
-For each seed it runs `mixnas search --parent`, then trains nothing further: it reads each tuned network and tests it on the
-test split beside the data, which no search has seen. It prints a table in Markdown: for each share of the parent's latency, the
-best point of the front (chosen on the held-out images) and the best rival that is as fast, with their accuracies on the test
-split and the paired difference from the parent. The last lines give the seconds of each phase.
+For each seed it runs `mixnas search --parent`. Then it tests the tuned networks on the test split beside the data,
+which no search has seen. It prints a table in Markdown: for each share of the parent's latency, the best point of the front
+(chosen on the held-out images) and the best rival that is as fast, each with its accuracy on the test split and the
+paired difference from the parent.
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ def _row(seed: int, share: float | str, name: str, ms: float, held: float, hits:
 
 def _test_images(run: Run) -> Images:
     """Reads the test split beside the data of a run, in the size of the parent's images."""
-    data = Path(run.manifest["config"]["data"])
+    data = Path(run.manifest.config.data)
     source = open_test_set(str(data.with_name("test.tar")))
-    assert source.classes == tuple(run.manifest["data"]["classes"])
-    transform = evaluation_transform(run.manifest["data"]["input_size"][1], run.manifest["data"]["interpolation"])
+    assert source.classes == tuple(run.manifest.data.classes)
+    transform = evaluation_transform(run.manifest.data.side, run.manifest.data.interpolation)
     pixels = np.stack([transform(source.image(i)) for i in range(len(source.targets))])
     return Images(torch.from_numpy(pixels), torch.as_tensor(source.targets))
 
 
 def _hits(run: Run, form: Graft, test: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Returns which test images a tuned network gets right."""
-    model = create_candidate(form, len(run.manifest["data"]["classes"]))
+    model = create_candidate(form, len(run.manifest.data.classes))
     load_weights(model, run.weights_file(form.key))
     model.eval()
     shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))

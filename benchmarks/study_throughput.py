@@ -37,6 +37,7 @@ from optuna.trial import TrialState
 
 import search_spaces
 from nas.architecture import Architecture
+from nas.folders.manifest import Manifest
 from nas.folders.run import Run
 from nas.machine.description import describe_machine, describe_software
 from nas.objectives.objectives import Scores
@@ -171,7 +172,7 @@ def create(folder: Path, url: str | None, space: str, sampler: str, trials: int,
         "machine": describe_machine("cpu"),
         "software": describe_software(),
     }
-    return Run.create(folder, manifest)
+    return Run.create(folder, Manifest.from_dict(manifest))
 
 
 def work(folder: str, begin: Any, results: Any) -> None:
@@ -290,7 +291,7 @@ def throughput(places: Places, storage: str, space: str, sampler: str, count: in
         for process in processes:
             process.join()
         knobs = Knobs.of_space(search_spaces.load(space))
-        study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage())
+        study = optuna.load_study(study_name=run.manifest.study, storage=run.storage())
         trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     ends = sorted(t.datetime_complete for t in complete if isinstance(t.datetime_complete, datetime))
@@ -329,8 +330,8 @@ def populate(run: Run, url: str | None, finished: int, running: int) -> None:
     storage = open_storage(run.path, url, wait=False)
     assert isinstance(storage, optuna.storages.RDBStorage)
     study_id, space = (
-        storage.get_study_id_from_name(run.manifest["study"]),
-        search_spaces.load(run.manifest["space"]["name"]),
+        storage.get_study_id_from_name(run.manifest.study),
+        search_spaces.load(run.manifest.space_name),
     )
     knobs, rng, scorer = Knobs.of_space(space), np.random.default_rng(0), Free()
     forms = {name: (d, distribution_to_json(d)) for name, d in distributions(knobs).items()}
@@ -406,7 +407,7 @@ def costs(places: Places, storage: str, space: str, finished: int, running: int)
         run = create(Path(folder), url, space, "random", 1, 1.0)
         populate(run, places.urls["postgresql"] if storage == "grpc" else url, finished, running)
         knobs, known = Knobs.of_space(search_spaces.load(space)), set[tuple[int, ...]]()
-        study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage())
+        study = optuna.load_study(study_name=run.manifest.study, storage=run.storage())
         start = time.perf_counter()
         study.get_trials(deepcopy=False)
         first = time.perf_counter() - start
@@ -444,7 +445,7 @@ def suggestions(space: str, finished: int, running: int) -> dict[str, Any]:
         populate(run, None, finished, running)
         knobs, known = Knobs.of_space(search_spaces.load(space)), set[tuple[int, ...]]()
         sampler = SAMPLERS["surrogate"](knobs, problem_of(run), known, 0)
-        study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage(), sampler=sampler)
+        study = optuna.load_study(study_name=run.manifest.study, storage=run.storage(), sampler=sampler)
         claims.Fleet(study, knobs, known, claims.Worker.here("cpu", False)).trials()
         trial, times = study.get_trials(deepcopy=False)[-1], []
         for _ in range(4):

@@ -25,7 +25,7 @@ from .search.samplers.history import HANDED_ON
 from .search.samplers.knobs import Knobs, Point
 from .search.samplers.surrogate.acquisition import Marginal
 from .search.samplers.table import numeric_threads
-from .space import Choice, space_from_dict
+from .space import Choice
 
 LEVEL = 0.95
 """The probability that a measured score lies within its predicted interval."""
@@ -208,7 +208,7 @@ def explain(run: Run, key: str) -> Explanation:
     trials = run.trials()
     trial = run.find(key, trials)
     assert trial.architecture is not None
-    space = space_from_dict(run.manifest["space"])
+    space = run.space
     knobs = Knobs.of_space(space)
     here = knobs.point(space.encode(trial.architecture))
     changes = _changes(knobs, here)
@@ -270,8 +270,8 @@ class _Counts:
     """Computes the counts of architectures: objectives that need no measurement."""
 
     def __init__(self, run: Run, names: Sequence[str]) -> None:
-        data = run.manifest["data"]
-        self._names, self._side, self._classes = names, data["input_size"][1], len(data["classes"])
+        data = run.manifest.data
+        self._names, self._side, self._classes = names, data.side, len(data.classes)
 
     def pieces(self, architecture: Candidate) -> Pieces:
         """Returns the counts of each part of a network."""

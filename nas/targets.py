@@ -155,20 +155,21 @@ def _of_run(run: Run, key: str) -> Target:
 
 def _of_trial(run: Run, trial: Trial) -> Target:
     assert trial.architecture is not None
-    data = run.manifest["data"]
+    manifest = run.manifest
+    data = manifest.data
     if isinstance(trial.architecture, Graft):
-        data = {**data, "input_size": [3, trial.architecture.input_size, trial.architecture.input_size]}
-    target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data["classes"]), data["input_size"][1])
+        data = data.changed(input_size=[3, trial.architecture.input_size, trial.architecture.input_size])
+    target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data.classes), data.side)
     return replace(
         target,
         latency=run.latency[0],
-        references=run.manifest.get("latency_references", {}),
-        machine=f"{run.manifest['conditions']['device']}, {run.manifest['machine']['threads']} threads",
+        references=manifest.latency_references,
+        machine=f"{manifest.conditions.device}, {manifest.machine['threads']} threads",
         run=run.name,
         recorded=OBJECTIVES["latency"].interval(trial.scores),
         folder=run.path,
         weights=weights if (weights := run.weights_file(trial.key)).is_file() else None,
-        data=data,
+        data=data.recorded,
     )
 
 
@@ -189,12 +190,11 @@ def _exported(folder: Path, architecture: Candidate) -> Target:
 
 def _trained(folder: Path) -> Target:
     trained = Trained.open(folder)
-    data = trained.manifest["data"]
-    name = f"{trained.manifest['target']}, trained"
-    model = trained.manifest["model"] or ""
-    target = Target(name, trained.build, data["input_size"][1], trained.architecture, model=model)
+    manifest = trained.manifest
+    name, model, side = f"{manifest.target}, trained", manifest.model or "", manifest.data.side
+    target = Target(name, trained.build, side, trained.architecture, model=model)
     weights = folder / WEIGHTS if trained.result is not None else None
-    return replace(target, folder=folder, weights=weights, data=data)
+    return replace(target, folder=folder, weights=weights, data=manifest.data.recorded)
 
 
 def _exported_timm(folder: Path) -> Target:

@@ -149,4 +149,4 @@ def test_search_training_and_exports_agree(photos, tmp_path):
     code = f"{use}\n{read}".replace(f"PATH/TO/{point.key}", str(made.folder)).replace("photo.jpg", str(photo))
     probe = "import json; print(json.dumps(logits.argmax().item()))"
     told = subprocess.run([sys.executable, "-c", f"{code}\n{probe}"], capture_output=True, text=True, check=True).stdout
-    assert run.manifest["data"]["classes"][json.loads(told)] == "up"
+    assert run.manifest.data.classes[json.loads(told)] == "up"

@@ -54,7 +54,7 @@ def check_pieces(architecture):
 def test_counts_are_those_that_scoring_finds(tmp_path):
     config = analytic_config(tmp_path, objectives=("macs", "params", "flops", "accuracy"), trials=4)
     run = search(config)
-    cheap = known_beforehand(config.space, run.objectives, (), (run.manifest["data"]["input_size"][1], 10))
+    cheap = known_beforehand(config.space, run.objectives, (), (run.manifest.data.side, 10))
     assert cheap is not None
     trials = run.trials()
     told = cheap([config.space.encode(t.architecture) for t in trials])

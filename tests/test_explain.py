@@ -16,6 +16,7 @@ from nas import commands, consent
 from nas.architecture import Architecture
 from nas.errors import UsageError
 from nas.explain import FEWEST, explain
+from nas.folders.manifest import Manifest
 from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.objectives.objectives import OBJECTIVES, Scores
@@ -62,7 +63,7 @@ def make_run(folder: Path, architectures, objectives=("latency", "accuracy"), st
             user_attrs={"architecture": architecture.to_dict(), "scores": scores.to_dict(), **ended},
         )
         study.add_trial(trial)
-    return Run.create(folder, manifest)
+    return Run.create(folder, Manifest.from_dict(manifest))
 
 
 def some(count: int, seed: int = 0) -> list[Architecture]:

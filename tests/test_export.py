@@ -34,8 +34,9 @@ from nas.export import FORMATS, Settings, card, export, export_each, export_subj
 from nas.export.card import as_text
 from nas.export.checks import check_batches, paired_interval
 from nas.export.subject import Subject
+from nas.folders.manifest import Manifest
 from nas.folders.run import Run
-from nas.folders.training import Trained
+from nas.folders.training import Trained, TrainingManifest
 from nas.models import PRESETS
 from nas.scoring.accuracy.trust import share_of
 from nas.scoring.latency import LatencyConfig
@@ -107,12 +108,12 @@ def test_exports_of_a_front_load_with_only_torch_and_timm(run, points):
         assert loaded["channels"] == widths
         assert loaded["reduction"] == [4, 8, 16]
         assert loaded["maps"] == [[2, widths[0], 9, 12], [2, widths[1], 5, 6], [2, widths[2], 3, 3]]
-        data = run.manifest["data"]
+        data = run.manifest.data
         assert loaded["config"] == {
-            "input_size": data["input_size"],
-            "mean": data["mean"],
-            "std": data["std"],
-            "interpolation": data["interpolation"],
+            "input_size": data.input_size,
+            "mean": data.mean,
+            "std": data.std,
+            "interpolation": data.interpolation,
             "num_classes": 10,
         }
 
@@ -125,7 +126,7 @@ def test_an_export_describes_itself(run):
     card = (folder / "README.md").read_text()
     for fact in (trial.key, f"{trial.scores.params:,}", f"{trial.scores.accuracy:.2f} %", "import mixnas_model"):
         assert fact in card
-    assert as_text(run.manifest["machine"]["cpu"]) in card
+    assert as_text(run.manifest.machine["cpu"]) in card
     target = resolve(str(folder))
     assert target.architecture == trial.architecture
     assert target.build().num_classes == 10
@@ -201,8 +202,8 @@ def test_targets_of_every_kind(run, tmp_path):
 
 def trained(path: Path, run: Run, architecture: Architecture | None = None, model: str | None = None) -> Trained:
     """A finished training's folder with random weights, on the images of a run."""
-    side = run.manifest["data"]["input_size"][1]
-    data = open_data(run.manifest["data"]["name"], None, None, side, Held(RECIPES["quick"].holdout, 0))
+    side = run.manifest.data.side
+    data = open_data(run.manifest.data.name, None, None, side, Held(RECIPES["quick"].holdout, 0))
     asked = dict.fromkeys(("data", "test_data", "data_root", "teacher", "teacher_weights", "input_size"))
     manifest = {
         "target": model or "mine.json",
@@ -214,10 +215,10 @@ def trained(path: Path, run: Run, architecture: Architecture | None = None, mode
         "recipe": asdict(replace(RECIPES["quick"], epochs=9)),
         "data": data.to_dict(),
         "asked": {**asked, "target": model or "mine.json", "seed": 0, "init": "scratch"},
-        "machine": run.manifest["machine"],
-        "software": run.manifest["software"],
+        "machine": run.manifest.machine,
+        "software": run.manifest.software,
     }
-    folder = Trained.create(path, manifest)
+    folder = Trained.create(path, TrainingManifest.from_dict(manifest))
     torch.manual_seed(0)
     folder.save_weights(folder.build().state_dict())
     share = {"accuracy": 61.5, "low": 60.0, "high": 63.0, "num_images": 400}
@@ -263,7 +264,7 @@ def pictures(run, tmp_path_factory) -> Path:
 def test_every_format_is_written_and_compared(run, exported):
     report = check_files(exported, set(FORMATS))
     assert report["weights"] == "proxy"
-    held = run.manifest["data"]["num_holdout"]
+    held = run.manifest.data.num_holdout
     assert report["compared_on"] == f"{held} held-out images"
     accuracy = run.front()[0].scores.accuracy
     for name in ("timm", "torch", "onnx"):
@@ -281,7 +282,7 @@ def test_an_onnx_file_says_what_it_takes(run, exported):
         onnx.checker.check_model(model)
         told = {prop.key: json.loads(prop.value) for prop in model.metadata_props}
         assert told == json.loads((exported / "preprocessing.json").read_text())
-        assert told["mean"] == run.manifest["data"]["mean"]
+        assert told["mean"] == run.manifest.data.mean
         dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         assert dims == ["batch", 3, 32, 32]
         assert [opset.version for opset in model.opset_import if not opset.domain] == [20]
@@ -357,7 +358,7 @@ def test_a_data_set_is_called_as_its_folder_and_no_split_of_it(run, exported, tm
     (tmp_path / "pets").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "pets")
     point = run.front()[0]
-    manifest = run.manifest | {"data": run.manifest["data"] | {"name": name}}
+    manifest = run.manifest.changed(data={**run.manifest.data.recorded, "name": name})
     subject = Subject(point.key, nn.Identity(), replace(run, manifest=manifest), point)
     text = card.model_card(subject, json.loads((exported / "export.json").read_text()), "package")
     assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {called}
@@ -395,7 +396,7 @@ def use(python: str, folder: Path, pictures: Path, before: str = "") -> dict:
 def check_use(found: dict, run: Run) -> None:
     trial = run.front()[0]
     widths = [stage.width for stage in trial.architecture.stages]
-    assert found["num_images"] == run.manifest["data"]["num_holdout"]
+    assert found["num_images"] == run.manifest.data.num_holdout
     assert found["top1"] == pytest.approx(trial.scores.accuracy, abs=0.1)
     assert found["channels"] == widths
     assert found["maps"] == [[2, w, 32 // s, 32 // s] for w, s in zip(widths, (4, 8, 16), strict=True)]
@@ -560,12 +561,12 @@ def test_a_full_disk_is_one_line(run, tmp_path):
 def test_what_a_card_says_is_no_markup(run, tmp_path):
     """Old: names of machines, software and spaces stood in it as they were."""
     bad = "<img src=x onerror=alert(1)> [a](javascript:b) | `c`"
-    manifest = json.loads(json.dumps(run.manifest))
+    manifest = json.loads(json.dumps(run.manifest.to_dict()))
     manifest["machine"] |= {"cpu": bad, "platform": bad, "gpu": bad}
     manifest["software"] |= {"torch": bad}
     manifest["space"]["name"] = bad
     manifest["created"] = bad
-    folder = export(Run(run.path, manifest), run.front()[0].key, tmp_path / "out")
+    folder = export(Run(run.path, Manifest.from_dict(manifest)), run.front()[0].key, tmp_path / "out")
     card = (folder / "README.md").read_text()
     assert card.count("alert(1)") >= 6
     text = re.sub(r"`[^`\n]*`", "", card.replace("\\`", ""))  # what stands in code is shown as it is
@@ -575,8 +576,7 @@ def test_what_a_card_says_is_no_markup(run, tmp_path):
 
 def test_images_that_are_gone(run, tmp_path, caplog):
     """Files are then compared on random images; what has to be calibrated cannot be made."""
-    config = dict(run.manifest["config"]) | {"data": str(tmp_path / "gone")}
-    moved = Run(run.path, dict(run.manifest) | {"config": config})
+    moved = Run(run.path, run.manifest.configured(data=str(tmp_path / "gone")))
     key = run.front()[0].key
     with pytest.raises(NasError, match="int8: it is calibrated on training images"):
         export(moved, key, tmp_path / "out", Settings(formats=("int8",)))
@@ -585,7 +585,7 @@ def test_images_that_are_gone(run, tmp_path, caplog):
     assert "top1" not in report["files"]["timm"]
     export(moved, key, tmp_path / "out", Settings(data="digits"))
     assert "held-out" in json.loads((tmp_path / "out" / "export.json").read_text())["compared_on"]
-    other = Run(run.path, dict(run.manifest) | {"data": dict(run.manifest["data"]) | {"fingerprint": "0"}})
+    other = Run(run.path, run.manifest.changed(data={**run.manifest.data.recorded, "fingerprint": "0"}))
     with pytest.raises(RunError, match="its fingerprint differs"):
         export(other, key, tmp_path / "none")
     assert not (tmp_path / "none").exists()

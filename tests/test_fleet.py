@@ -449,7 +449,7 @@ def test_a_worker_refuses_what_it_cannot_score_alike(tmp_path, database):
     with pytest.raises(UsageError, match="holds a password"):
         join("postgresql://a:b@localhost/c", "run", tmp_path / "w")
     joined = join(database, "run", tmp_path / "w")
-    assert joined.manifest["created"] == run.manifest["created"]
+    assert joined.manifest.created == run.manifest.created
     config = SearchConfig.from_run(joined)
     with pytest.raises(RunError, match="cannot resume"):
         work(joined, SearchConfig(**{**vars(config), "epochs": 9}))

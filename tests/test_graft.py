@@ -216,7 +216,7 @@ def run(config: SearchConfig) -> Run:
 
 
 def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) -> None:
-    space = space_from_dict(run.manifest["space"])
+    space = run.space
     assert isinstance(space, GraftSpace)
     trials, front = run.trials(), run.front()
     assert sum(t.state == "complete" for t in run.trials(tuned=False)) >= 1
@@ -228,7 +228,7 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     baselines = run.baselines()
     assert set(baselines) == set(space.rivals())
     assert all(scores.latency_ms is not None and scores.accuracy is not None for scores in baselines.values())
-    budget = run.manifest["config"]["budgets"]["latency"]
+    budget = run.manifest.config.budgets["latency"]
     assert 0.5 * budget / 0.95 < (baselines["parent"].latency_ms or 0) < 2 * budget / 0.95
     assert any("parent's latency" in line for line in run.verdicts())
 
@@ -254,7 +254,7 @@ def test_a_form_is_exported_as_timm_loads_it(run: Run, tmp_path: Path) -> None:
     trial = run.front()[0]
     folder = export(run, trial.key, tmp_path / "out")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    mine = create_candidate(trial.architecture, len(run.manifest["data"]["classes"])).eval()
+    mine = create_candidate(trial.architecture, len(run.manifest.data.classes)).eval()
     load_weights(mine, run.weights_file(trial.key))
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     with torch.inference_mode():
@@ -273,9 +273,8 @@ def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> Non
 
 def test_the_parent_holds_out_what_the_search_holds_out(run: Run) -> None:
     trained = Trained.open(run.path / "parent")
-    held = trained.manifest["data"]["held"]
-    assert held["search"][0] == run.manifest["config"]["max_images"]
-    assert trained.manifest["data"]["num_holdout"] == run.manifest["data"]["num_holdout"]
+    assert trained.manifest.data.held["search"][0] == run.manifest.config.max_images
+    assert trained.manifest.data.num_holdout == run.manifest.data.num_holdout
 
 
 @table(

@@ -356,7 +356,7 @@ def check_redrawn(config: SearchConfig) -> None:
     with mock.patch.dict(SAMPLERS, {config.sampler: watched}):
         run = search(config)
     (problem,) = problems
-    recorded = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
+    recorded = optuna.load_study(study_name=run.manifest.study, storage=run.storage()).trials
     knobs, known = Knobs.of_space(config.space), set()
     fresh = optuna.create_study(
         directions=[o.direction for o in run.objectives],

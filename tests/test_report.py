@@ -46,7 +46,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def study_of(run: Run) -> optuna.Study:
-    return optuna.load_study(study_name=run.manifest["study"], storage=run.storage())
+    return optuna.load_study(study_name=run.manifest.study, storage=run.storage())
 
 
 def example(folder: Path) -> Run:
@@ -65,7 +65,7 @@ def example(folder: Path) -> Run:
 
 def emptied(run: Run) -> Run:
     """The same run before its first trial."""
-    name, directions = run.manifest["study"], [o.direction for o in run.objectives]
+    name, directions = run.manifest.study, [o.direction for o in run.objectives]
     optuna.delete_study(study_name=name, storage=run.storage())
     optuna.create_study(study_name=name, storage=run.storage(), directions=directions)
     return run
@@ -128,7 +128,7 @@ def test_what_the_panels_say(run, page):
     for name in run.baselines():
         assert name in page
     assert f"mixnas search --out {run.path}" in page
-    assert run.manifest["software"]["torch"] in page
+    assert run.manifest.software["torch"] in page
     assert (
         "Kendall&#39;s correlation between the search&#39;s figures and these" in page
         or "Kendall's correlation" in page
@@ -272,7 +272,7 @@ def test_nothing_of_a_run_becomes_markup_in_a_browser(tmp_path, browser):
 
 
 def test_runs_that_are_not_comparable_say_so(run):
-    other = Run(run.path, {**run.manifest, "conditions": {**run.manifest["conditions"], "threads": 64}})
+    other = Run(run.path, run.manifest.changed(conditions={**run.manifest.conditions.recorded, "threads": 64}))
     assert differences([run, run]) == []
     (line,) = differences([run, other])
     assert "another threads" in line
@@ -606,7 +606,7 @@ def large(folder: Path, count: int) -> tuple[Run, optuna.Study]:
                 user_attrs={"architecture": architecture.to_dict(), "scores": scores},
             )
         )
-    study = optuna.create_study(study_name=run.manifest["study"], directions=[o.direction for o in run.objectives])
+    study = optuna.create_study(study_name=run.manifest.study, directions=[o.direction for o in run.objectives])
     study.add_trials(trials)
     return run, study
 

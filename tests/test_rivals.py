@@ -300,8 +300,8 @@ def trial(key: int, **scores: float) -> Trial:
 
 
 def comparing(*objectives: str) -> Run:
-    config = {"objectives": objectives, "proxy": "train"}
-    return Run(Path("run"), {"config": config, "proxy_trained": True})
+    example = Run.open(Path(__file__).parents[1] / "results" / "example").manifest
+    return Run(Path("run"), example.configured(objectives=objectives))
 
 
 LOW = ("a: mystery",)

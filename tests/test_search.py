@@ -232,7 +232,7 @@ def test_a_budget_is_the_reference_point(tmp_path):
 
 def test_the_reference_accuracy_is_chance_level(tmp_path):
     run = search(analytic_config(tmp_path, proxy="train", epochs=1, max_images=100, trials=1))
-    assert len(run.manifest["data"]["classes"]) == 10
+    assert len(run.manifest.data.classes) == 10
     assert run.reference["accuracy"] == 10.0
     assert run.reference["macs"] > 0
 
@@ -437,7 +437,7 @@ def test_a_resumed_run_keeps_what_is_not_given(tmp_path):
     run, new = search(analytic_config(tmp_path, trials=1, train_batch_size=32)), SearchConfig(MINI)
     resumed = configure(new, run.path, trials=2, runtimes=("eager", "compile"))
     assert (resumed.space, resumed.train_batch_size, resumed.trials) == (TINY, 32, 2)
-    device = run.manifest["config"]["device"]
+    device = run.manifest.config.device
     assert [target.label for target in resumed.latency] == [f"{device}-eager", f"{device}-compile"]
     assert configure(new, tmp_path / "other", trials=2) == replace(new, out=tmp_path / "other", trials=2)
 
@@ -595,7 +595,7 @@ def test_the_same_search_on_cuda(tmp_path):
         out=tmp_path / "run",
     )
     run = search(config)
-    assert "gpu" in run.manifest["machine"]
+    assert "gpu" in run.manifest.machine
     assert all(t.scores.latency_ms > 0 and t.scores.memory_mib > 0 for t in run.front())
 
 

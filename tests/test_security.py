@@ -236,7 +236,7 @@ def test_a_lost_manifest_is_found_in_the_study(tmp_path: Path, caplog: pytest.Lo
     (run.path / "run.json").unlink()
     longer = search(analytic_config(tmp_path, trials=2))
     assert "restored from the study" in caplog.text
-    assert longer.manifest == run.manifest | {"config": longer.manifest["config"]}
+    assert longer.manifest == run.manifest.changed(config=longer.manifest.config.recorded)
     found = {t.key: t.scores for t in longer.trials()}
     assert len(found) == 2
     assert scores.items() <= found.items()

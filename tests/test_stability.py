@@ -367,7 +367,7 @@ def test_networks_that_cannot_be_measured_together_are_measured_one_by_one(run, 
 
 def test_a_runs_reference_is_used_only_under_its_conditions(run):
     target = resolve_all(str(run.path))[0]
-    fixed = run.manifest["latency_references"]["cpu-eager"]
+    fixed = run.manifest.latency_references["cpu-eager"]
     assert target.reference_ms(LatencyConfig()) == fixed
     for changed in (
         {"batch_size": 2},

@@ -326,15 +326,15 @@ def test_a_training_from_begin_to_end(images, file, tmp_path):
 def test_what_is_tested_is_what_was_saved(images, file, tmp_path):
     """A second implementation of the final test."""
     trained = train(config(file, images, tmp_path / "t"))
-    data, model, correct = trained.manifest["data"], trained.load_model(), 0
+    data, model, correct = trained.manifest.data, trained.load_model(), 0
     files = sorted((images / "val").rglob("*.png"))
     for path in files:
         if path.read_bytes() == b"no image":
             continue
         image = Image.open(path).convert("RGB").resize((32, 36), Image.Resampling.BICUBIC).crop((0, 2, 32, 34))
         x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
-        x = (x - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
-        correct += data["classes"][int(model(x).argmax())] == path.parent.name
+        x = (x - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+        correct += data.classes[int(model(x).argmax())] == path.parent.name
     result = trained.result
     assert result is not None
     assert result["test"]["accuracy"] == pytest.approx(100 * correct / len(files))
@@ -479,7 +479,7 @@ def test_auto_is_chosen_once(images, file, tmp_path, monkeypatch, caplog):
     trained = train(config(file, images, tmp_path / "t", recipe=asked))
     assert "for 48 images of 2 classes at 32 pixels, from scratch: recipe auto, epochs: 2" in caplog.text
     assert "steps an epoch: 3, images a step: 16" in caplog.text
-    kept = Recipe.from_dict(trained.manifest["recipe"])
+    kept = Recipe.from_dict(trained.manifest.recipe)
     assert kept == replace(asked.choose(48, 2, pretrained=False), holdout=0.0)
     monkeypatch.setattr(recipes, "auto_recipe", lambda *_: replace(kept, batch_size=2))
     for again in (config(file, images, tmp_path / "t", recipe=asked), TrainConfig(str(trained.path), device="cpu")):
@@ -504,7 +504,7 @@ def test_auto_holds_images_out_only_where_nothing_else_can_test(images, file, tm
         (whole, once, 0.1, 4),
     ):
         manifest = train(config(file, data, tmp_path / f"{data.name}{share}", recipe=recipe)).manifest
-        assert (manifest["recipe"]["holdout"], manifest["data"]["num_holdout"]) == (share, count)
+        assert (manifest.recipe["holdout"], manifest.data.num_holdout) == (share, count)
 
 
 @pytest.mark.slow
@@ -530,7 +530,7 @@ def test_sets_of_a_few_images(file, tmp_path, classes, each):
             Image.new("L", (32, 32), 6 * label + i).save(tmp_path / "images" / f"{label:02}" / f"{i}.png")
     trained = train(config(file, tmp_path / "images", tmp_path / "t", recipe=Auto(("epochs=1",))))
     assert trained.result is not None
-    assert trained.manifest["data"]["num_holdout"] == 0
+    assert trained.manifest.data.num_holdout == 0
     assert trained.result["holdout"] is None
     assert np.isfinite(float(rows(trained)[-1]["train_loss"]))
 
@@ -662,7 +662,7 @@ def test_what_can_be_started_from(images, file, tmp_path, caplog):
     still = replace(TINY, learning_rate=1e-12, min_learning_rate=0.0, weight_decay=0.0, ema_decay=0.0)
     second = train(config(first.path, images, tmp_path / "second", recipe=still))
     weights = [load_file(t.path / "model.safetensors") for t in (first, second)]
-    assert second.manifest["init"] == str(first.path / "model.safetensors")
+    assert second.manifest.init == str(first.path / "model.safetensors")
     torch.testing.assert_close(weights[1]["head.weight"], weights[0]["head.weight"], rtol=1e-4, atol=1e-5)
     caplog.set_level("INFO")
     other = train(config(first.path, "digits", tmp_path / "other", recipe=replace(still, epochs=1, warmup_epochs=0.0)))
@@ -671,11 +671,11 @@ def test_what_can_be_started_from(images, file, tmp_path, caplog):
     assert third["head.weight"].shape[0] == 10
     name = next(n for n in third if n.startswith("stages") and n.endswith("weight"))
     torch.testing.assert_close(third[name], weights[1][name], rtol=1e-3, atol=1e-5)
-    assert second.manifest["data"]["held"] == first.manifest["data"]["held"]
+    assert second.manifest.data.held == first.manifest.data.held
     reseeded = train(config(first.path, images, tmp_path / "reseeded", recipe=still, seed=5))
-    assert reseeded.manifest["data"]["held"] == first.manifest["data"]["held"], "whatever the seed"
+    assert reseeded.manifest.data.held == first.manifest.data.held, "whatever the seed"
     scratch = train(config(first.path, images, tmp_path / "scratch", recipe=still, init="scratch"))
-    assert scratch.manifest["init"] == "scratch"
+    assert scratch.manifest.init == "scratch"
     with pytest.raises(UsageError, match="must be auto, scratch"):
         train(config(file, images, tmp_path / "x", init="nowhere"))
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
@@ -688,7 +688,7 @@ def test_a_timm_model_and_its_own_sizes(images, tmp_path):
     assert trained.architecture is None
     assert resolve(str(trained.path)).build()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     further = train(config(trained.path, images, tmp_path / "further"))
-    assert (further.manifest["model"], further.manifest["init"]) == (
+    assert (further.manifest.model, further.manifest.init) == (
         "test_vit",
         str(trained.path / "model.safetensors"),
     )
@@ -775,7 +775,7 @@ def test_a_front_is_trained_and_compared(run):
     points = []
     of_search = search_split(open_split("digits").targets, 200, SPLIT_SEED)
     data = load_data("digits", max_images=200)
-    assert data.fingerprint == run.manifest["data"]["fingerprint"], "so the search trained on these"
+    assert data.fingerprint == run.manifest.data.fingerprint, "so the search trained on these"
     assert data.train.labels.tolist() == open_split("digits").targets[of_search[0]].tolist()
     asked = TrainConfig(str(run.path), replace(TINY, epochs=1, warmup_epochs=0.0), device="cpu", workers=0)
     told = train_front(asked, on_point=lambda *point: points.append(point))
@@ -784,10 +784,10 @@ def test_a_front_is_trained_and_compared(run):
     assert [row["key"] for row in told.rows] == [t.key for t in front]
     for row, trial in zip(told.rows, front, strict=True):
         trained = Trained.open(run.path / "trained" / trial.key)
-        assert trained.manifest["init"] == str(run.weights_file(trial.key))
-        assert trained.manifest["data"]["held"] == {"share": 0.1, "seed": 0, "search": [200, 0]}
+        assert trained.manifest.init == str(run.weights_file(trial.key))
+        assert trained.manifest.data.held == {"share": 0.1, "seed": 0, "search": [200, 0]}
         labels = open_split("digits").targets
-        held, _ = Held.from_dict(trained.manifest["data"]["held"]).split(labels)
+        held, _ = Held.from_dict(trained.manifest.data.held).split(labels)
         assert not set(held) & set(of_search[0]), "whatever the seed of the search is"
         assert row["accuracy"] == final_accuracy(trained)["accuracy"]
         assert row["proxy"] == trial.scores.accuracy
@@ -863,7 +863,7 @@ def test_two_processes_train_together(images, file, tmp_path):
     assert both.returncode == 0, both.stderr
     assert both.stdout.count("top-1") == 2, "one of them tells it: of the held-out part and of the test"
     two = Trained.open(tmp_path / "two")
-    one = train(config(file, images, tmp_path / "one", recipe=Recipe.from_dict(dict(two.manifest["recipe"]))))
+    one = train(config(file, images, tmp_path / "one", recipe=Recipe.from_dict(dict(two.manifest.recipe))))
     assert [row["step"] for row in rows(two)] == [row["step"] for row in rows(one)]
     losses = [[float(row["train_loss"]) for row in rows(t)] for t in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -304,9 +304,9 @@ def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
     assert {t.state for t in run.trials()} == {"complete"}
     assert all(t.scores.proxy is not None and t.scores.proxy_std > 0 for t in run.trials())
     row = next(row for row in calibrated.report()["rows"] if row["estimator"] == "ensemble")
-    assert run.manifest["trust"]["kendall"] == row["kendall"]
+    assert run.manifest.trust["kendall"] == row["kendall"]
     assert run.verdicts()[0].startswith("proxy ensemble: Kendall")
-    fingerprint = calibrated.manifest["data"]["fingerprint"]
+    fingerprint = calibrated.manifest.fingerprint
     places = list(calibrated.path.parent.iterdir())
     assert find_trust(MINI, fingerprint, "train", 1, 32, places)["estimator"] == "train@1"
     assert find_trust(MINI, fingerprint, "train", 3, 32, places) is None
@@ -374,7 +374,7 @@ def test_a_hopeless_training_is_stopped_and_counts_as_scored(tmp_path, monkeypat
         assert trial not in front
         better = [t for t in trials if t.state == "complete" and t.scores.macs <= trial.scores.macs]
         assert better, "it was stopped because of one that costs no more"
-    frozen = optuna.load_study(study_name=run.manifest["study"], storage=run.storage()).trials
+    frozen = optuna.load_study(study_name=run.manifest.study, storage=run.storage()).trials
     assert all(frozen[t.number].constraints["early_stopping"] > 0 for t in stopped)
     with (run.path / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -57,7 +57,7 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     Raises:
         RunError: if too few truths are known.
     """
-    first = int(found.manifest["seed"])
+    first = found.manifest.seed
     rungs = {seed: _rungs(found, seed) for seed in (first, first + 1)}
     final, again = (rungs[seed].get(epochs, {}) for seed in (first, first + 1))
     if len(final) < FEWEST:

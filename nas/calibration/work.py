@@ -19,7 +19,7 @@ from .. import defaults
 from ..architecture import Architecture
 from ..data import ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
-from ..folders.calibration import FILE, FORMAT, Calibration, format_curve
+from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, format_curve
 from ..folders.files import locked_folder, write_file
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device, seeded
@@ -174,7 +174,7 @@ class _Work:
         rows: list[dict[str, Any]] = list(self.found.rows("pool"))
         known = {row["key"] for row in rows}
         at = LatencyConfig(device=self.config.device, target=0.02, max_seconds=0.3, warmup_seconds=0.2)
-        fixed = float(self.found.manifest["reference_ms"])
+        fixed = self.found.manifest.reference_ms
         wanted = min(POOL * self.config.count, self.config.space.size)
         rng = np.random.default_rng([self.config.seed, 0x63616C])
         drawn: set[str] = set()
@@ -303,15 +303,14 @@ def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> C
     if (path / FILE).is_file():
         found = Calibration.open(path)
         for name, value in same.items():
-            if found.manifest.get(name) != value:
+            if found.manifest.recorded.get(name) != value:
                 raise RunError(f"{path} is a calibration with another {name}: give another `out`")
         return found
-    manifest = same | {
+    recorded = same | {
         "format": FORMAT,
         "listing": data.listing.to_dict(),
         "reference_ms": reference_ms(LatencyConfig(device=config.device)),
         "conditions": describe_machine(config.device),
         "software": describe_software(),
     }
-    write_file(path / FILE, json.dumps(manifest, indent=2) + "\n")
-    return Calibration.open(path)
+    return Calibration.create(path, CalibrationManifest.from_dict(recorded))

@@ -52,7 +52,7 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
             )
         table.add_row(trial.key, *cells)
     if any(objective.is_latency for objective in shown):
-        table.caption = f"latency: {run.timing}, on {run.manifest['conditions']['device']}"
+        table.caption = f"latency: {run.timing}, on {run.manifest.conditions.device}"
     return table
 
 

@@ -34,7 +34,7 @@ def _check_manifest(patient: Patient) -> Finding:
         config = SearchConfig.from_run(run, measures=False)
     except NasError as error:
         return problem(str(error), "bring run.json back from a copy, if this is a run")
-    made = run.manifest["created"]
+    made = run.manifest.created
     what = f"{','.join(config.objectives)} on {config.data} in space {config.space.name}"
     return ok(f"run.json is readable: {what}, created {made}")
 
@@ -78,7 +78,7 @@ def _check_storage(patient: Patient) -> Finding:
 
 
 def _check_server(patient: Patient) -> Finding:
-    url = str(patient.run.manifest["config"]["storage"])
+    url = str(patient.run.manifest.config.storage)
     host, port = _address(url)
     if host is not None:
         try:
@@ -118,7 +118,7 @@ def _check_trials(patient: Patient) -> Finding:
         return warning(f"trial {silent[0]} ended without a reason ({len(silent)} such)", "no score is lost by it")
     counts = Counter(t.state for t in trials if t.state != "running")
     ended = ", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "failed") if counts[state])
-    scored, wanted = sum(t.scored for t in trials), patient.run.manifest["config"]["trials"]
+    scored, wanted = sum(t.scored for t in trials), patient.run.manifest.config.trials
     text = f"{ended or 'none has ended'}; {scored} of {wanted} wanted are scored"
     alive, dead, unseen = _running(patient)
     if dead:
@@ -164,13 +164,11 @@ def _running(patient: Patient) -> tuple[int, list[int], int]:
 
 
 def _check_architectures(patient: Patient) -> Finding:
-    from ..space import space_from_dict
-
     scored = [t for t in patient.trials if t.scored]
     twice = [key for key, count in Counter(t.key for t in scored).items() if count > 1]
     if twice:
         return problem(f"{twice[0]} was scored twice ({len(twice)} such)", "a bug worth reporting; the front is right")
-    space = space_from_dict(patient.run.manifest["space"])
+    space = patient.run.space
     foreign = []
     for trial in scored:
         assert trial.architecture is not None
@@ -208,7 +206,7 @@ def _check_weights(patient: Patient) -> Finding:
     front = run.front(trials) if patient.keeps_weights else []
     missing = [t.key for t in front if not patient.run.weights_file(t.key).is_file()]
     if missing:
-        if patient.run.manifest["config"]["storage"] is not None:
+        if patient.run.manifest.config.storage is not None:
             again = "they may be in a worker's folder; a point without weights cannot be exported"
         return warning(f"no weights of {', '.join(missing)}, of the front", again)
     if foreign:
@@ -234,7 +232,7 @@ def _expected_shapes(run: Run, trial: Trial) -> dict[str, list[int]]:
 
     assert trial.architecture is not None
     with torch.device("meta"):
-        network = create_candidate(trial.architecture, len(run.manifest["data"]["classes"]))
+        network = create_candidate(trial.architecture, len(run.manifest.data.classes))
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 

@@ -61,7 +61,7 @@ class Patient:
         """The file of an SQLite study; None if the study is on a server."""
         from sqlalchemy.engine import make_url
 
-        storage = self.run.manifest["config"]["storage"]
+        storage = self.run.manifest.config.storage
         if storage is None:
             return self.path / "study.db"
         try:
@@ -94,8 +94,7 @@ class Patient:
         except NotChecked as reason:
             self._refused = reason
             raise
-        manifest = {**self.run.manifest, "config": {**self.run.manifest["config"], "storage": None}}
-        return Run(folder, manifest), unfinished
+        return Run(folder, self.run.manifest.configured(storage=None)), unfinished
 
     @property
     def copied_run(self) -> Run:
@@ -121,7 +120,7 @@ class Patient:
         """Every trial as Optuna stores it."""
         with _reading_study():
             storage = self.copied_run.storage()
-            return storage.get_all_trials(storage.get_study_id_from_name(self.run.manifest["study"]), deepcopy=False)
+            return storage.get_all_trials(storage.get_study_id_from_name(self.run.manifest.study), deepcopy=False)
 
     @cached_property
     def holder(self) -> int | None:
@@ -131,7 +130,7 @@ class Patient:
     @property
     def keeps_weights(self) -> bool:
         """Whether the search keeps trained weights."""
-        return bool(self.run.manifest["proxy_trained"]) and "accuracy" in self.run.manifest["config"]["objectives"]
+        return self.run.manifest.proxy_trained and "accuracy" in self.run.manifest.config.objectives
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str
         report: content of `export.json`.
         package: name of the folder with the source of the model.
     """
-    versions = subject.manifest["software"].items()
+    versions = subject.manifest.software.items()
     software = ", ".join(f"{name} {version}" for name, version in versions if name != "commit" and version)
-    machine = subject.manifest["machine"]
+    machine = subject.manifest.machine
     name = subject.key if subject.architecture is None else f"mixnas {subject.key}"
     return f"""---
 {_metadata(subject)}
@@ -82,7 +82,7 @@ def _data_set(name: str) -> str:
 
 def _metadata(subject: Subject) -> str:
     """Returns the metadata as YAML. The values are written as JSON, which YAML includes, so no name can break out."""
-    data = _data_set(subject.data["name"])
+    data = _data_set(subject.data.name)
     fields: dict[str, Any] = {
         "library_name": "timm",
         **({} if _foreign(subject) else {"license": "apache-2.0"}),
@@ -115,8 +115,8 @@ def _foreign(subject: Subject) -> bool:
     """Whether the training may have used weights of somebody else, whose licence is unknown."""
     if subject.trained is None:
         return False
-    asked = subject.trained.manifest["asked"]
-    return asked["init"] not in ("auto", "scratch") or asked["teacher"] is not None
+    asked = subject.trained.manifest.asked
+    return asked.init not in ("auto", "scratch") or asked.teacher is not None
 
 
 def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
@@ -130,17 +130,17 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
         return {}
     half = 1.96 * (scores.accuracy_std or 0.0)
     interval = {"low": scores.accuracy - half, "high": scores.accuracy + half}
-    return {"holdout": {"accuracy": scores.accuracy, "num_images": data["num_holdout"], **interval}}
+    return {"holdout": {"accuracy": scores.accuracy, "num_images": data.num_holdout, **interval}}
 
 
 def _what(subject: Subject) -> str:
-    data = _data_set(subject.data["name"])
+    data = _data_set(subject.data.name)
     architecture, (_, height, width) = subject.architecture, subject.input_size
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
     if isinstance(architecture, Graft):
         return _what_graft(architecture, data)
-    found = f" found by mixnas in the space `{plain(subject.run.manifest['space']['name'])}`" if subject.run else ""
+    found = f" found by mixnas in the space `{plain(subject.run.manifest.space_name)}`" if subject.run else ""
     rows = "\n".join(
         f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
         for i, (s, (h, w)) in enumerate(
@@ -220,7 +220,7 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
     rows = [f"| parameters{', as trained' if form else ''} | {sum(p.numel() for p in subject.model.parameters()):,} |"]
     scores = None if subject.trial is None else subject.trial.scores
     of_run = subject.run is not None and not isinstance(subject.architecture, Graft)
-    _, height, width = subject.run.manifest["data"]["input_size"] if of_run and subject.run else subject.input_size
+    _, height, width = subject.run.manifest.data.input_size if of_run and subject.run else subject.input_size
     if scores is not None and scores.macs is not None:
         rows.append(f"| MACs at {height}x{width} | {_count(scores.macs, bool(scores.uncounted))} |")
     if deployed is not None:
@@ -234,10 +234,10 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
         )
     if scores is not None and scores.latency_ms is not None:
         assert subject.run is not None
-        threads, device = subject.run.manifest["conditions"]["threads"], subject.run.manifest["conditions"]["device"]
+        conditions = subject.run.manifest.conditions
         rows.append(
-            f"| latency at {height}x{width} in the search: {as_text(subject.run.timing)}, threads: {threads}, "
-            f"{plain(device)} | "
+            f"| latency at {height}x{width} in the search: {as_text(subject.run.timing)}, "
+            f"threads: {conditions.threads}, {plain(conditions.device)} | "
             f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
         )
     if scores is not None and scores.memory_mib is not None:
@@ -254,27 +254,28 @@ def _training(subject: Subject) -> str:
     if subject.trained is not None:
         manifest, result = subject.trained.manifest, subject.trained.result or {}
         return (
-            f"The weights come from a full training: recipe `{plain(manifest['recipe']['name'])}`, "
-            f"{result.get('epochs', manifest['recipe']['epochs'])} epochs on {data['num_train']:,} images of "
-            f"{height}x{width}, seed {manifest['seed']}"
-            + ("" if manifest["init"] == "scratch" else f", starting from `{plain(Path(manifest['init']).name)}`")
-            + (f", taught by `{plain(manifest['asked']['teacher'])}`" if manifest["asked"]["teacher"] else "")
+            f"The weights come from a full training: recipe `{plain(manifest.recipe['name'])}`, "
+            f"{result.get('epochs', manifest.recipe['epochs'])} epochs on {data.num_train:,} images of "
+            f"{height}x{width}, seed {manifest.seed}"
+            + ("" if manifest.init == "scratch" else f", starting from `{plain(Path(manifest.init).name)}`")
+            + (f", taught by `{plain(manifest.asked.teacher)}`" if manifest.asked.teacher else "")
             + "."
         )
-    config = subject.manifest["config"]
+    assert subject.run is not None
+    config = subject.run.manifest.config
     return (
-        f"The weights come from the search's short training ({config['epochs']} epochs on {data['num_train']:,} images "
-        f"of {height}x{width}, seed {config['seed']}). They are good for ranking and as initial weights, but the model "
+        f"The weights come from the search's short training ({config.epochs} epochs on {data.num_train:,} images "
+        f"of {height}x{width}, seed {config.seed}). They are good for ranking and as initial weights, but the model "
         "is not fully trained."
     )
 
 
 def _origin(subject: Subject) -> str:
-    created = subject.manifest["created"]
+    created = subject.manifest.created
     if subject.run is None or subject.trial is None:
         return f"Training created {as_text(created)}.\n"
     of = f"Run `{plain(subject.run.name)}`, trial {subject.trial.number}"
-    return f"{of}, created {as_text(subject.run.manifest['created'])}.\n"
+    return f"{of}, created {as_text(subject.run.manifest.created)}.\n"
 
 
 def _files(report: Mapping[str, Any]) -> str:

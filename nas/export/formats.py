@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from ..architecture import Graft, resolutions
 from ..data import BACKGROUND
 from ..errors import NasError, RunError, UsageError
 from ..folders.files import write_file
+from ..folders.manifest import Data
 from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
@@ -155,24 +156,24 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "input_size": list(subject.input_size),
         # a search scales the largest central square; a full training scales the shorter side, then crops
         "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
-        "interpolation": data["interpolation"],
+        "interpolation": data.interpolation,
         "scale": 1 / 255,
-        "mean": list(data["mean"]),
-        "std": list(data["std"]),
-        "class_names": list(data["classes"]),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "class_names": list(data.classes),
     }
 
 
-def normalised(pixels: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
+def normalised(pixels: torch.Tensor, data: Data) -> torch.Tensor:
     """Normalises uint8 images for the network."""
-    mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) * 255 for name in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (data.mean, data.std))
     return (pixels.float() - mean) / std
 
 
 def _make_timm(material: Material, folder: Path) -> None:
     subject = material.subject
     data, architecture, size = subject.data, subject.architecture, subject.input_size
-    pretrained_cfg: dict[str, Any] = {"num_classes": len(data["classes"])}
+    pretrained_cfg: dict[str, Any] = {"num_classes": len(data.classes)}
     arguments = {}
     if isinstance(architecture, Graft):
         arguments["graft"] = architecture.to_dict()
@@ -184,14 +185,14 @@ def _make_timm(material: Material, folder: Path) -> None:
             save_for_hf(
                 subject.model,
                 str(folder),
-                model_config={"label_names": list(data["classes"]), "pretrained_cfg": pretrained_cfg},
+                model_config={"label_names": list(data.classes), "pretrained_cfg": pretrained_cfg},
                 model_args=arguments,
                 safe_serialization=True,
                 data_config={
                     "input_size": size,
-                    "interpolation": data["interpolation"],
-                    "mean": tuple(data["mean"]),
-                    "std": tuple(data["std"]),
+                    "interpolation": data.interpolation,
+                    "mean": tuple(data.mean),
+                    "std": tuple(data.std),
                     "crop_pct": 1.0,
                     "crop_mode": "center",
                 },

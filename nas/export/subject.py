@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture import Candidate, Graft
-from ..data import MAX_IMAGES, ImageData, Images, load_data, scaled
+from ..data import ImageData, Images, load_data, scaled
 from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
+from ..folders.manifest import Data, Manifest
 from ..folders.run import Run, is_run
-from ..folders.training import Trained, is_training, load_weights
+from ..folders.training import Trained, TrainingManifest, is_training, load_weights
 from ..folders.trial import Trial
 from ..models import create_candidate
 from ..scoring.latency import LatencyConfig
@@ -50,24 +49,23 @@ class Subject:
     trained: Trained | None = None
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
+    def manifest(self) -> Manifest | TrainingManifest:
         """The manifest of the run or training that made the weights."""
         source = self.trained or self.run
         assert source is not None
         return source.manifest
 
     @property
-    def data(self) -> Mapping[str, Any]:
+    def data(self) -> Data:
         """The images that the weights were trained on, as the manifest describes them."""
-        data: Mapping[str, Any] = self.manifest["data"]
-        return data
+        return self.manifest.data
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         if isinstance(self.architecture, Graft):
             return 3, self.architecture.input_size, self.architecture.input_size
-        channels, height, width = self.data["input_size"]
+        channels, height, width = self.data.input_size
         return channels, height, width
 
     @property
@@ -135,7 +133,7 @@ def of_training(trained: Trained, weights: str = AUTO) -> Subject:
     if weights == PROXY:
         raise UsageError(f"{trained.path} is a training: `weights` = proxy is for the points of a run")
     architecture = trained.architecture
-    key = str(trained.manifest["model"]).removeprefix("timm:") if architecture is None else architecture.key
+    key = str(trained.manifest.model).removeprefix("timm:") if architecture is None else architecture.key
     return Subject(key, trained.load_model(), trained=trained)
 
 
@@ -148,13 +146,13 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
     file = run.weights_file(trial.key)
     if not file.is_file():
         why = (
-            f"its proxy {run.manifest['config']['proxy']} trains nothing"
-            if not run.manifest["proxy_trained"]
+            f"its proxy {run.manifest.config.proxy} trains nothing"
+            if not run.manifest.proxy_trained
             else "only points of the front keep theirs"
         )
         raise RunError(f"{run.path} keeps no trained weights for {trial.key}: {why}")
     assert trial.architecture is not None
-    model = create_candidate(trial.architecture, len(run.manifest["data"]["classes"]))
+    model = create_candidate(trial.architecture, len(run.manifest.data.classes))
     load_weights(model, file)
     return model.eval()
 
@@ -183,11 +181,10 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | No
 
 
 def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
-    config = run.manifest["config"]
-    root, most = data_root or config["data_root"], config.get("max_images", MAX_IMAGES)
-    classes = tuple(config.get("classes", ()))
-    data = _load(name or config["data"], config["input_size"], root, most, classes)
-    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+    config = run.manifest.config
+    root, classes = data_root or config.data_root, tuple(config.classes)
+    data = _load(name or config.data, config.input_size, root, config.max_images, classes)
+    if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(_other_data(data.name, f"run {run.name}"))
     chosen = sample(len(data.holdout), MAX_CHECKED)
     return Pictures(
@@ -199,19 +196,18 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
 
 def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
     """Takes unseen images from the held-out images, or else from the test split, scaled as in the training."""
-    manifest, recorded = trained.manifest, trained.manifest["data"]
-    asked = manifest["asked"]
+    asked, recorded = trained.manifest.asked, trained.manifest.data
     data = open_data(
-        name or recorded["name"],
-        asked["test_data"],
-        data_root or asked["data_root"],
-        recorded["input_size"][1],
-        Held.from_dict(recorded["held"]),
-        (tuple(recorded["mean"]), tuple(recorded["std"])),
-        with_test=not recorded["num_holdout"],
-        classes=asked.get("classes", ()),
+        name or recorded.name,
+        asked.test_data,
+        data_root or asked.data_root,
+        recorded.side,
+        Held.from_dict(recorded.held),
+        (tuple(recorded.mean), tuple(recorded.std)),
+        with_test=not recorded.num_holdout,
+        classes=asked.classes,
     )
-    if data.fingerprint != recorded["fingerprint"]:
+    if data.fingerprint != recorded.fingerprint:
         raise RunError(_other_data(data.name, f"training {trained.path}"))
     unseen, kind = (data.holdout, "held-out") if len(data.holdout) else (data.test, "test")
     if unseen is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
 from ..space import SearchSpace, Space
 from .files import reading_manifest, write_file
-from .manifest import STATISTIC
+from .manifest import Record
+from .shapes import STATISTIC
 
 FORMAT = 1
 FILE = "calibration.json"
@@ -51,6 +53,37 @@ REPORT = {
 """Shape of the part of a report that other modules read, see `nas.foreign_files`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationManifest(Record):
+    """The manifest of a calibration.
+
+    Args:
+        space: the space as plain data; `Calibration.space` reads it.
+        reference_ms: stored latency of the reference network.
+        seed: the random seed.
+        batch_size: images per training step.
+        training_recipe: version of the short training.
+        data: name and fingerprint of the images.
+    """
+
+    space: Mapping[str, Any]
+    reference_ms: float
+    seed: int
+    batch_size: int
+    training_recipe: int
+    data: Mapping[str, Any]
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set."""
+        return str(self.data["name"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash that tells data sets apart."""
+        return str(self.data["fingerprint"])
+
+
 @dataclass(frozen=True)
 class Calibration:
     """An existing calibration.
@@ -61,7 +94,7 @@ class Calibration:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: CalibrationManifest
 
     @classmethod
     def open(cls, path: Path) -> Calibration:
@@ -70,15 +103,21 @@ class Calibration:
         Raises:
             RunError: if the folder is not a calibration, or is damaged.
         """
-        with reading_manifest(path / FILE, FORMAT, "calibration", MANIFEST) as manifest:
-            found = cls(path, manifest)
+        with reading_manifest(path / FILE, FORMAT, "calibration", MANIFEST) as recorded:
+            found = cls(path, CalibrationManifest.from_dict(recorded))
             _ = found.space
             return found
+
+    @classmethod
+    def create(cls, path: Path, manifest: CalibrationManifest) -> Calibration:
+        """Writes `calibration.json`."""
+        write_file(path / FILE, json.dumps(manifest.to_dict(), indent=2) + "\n")
+        return cls.open(path)
 
     @property
     def space(self) -> SearchSpace:
         """The space whose architectures were trained."""
-        return SearchSpace.from_dict(self.manifest["space"])
+        return SearchSpace.from_dict(self.manifest.space)
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """Returns a table's rows as text. The list is empty if the table does not exist yet."""
@@ -175,15 +214,15 @@ def find_trust(
         has the same space, data and recipe and knows the proxy.
     """
     name = f"train@{epochs}" if proxy == "train" else proxy
-    wanted = {"batch_size": batch_size, "training_recipe": RECIPE}
     best: dict[str, Any] | None = None
     for path in places:
         try:
             found = Calibration.open(path)
             report = found.report()
             row = next((r for r in report["rows"] if r["estimator"] == name), None)
-            same = found.space == space and found.manifest["data"]["fingerprint"] == fingerprint
-            same = same and all(found.manifest[key] == value for key, value in wanted.items())
+            its = found.manifest
+            same = found.space == space and its.fingerprint == fingerprint
+            same = same and (its.batch_size, its.training_recipe) == (batch_size, RECIPE)
             if same and row is not None and (best is None or row["count"] > best["count"]):
                 told = {"calibration": str(path), "ceiling": report["ceiling"]["kendall"], "epochs": report["epochs"]}
                 best = row | told

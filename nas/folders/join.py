@@ -11,8 +11,9 @@ from .. import consent
 from ..errors import RunError
 from ..foreign_files import check, is_file
 from ..storage.connect import STUDY_FILES, check_database, damage_reported, open_storage, storage_errors
-from .manifest import RUN
-from .run import FORMAT, MANIFEST, Run, is_run
+from .manifest import FORMAT, Manifest
+from .run import MANIFEST, Run, is_run
+from .shapes import RUN
 
 log = logging.getLogger(__name__)
 
@@ -57,19 +58,18 @@ def join_run(path: Path, url: str, study: str) -> Run:
         except KeyError:
             names = ", ".join(sorted(s.study_name for s in storage.get_all_studies())) or "none"
             raise RunError(f"the storage has no study {study!r}; it has {names}") from None
-        manifest = storage.get_study_user_attrs(study_id).get(MANIFEST)
-    if not isinstance(manifest, dict):
+        copied = storage.get_study_user_attrs(study_id).get(MANIFEST)
+    if not isinstance(copied, dict):
         raise RunError(f"study {study!r} was not made by `mixnas search`: there is nothing to join")
-    if manifest.get("format") != FORMAT:
-        raise RunError(f"study {study!r} has format {manifest.get('format')}, this release reads {FORMAT}")
-    check(manifest, RUN, f"study {study!r}", RunError)
-    manifest = {**manifest, "config": {**manifest["config"], "storage": url}}
+    if copied.get("format") != FORMAT:
+        raise RunError(f"study {study!r} has format {copied.get('format')}, this release reads {FORMAT}")
+    check(copied, RUN, f"study {study!r}", RunError)
+    manifest = Manifest.from_dict(copied).configured(storage=url)
     if is_run(path):
         before = Run.open(path).manifest
-        if any(before.get(name) != manifest.get(name) for name in ("study", "created")):
+        if (before.study, before.created) != (manifest.study, manifest.created):
             raise RunError(f"{path} is the folder of another run: give another `out`")
         return Run(path, manifest)  # this may be the search's own folder, whose manifest must stay as it is
-    del manifest["format"]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,12 +93,13 @@ def find_run(path: Path) -> bool:
         storage = open_storage(path, None, create=False)
         studies = {study.study_name: study for study in storage.get_all_studies()}
     found = studies.get(path.resolve().name)
-    manifest = found.user_attrs.get(MANIFEST) if found is not None else None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    copied = found.user_attrs.get(MANIFEST) if found is not None else None
+    if not isinstance(copied, dict) or copied.get("format") != FORMAT:
         return False
-    check(manifest, RUN, f"the study of {path}", RunError)
-    if manifest["config"]["storage"] is not None:
+    check(copied, RUN, f"the study of {path}", RunError)
+    manifest = Manifest.from_dict(copied)
+    if manifest.config.storage is not None:
         return False
-    Run.create(path, {name: value for name, value in manifest.items() if name != "format"})
+    Run.create(path, manifest)
     log.warning("%s had lost its run.json, which was restored from the study", path)
     return True

@@ -1,141 +1,167 @@
-"""Shapes of a run's manifest and of its study's attributes, as far as this release reads them.
+"""The manifest of a run, `run.json`, with named fields.
 
-`nas.foreign_files` defines shapes. A field that only some releases wrote may be missing. Fields of later releases are
-ignored.
+The shape of the file is checked before (`nas.folders.shapes`), so that the types hold. All other fields of the file
+stay as they are in `recorded`: those that people read, and those of other releases.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
-from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
-from ..objectives.objectives import Scores
-from ..scoring.latency.config import IN_RUNS, SHAPES
+from ..defaults import MAX_IMAGES
 
-STATISTIC = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
-"""An `Interval`, or null where it is not defined."""
-TRUST = {"estimator": LINE, "count": COUNT, "kendall": STATISTIC, "ceiling": STATISTIC, "epochs": COUNT}
-"""The verdict of a calibration on a proxy."""
+FORMAT = 1
 
-LATENCY = {
-    (f"{IN_RUNS[name[:-1]]}?" if name.endswith("?") else IN_RUNS.get(name, name)): shape
-    for name, shape in SHAPES.items()
-}
-"""The latency targets, see `nas.scoring.latency.latency_in_run`."""
-CONFIG = {
-    "objectives": [LINE],
-    "budgets": {str: FIGURE},
-    "proxy": LINE,
-    "storage": (str, None),
-    "train_device?": (LINE, None),
-    "workers?": range(1, 2**16),
-    "engine?": LINE,
-    "address?": LINE,
-    "gpus_per_trial?": POSITIVE,
-    "share_device?": bool,
-    "only?": LINE,
-    **LATENCY,
-    "also?": [[LINE, LINE]],
-    "baselines?": [LINE],
-    "start?": [dict],
-    "data": str,
-    "data_root": (str, None),
-    "classes?": [str],
-    "input_size": (SIDE, None),
-    "max_images?": COUNT,
-    "trials?": COUNT,
-    "epochs": COUNT,
-    "seed": COUNT,
-    "profile?": (str, None),
-    "calibration?": (str, None),
-    "early_stopping?": bool,
-    "until?": (FIGURE, None),
-    "tune_epochs?": COUNT,
-    "tune_count?": COUNT,
-    "timeout_minutes?": (POSITIVE, None),
-    "trial_timeout_minutes?": (POSITIVE, None),
-}
-DATA = {
-    "name": str,
-    "fingerprint": LINE,
-    "classes": [str],
-    "input_size": [range(3, 4), SIDE, SIDE],
-    "interpolation": LINE,
-    "mean": [FIGURE, FIGURE, FIGURE],
-    "std": [FIGURE, FIGURE, FIGURE],
-    "num_train": COUNT,
-    "num_holdout": COUNT,
-    "listing?": {"split": str, "images": [COUNT], "others": {str: COUNT}, "skipped": {str: COUNT}, "notes": [str]},
-}
-"""The data of a run or of a full training."""
-MACHINE = {"cpu": LINE, "cores": COUNT, "platform": LINE, "device": LINE, "gpu?": LINE}
-RUN = {
-    "study": str,
-    "created": LINE,
-    "config": CONFIG,
-    "space": {"name": LINE},
-    "proxy_trained": bool,
-    "reference": {str: FIGURE},
-    "trust?": ({**TRUST, "calibration": str}, None),
-    "latency_references?": {str: POSITIVE},
-    "conditions": {"device": LINE, "threads": range(1, 2**16)},
-    "data": DATA,
-    "machine": {**MACHINE, "threads": range(1, 2**16)},
-    "software": {str: (LINE, None)},
-}
 
-_INTERVAL = {"ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}
-_LATENCY = {
-    **_INTERVAL,
-    **dict.fromkeys(("spread", "raw_ms", "q1_ms", "q3_ms", "drift", "waited", "prepare_seconds"), FIGURE),
-    **{"passes": COUNT, "rounds": COUNT, "steady": bool},
-}
-_BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool | None": (bool, None)}
-SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {
-    "latency_ms?": (POSITIVE, None),
-    "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
-    "uncounted?": [LINE],
-    "form?": LINE,
-    "curve?": [[COUNT, FIGURE]],
-}
-_FAILURE = {"failure": str}
-STUDY = {
-    "manifest?": dict,
-    "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
-    "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
-    "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
-    "tuned?": {
-        str: (
-            {
-                **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
-                **{"num_images": COUNT, "hits": str},
-            },
-            _FAILURE,
-        )
-    },
-    "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
-}
-"""Attributes of the study as a whole."""
-TRIAL = {
-    "architecture?": (dict, None),
-    "scores?": SCORES,
-    "failure?": str,
-    "noise?": {str: FIGURE},
-    "estimates?": {str: [FIGURE, FIGURE]},
-}
-"""Attributes of a trial."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """An object of a file. Make one by `from_dict`, and another one from it by `changed`.
 
-_TOP1 = {"accuracy": FIGURE, "low": FIGURE, "high": FIGURE, "num_images": COUNT}
-TRAINED = {
-    "epochs": COUNT,
-    "seconds": FIGURE,
-    "images_per_second": FIGURE,
-    "holdout": (_TOP1, None),
-    "test": ({"name": str, **_TOP1}, None),
-}
-"""The result of a full training: its `result.json`."""
-TRAINED_FRONT = {
-    "rows": [{"key": LINE, "accuracy?": FIGURE}],
-    "kendall": STATISTIC,
-}
-"""The results of training a whole front: `trained/front.json`."""
+    Args:
+        recorded: the whole object, as it is in the file.
+    """
+
+    recorded: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads an object whose shape was checked."""
+        known = {f.name: f.metadata.get("read", _same)(data[f.name]) for f in fields(cls) if f.name in data}
+        return cls(**(known | {"recorded": data}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the object as it is written to a file."""
+        return dict(self.recorded)
+
+    def changed(self, **values: Any) -> Self:
+        """Returns a copy with other values, which are plain data. All other fields of the file are kept."""
+        return self.from_dict({**self.recorded, **values})
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def nested(kind: type[Record]) -> dict[str, Any]:
+    """Returns the metadata of a field that is an object of its own."""
+    return {"read": kind.from_dict}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConfig(Record):
+    """The configuration of a search, which `SearchConfig.to_dict` returns.
+
+    `SearchConfig` explains the fields; these are the ones that a reader needs. `SearchConfig.from_run` and
+    `run_latency` read all of `recorded`.
+    """
+
+    objectives: Sequence[str]
+    budgets: Mapping[str, float]
+    proxy: str
+    storage: str | None
+    device: str
+    data: str
+    data_root: str | None
+    input_size: int | None
+    epochs: int
+    seed: int
+    classes: Sequence[str] = ()
+    max_images: int = MAX_IMAGES
+    trials: int = 0
+    calibration: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions(Record):
+    """The conditions of a run's scores. All of `recorded` must be the same when the run is resumed.
+
+    Args:
+        device: the machine that measured, for people.
+        threads: CPU threads of a measured network.
+        ensemble: the fitted ensemble of the proxy `ensemble`; None for another proxy.
+    """
+
+    device: str
+    threads: int
+    ensemble: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Record):
+    """The images of a run or of a training.
+
+    Args:
+        name: the data set, as the user named it.
+        fingerprint: short hash that tells data sets apart.
+        classes: class names in the order of the labels.
+        input_size: channels, height and width of an image.
+        interpolation: name of the interpolation, as timm spells it.
+        mean: mean of each channel, on a scale of 0 to 1.
+        std: standard deviation of each channel, on the same scale.
+        num_train: number of training images.
+        num_holdout: number of held-out images.
+    """
+
+    name: str
+    fingerprint: str
+    classes: Sequence[str]
+    input_size: Sequence[int]
+    interpolation: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    num_train: int
+    num_holdout: int
+
+    @property
+    def side(self) -> int:
+        """Height of an image in pixels, which is its width too."""
+        return self.input_size[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Record):
+    """The manifest of a run.
+
+    Args:
+        study: name of the study in the storage.
+        created: time of creation, in ISO 8601.
+        config: the configuration.
+        space: the search space as plain data; `Run.space` reads it.
+        proxy_trained: whether the proxy trains.
+        reference: the hypervolume's reference point: objective -> value.
+        conditions: the conditions of the scores.
+        data: the images.
+        machine: the machine, for people.
+        software: package -> version.
+        trust: a calibration's verdict on the proxy; None if no calibration fits.
+        latency_references: target -> latency of the reference network in milliseconds. Empty without latency.
+    """
+
+    study: str
+    created: str
+    config: StoredConfig = field(metadata=nested(StoredConfig))
+    space: Mapping[str, Any]
+    proxy_trained: bool
+    reference: Mapping[str, float]
+    conditions: Conditions = field(metadata=nested(Conditions))
+    data: Data = field(metadata=nested(Data))
+    machine: Mapping[str, Any]
+    software: Mapping[str, str | None]
+    trust: Mapping[str, Any] | None = None
+    latency_references: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def space_name(self) -> str:
+        """Name of the search space."""
+        return str(self.space["name"])
+
+    def configured(self, **values: Any) -> Manifest:
+        """Returns a copy with other values in its configuration."""
+        return self.changed(config={**self.config.recorded, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `run.json`."""
+        return {"format": FORMAT} | {name: value for name, value in self.recorded.items() if name != "format"}

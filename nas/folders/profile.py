@@ -21,8 +21,10 @@ from ..scoring.latency.config import SHAPES, LatencyConfig
 from ..scoring.latency.model import LatencyModel
 from ..space import SearchSpace
 from .files import reading_manifest, write_file
+from .manifest import Record
 
 FORMAT = 2
+FILE = "profile.json"
 NUM_CLASSES = 1000
 WHOLE: dict[str, Any] = {"target": 0.02, "max_seconds": 1.0, "warmup_seconds": 0.3}
 """Settings for timing a network. They are less exact than elsewhere, because the model averages over many networks."""
@@ -37,7 +39,7 @@ RECORDS: dict[str, Any] = {
     "held_out": ({"architecture": dict, "ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}, _FAILED),
 }
 """File -> shape of its lines, see `nas.foreign_files`."""
-MANIFEST = {
+_SHAPE = {
     "space": dict,
     "input_size": SIDE,
     "seed": COUNT,
@@ -85,6 +87,17 @@ class ProfileConfig:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileManifest(Record):
+    """The manifest of a profile: a `ProfileConfig` as plain data, and the stored latency of the reference network."""
+
+    space: dict[str, Any]
+    latency: dict[str, Any]
+    input_size: int
+    seed: int
+    reference_ms: float
+
+
 @dataclass(frozen=True)
 class Profile:
     """An existing profile.
@@ -92,12 +105,12 @@ class Profile:
     Args:
         path: its folder.
         config: its networks and conditions.
-        reference_ms: stored latency of the reference network, by which its figures are normalised.
+        manifest: the content of `profile.json`.
     """
 
     path: Path
     config: ProfileConfig
-    reference_ms: float
+    manifest: ProfileManifest
 
     @property
     def label(self) -> str:
@@ -133,11 +146,23 @@ class Profile:
         Raises:
             RunError: if the folder is not a profile, or is damaged.
         """
-        with reading_manifest(path / "profile.json", FORMAT, "profile", MANIFEST) as data:
+        with reading_manifest(path / FILE, FORMAT, "profile", _SHAPE) as recorded:
+            data = ProfileManifest.from_dict(recorded)
             names = tuple(f.name for f in fields(LatencyConfig))
-            latency = LatencyConfig(**check_mapping(data["latency"], "a latency's conditions", names)).here()
-            config = ProfileConfig(SearchSpace.from_dict(data["space"]), latency, data["input_size"], data["seed"])
-            return cls(path, config, data["reference_ms"])
+            latency = LatencyConfig(**check_mapping(data.latency, "a latency's conditions", names)).here()
+            config = ProfileConfig(SearchSpace.from_dict(data.space), latency, data.input_size, data.seed)
+            return cls(path, config, data)
+
+    @classmethod
+    def create(cls, path: Path, manifest: ProfileManifest) -> Profile:
+        """Writes `profile.json`."""
+        write_file(path / FILE, json.dumps(manifest.to_dict(), indent=2) + "\n")
+        return cls.open(path)
+
+    @property
+    def reference_ms(self) -> float:
+        """Stored latency of the reference network, by which the profile's figures are normalised."""
+        return self.manifest.reference_ms
 
     def records(self, name: str = "networks") -> list[dict[str, Any]]:
         """Returns the measurements in order. An incomplete last line, which a killed process may leave, is skipped."""

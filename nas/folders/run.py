@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,12 +32,13 @@ from ..foreign_files import check, is_file
 from ..objectives.objectives import Objective, Scores, latency_fields, other_entry, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
-from ..space import space_from_dict
+from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
 from .attributes import BASELINES, REMEASURED, STAGES, TUNED
 from .files import reading_manifest, write_file
-from .manifest import RUN, STUDY
+from .manifest import FORMAT, Manifest
+from .shapes import RUN, STUDY
 from .tables import columns, front_dict, table
 from .trial import Trial, read_trial, with_tuning
 from .verdicts import to_scale, verdicts
@@ -46,9 +46,6 @@ from .verdicts import to_scale, verdicts
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
-FORMAT = 1
 MANIFEST = "manifest"
 """Study attribute with a copy of `run.json`, for workers that only see the storage."""
 
@@ -63,7 +60,7 @@ class Run:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -86,44 +83,47 @@ class Run:
                 else f"no run folder at {folder}"
             )
         with reading_manifest(manifest, FORMAT, "run", RUN) as data:
-            run = cls(folder, data)
+            run = cls(folder, Manifest.from_dict(data))
             _ = run.objectives, run.reference, run.latency
             return run
 
     @classmethod
-    def create(cls, path: Path, manifest: Mapping[str, Any]) -> Run:
+    def create(cls, path: Path, manifest: Manifest) -> Run:
         """Writes `run.json`. This is the last step of creating a run, or an update when a run is resumed."""
-        write_file(path / "run.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        write_file(path / "run.json", json.dumps(manifest.to_dict(), indent=2) + "\n")
         return cls.open(path)
 
-    def update(self, manifest: Mapping[str, Any]) -> Run:
+    def update(self, manifest: Manifest) -> Run:
         """Replaces the manifest, also in the study, where workers read it."""
         with self._study() as (storage, study_id):
-            storage.set_study_user_attr(study_id, MANIFEST, {**manifest, "format": FORMAT})
+            storage.set_study_user_attr(study_id, MANIFEST, manifest.to_dict())
         return Run.create(self.path, manifest)
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:
         """The objectives of the run, in order."""
-        config = self.manifest["config"]
-        return parse_objectives(
-            config["objectives"], config["proxy"], self.manifest["proxy_trained"], self.targets or ("",)
-        )
+        config = self.manifest.config
+        return parse_objectives(config.objectives, config.proxy, self.manifest.proxy_trained, self.targets or ("",))
+
+    @cached_property
+    def space(self) -> Space:
+        """The search space. A damaged one raises a UsageError."""
+        return space_from_dict(self.manifest.space)
 
     @cached_property
     def latency(self) -> tuple[LatencyConfig, ...]:
         """The conditions of latency measurement, one configuration for each target."""
-        return run_latency(self.manifest["config"])
+        return run_latency(self.manifest.config.recorded)
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Labels of the latency targets, such as `cpu-eager`; empty if latency is not measured."""
-        return tuple(str(label) for label in self.manifest.get("latency_references", {}))
+        return tuple(str(label) for label in self.manifest.latency_references)
 
     @cached_property
     def reference(self) -> dict[str, float]:
         """The hypervolume's reference point, fixed at creation: objective -> value."""
-        given = self.manifest["reference"]
+        given = self.manifest.reference
         if missing := [o.name for o in self.objectives if o.name not in given]:
             raise RunError(f"its reference lacks {', '.join(missing)}")
         return {o.name: float(given[o.name]) for o in self.objectives}
@@ -151,14 +151,14 @@ class Run:
         Raises:
             RunError: if it is not the folder's own file, and the user did not name it (`nas.consent`).
         """
-        consent.check_storage(self.manifest["config"]["storage"], str(self.path))
-        return open_storage(self.path, self.manifest["config"]["storage"], create=False)
+        consent.check_storage(self.manifest.config.storage, str(self.path))
+        return open_storage(self.path, self.manifest.config.storage, create=False)
 
     @contextlib.contextmanager
     def study(self) -> Iterator[optuna.Study]:
         """Yields Optuna's study of the run. Errors of its storage become one line."""
         with self._study() as (storage, _), damage_reported(self.path):
-            yield optuna.load_study(study_name=self.manifest["study"], storage=storage)
+            yield optuna.load_study(study_name=self.manifest.study, storage=storage)
 
     def trials(self, remeasured: bool = True, tuned: bool = True) -> list[Trial]:
         """Returns every trial of the study, in order.
@@ -194,12 +194,12 @@ class Run:
     @contextlib.contextmanager
     def _study(self) -> Iterator[tuple[optuna.storages.BaseStorage, int]]:
         with storage_errors(self.path):
-            consent.check_storage(self.manifest["config"]["storage"], str(self.path))
+            consent.check_storage(self.manifest.config.storage, str(self.path))
             with damage_reported(self.path):
-                check_database(self.path, self.manifest["config"]["storage"])
+                check_database(self.path, self.manifest.config.storage)
                 storage = self.storage()
             try:
-                study_id = storage.get_study_id_from_name(self.manifest["study"])
+                study_id = storage.get_study_id_from_name(self.manifest.study)
             except KeyError:
                 raise no_study(self.path) from None
             yield storage, study_id
@@ -207,11 +207,9 @@ class Run:
     def _second(self, trial: Trial, again: Mapping[str, Any]) -> Trial:
         """Returns a trial with its second measurement. It is pruned if that exceeds the latency budget."""
         scores = self._with_second(trial.key, trial.scores, again)
-        budget = self.manifest["config"]["budgets"].get("latency")
-        over = budget is not None and scores.latency_ms is not None and scores.latency_ms > budget
-        if trial.state != "complete" or not over:
+        budget = self.manifest.config.budgets.get("latency")
+        if trial.state != "complete" or budget is None or scores.latency_ms is None or scores.latency_ms <= budget:
             return replace(trial, scores=scores)
-        assert scores.latency_ms is not None
         failure = f"over budget when measured again: latency by {100 * (scores.latency_ms / budget - 1):.1f} %"
         return replace(trial, scores=scores, state="pruned", failure=failure)
 
@@ -336,7 +334,7 @@ class Run:
         This is known only if the run scored every architecture of its space. Otherwise the list is empty.
         """
         complete = [t for t in trials if t.state == "complete"]
-        if len(complete) < space_from_dict(self.manifest["space"]).size:
+        if len(complete) < self.space.size:
             return []
         rng = np.random.default_rng(0)
         curves = [self.hypervolumes([complete[i] for i in rng.permutation(len(complete))]) for _ in range(orders)]

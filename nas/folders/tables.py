@@ -16,7 +16,7 @@ UNLISTED = ("others", "curve", "uncounted", "form")
 
 def columns(run: Run) -> dict[str, str]:
     """See `Run.columns`."""
-    proxy = f"proxy_{run.manifest['config']['proxy']}"
+    proxy = f"proxy_{run.manifest.config.proxy}"
     names = {name: name for name in Scores.__dataclass_fields__ if name not in UNLISTED}
     names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
     first = [o.field for o in run.objectives] + [OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")]

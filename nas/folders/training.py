@@ -16,8 +16,8 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
 from .files import reading_manifest, write_file
-from .manifest import DATA, MACHINE, TRAINED
+from .manifest import Data, Record, nested
+from .shapes import DATA, MACHINE, TRAINED
 
 FORMAT = 1
 MAX_CLASSES = 100_000
@@ -69,6 +70,75 @@ _SHAPE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked(Record):
+    """The settings of a training, as the user gave them (`nas.training.config.TrainConfig`).
+
+    Args:
+        settings: the settings of the recipe `auto`; None for another recipe.
+    """
+
+    target: str
+    data: str | None
+    test_data: str | None
+    data_root: str | None
+    classes: Sequence[str] = ()  # 0.1.0 kept none
+    input_size: int | None
+    seed: int
+    init: str
+    teacher: str | None
+    teacher_weights: str | None
+    settings: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingImages(Data):
+    """The images of a training.
+
+    Args:
+        held: how the held-out images were drawn, for `nas.training.images.Held`.
+    """
+
+    held: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingManifest(Record):
+    """The manifest of a training.
+
+    Args:
+        target: the network, as the user named it.
+        architecture: the architecture as plain data; None for a timm model of another family.
+        model: name of that timm model; None for an architecture.
+        init: file of the initial weights, or `scratch`.
+        teacher: the teacher, as the user named it.
+        seed: the random seed.
+        recipe: the recipe as plain data, for `nas.training.recipes.Recipe`.
+        data: the images.
+        asked: the settings, as the user gave them.
+        created: time of creation, in ISO 8601.
+        machine: the machine, for people.
+        software: package -> version.
+    """
+
+    target: str
+    architecture: dict[str, Any] | None
+    model: str | None
+    init: str
+    teacher: str | None = None
+    seed: int
+    recipe: Mapping[str, Any]
+    data: TrainingImages = field(metadata=nested(TrainingImages))
+    asked: Asked = field(metadata=nested(Asked))
+    created: str
+    machine: Mapping[str, Any]
+    software: Mapping[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `train.json`."""
+        return {"format": FORMAT, **self.recorded}
+
+
 @dataclass(frozen=True)
 class Trained:
     """A training's folder.
@@ -79,7 +149,7 @@ class Trained:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: TrainingManifest
 
     @classmethod
     def open(cls, path: Path) -> Trained:
@@ -88,12 +158,13 @@ class Trained:
         Raises:
             RunError: if the folder is not a training folder, or its manifest is damaged.
         """
-        with reading_manifest(path / MANIFEST, FORMAT, "training folder", _SHAPE) as manifest:
-            if (manifest["architecture"] is None) == (manifest["model"] is None):
+        with reading_manifest(path / MANIFEST, FORMAT, "training folder", _SHAPE) as recorded:
+            manifest = TrainingManifest.from_dict(recorded)
+            if (manifest.architecture is None) == (manifest.model is None):
                 raise RunError("it must name an architecture or a model")
-            if manifest["model"] is not None:
-                check_network_name(manifest["model"])
-            if len(manifest["data"]["classes"]) > MAX_CLASSES:
+            if manifest.model is not None:
+                check_network_name(manifest.model)
+            if len(manifest.data.classes) > MAX_CLASSES:
                 raise RunError(f"it has more than {MAX_CLASSES:,} classes")
             trained = cls(path, manifest)
             _ = trained.architecture
@@ -105,15 +176,15 @@ class Trained:
         return any(is_file(self.path / name, RunError) for name in (CHECKPOINT, RESULT))
 
     @classmethod
-    def create(cls, path: Path, manifest: Mapping[str, Any]) -> Trained:
+    def create(cls, path: Path, manifest: TrainingManifest) -> Trained:
         """Writes `train.json`."""
-        write_file(path / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        write_file(path / MANIFEST, json.dumps(manifest.to_dict(), indent=2) + "\n")
         return cls.open(path)
 
     @property
     def architecture(self) -> Candidate | None:
         """The architecture that is trained. None for a timm model of another family."""
-        data = self.manifest["architecture"]
+        data = self.manifest.architecture
         return None if data is None else candidate_from_dict(data)
 
     @property
@@ -135,12 +206,13 @@ class Trained:
         Args:
             kwargs: arguments of its constructor, such as `drop_path_rate`.
         """
-        classes = len(self.manifest["data"]["classes"])
+        classes = len(self.manifest.data.classes)
         architecture = self.architecture
         if architecture is not None:
             return create_candidate(architecture, classes, **kwargs)
-        channels, height, width = self.manifest["data"]["input_size"]
-        return create_network(self.manifest["model"], classes, (channels, height, width), **kwargs)
+        assert self.manifest.model is not None  # `open` checked it
+        channels, height, width = self.manifest.data.input_size
+        return create_network(self.manifest.model, classes, (channels, height, width), **kwargs)
 
     def load_model(self) -> nn.Module:
         """Returns the network with its final weights, in eval mode.

@@ -12,7 +12,7 @@ from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
 from ..objectives.objectives import Scores
-from .manifest import TRIAL
+from .shapes import TRIAL
 
 
 @dataclass(frozen=True)

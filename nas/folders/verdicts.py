@@ -70,7 +70,7 @@ def verdicts(run: Run) -> list[str]:
     """See `Run.verdicts`. Each target and each further runtime has a line on the order of its latencies."""
     attributes, front = run.attributes, run.front()
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
-    lines = [trust_in_words(told)] if (told := run.manifest.get("trust")) else []
+    lines = [trust_in_words(told)] if (told := run.manifest.trust) else []
     lines += graft_verdicts(run, front, attributes)
     for objective in (o for o in run.objectives if o.is_latency):
         target = objective.target or (run.targets[0] if run.targets else "")
@@ -94,7 +94,7 @@ def verdicts(run: Run) -> list[str]:
             f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )
-    return lines + doubts(run.objectives, front, int(run.manifest["data"]["num_holdout"]))
+    return lines + doubts(run.objectives, front, run.manifest.data.num_holdout)
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:

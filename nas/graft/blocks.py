@@ -40,7 +40,7 @@ def space_of(trained: Trained, name: str, data: ImageData, device: str) -> Graft
     """
     architecture = trained.architecture
     assert not isinstance(architecture, Graft)
-    parent: str | Architecture = architecture or str(trained.manifest["model"]).removeprefix("timm:")
+    parent: str | Architecture = architecture or str(trained.manifest.model).removeprefix("timm:")
     model, side = trained.load_model(), data.input_size[1]
     groups = droppable(model, data.input_size)
     sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]

@@ -109,9 +109,10 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
     trained = Trained.open(folder)
     if trained.result is None:
         raise RunError(f"{folder} is not fully trained: resume it with mixnas train {folder}")
-    held, size = trained.manifest["data"]["held"], trained.manifest["data"]["input_size"][1]
-    same_size = config.input_size is None or config.input_size == size
-    return held["search"] is not None and held["search"][0] == config.max_images and same_size
+    data = trained.manifest.data
+    same_size = config.input_size is None or config.input_size == data.side
+    search = data.held["search"]
+    return search is not None and search[0] == config.max_images and same_size
 
 
 def _copied(trained: Trained, out: Path) -> Trained:

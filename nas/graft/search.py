@@ -59,8 +59,8 @@ def graft(
         raise UsageError(f"{out} is a run already: leave `parent` out to resume it")
     trained = train_parent(parent, config, on_step)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
-    recorded = trained.manifest["data"]
-    data = replace(data, mean=tuple(recorded["mean"]), std=tuple(recorded["std"]))
+    recorded = trained.manifest.data
+    data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     space = space_of(trained, Path(name).name, data, config.train_device or config.device)
     budgets = dict(config.budgets)
     if shares:

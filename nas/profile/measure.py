@@ -20,10 +20,9 @@ from .. import defaults
 from ..architecture import Architecture
 from ..counts import pieces_of
 from ..errors import RunError, TrialFailure, UsageError
-from ..folders.files import locked_folder, write_file
-from ..folders.profile import FORMAT, MANIFEST, NUM_CLASSES, PIECE, WHOLE, Profile, ProfileConfig
+from ..folders.files import locked_folder
+from ..folders.profile import FILE, FORMAT, NUM_CLASSES, PIECE, WHOLE, Profile, ProfileConfig, ProfileManifest
 from ..folders.run import Run
-from ..foreign_files import read_json
 from ..machine.description import describe_machine, describe_software
 from ..models import create_backbone
 from ..objectives.agreement import rank_correlation
@@ -56,7 +55,7 @@ def profile(
         RunError: if the folder has a profile with other settings, or cannot be written.
     """
     path = out or config.folder
-    with locked_folder(path, "profile.json", "profile"):
+    with locked_folder(path, FILE, "profile"):
         return _profile(_open_or_create(config, path), minutes, on_network)
 
 
@@ -163,10 +162,10 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     Raises:
         UsageError: if the run measured under other conditions.
     """
-    conditions, side = run.manifest["conditions"], run.manifest["data"]["input_size"][1]
-    latency = replace(run.latency[0], threads=conditions["threads"])
-    found.check(latency, side, conditions["device"], f"{run.path} was measured")
-    reference = reference_of(run.manifest.get("latency_references", {}), found.config.latency.label)
+    conditions, side = run.manifest.conditions, run.manifest.data.side
+    latency = replace(run.latency[0], threads=conditions.threads)
+    found.check(latency, side, conditions.device, f"{run.path} was measured")
+    reference = reference_of(run.manifest.latency_references, found.config.latency.label)
     if reference is None:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference
@@ -205,18 +204,16 @@ def _measure(architecture: Architecture, found: Profile) -> dict[str, Any]:
 
 def _open_or_create(config: ProfileConfig, path: Path) -> Profile:
     now = json.loads(json.dumps(config.to_dict()))
-    if (path / "profile.json").is_file():
+    if (path / FILE).is_file():
         found = Profile.open(path)
-        before = read_json(path / "profile.json", "a profile's manifest", MANIFEST, RunError)
         for name, value in now.items():
-            if before.get(name) != value:
+            if found.manifest.recorded.get(name) != value:
                 raise RunError(f"{path} is a profile with another {name}: give another `out`")
         return replace(found, config=config)
-    manifest = now | {
+    recorded = now | {
         "format": FORMAT,
         "reference_ms": reference_ms(config.latency),
         "conditions": describe_machine(config.latency.device),
         "software": describe_software(),
     }
-    write_file(path / "profile.json", json.dumps(manifest, indent=2) + "\n")
-    return replace(Profile.open(path), config=config)
+    return replace(Profile.create(path, ProfileManifest.from_dict(recorded)), config=config)

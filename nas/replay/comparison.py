@@ -111,7 +111,7 @@ class Comparer:
     def _compare(self, trial: Trial, now: Scores) -> Iterator[Comparison]:
         then = trial.scores
         if trial.stopped:
-            images, reached = self.run.manifest["data"]["num_holdout"], dict(now.curve)
+            images, reached = self.run.manifest.data.num_holdout, dict(now.curve)
             for epoch, accuracy in then.curve:
                 stds = [_share_std(value, images) for value in (accuracy, reached.get(epoch))]
                 yield _statistical(ACCURACY, f"accuracy@{epoch}", accuracy, reached.get(epoch), *stds)

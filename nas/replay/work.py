@@ -152,7 +152,7 @@ def replay(
     _check(run, {n: v for n, v in conditions.items() if n not in PLACE and (latency or n not in TIMING)})
     machine = f"{_place(machine_name(device), first.num_threads)}, torch {describe_software().get('torch')}"
     _warn_of_differences(run, machine, here, latency if timed else None)
-    on_cpu = {device, str(run.manifest["config"]["device"])} == {"cpu"}
+    on_cpu = {device, run.manifest.config.device} == {"cpu"}
     comparer = Comparer(run, latency, memory=here or on_cpu, exact_memory=on_cpu)
     report = on_done or (lambda *_: None)
     with held_folder(run.path):
@@ -209,7 +209,7 @@ def _check(run: Run, conditions: dict[str, Any]) -> None:
         difference = (
             f"{shown[0]} there, {shown[1]} here" if shown[0] != shown[1] else f"{shown[0]}, declared differently"
         )
-        made_by = run.manifest.get("software", {})
+        made_by = run.manifest.software
         release = " at ".join(str(made_by[part])[:12] for part in ("mixnas", "commit") if part in made_by)
         raise RunError(
             f"{run.path} cannot be replayed: its {name} differs ({difference}), so the scores would differ too. Use "
@@ -226,14 +226,14 @@ def _warn_of_differences(run: Run, machine: str, here: bool, latency: bool | Non
         here: whether this is the machine of the run.
         latency: whether latency is compared; None if the run has no latency.
     """
-    conditions, then = run.manifest["conditions"], run.manifest.get("software", {}).get("torch")
+    conditions, then = run.manifest.conditions, run.manifest.software.get("torch")
     if not here:
         what = {
             None: "accuracies may differ a little",
             False: "latency is not compared (pass `latency` = True to compare it anyway)",
             True: "latencies may differ",
         }[latency]
-        there = _place(conditions["device"], conditions["threads"])
+        there = _place(conditions.device, conditions.threads)
         log.warning("%s was scored on %s, this is %s: %s", run.path, there, machine, what)
     elif then != describe_software().get("torch"):
         log.warning("%s was scored with torch %s, this is %s: accuracies may differ a little", run.path, then, machine)

@@ -166,7 +166,7 @@ def serve(run: Run, host: str, port: int, on_ready: Callable[[str], None], writa
         raise RunError(f"the dashboard is not installed ({error}): pip install 'mixnas[dashboard]'") from None
     run.trials()  # raises a one-line error if the study is missing or damaged
     with storage_errors(run.path):
-        storage = run.storage() if writable else ReadOnlyStorage(run.storage(), run.manifest["study"])
+        storage = run.storage() if writable else ReadOnlyStorage(run.storage(), run.manifest.study)
         try:
             server = make_server(host, port, lambda *_: [], server_class=_Server, handler_class=_Quiet)
         except (OSError, OverflowError) as error:

@@ -14,8 +14,8 @@ import optuna
 from ..architecture import MIXER_TYPES, Architecture, Candidate, Graft, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
 from ..folders.attributes import BASELINES
-from ..folders.manifest import TRAINED, TRAINED_FRONT
 from ..folders.run import Run
+from ..folders.shapes import TRAINED, TRAINED_FRONT
 from ..folders.trial import Trial
 from ..foreign_files import is_file, read_json
 from ..interval import Interval
@@ -49,7 +49,7 @@ def architectures(scored: Scored) -> dict[str, Any]:
     points = []
     for place, (run, trials, front) in enumerate(scored):
         on_front = {t.number for t in front}
-        _, height, width = run.manifest["data"]["input_size"]
+        _, height, width = run.manifest.data.input_size
         for trial in [*front, *(t for t in trials if t.number not in on_front)]:
             assert trial.architecture is not None
             described = _stages(trial.architecture, height, width)
@@ -247,7 +247,7 @@ def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
     over = Counter(name for t in trials if t.state == "pruned" and not t.stopped for name in _over(t))
     return [
         {"label": OBJECTIVES[name].label, "limit": format_value(OBJECTIVES[name], value), "over": over[name]}
-        for name, value in run.manifest["config"]["budgets"].items()
+        for name, value in run.manifest.config.budgets.items()
         if name in OBJECTIVES
     ]
 
@@ -335,12 +335,12 @@ def _kendall(run: Run, rows: Rows) -> str | None:
 
 def trust(run: Run) -> dict[str, Any]:
     """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable."""
-    told, config = run.manifest.get("trust"), run.manifest["config"]
+    told, config = run.manifest.trust, run.manifest.config
     return {
-        "wants_accuracy": "accuracy" in config["objectives"],
-        "trained": run.manifest["proxy_trained"],
-        "proxy": config["proxy"],
-        "epochs": config["epochs"],
+        "wants_accuracy": "accuracy" in config.objectives,
+        "trained": run.manifest.proxy_trained,
+        "proxy": config.proxy,
+        "epochs": config.epochs,
         "told": told
         and {
             "kendall": format_figure(Interval.of(told["kendall"])),

@@ -55,7 +55,7 @@ def _page(runs: Sequence[Run]) -> str:
         "growth": [facts.growth(run, trials) for run, trials in zip(runs, everything, strict=True)] if drawn else [],
         "dashes": [RUN_STYLES[i % len(RUN_STYLES)][1] for i in range(len(runs))],
         "colours": MIXER_COLOURS,
-        "grouped": "change" if any("parent" in run.manifest["space"] for run in runs) else "mostly",
+        "grouped": "change" if any("parent" in run.manifest.space for run in runs) else "mostly",
     }
     used = {row[facts.STAGE_FIELDS.index("mixer")] for row in data["stages"]["rows"]}
     scripts = [get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8")] if drawn else []
@@ -86,13 +86,13 @@ def _page(runs: Sequence[Run]) -> str:
 
 def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
     """What the page says of one run."""
-    scored, wanted = sum(t.scored for t in trials), run.manifest["config"].get("trials", 0)
+    scored, wanted = sum(t.scored for t in trials), run.manifest.config.trials
     return {
         "name": run.name,
-        "what": f"{run.manifest['space']['name']} on {Path(run.manifest['data']['name']).name}",
+        "what": f"{run.manifest.space_name} on {Path(run.manifest.data.name).name}",
         "timing": run.timing if run.targets else "",
-        "machine": run.manifest["conditions"]["device"],
-        "created": run.manifest["created"],
+        "machine": run.manifest.conditions.device,
+        "created": run.manifest.created,
         "scored": scored,
         "wanted": wanted,
         "figures": facts.key_figures(run, trials, front),

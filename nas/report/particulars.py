@@ -9,6 +9,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from ..errors import one_line
+from ..folders.manifest import FORMAT
 from ..folders.run import Run
 from ..objectives.text import format_value
 from ..storage.connect import GRPC
@@ -17,21 +18,18 @@ from ..storage.connect import GRPC
 def particulars(run: Run) -> dict[str, dict[str, str]]:
     """Returns the manifest as groups of names and texts, without user, password and options of the storage."""
     manifest = run.manifest
-    config = {name: value for name, value in manifest["config"].items() if name not in ("storage", "start")}
-    data, space = dict(manifest["data"]), manifest["space"]
-    data["classes"] = len(data["classes"])
+    config = {name: value for name, value in manifest.config.recorded.items() if name not in ("storage", "start")}
+    data = dict(manifest.data.recorded) | {"classes": len(manifest.data.classes)}
     data |= {name: value for name, value in data.pop("listing", {}).items() if name != "images"}
     groups = {
-        "Search": config | {"storage": storage_for_people(manifest["config"]["storage"])},
-        "Space": {"name": space["name"], "description": space.get("description")},
+        "Search": config | {"storage": storage_for_people(manifest.config.storage)},
+        "Space": {"name": manifest.space_name, "description": manifest.space.get("description")},
         "Data": data,
         "Reference point": {o.name: format_value(o, run.reference[o.name]) for o in run.objectives},
-        "Reference network": {
-            f"latency on {k}": f"{v:.3f} ms" for k, v in manifest.get("latency_references", {}).items()
-        },
-        "Machine": manifest["machine"],
-        "Software": manifest["software"],
-        "Run": {"study": manifest["study"], "created": manifest["created"], "format": manifest["format"]},
+        "Reference network": {f"latency on {k}": f"{v:.3f} ms" for k, v in manifest.latency_references.items()},
+        "Machine": manifest.machine,
+        "Software": manifest.software,
+        "Run": {"study": manifest.study, "created": manifest.created, "format": FORMAT},
     }
     texts = {
         title: {str(name).replace("_", " "): text for name, value in group.items() if (text := _words(value))}

@@ -63,7 +63,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return [
         f"these runs were scored under another {name}, so their points are not comparable on all axes"
         for name in ("device", *CONDITIONS, "also", "latency_protocol", "input_size", "data")
-        if len({str(run.manifest["conditions"].get(name, False)) for run in runs}) > 1
+        if len({str(run.manifest.conditions.recorded.get(name, False)) for run in runs}) > 1
     ]
 
 
@@ -80,9 +80,9 @@ def title_of(scored: Scored) -> str:
     run = scored[0][0]
     count = sum(len(trials) for _, trials, _ in scored)
     names = ", ".join(r.name for r, _, _ in scored[:3]) + (", …" if len(scored) > 3 else "")
-    machine = run.manifest["conditions"]["device"]
-    data = encodable(Path(run.manifest["data"]["name"]).name, "utf-8")
-    what = f"{run.manifest['space']['name']} on {data}"
+    machine = run.manifest.conditions.device
+    data = encodable(Path(run.manifest.data.name).name, "utf-8")
+    what = f"{run.manifest.space_name} on {data}"
     return f"{names}: {count} fully scored architectures of {what}\n{machine}"
 
 

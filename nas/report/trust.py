@@ -46,7 +46,7 @@ def plot_trust(found: Calibration) -> list[Path]:
             tick.set_fontweight("bold")
     axes.set_xlim(left=max(-1.0, -0.05 + min(-0.1, *(_low(row["kendall"]) for row in rows))), right=1.0)
     axes.set_xlabel("Kendall correlation with the truth (95 % interval)")
-    space, data = found.manifest["space"]["name"], found.manifest["data"]["name"]
+    space, data = found.space.name, found.manifest.data_name
     axes.set_title(
         f"{space} on {data}: {report['count']} truths of {report['epochs']} epochs "
         f"({report['truth_seconds']:.0f} s each)",

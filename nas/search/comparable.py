@@ -46,7 +46,7 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
         RunError: if the data is not the run's.
     """
     data = load_images(config)
-    if data.fingerprint != run.manifest["data"]["fingerprint"]:
+    if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
         )
@@ -78,7 +78,7 @@ def _parent(config: SearchConfig) -> Parent | None:
 
 def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
     """Returns the run's stored latencies of the reference network, by the targets' labels in this process."""
-    known = run.manifest.get("latency_references", {})
+    known = run.manifest.latency_references
     return {c.label: ms for c in evaluator.latency if (ms := reference_of(known, c.label)) is not None}
 
 
@@ -164,16 +164,16 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
         return None
     if config.out is not None and is_run(config.out):
         manifest = Run.open(config.out).manifest
-        stored = manifest.get("conditions", {}).get("ensemble")
-        if stored is not None and manifest["config"].get("calibration") == config.calibration:
+        stored = manifest.conditions.ensemble
+        if stored is not None and manifest.config.calibration == config.calibration:
             return dict(stored)  # the folder may have changed or vanished since
     found = Calibration.open(Path(config.calibration))
     if config.proxy_images is not None or config.proxy_size is not None:
         raise UsageError("an ensemble uses the images of its calibration: leave `proxy_images` and `proxy_size` out")
     for name, mine, its in (
         ("space", config.space, found.space),
-        ("data or image size", data.fingerprint, found.manifest["data"]["fingerprint"]),
-        ("training batch size", config.train_batch_size, found.manifest["batch_size"]),
+        ("data or image size", data.fingerprint, found.manifest.fingerprint),
+        ("training batch size", config.train_batch_size, found.manifest.batch_size),
     ):
         if mine != its:
             raise RunError(f"{found.path} is a calibration of another {name}: calibrate on this one first")
@@ -182,7 +182,7 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
 
 def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the conditions that differ from those at the run's creation: name -> (then, now)."""
-    before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.get("conditions", {})}
+    before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.conditions.recorded}
     changed = {}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == space_from_dict(value):
@@ -206,7 +206,7 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
             else f"its {name} ({then}) is declared differently"
         )
         raise RunError(f"cannot resume {run.path}: {detail}, so scores would differ; give another `out`")
-    if (then_torch := run.manifest.get("software", {}).get("torch")) != (now_torch := describe_software().get("torch")):
+    if (then_torch := run.manifest.software.get("torch")) != (now_torch := describe_software().get("torch")):
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 
 

@@ -19,7 +19,7 @@ from ..objectives.objectives import parse_objectives
 from ..scoring.accuracy import CALIBRATION, ESTIMATORS, PARENT
 from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency
 from ..scoring.latency.config import IN_RUNS
-from ..space import GraftSpace, Space, space_from_dict
+from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
@@ -254,16 +254,15 @@ class SearchConfig:
             UsageError: if the run names a program that the user did not name (`nas.consent`).
         """
         if measures:
-            consent.check_command(run.manifest["config"].get("command"), str(run.path))
+            consent.check_command(run.manifest.config.command, str(run.path))
         try:
             timing = latency_in_run(run.latency)
-            values = {name: value for name, value in run.manifest["config"].items() if name not in timing}
+            values = {name: value for name, value in run.manifest.config.recorded.items() if name not in timing}
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
             values["classes"] = tuple(values.get("classes", ()))
             values["start"] = tuple(candidate_from_dict(data) for data in values.get("start", ()))
-            space = space_from_dict(run.manifest["space"])
-            return cls(space=space, latency=run.latency, out=run.path, **values)
+            return cls(space=run.space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -71,8 +70,8 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
         RunError: if the run holds no trained parent.
     """
     trained = Trained.open(run_path / PARENT)
-    data: Mapping[str, Any] = trained.manifest["data"]
+    data = trained.manifest.data
     weights = trained.load_model().state_dict()
-    if missing := sorted(set(create_graft(space.whole, len(data["classes"])).state_dict()) ^ set(weights)):
+    if missing := sorted(set(create_graft(space.whole, len(data.classes)).state_dict()) ^ set(weights)):
         raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
-    return Parent(space.whole, weights, tuple(data["classes"]), tuple(data["mean"]), tuple(data["std"]))
+    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std))

@@ -35,8 +35,8 @@ DRAWS = 4000
 
 def problem_of(run: Run, space: Space) -> Problem:
     """Builds the optimisation problem of a run; counts are its only cheap objectives."""
-    data, budgets = run.manifest["data"], run.manifest["config"]["budgets"]
-    image = (data["input_size"][1], len(data["classes"]))
+    data, budgets = run.manifest.data, run.manifest.config.budgets
+    image = (data.side, len(data.classes))
     return Problem(
         tuple(o.name for o in run.objectives),
         tuple(o.minimize for o in run.objectives),
@@ -53,7 +53,7 @@ def history_of(run: Run, knobs: Knobs, problem: Problem, trials: Sequence[Trial]
         RunError: if the storage is damaged.
     """
     with storage_errors(run.path), damage_reported(run.path):
-        study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage())
+        study = optuna.load_study(study_name=run.manifest.study, storage=run.storage())
         history = Reader(knobs).read(study, problem)
     by_number, losses = {t.number: t for t in trials if t.state != "running"}, history.losses.copy()
     for row, number in enumerate(history.numbers):

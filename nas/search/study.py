@@ -21,8 +21,9 @@ from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
 from ..folders.files import locked_folder
 from ..folders.join import find_run, join_run, remove_unfinished_study
+from ..folders.manifest import Manifest
 from ..folders.profile import Profile
-from ..folders.run import FORMAT, MANIFEST, Run, is_run
+from ..folders.run import MANIFEST, Run, is_run
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives
@@ -102,8 +103,8 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     with locked_folder(config.out):
         if is_run(config.out):
             run = Run.open(config.out)
-            if config.storage != run.manifest["config"]["storage"]:
-                there = run.manifest["config"]["storage"]
+            if config.storage != run.manifest.config.storage:
+                there = run.manifest.config.storage
                 instead = "leave `storage` out" if there is None else f"give `storage` = {there}"
                 raise RunError(f"{config.out} keeps its study elsewhere: {instead}, or give another `out`")
             check_same(run, conditions)
@@ -205,10 +206,11 @@ def _update(run: Run, config: SearchConfig) -> Run:
     )
     stored = config.to_dict()
     asked = {name: stored[name] for name in (*names, "baselines", "latency_target", "latency_seconds")}
-    told = _trust(config, run.path, run.manifest["data"]["fingerprint"])
-    if asked == {name: run.manifest["config"].get(name) for name in asked} and told == run.manifest.get("trust"):
+    told = _trust(config, run.path, run.manifest.data.fingerprint)
+    before = run.manifest.config.recorded
+    if asked == {name: before.get(name) for name in asked} and told == run.manifest.trust:
         return run
-    return run.update({**run.manifest, "trust": told, "config": {**run.manifest["config"], **asked}})
+    return run.update(run.manifest.configured(**asked).changed(trust=told))
 
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -290,7 +292,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
     except optuna.exceptions.DuplicatedStudyError:
         raise RunError(f"the storage already has a study named {name!r}: give another `out`") from None
     resolved = replace(config, input_size=data.input_size[1])
-    manifest = {
+    recorded = {
         "study": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": resolved.to_dict(),
@@ -317,8 +319,9 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
         "machine": describe_machine(config.device),
         "software": describe_software(),
     }
+    manifest = Manifest.from_dict(recorded)
     with storage_errors(config.out):  # workers on other machines see only the study
-        study.set_user_attr(MANIFEST, {"format": FORMAT, **manifest})
+        study.set_user_attr(MANIFEST, manifest.to_dict())
     return Run.create(config.out, manifest)
 
 

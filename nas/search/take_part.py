@@ -47,7 +47,7 @@ def open_state(run: Run, config: SearchConfig, problem: Problem) -> State[Trial]
     knobs, known = Knobs.of_space(config.space), set[Point]()
     sampler = SAMPLERS[config.sampler](knobs, problem, known, config.seed)
     try:
-        study = optuna.load_study(study_name=run.manifest["study"], storage=run.storage(), sampler=sampler)
+        study = optuna.load_study(study_name=run.manifest.study, storage=run.storage(), sampler=sampler)
     except KeyError:
         raise no_study(run.path) from None
     state = State(study, knobs, known, config.trials, read_trial, lambda trial: trial.scored)

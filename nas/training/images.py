@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class Held:
         return held, np.setdiff1d(np.arange(len(labels)), held)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Held:
+    def from_dict(cls, data: Mapping[str, Any]) -> Held:
         """Reads the plain data that `TrainingData.to_dict` writes."""
         return cls(data["share"], data["seed"], tuple(data["search"]) if data["search"] else None)
 

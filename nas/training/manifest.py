@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ..errors import RunError, UsageError
-from ..folders.training import Trained
+from ..folders.training import Asked, Trained, TrainingManifest
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..targets import Target
 from .config import TrainConfig
 from .images import TrainingData
 from .recipes import Auto, Recipe, parse_settings
 
-ASKED = (
-    *("target", "data", "test_data", "data_root", "classes", "input_size"),
-    *("seed", "init", "teacher", "teacher_weights"),
-)
+ASKED = tuple(f.name for f in fields(Asked) if f.name not in ("recorded", "settings"))
 """Fields of `TrainConfig` that the manifest keeps, beside the settings of the recipe `auto`."""
 
 
 def manifest_of(
     config: TrainConfig, recipe: Recipe, target: Target, data: TrainingData, weights: Path | None, device: str
-) -> dict[str, Any]:
+) -> TrainingManifest:
     """Returns the manifest of a training that begins now.
 
     Args:
@@ -37,7 +32,7 @@ def manifest_of(
         device: the device.
     """
     ours = target.architecture is not None
-    return {
+    recorded = {
         "target": target.name,
         "architecture": target.architecture.to_dict() if target.architecture is not None else None,
         "model": None if ours else target.model,
@@ -52,9 +47,10 @@ def manifest_of(
         "machine": describe_machine(device) | {"name": machine_name(device)},
         "software": describe_software(),
     }
+    return TrainingManifest.from_dict(recorded)
 
 
-def check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
+def check_same(trained: Trained, manifest: TrainingManifest) -> None:
     """Refuses to resume a training if the settings ask for another one.
 
     Raises:
@@ -62,13 +58,13 @@ def check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
     """
     there = trained.manifest
     for name in ("test_data", "teacher_weights"):
-        if there["asked"][name] != manifest["asked"][name]:
+        if getattr(there.asked, name) != getattr(manifest.asked, name):
             raise RunError(f"{trained.path} was begun with another `{name}`: give another `out`")
     for name in ("architecture", "model", "init", "teacher", "seed"):
-        if there.get(name) != manifest[name]:
+        if getattr(there, name) != getattr(manifest, name):
             raise RunError(f"{trained.path} is a training with another {name}: give another `out`")
-    recipe = Recipe.from_dict(dict(there["recipe"])).to_dict()  # an older release kept fewer fields
-    for name, value in manifest["recipe"].items():
+    recipe = Recipe.from_dict(dict(there.recipe)).to_dict()  # an older release kept fewer fields
+    for name, value in manifest.recipe.items():
         if (before := recipe[name]) != value:
             what = f"recipe {before}" if name == "name" else f"{name}={before}"
             raise RunError(
@@ -76,7 +72,7 @@ def check_same(trained: Trained, manifest: Mapping[str, Any]) -> None:
                 "another training needs another `out`"
             )
     for name in ("fingerprint", "input_size"):
-        if there["data"][name] != manifest["data"][name]:
+        if getattr(there.data, name) != getattr(manifest.data, name):
             raise RunError(f"{trained.path} was begun on other images ({name}): give another `out`")
 
 
@@ -87,27 +83,27 @@ def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
         UsageError: if `config` asks for something else.
     """
     manifest = trained.manifest
-    asked = manifest["asked"] | {"classes": tuple(manifest["asked"].get("classes", ()))}  # 0.1.0 kept none
+    asked = {name: getattr(manifest.asked, name) for name in ASKED} | {"classes": tuple(manifest.asked.classes)}
     for name in ASKED[1:]:
         given = getattr(config, name)
         if given not in (asked[name], getattr(TrainConfig(""), name)):
             raise UsageError(f"{trained.path} was begun with another `{name}`: leave it out to resume")
-    recipe = Recipe.from_dict(dict(manifest["recipe"]))
+    recipe = Recipe.from_dict(dict(manifest.recipe))
     if config.recipe not in (Auto(), recipe) and not chosen_before(config.recipe, manifest):
         raise UsageError(f"{trained.path} was begun with another recipe: leave `recipe` and `settings` out to resume")
     if config.out is not None and config.out.resolve() != trained.path.resolve():
         raise UsageError(f"{trained.path} is an unfinished training: leave `out` out to resume it")
     return replace(
         config,
-        **{name: asked[name] for name in ASKED},
+        **asked,
         recipe=recipe,
         out=trained.path,
     )
 
 
-def chosen_before(asked: Recipe | Auto, manifest: Mapping[str, Any]) -> bool:
+def chosen_before(asked: Recipe | Auto, manifest: TrainingManifest) -> bool:
     """Whether the training of a manifest asked for the recipe `auto` with the same settings."""
-    settings = manifest["asked"].get("settings")
+    settings = manifest.asked.settings
     return (
         isinstance(asked, Auto) and settings is not None and parse_settings(asked.settings) == parse_settings(settings)
     )

@@ -147,8 +147,8 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
     side: int | None = None
     if is_training(folder):
         trained = Trained.open(folder)
-        model, known = trained.load_model(), trained.manifest["data"]
-        side = int(known["input_size"][1]) if own_size else None
+        model, known = trained.load_model(), trained.manifest.data.recorded
+        side = trained.manifest.data.side if own_size else None
     elif is_file(folder / "config.json", UsageError):
         exported = resolve(name)
         if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:

@@ -16,7 +16,7 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import MAX_IMAGES, SPLIT_SEED
+from ..data import SPLIT_SEED
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.run import Run
@@ -97,7 +97,7 @@ def _train(
         if trained.result is not None:
             log.info("%s is trained to its end already", out)
             return trained
-        recipe = Recipe.from_dict(dict(trained.manifest["recipe"]))
+        recipe = Recipe.from_dict(dict(trained.manifest.recipe))
         with seeded(config.seed):
             model = build(target, data, recipe.drop_path)
             if weights is not None:
@@ -191,7 +191,7 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
             )
         return recipe
     if before is not None and chosen_before(asked, before.manifest):
-        return Recipe.from_dict(dict(before.manifest["recipe"]))
+        return Recipe.from_dict(dict(before.manifest.recipe))
     recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
     images = f"{len(data.train):,} images of {len(data.classes)} classes at {data.input_size[1]} pixels"
     start = "from weights" if pretrained else "from scratch"
@@ -202,10 +202,10 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
 def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
     """Takes settings that the user omits from the target's run, or from the images that its weights were trained on."""
     if target.run and target.folder is not None:
-        of_run = Run.open(target.folder).manifest["config"]
+        of_run = Run.open(target.folder).manifest.config
         if config.data is None:
-            config = replace(config, data=of_run["data"], data_root=config.data_root or of_run["data_root"])
-            config = replace(config, classes=config.classes or tuple(of_run.get("classes", ())))
+            config = replace(config, data=of_run.data, data_root=config.data_root or of_run.data_root)
+            config = replace(config, classes=config.classes or tuple(of_run.classes))
     size = target.data["input_size"][1] if "input_size" in target.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
 
@@ -219,12 +219,12 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     if weights is None or weights != target.weights or target.folder is None:
         return held
     if target.run:
-        of_run = Run.open(target.folder).manifest["config"]
-        search = of_run.get("max_images", MAX_IMAGES), SPLIT_SEED
-        return replace(held, search=search) if _same_data(config.data, of_run["data"]) else held
+        of_run = Run.open(target.folder).manifest.config
+        search = of_run.max_images, SPLIT_SEED
+        return replace(held, search=search) if _same_data(config.data, of_run.data) else held
     if is_training(target.folder):
-        before = Trained.open(target.folder).manifest["data"]
-        return Held.from_dict(before["held"]) if _same_data(config.data, before["name"]) else held
+        before = Trained.open(target.folder).manifest.data
+        return Held.from_dict(before.held) if _same_data(config.data, before.name) else held
     log.warning(
         "%s may have been trained on the images that are held out now: its training data is unknown", target.name
     )
@@ -312,7 +312,7 @@ def train_front(
             row = {"key": trial.key, "proxy": _proxy(trial)}
             try:
                 trained = train(replace(config, target=f"{config.target}@{trial.key}"), on_step)
-                found = {"init": trained.manifest["init"], **(final_accuracy(trained) or {})}
+                found = {"init": trained.manifest.init, **(final_accuracy(trained) or {})}
             except (UsageError, DataError):
                 raise
             except NasError as error:

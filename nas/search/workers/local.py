@@ -43,7 +43,7 @@ def local_workers(run: Run, count: int) -> Iterator[None]:
             log.warning("a worker of this search died (%s), see %s%s", how, log_file, why)
 
     # the workers may use what the user allowed here
-    allowed = {name: run.manifest["config"].get(name) for name in ("storage", "command")}
+    allowed = {"storage": run.manifest.config.storage, "command": run.manifest.config.command}
     try:
         for number in range(1, count + 1):
             file = run.path / "workers" / f"{number}.log"
