@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .architecture import Architecture, Downsample, Stage, Stem
-from .models import Backbone, create_backbone
+from .architecture import Architecture, Candidate, Downsample, Graft, Stage, Stem
+from .models import Backbone, create_backbone, create_graft
 from .models.blocks import STEMS, StageModule
+from .scoring.cost import count_cost
 from .scoring.latency.features import FEATURES, operation_features
 
 Floats = NDArray[np.float64]
@@ -66,8 +67,13 @@ class Pieces:
         return [round(float(macs)) for macs in self.features[:, _MACS].sum(1)]
 
 
-def count_pieces(architecture: Architecture, input_size: int, batch_size: int = 1, num_classes: int = 1000) -> Pieces:
-    """Counts each piece of a network for images of `input_size` x `input_size`."""
+def count_pieces(architecture: Candidate, input_size: int, batch_size: int = 1, num_classes: int = 1000) -> Pieces:
+    """Counts each piece of a network for images of `input_size` x `input_size`.
+
+    A graft is one piece, at its own image size. Its operations count as those of convolutions.
+    """
+    if isinstance(architecture, Graft):
+        return _graft(architecture, batch_size, num_classes)
     stages = architecture.stages
     once, size = _stem(architecture.stem, stages[0].width, batch_size, (input_size, input_size))
     params, features = [once.params], [once.features]
@@ -82,6 +88,14 @@ def count_pieces(architecture: Architecture, input_size: int, batch_size: int = 
     small = replace(architecture, stages=(replace(stages[-1], depth=1),) * 2)
     head = _head(small, batch_size, num_classes, size)
     return Pieces(np.array([*params, head.params]), np.stack([*features, head.features]))
+
+
+@lru_cache(maxsize=4096)
+def _graft(graft: Graft, batch_size: int, num_classes: int) -> Pieces:
+    cost = count_cost(create_graft(graft, num_classes), (3, graft.input_size, graft.input_size))
+    features = np.zeros((1, len(FEATURES)))
+    features[0, _MACS[0]] = batch_size * cost.macs
+    return Pieces(np.array([cost.params]), features)
 
 
 @dataclass(frozen=True)

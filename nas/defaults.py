@@ -21,6 +21,11 @@ PROXY_REPEATS = 1
 EPOCHS = 4
 TRAIN_BATCH_SIZE = 64
 
+# Grafts: the tuning of what was assembled
+GRAFT_PROXY = "assembled"
+TUNE_EPOCHS = 4
+TUNE_COUNT = 12
+
 # Latency
 RUNTIME = "eager"
 DTYPE = "fp32"

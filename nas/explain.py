@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .architecture import Architecture
+from .architecture import Candidate
 from .counts import Pieces, count_pieces, part_in_words
 from .folders.run import Run
 from .folders.trial import Trial
@@ -52,7 +52,7 @@ class Neighbour:
     knob: str
     before: Choice
     after: Choice
-    architecture: Architecture
+    architecture: Candidate
     predicted: Mapping[str, Interval]
     tried: str = ""
     measured: Mapping[str, Interval] = field(default_factory=dict)
@@ -184,6 +184,9 @@ class Explanation:
 def knob_in_words(knob: str) -> str:
     """Spells out the name of a knob: `stage2.mlp_ratio` as `stage 2 MLP ratio`."""
     stage, _, name = knob.partition(".")
+    if not stage.startswith("stage"):  # of a graft: `part2.dropped`, `input_size`
+        words = knob.replace("part", "part ", 1).replace(".", ": blocks ", 1)
+        return "side of the images" if knob == "input_size" else words
     return f"stage {stage.removeprefix('stage')} {_WORDS.get(name, name.replace('_', ' '))}"
 
 
@@ -270,11 +273,11 @@ class _Counts:
         data = run.manifest.data
         self._names, self._side, self._classes = names, data.side, len(data.classes)
 
-    def pieces(self, architecture: Architecture) -> Pieces:
+    def pieces(self, architecture: Candidate) -> Pieces:
         """Returns the counts of each part of a network."""
         return count_pieces(architecture, self._side, num_classes=self._classes)
 
-    def of(self, architecture: Architecture) -> dict[str, Interval]:
+    def of(self, architecture: Candidate) -> dict[str, Interval]:
         """Returns the counts of a whole network, by the name of the objective."""
         pieces = self.pieces(architecture)
         counts = {name: COUNTS[name](pieces) for name in self._names}
@@ -325,7 +328,8 @@ def _parts(run: Run, trial: Trial, pieces: Pieces) -> tuple[Part, ...]:
     timed: dict[str, dict[str, Interval]] = {}
     for entry in run.stage_latencies().get(trial.key, ()):
         timed[entry["part"]] = {run.targets[0]: Interval.of_latency(entry)}
-    names = ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
+    whole = len(pieces.params) == 1  # of a graft
+    names = ["network"] if whole else ["stem", *(f"stages.{i}" for i in range(len(pieces.params) - 2)), "head"]
     return tuple(
         Part(part_in_words(name), macs, int(params), timed.get(name, {}))
         for name, macs, params in zip(names, pieces.macs_each, pieces.params, strict=True)

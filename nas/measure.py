@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import consent
-from .architecture import block_label, mixer_label, resolutions
+from .architecture import Architecture, block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
 from .folders.profile import Profile
 from .folding import Fused, fuse_branches
@@ -240,10 +240,10 @@ def describe(target: Target, input_size: int | None = None, profile: Profile | N
         RunError: where the profile is too small for a model.
     """
     size = _image(target, input_size)
-    ours = target.architecture is not None
+    ours = isinstance(target.architecture, Architecture)
     fused, cost = _count(target, target.build(device="meta") if ours else target.build(), size)
     stages = {}
-    if target.architecture is not None:
+    if isinstance(target.architecture, Architecture):
         maps = resolutions(target.architecture, size[1], size[2])
         for i, (stage, (height, width)) in enumerate(zip(target.architecture.stages, maps, strict=True)):
             stages[f"stages.{i}"] = {
@@ -276,7 +276,7 @@ def describe(target: Target, input_size: int | None = None, profile: Profile | N
 
 
 def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
-    if target.architecture is None:
+    if not isinstance(target.architecture, Architecture):
         raise UsageError(f"{target.name} is no architecture of ours: a profile cannot predict it. Measure it instead")
     ((ms,), (std,)) = profile.predict(profile.fit(), [target.architecture])
     return {"latency_ms": float(ms), "std": float(std), "profile": profile.label}
@@ -284,7 +284,9 @@ def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
 
 def _count(target: Target, model: nn.Module, size: tuple[int, int, int], deployed: bool = True) -> tuple[Fused, Cost]:
     """Returns the network, in its deployed form if `deployed`, and its cost."""
-    if target.architecture is not None:  # nothing is computed on the meta device; there are no training branches
+    if isinstance(
+        target.architecture, Architecture
+    ):  # nothing is computed on the meta device; there are no training branches
         return Fused(model), count_cost(copy.deepcopy(model).to("meta"), size)
     try:
         fused = fuse_branches(model, torch.zeros(1, *size)) if deployed else Fused(model)

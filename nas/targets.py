@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from .architecture import MAX_JSON_CHARS, Architecture
+from .architecture import MAX_JSON_CHARS, Candidate, Graft, candidate_from_json
 from .errors import UsageError, unknown_name
 from .folders.run import Run, is_run
 from .folders.training import MAX_CLASSES, WEIGHTS, Trained, is_training
@@ -19,7 +20,7 @@ from .folders.trial import Trial
 from .foreign_files import FIGURE, LINE, SIDE, is_file, read_json, read_text
 from .interval import Interval
 from .machine.description import machine_name
-from .models import create_backbone
+from .models import create_candidate
 from .models.presets import NOTES, PRESETS
 from .models.timm_models import check_network_name, create_network
 from .objectives.objectives import OBJECTIVES
@@ -53,7 +54,7 @@ class Target:
     name: str
     build: Callable[..., nn.Module]
     input_size: int
-    architecture: Architecture | None = None
+    architecture: Candidate | None = None
     note: str = ""
     latency: LatencyConfig | None = None
     references: Mapping[str, float] = field(default_factory=dict)
@@ -112,7 +113,8 @@ def resolve(text: str) -> Target:
     path = Path(text)
     if path.suffix == ".json" and is_file(path, UsageError):
         architecture = _read(path)
-        return _ours(architecture.key, architecture, 1000, 224)
+        side = architecture.input_size if isinstance(architecture, Graft) else 224
+        return _ours(architecture.key, architecture, 1000, side)
     if is_training(path):
         return _trained(path)
     if is_file(path / "architecture.json", UsageError):
@@ -143,8 +145,8 @@ def resolve_all(text: str) -> list[Target]:
     return [_of_trial(run, trial) for trial in front]
 
 
-def _ours(name: str, architecture: Architecture, num_classes: int, input_size: int) -> Target:
-    return Target(name, lambda **at: create_backbone(architecture, num_classes, **at), input_size, architecture)
+def _ours(name: str, architecture: Candidate, num_classes: int, input_size: int) -> Target:
+    return Target(name, partial(create_candidate, architecture, num_classes), input_size, architecture)
 
 
 def _of_run(run: Run, key: str) -> Target:
@@ -155,6 +157,8 @@ def _of_trial(run: Run, trial: Trial) -> Target:
     assert trial.architecture is not None
     manifest = run.manifest
     data = manifest.data
+    if isinstance(trial.architecture, Graft):
+        data = data.changed(input_size=[3, trial.architecture.input_size, trial.architecture.input_size])
     target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data.classes), data.side)
     return replace(
         target,
@@ -177,7 +181,7 @@ def _timm(name: str) -> Target:
     return Target(f"timm:{name}", lambda: timm.create_model(name), side, model=name)
 
 
-def _exported(folder: Path, architecture: Architecture) -> Target:
+def _exported(folder: Path, architecture: Candidate) -> Target:
     """Finds the network of an exported folder: reads its description, and never runs its code."""
     config = read_config(folder)
     target = _ours(folder.name, architecture, config["num_classes"], config["pretrained_cfg"]["input_size"][1])
@@ -209,5 +213,5 @@ def _with_weights(target: Target, folder: Path, config: dict[str, Any]) -> Targe
     return replace(target, folder=folder, weights=found, data=config["pretrained_cfg"])
 
 
-def _read(path: Path) -> Architecture:
-    return Architecture.from_json(read_text(path, 4 * MAX_JSON_CHARS, UsageError))
+def _read(path: Path) -> Candidate:
+    return candidate_from_json(read_text(path, 4 * MAX_JSON_CHARS, UsageError))

@@ -25,7 +25,7 @@ ORDER = (
     "nas.targets",
     "nas.search nas.calibration nas.profile",
     "nas.training nas.explain nas.measure nas.replay nas.report",
-    "nas.export",
+    "nas.export nas.graft",
     "nas.doctor",
     "nas.commands",
     "nas.__main__ cli",

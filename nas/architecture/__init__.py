@@ -13,6 +13,7 @@ from .checks import (
     is_too_deep,
     parse_json,
 )
+from .graft import FORMS, Candidate, Graft, candidate_from_dict, candidate_from_json
 from .mixers import (
     HADAMARD_KINDS,
     KV_REDUCERS,
@@ -50,6 +51,7 @@ from .stage import (
 )
 
 __all__ = [
+    "FORMS",
     "FRAME",
     "HADAMARD_KINDS",
     "KV_REDUCERS",
@@ -66,7 +68,9 @@ __all__ = [
     "STEMS",
     "Additive",
     "Architecture",
+    "Candidate",
     "Downsample",
+    "Graft",
     "Hadamard",
     "Head",
     "Mixer",
@@ -75,6 +79,8 @@ __all__ = [
     "Stem",
     "Strip",
     "block_label",
+    "candidate_from_dict",
+    "candidate_from_json",
     "check_mapping",
     "frame_from_dict",
     "is_too_deep",

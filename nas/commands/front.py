@@ -47,7 +47,9 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
         cells = [format_score(objective, trial.scores) for objective in shown]
         assert trial.architecture is not None
         if between_stages is not None:
-            cells.append(between_stages.join(line.partition(": ")[2] for line in describe_stages(trial.architecture)))
+            cells.append(
+                between_stages.join(line.partition(": ")[2] or line for line in describe_stages(trial.architecture))
+            )
         table.add_row(trial.key, *cells)
     if any(objective.is_latency for objective in shown):
         table.caption = f"latency: {run.timing}, on {run.manifest.conditions.device}"

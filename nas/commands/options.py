@@ -6,6 +6,7 @@ options to the library unchanged.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,14 @@ from .. import consent, defaults
 from ..errors import UsageError
 
 SPACE = "mini"
-WHAT, BUDGETS, IMAGES, ACCURACY, LATENCY = "What to search", "Budgets", "Images", "Accuracy", "Latency"
+WHAT, PARENT, BUDGETS, IMAGES, ACCURACY, LATENCY = (
+    "What to search",
+    "A pretrained parent",
+    "Budgets",
+    "Images",
+    "Accuracy",
+    "Latency",
+)
 RECIPE, DEVICES = "Recipe", "Devices and workers"
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -101,11 +109,21 @@ def share(_: click.Context, __: click.Parameter, value: str | None) -> float | N
         raise UsageError(f"--until {value!r}: a share of the hypervolume is needed, such as 0.1%") from None
 
 
-def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
-    """Converts each `OBJECTIVE=VALUE` to a number in the objective's unit."""
+def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:
+    """Converts each `OBJECTIVE=VALUE` to a number in the objective's unit, or to a share of the parent's.
+
+    Returns:
+        The budgets in units, and those that are written as a share, such as `latency=0.5x`.
+    """
     from ..objectives.objectives import parse_budgets
 
-    return parse_budgets(value)
+    shares: dict[str, float] = {}
+    for text in value:
+        name, amount = text.partition("=")[::2]
+        with contextlib.suppress(ValueError):
+            if amount.endswith("x") and 0 < float(amount[:-1]) < 1e6:
+                shares[name] = float(amount[:-1])
+    return parse_budgets([text for text in value if text.partition("=")[0] not in shares]), shares
 
 
 def _allow_storage(_: click.Context, __: click.Parameter, value: str | None) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import click
 
 from .. import defaults
+from ..errors import UsageError
 from .front import print_front
 from .options import (
     ACCURACY,
     BUDGETS,
     DEVICES,
     LATENCY,
+    PARENT,
     SEARCH_IMAGES,
     SHARE_DEVICE,
     SPACE,
@@ -41,6 +43,39 @@ from .printing import print_json, program
     help="Objectives: two to four of latency, accuracy, macs, flops, params, memory.",
 )
 @space(WHAT)
+@option(
+    "--parent",
+    metavar="TARGET",
+    section=PARENT,
+    help="Search cheaper forms of this pretrained network: timm:NAME with --weights, or the folder of a training.",
+)
+@option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=PARENT,
+    help="Pretrained weights of the parent, a .safetensors file.",
+)
+@option(
+    "--parent-epochs",
+    type=int,
+    section=PARENT,
+    help="Epochs for which the parent is first trained on your images.  [default: depends on the number of images]",
+)
+@option(
+    "--tune-epochs",
+    type=int,
+    default=defaults.TUNE_EPOCHS,
+    section=PARENT,
+    help="Epochs for which the best forms are tuned, with the parent as teacher.",
+)
+@option(
+    "--tune-count",
+    type=int,
+    default=defaults.TUNE_COUNT,
+    section=PARENT,
+    help="Number of forms to tune; the whole front is always tuned.",
+)
 @option(
     "--baseline",
     "baselines",
@@ -71,7 +106,7 @@ from .printing import print_json, program
     metavar="OBJECTIVE=VALUE",
     callback=budgets,
     section=BUDGETS,
-    help="Budget, such as latency=5ms (on the first target), params=6M or macs=600M; repeatable.",
+    help="Budget, such as latency=5ms (on the first target), params=6M, or latency=0.5x of the --parent; repeatable.",
 )
 @option(
     "--timeout",
@@ -101,7 +136,8 @@ from .printing import print_json, program
     "--proxy",
     default=defaults.PROXY,
     section=ACCURACY,
-    help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md).",
+    help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md). "
+    "With --parent: assembled (no training) or train.",
 )
 @option("--epochs", type=int, default=defaults.EPOCHS, section=ACCURACY, help="Epochs of the short training.")
 @option(
@@ -197,18 +233,31 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     import search_spaces
 
     from ..display import Display
+    from ..graft import ParentConfig, graft
     from ..report.live import SearchView
     from ..search import SearchConfig, configure, search
+    from ..training.display import TrainingView
 
     given = typed(context, options)
+    parent, weights, epochs = (given.pop(name, None) for name in ("parent", "weights", "parent_epochs"))
+    given_budgets, shares = given.pop("budgets", ({}, {}))
+    proxy = given.pop("proxy", defaults.GRAFT_PROXY) if parent is not None else ""
+    given |= {"budgets": given_budgets} if given_budgets else {}
+    if parent is None and (weights is not None or epochs is not None or shares):
+        what = "--max OBJECTIVE=SHAREx" if shares else "--weights" if weights is not None else "--parent-epochs"
+        raise UsageError(f"{what} is about the parent: name it by --parent, or leave both out to resume a run")
     if "space" in given:
         given["space"] = search_spaces.load(given["space"])
     config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given)
+    pretrained = None if parent is None else ParentConfig(parent, weights, epochs, proxy)
     display = Display()
     view = SearchView(display)
     try:
         with display:
-            run = search(config, view.update)
+            if pretrained is None:
+                run = search(config, view.update)
+            else:
+                run = graft(pretrained, config, shares, view.update, TrainingView(display).update)
     except (KeyboardInterrupt, SystemExit):
         if view.run_path is not None:
             path = shlex.quote(str(view.run_path))

@@ -17,6 +17,7 @@ from .memory import (
     load_data,
     native_size,
     reduced,
+    scaled,
 )
 from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, match_classes, open_data_set, open_split, open_test_set
@@ -47,6 +48,7 @@ __all__ = [
     "open_test_set",
     "quiet",
     "reduced",
+    "scaled",
     "search_split",
     "split_kind",
     "stratified_split",

@@ -198,12 +198,13 @@ def reduced(data: ImageData, images: int | None = None, input_size: int | None =
     if input_size is not None and not 1 <= input_size <= side:
         raise UsageError(f"the proxy cannot use images of {input_size} pixels: the size must be from 1 to {side}")
     if input_size is not None and input_size < side:
-        train, holdout = (Images(_scaled(part.pixels, input_size), part.labels) for part in (train, holdout))
+        train, holdout = (Images(scaled(part.pixels, input_size), part.labels) for part in (train, holdout))
         side = input_size
     return replace(data, train=train, holdout=holdout, input_size=(3, side, side))
 
 
-def _scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+def scaled(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Scales uint8 images of shape (n, 3, height, width) down to `side` x `side`."""
     chunks = [F.interpolate(c, (side, side), mode="bilinear", antialias=True) for c in pixels.split(1024)]
     return torch.cat(chunks)
 

@@ -228,18 +228,18 @@ def _expected_shapes(run: Run, trial: Trial) -> dict[str, list[int]]:
     """Returns the shapes of the tensors of a trial's network, by name."""
     import torch
 
-    from ..models import create_backbone
+    from ..models import create_candidate
 
     assert trial.architecture is not None
     with torch.device("meta"):
-        network = create_backbone(trial.architecture, len(run.manifest.data.classes))
+        network = create_candidate(trial.architecture, len(run.manifest.data.classes))
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _check_exports(patient: Patient) -> Finding:
     from safetensors import SafetensorError
 
-    from ..architecture import MAX_JSON_CHARS, Architecture
+    from ..architecture import MAX_JSON_CHARS, candidate_from_json
     from ..export import PACKAGE, SOURCES, broken_file, read_config
 
     names = ("config.json", "model.safetensors", "architecture.json", f"{PACKAGE}/__init__.py")
@@ -253,7 +253,7 @@ def _check_exports(patient: Patient) -> Finding:
         try:
             read_config(folder)
             _tensor_shapes(folder / "model.safetensors")
-            key = Architecture.from_json(read_text(folder / "architecture.json", 4 * MAX_JSON_CHARS, RunError)).key
+            key = candidate_from_json(read_text(folder / "architecture.json", 4 * MAX_JSON_CHARS, RunError)).key
             broken = broken_file(folder)
         except (NasError, SafetensorError, OSError) as error:
             return problem(f"{folder} is damaged ({str(error).splitlines()[0]})", again)

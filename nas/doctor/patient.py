@@ -105,7 +105,7 @@ class Patient:
     def trials(self) -> list[Trial]:
         """Every trial, with the scores that the search used."""
         with _reading_study():
-            return self.copied_run.trials(remeasured=False)
+            return self.copied_run.trials(remeasured=False, tuned=False)
 
     @cached_property
     def remeasured_trials(self) -> list[Trial]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..architecture import resolutions
+from ..architecture import Graft, resolutions
 from ..data import split_kind
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_value
@@ -138,6 +138,8 @@ def _what(subject: Subject) -> str:
     architecture, (_, height, width) = subject.architecture, subject.input_size
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
+    if isinstance(architecture, Graft):
+        return _what_graft(architecture, data)
     found = f" found by mixnas in the space `{plain(subject.run.manifest.space_name)}`" if subject.run else ""
     rows = "\n".join(
         f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
@@ -150,6 +152,17 @@ def _what(subject: Subject) -> str:
 | stage | mixer | depth | width | compression | MLP ratio | map at {height}x{width} |
 |---|---|---|---|---|---|---|
 {rows}
+"""
+
+
+def _what_graft(graft: Graft, data: str) -> str:
+    parent = f"timm's `{plain(graft.parent)}`" if isinstance(graft.parent, str) else "a network of mixnas"
+    changes = "\n".join(f"- {line}" for line in graft.lines)
+    return f"""A cheaper form of {parent}, found by mixnas and trained on `{data}`:
+
+{changes}
+
+All other layers, and the names of their weights, are those of {parent}.
 """
 
 
@@ -206,7 +219,8 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
     form = f", {plain(deployed['form'])}" if deployed is not None and deployed["form"] else ""
     rows = [f"| parameters{', as trained' if form else ''} | {sum(p.numel() for p in subject.model.parameters()):,} |"]
     scores = None if subject.trial is None else subject.trial.scores
-    _, height, width = subject.input_size if subject.run is None else subject.run.manifest.data.input_size
+    of_run = subject.run is not None and not isinstance(subject.architecture, Graft)
+    _, height, width = subject.run.manifest.data.input_size if of_run and subject.run else subject.input_size
     if scores is not None and scores.macs is not None:
         rows.append(f"| MACs at {height}x{width} | {_count(scores.macs, bool(scores.uncounted))} |")
     if deployed is not None:

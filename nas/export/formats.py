@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from ..architecture import resolutions
+from ..architecture import Graft, resolutions
 from ..data import BACKGROUND
 from ..errors import NasError, RunError, UsageError
 from ..folders.files import write_file
@@ -153,7 +153,7 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "output": OUTPUT,
         "layout": "NCHW, RGB, float32",
         "decoding": DECODING,
-        "input_size": list(data.input_size),
+        "input_size": list(subject.input_size),
         # a search scales the largest central square; a full training scales the shorter side, then crops
         "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
         "interpolation": data.interpolation,
@@ -175,7 +175,9 @@ def _make_timm(material: Material, folder: Path) -> None:
     data, architecture, size = subject.data, subject.architecture, subject.input_size
     pretrained_cfg: dict[str, Any] = {"num_classes": len(data.classes)}
     arguments = {}
-    if architecture is not None:
+    if isinstance(architecture, Graft):
+        arguments["graft"] = architecture.to_dict()
+    elif architecture is not None:
         pretrained_cfg["pool_size"] = resolutions(architecture, *size[1:])[-1]
         arguments["architecture"] = architecture.to_dict()
     try:

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architecture import Architecture
-from ..data import ImageData, Images, load_data
+from ..architecture import Candidate, Graft
+from ..data import ImageData, Images, load_data, scaled
 from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
 from ..folders.manifest import Data, Manifest
 from ..folders.run import Run, is_run
 from ..folders.training import Trained, TrainingManifest, is_training, load_weights
 from ..folders.trial import Trial
-from ..models import create_backbone
+from ..models import create_candidate
 from ..scoring.latency import LatencyConfig
 from ..training.batches import evaluation_batches
 from ..training.images import Held, Subset, TrainingData, open_data
@@ -63,11 +63,13 @@ class Subject:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
+        if isinstance(self.architecture, Graft):
+            return 3, self.architecture.input_size, self.architecture.input_size
         channels, height, width = self.data.input_size
         return channels, height, width
 
     @property
-    def architecture(self) -> Architecture | None:
+    def architecture(self) -> Candidate | None:
         """The architecture; None for a timm model of another family."""
         if self.trial is not None:
             return self.trial.architecture
@@ -150,7 +152,7 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
         )
         raise RunError(f"{run.path} keeps no trained weights for {trial.key}: {why}")
     assert trial.architecture is not None
-    model = create_backbone(trial.architecture, len(run.manifest.data.classes))
+    model = create_candidate(trial.architecture, len(run.manifest.data.classes))
     load_weights(model, file)
     return model.eval()
 
@@ -171,7 +173,11 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | No
     if subject.trained is not None:
         return _pictures_of_training(subject.trained, name, data_root)
     assert subject.run is not None
-    return _pictures_of_run(subject.run, name, data_root)
+    pictures, side = _pictures_of_run(subject.run, name, data_root), subject.input_size[1]
+    if pictures.unseen.pixels.shape[-1] == side:
+        return pictures
+    unseen = Images(scaled(pictures.unseen.pixels, side), pictures.unseen.labels)
+    return Pictures(scaled(pictures.calibration, side), unseen, pictures.name)
 
 
 def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:

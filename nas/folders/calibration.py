@@ -24,7 +24,7 @@ from ..errors import NasError, RunError
 from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
-from ..space import SearchSpace
+from ..space import SearchSpace, Space
 from .files import reading_manifest, write_file
 from .manifest import Record
 from .shapes import STATISTIC
@@ -196,7 +196,7 @@ def parse_curve(text: str) -> tuple[Rung, ...]:
 
 
 def find_trust(
-    space: SearchSpace, fingerprint: str, proxy: str, epochs: int, batch_size: int, places: Iterable[Path]
+    space: Space, fingerprint: str, proxy: str, epochs: int, batch_size: int, places: Iterable[Path]
 ) -> dict[str, Any] | None:
     """Finds the calibration of a proxy for a run.
 

@@ -41,6 +41,10 @@ def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[
         raise RunError(f"{file} is damaged ({error})") from None
 
 
+PARENT = "parent"
+"""Folder of the parent's training in the folder of a search for grafts. It is there before the run."""
+
+
 @contextlib.contextmanager
 def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> Iterator[None]:
     """Locks a folder for this process. The folder is created first, and removed again if no manifest was written.
@@ -63,7 +67,7 @@ def locked_folder(path: Path, manifest: str = "run.json", what: str = "run") -> 
     try:
         path.mkdir(parents=True, exist_ok=True)
         ours = (path / manifest).is_file()
-        foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock")]
+        foreign = [] if ours else [f.name for f in path.iterdir() if f.name not in (*STUDY_FILES, ".lock", PARENT)]
         if foreign:
             raise RunError(f"{path} is not a {what} folder and not empty (it holds {min(foreign)}): give another `out`")
     except OSError as error:

@@ -5,6 +5,8 @@
     trials.csv              every trial, derived
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
+    parent/                 the parent's training, in a search for grafts
+    tuned/<key>.safetensors     weights of tuned grafts
     exports/<key>/          networks that `export` wrote
     trained/<key>/          networks that `train` trained
 
@@ -30,15 +32,15 @@ from ..foreign_files import check, is_file
 from ..objectives.objectives import Objective, Scores, latency_fields, other_entry, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
-from ..space import SearchSpace
+from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
-from .attributes import BASELINES, REMEASURED, STAGES
+from .attributes import BASELINES, REMEASURED, STAGES, TUNED
 from .files import reading_manifest, write_file
 from .manifest import FORMAT, Manifest
 from .shapes import RUN, STUDY
 from .tables import columns, front_dict, table
-from .trial import Trial, read_trial
+from .trial import Trial, read_trial, with_tuning
 from .verdicts import to_scale, verdicts
 
 if TYPE_CHECKING:
@@ -104,9 +106,9 @@ class Run:
         return parse_objectives(config.objectives, config.proxy, self.manifest.proxy_trained, self.targets or ("",))
 
     @cached_property
-    def space(self) -> SearchSpace:
+    def space(self) -> Space:
         """The search space. A damaged one raises a UsageError."""
-        return SearchSpace.from_dict(self.manifest.space)
+        return space_from_dict(self.manifest.space)
 
     @cached_property
     def latency(self) -> tuple[LatencyConfig, ...]:
@@ -158,11 +160,13 @@ class Run:
         with self._study() as (storage, _), damage_reported(self.path):
             yield optuna.load_study(study_name=self.manifest.study, storage=storage)
 
-    def trials(self, remeasured: bool = True) -> list[Trial]:
+    def trials(self, remeasured: bool = True, tuned: bool = True) -> list[Trial]:
         """Returns every trial of the study, in order.
 
         Args:
             remeasured: whether latencies that were measured again after the search replace the first ones.
+            tuned: whether accuracies after tuning replace those of assembled grafts. Grafts that were not tuned are
+                then pruned, because their accuracies cannot be compared.
 
         Raises:
             RunError: if the storage is missing or damaged.
@@ -173,7 +177,10 @@ class Run:
         for trial in trials:
             if trial.state == "complete" and any(o.read(trial.scores) is None for o in self.objectives):
                 raise RunError(f"trial {trial.number} of {self.path} is damaged: it is complete without its scores")
-        again = self.attributes.get(REMEASURED, {}) if remeasured else {}
+        attributes = self.attributes if remeasured or tuned else {}
+        if tuned and (entries := attributes.get(TUNED)):
+            trials = [with_tuning(t, entries) for t in trials]
+        again = attributes.get(REMEASURED, {}) if remeasured else {}
         return [self._second(t, again) for t in trials] if again else trials
 
     @property
@@ -369,19 +376,29 @@ class Run:
         raise UsageError(f"{key!r} is ambiguous in {self.path}: {', '.join(found)}")
 
     def weights_file(self, key: str) -> Path:
-        """Path of the proxy-trained weights of an architecture on the front."""
+        """Path of the weights of a network: those of its tuning, else those that the proxy trained."""
+        tuned = self.path / "tuned" / f"{key}.safetensors"
+        return tuned if tuned.is_file() else self._proxy_weights(key)
+
+    def _proxy_weights(self, key: str) -> Path:
         return self.path / "weights" / f"{key}.safetensors"
 
     def save_weights(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Writes trained weights."""
+        """Writes weights that the proxy trained."""
         from safetensors.torch import save
 
-        write_file(self.weights_file(key), save(dict(weights)))
+        write_file(self._proxy_weights(key), save(dict(weights)))
+
+    def save_tuned(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes weights of a tuned graft."""
+        from safetensors.torch import save
+
+        write_file(self.path / "tuned" / f"{key}.safetensors", save(dict(weights)))
 
     def drop_weights(self, keys: set[str]) -> None:
         """Deletes the weights of these architectures only: other files may belong to another worker's trial."""
         for key in keys:
-            self.weights_file(key).unlink(missing_ok=True)
+            self._proxy_weights(key).unlink(missing_ok=True)
 
 
 def is_run(path: Path) -> bool:

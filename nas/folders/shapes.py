@@ -50,6 +50,8 @@ CONFIG = {
     "calibration?": (str, None),
     "early_stopping?": bool,
     "until?": (FIGURE, None),
+    "tune_epochs?": COUNT,
+    "tune_count?": COUNT,
     "timeout_minutes?": (POSITIVE, None),
     "trial_timeout_minutes?": (POSITIVE, None),
 }
@@ -102,6 +104,15 @@ STUDY = {
     "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
     "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
+    "tuned?": {
+        str: (
+            {
+                **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
+                **{"num_images": COUNT, "hits": str},
+            },
+            _FAILURE,
+        )
+    },
     "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
 }
 """Attributes of the study as a whole."""

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architecture import Architecture
+from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
-from ..models import create_backbone
+from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
 from .files import reading_manifest, write_file
 from .manifest import Data, Record, nested
@@ -182,10 +182,10 @@ class Trained:
         return cls.open(path)
 
     @property
-    def architecture(self) -> Architecture | None:
+    def architecture(self) -> Candidate | None:
         """The architecture that is trained. None for a timm model of another family."""
         data = self.manifest.architecture
-        return None if data is None else Architecture.from_dict(data)
+        return None if data is None else candidate_from_dict(data)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -209,7 +209,7 @@ class Trained:
         classes = len(self.manifest.data.classes)
         architecture = self.architecture
         if architecture is not None:
-            return create_backbone(architecture, classes, **kwargs)
+            return create_candidate(architecture, classes, **kwargs)
         assert self.manifest.model is not None  # `open` checked it
         channels, height, width = self.manifest.data.input_size
         return create_network(self.manifest.model, classes, (channels, height, width), **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import optuna
 
-from ..architecture import Architecture
+from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
 from ..objectives.objectives import Scores
@@ -27,7 +29,7 @@ class Trial:
 
     number: int
     state: str
-    architecture: Architecture | None
+    architecture: Candidate | None
     scores: Scores = field(default_factory=Scores)
     failure: str = ""
 
@@ -44,7 +46,12 @@ class Trial:
     @property
     def scored(self) -> bool:
         """Whether it counts towards the number of candidates that a search must score."""
-        return self.state == "complete" or self.stopped
+        return self.state == "complete" or self.stopped or self.untuned
+
+    @property
+    def untuned(self) -> bool:
+        """Whether it is a graft that was scored but not tuned, when the search tuned the best ones."""
+        return self.state == "pruned" and self.scores.accuracy is None and self.scores.accuracy_assembled is not None
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
@@ -58,7 +65,7 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     check(attributes, TRIAL, where, RunError)
     described = attributes.get("architecture")
     try:
-        architecture = Architecture.from_dict(described) if described else None
+        architecture = candidate_from_dict(described) if described else None
     except UsageError as error:
         raise RunError(f"{where} is damaged ({error})") from None
     if architecture is None and frozen.state == optuna.trial.TrialState.COMPLETE:
@@ -70,3 +77,30 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
         scores=Scores.from_dict(attributes.get("scores", {})),
         failure=one_line(attributes.get("failure", "")),
     )
+
+
+def with_tuning(trial: Trial, tuned: Mapping[str, Any]) -> Trial:
+    """Returns a complete trial with its accuracy after tuning; a trial that was not tuned is pruned.
+
+    Args:
+        trial: the trial.
+        tuned: key -> entry, as `nas.search.tune` writes them.
+    """
+    if trial.state != "complete":
+        return trial
+    entry = tuned.get(trial.key)
+    if entry is None:
+        scores = replace(trial.scores, accuracy=None, accuracy_std=None, accuracy_assembled=trial.scores.accuracy)
+        failure = "not tuned, because others looked better before tuning"
+        return replace(trial, state="pruned", scores=scores, failure=failure)
+    if "failure" in entry:
+        return replace(trial, state="failed", failure=one_line(entry["failure"]))
+    curve = tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ()))
+    scores = replace(
+        trial.scores,
+        accuracy=float(entry["accuracy"]),
+        accuracy_std=float(entry["accuracy_std"]),
+        accuracy_assembled=trial.scores.accuracy,
+        curve=curve,
+    )
+    return replace(trial, scores=scores)

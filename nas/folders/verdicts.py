@@ -11,6 +11,7 @@ from ..objectives.agreement import compare_orders, rank_correlation, ties
 from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
+from .graft_verdicts import graft_verdicts
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def verdicts(run: Run) -> list[str]:
     attributes, front = run.attributes, run.front()
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
     lines = [trust_in_words(told)] if (told := run.manifest.trust) else []
+    lines += graft_verdicts(run, front, attributes)
     for objective in (o for o in run.objectives if o.is_latency):
         target = objective.target or (run.targets[0] if run.targets else "")
         seen = {key: figure for key, scores in first.items() if (figure := objective.interval(scores)) is not None}

@@ -43,6 +43,7 @@ class Scores:
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
+        accuracy_assembled: accuracy of a graft before it was tuned.
         curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
         proxy: an untrained proxy's score, higher is better; its column is `proxy_NAME`.
         proxy_std: its standard error.
@@ -72,6 +73,7 @@ class Scores:
     memory_mib: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None
+    accuracy_assembled: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
     proxy: float | None = None
     proxy_std: float | None = None

@@ -172,7 +172,7 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     return [
         (t.architecture, t.scores.latency_ms * scale)
         for t in run.trials()
-        if t.architecture is not None and t.scores.latency_ms is not None
+        if isinstance(t.architecture, Architecture) and t.scores.latency_ms is not None
     ]
 
 

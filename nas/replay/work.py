@@ -146,7 +146,7 @@ def replay(
         config = replace(config, latency=(replace(first, runtime="eager", command=None),))
     else:
         config = replace(config, latency=tuple(target.here() for target in config.latency))
-    recorded = run.trials()
+    recorded = run.trials(tuned=False)  # a graft is compared as it was before its tuning
     trials, left_out = _chosen(run, recorded, front, limit)
     evaluator, conditions = evaluator_of(run, config)
     _check(run, {n: v for n, v in conditions.items() if n not in PLACE and (latency or n not in TIMING)})
@@ -178,7 +178,7 @@ def _chosen(run: Run, trials: list[Trial], front: bool, limit: int | None) -> tu
     if not scored:
         raise NasError(f"{run.path} has nothing to replay: no architecture is scored")
     if front:
-        keys = {t.key for t in run.front(trials)}
+        keys = {t.key for t in run.front()}
         return [t for t in scored if t.key in keys and t.state == "complete"][:limit], 0
     return scored[:limit], len(trials) - len(scored)
 

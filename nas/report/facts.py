@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label, resolutions
+from ..architecture import MIXER_TYPES, Architecture, Candidate, Graft, block_label, mixer_label, resolutions
 from ..errors import RunError, one_line
 from ..folders.attributes import BASELINES
 from ..folders.run import Run
@@ -32,7 +32,7 @@ FEWEST_FOR_KENDALL = 3
 MAX_KNOBS = 12
 """Largest number of knobs that are shown, the most important ones."""
 
-STAGE_FIELDS = ("mixer", "label", "depth", "width", "compression", "mlp", "block", "map", "line")
+STAGE_FIELDS = ("mixer", "label", "short", "head", "depth", "width", "compression", "mlp", "block", "map", "line")
 
 Rows = list[dict[str, Any]]
 
@@ -75,12 +75,16 @@ def architectures(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _stages(architecture: Architecture, height: int, width: int) -> list[tuple[Any, ...]]:
+def _stages(architecture: Candidate, height: int, width: int) -> list[tuple[Any, ...]]:
+    if isinstance(architecture, Graft):
+        return _of_graft(architecture)
     maps, lines = resolutions(architecture, height, width), describe_stages(architecture)
     return [
         (
             stage.mixer.name,
             mixer_label(stage.mixer),
+            f"{stage.mixer.name} {stage.depth}x{stage.width}",
+            f"Stage {i}: {stage.mixer.name}",
             stage.depth,
             stage.width,
             stage.compression,
@@ -89,7 +93,16 @@ def _stages(architecture: Architecture, height: int, width: int) -> list[tuple[A
             f"{at[0]}x{at[1]}",
             line,
         )
-        for stage, at, line in zip(architecture.stages, maps, lines, strict=True)
+        for i, (stage, at, line) in enumerate(zip(architecture.stages, maps, lines, strict=True), start=1)
+    ]
+
+
+def _of_graft(graft: Graft) -> list[tuple[Any, ...]]:
+    """Returns a row for the images, and one for each sequence of which the graft drops blocks."""
+    tags = [f"{graft.input_size} px", *(f"{name} -{len(dropped)}" for name, dropped in graft.without().items())]
+    return [
+        (graft.dominant_mixer, "", tag, line, 1, 0, 1, "", "", "", line)
+        for tag, line in zip(tags, graft.lines, strict=True)
     ]
 
 
@@ -142,8 +155,8 @@ def _together(spans: Iterable[tuple[datetime, datetime]]) -> list[tuple[datetime
 
 def mixers_by_stage(trials: Sequence[Trial], front: Sequence[Trial]) -> Rows:
     """Returns the share of each mixer at each stage, among the front and among all trials, in percent."""
-    drawn = [t.architecture for t in trials if t.architecture is not None]
-    chosen = [t.architecture for t in front if t.architecture is not None]
+    drawn = [t.architecture for t in trials if isinstance(t.architecture, Architecture)]
+    chosen = [t.architecture for t in front if isinstance(t.architecture, Architecture)]
     rows: Rows = []
     for i in range(max((len(a.stages) for a in drawn), default=0)):
         of_drawn, of_front = (

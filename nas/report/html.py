@@ -55,6 +55,7 @@ def _page(runs: Sequence[Run]) -> str:
         "growth": [facts.growth(run, trials) for run, trials in zip(runs, everything, strict=True)] if drawn else [],
         "dashes": [RUN_STYLES[i % len(RUN_STYLES)][1] for i in range(len(runs))],
         "colours": MIXER_COLOURS,
+        "grouped": "change" if any("parent" in run.manifest.space for run in runs) else "mostly",
     }
     used = {row[facts.STAGE_FIELDS.index("mixer")] for row in data["stages"]["rows"]}
     scripts = [get_plotlyjs(), (PAGE / "page.js").read_text(encoding="utf-8")] if drawn else []
@@ -72,6 +73,7 @@ def _page(runs: Sequence[Run]) -> str:
         ],
         stage_mixers={name: MIXER_COLOURS[name] for name in MIXER_COLOURS if name in used},
         several=len(runs) > 1,
+        grafts=data["grouped"] == "change",
         marks=[(run.name, STYLE_WORDS[i % len(STYLE_WORDS)]) for i, run in enumerate(runs)],
         differences=differences(runs),
         objectives=[o.label for o in runs[0].objectives],

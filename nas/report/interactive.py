@@ -7,7 +7,7 @@ import math
 from html import escape
 from typing import Any
 
-from ..architecture import MIXER_TYPES
+from ..architecture import FORMS, MIXER_TYPES
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..objectives.objectives import Objective
@@ -25,13 +25,16 @@ from .scored import (
     caption_of,
     describe_stages,
     errors_of,
+    kind_in_words,
     title_of,
     uses_log_scale,
     values_of,
 )
 
 PLOTLY_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
-MIXER_SYMBOLS = dict(zip(MIXER_TYPES, itertools.cycle(PLOTLY_MARKERS), strict=False))
+MIXER_SYMBOLS = dict(zip(MIXER_TYPES, itertools.cycle(PLOTLY_MARKERS), strict=False)) | dict(
+    zip(FORMS, PLOTLY_MARKERS, strict=False)
+)
 RUN_STYLES = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
 """Fill of the symbols and line of the front, by which the page distinguishes runs."""
 STYLE_WORDS = ("filled", "hollow", "filled with a dot", "hollow with a dot")
@@ -62,7 +65,7 @@ def interactive(scored: Scored) -> Any:
             keys = {t.number for t in front}
             for on_front in (False, True):
                 for mixer, chosen in by_mixer([t for t in trials if (t.number in keys) == on_front]):
-                    label = f"mostly {mixer}" + (", front" if on_front else "")
+                    label = kind_in_words(mixer) + (", front" if on_front else "")
                     points = _points(run, chosen, objectives[0], objective, mixer, filling, on_front)
                     points.update(
                         name=label,

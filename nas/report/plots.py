@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import MIXER_TYPES
 from ..errors import RunError
 from ..folders.files import write_file
 from ..folders.run import Run
@@ -21,6 +20,7 @@ from .interactive import page
 from .scored import (
     COLOURS,
     INK,
+    KINDS,
     MIXER_COLOURS,
     WHISKER,
     Scored,
@@ -31,6 +31,7 @@ from .scored import (
     caption_of,
     errors_of,
     far_off,
+    kind_in_words,
     mixer_of,
     read_runs,
     title_of,
@@ -118,8 +119,8 @@ def _draw(scored: Scored) -> Figure:
                 set_limits(*axis_range(which, scored))
     present = dict.fromkeys(mixer_of(t) for _, trials, _ in scored for t in trials)
     handles = [
-        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=f"mostly {name}")
-        for name in MIXER_TYPES
+        Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=kind_in_words(name))
+        for name in KINDS
         if name in present
     ]
     if len(scored) == 1:

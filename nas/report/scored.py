@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..architecture import MIXER_TYPES, Architecture, block_label, mixer_label
+from ..architecture import FORMS, MIXER_TYPES, Candidate, Graft, block_label, mixer_label
 from ..errors import UsageError
 from ..folders.run import Run
 from ..folders.trial import Trial
@@ -30,7 +30,11 @@ COLOURS = (
     "#D55E00",
     "#999999",
 )  # Okabe and Ito: safe for all eyes
-MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False))
+KINDS = (*MIXER_TYPES, *FORMS)
+"""What pictures group networks by: the dominant mixer, or what a graft changes of its parent."""
+MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False)) | dict(
+    zip(FORMS, ("#999999", "#0072B2", "#E69F00", "#009E73"), strict=True)
+)
 INK, PAPER, WHISKER = "#333333", "#ffffff", "#9a9a9a"
 """Colours of outlines, hollow symbols and intervals; a page in another theme replaces them by its own."""
 
@@ -82,8 +86,13 @@ def title_of(scored: Scored) -> str:
     return f"{names}: {count} fully scored architectures of {what}\n{machine}"
 
 
-def describe_stages(architecture: Architecture) -> list[str]:
-    """Describes each stage in one line: mixer with options, depth x width, compression, MLP ratio, block features."""
+def describe_stages(architecture: Candidate) -> list[str]:
+    """Describes each stage in one line: mixer with options, depth x width, compression, MLP ratio, block features.
+
+    Of a graft, it describes the size of the images, and the blocks that it drops.
+    """
+    if isinstance(architecture, Graft):
+        return architecture.lines
     return [
         f"stage {i}: {mixer_label(s.mixer)} {s.depth}x{s.width}"
         + (f" /{s.compression}" if s.compression > 1 else "")
@@ -101,9 +110,14 @@ def mixer_of(trial: Trial) -> str:
 
 def by_mixer(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
     """Groups trials by their dominant mixer."""
-    for name in MIXER_TYPES:
+    for name in KINDS:
         if chosen := [t for t in trials if mixer_of(t) == name]:
             yield name, chosen
+
+
+def kind_in_words(name: str) -> str:
+    """Names a group of points in a legend: `mostly strip`, or what grafts change of their parent."""
+    return name if name in FORMS else f"mostly {name}"
 
 
 def values_of(objective: Objective, trials: list[Trial]) -> list[float]:

@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..counts import Pieces, count_pieces
 from ..folders.profile import Profile
 from ..objectives.objectives import OBJECTIVES, Objective
-from ..space import SearchSpace
+from ..space import Space
 from .samplers.knobs import Choices
 from .samplers.problem import Cheap, Floats
 
@@ -36,7 +36,7 @@ COUNTS = {"params": _params, "macs": _macs, "flops": _flops}
 
 
 def known_beforehand(
-    space: SearchSpace,
+    space: Space,
     objectives: Sequence[Objective],
     budgets: Sequence[str],
     image: tuple[int, int],
@@ -63,14 +63,14 @@ def known_beforehand(
     model = profile.fit() if profile is not None and timed else None
 
     def cheap(choices: Sequence[Choices]) -> Mapping[str, tuple[Floats, Floats]]:
-        architectures: list[Architecture] = [space.decode(c) for c in choices]
+        architectures = [space.decode(c) for c in choices]
         found: dict[str, tuple[Floats, Floats]] = {}
         if counted:
             pieces = [count_pieces(a, side, num_classes=classes) for a in architectures]
             for name in counted:
                 found[name] = np.array([COUNTS[name](p) for p in pieces]), np.zeros(len(pieces))
         if profile is not None and model is not None:
-            predicted, share = profile.predict(model, architectures)
+            predicted, share = profile.predict(model, [a for a in architectures if isinstance(a, Architecture)])
             ms = predicted * ((reference_ms or profile.reference_ms) / profile.reference_ms)
             found |= dict.fromkeys(timed, (ms, ms * share))
         return found

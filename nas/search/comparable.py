@@ -19,12 +19,13 @@ from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
-from ..scoring.accuracy import ESTIMATORS, Fidelity
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Tuning
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import latency_in_run, reference_of
-from ..space import SearchSpace
+from ..space import GraftSpace, Space, space_from_dict
 from .config import SearchConfig
 from .evaluate import ALL, PARTS, TRAIN, Evaluator
+from .parent import Parent, open_parent
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     Raises:
         RunError: if the data is not the run's.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    data = load_images(config)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
@@ -53,6 +54,26 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     evaluator = replace(evaluator, references=references_of(run, evaluator))
     conditions = training_conditions(config, data, evaluator)
     return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
+
+
+def load_images(config: SearchConfig) -> ImageData:
+    """Loads the images of a search. In a search for grafts, they are normalised as the parent's images.
+
+    Raises:
+        DataError: if they cannot be used.
+        RunError: if the run has no parent, or it has other classes.
+    """
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    parent = _parent(config)
+    return data if parent is None else parent.normalised(data)
+
+
+def _parent(config: SearchConfig) -> Parent | None:
+    """Opens the parent of a search for grafts; None in another search."""
+    if not isinstance(config.space, GraftSpace):
+        return None
+    assert config.out is not None
+    return open_parent(config.out, config.space)
 
 
 def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
@@ -78,7 +99,9 @@ def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evalua
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
         "seed": config.seed,
-    }
+    } | (
+        {} if evaluator.parent is None else {"parent": evaluator.parent.fingerprint, "tune_epochs": config.tune_epochs}
+    )
 
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
@@ -100,7 +123,10 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     Raises:
         RunError, UsageError: if the calibration does not fit.
     """
-    limit = config.trial_timeout_minutes
+    limit, parent = config.trial_timeout_minutes, _parent(config)
+    proxy_data, tuning = reduced(data, config.proxy_images, config.proxy_size), None
+    if parent is not None:
+        tuning = Tuning(parent.assemble(parent.whole).eval(), proxy_data)
     return Evaluator(
         data=data,
         objectives=config.objectives,
@@ -109,16 +135,21 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
         references={},
         proxy=config.proxy,
         fidelity=Fidelity(
-            config.epochs, config.train_batch_size, limit * 60 if limit else None, ensemble=_ensemble(config, data)
+            config.epochs,
+            config.train_batch_size,
+            limit * 60 if limit else None,
+            ensemble=_ensemble(config, data),
+            tuning=tuning,
         ),
         seed=config.seed,
         repeats=config.proxy_repeats,
-        proxy_data=reduced(data, config.proxy_images, config.proxy_size),
+        proxy_data=proxy_data,
         device=config.train_device or config.device,
         parts=PARTS if config.only == ALL else (config.only,),
         shares=config.workers > 1,
         share_device=config.share_device,
         training_threads=max(1, torch.get_num_threads() // config.workers),
+        parent=parent,
     )
 
 
@@ -154,7 +185,7 @@ def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tup
     before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.conditions.recorded}
     changed = {}
     for name, value in conditions.items():
-        if name == "space" and before.get(name) and _space(before[name]) == SearchSpace.from_dict(value):
+        if name == "space" and before.get(name) and _space(before[name]) == space_from_dict(value):
             continue  # a release with fewer fields may have written it
         if before.get(name) != value:
             changed[name] = (before.get(name), value)
@@ -179,9 +210,9 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
         log.warning("%s was begun with torch %s, this is %s: timings may differ", run.path, then_torch, now_torch)
 
 
-def _space(data: Any) -> SearchSpace | None:
+def _space(data: Any) -> Space | None:
     """Reads a space from a manifest. None if the data is not a valid space."""
     try:
-        return SearchSpace.from_dict(data)
+        return space_from_dict(data)
     except UsageError:
         return None

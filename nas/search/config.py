@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import consent, defaults
-from ..architecture import Architecture
+from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.join import find_run
 from ..folders.run import Run
 from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives
-from ..scoring.accuracy import ESTIMATORS
+from ..scoring.accuracy import CALIBRATION, ESTIMATORS, PARENT
 from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency
 from ..scoring.latency.config import IN_RUNS
-from ..space import SearchSpace
+from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
@@ -54,6 +54,9 @@ class SearchConfig:
         profile: a folder of `mixnas profile`, made under the same conditions. The search then takes the latency on the
             first target from the profile's predictions before it measures, and has to learn only the accuracy.
         calibration: a folder of `mixnas calibrate`, which holds the ensemble of the proxy `ensemble`.
+        tune_epochs: epochs for which the best grafts are tuned after the search, and the parent's forms with them. Only
+            for a `GraftSpace`.
+        tune_count: number of grafts that are tuned, or more if the front before tuning has more.
         early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
         epochs: epochs of the short training.
         train_batch_size: images per training step.
@@ -81,7 +84,7 @@ class SearchConfig:
         only: the part of a trial that this process does: `measure`, `train` or `all`.
     """
 
-    space: SearchSpace
+    space: Space
     objectives: tuple[str, ...] = defaults.OBJECTIVES
     latency: tuple[LatencyConfig, ...] = (LatencyConfig(device=defaults.DEVICE),)
     train_device: str | None = None
@@ -97,6 +100,8 @@ class SearchConfig:
     proxy_size: int | None = None
     profile: str | None = None
     calibration: str | None = None
+    tune_epochs: int = defaults.TUNE_EPOCHS
+    tune_count: int = defaults.TUNE_COUNT
     early_stopping: bool = True
     epochs: int = defaults.EPOCHS
     train_batch_size: int = defaults.TRAIN_BATCH_SIZE
@@ -104,7 +109,7 @@ class SearchConfig:
     timeout_minutes: float | None = None
     trial_timeout_minutes: float | None = None
     sampler: str = defaults.SAMPLER
-    start: tuple[Architecture, ...] = ()
+    start: tuple[Candidate, ...] = ()
     until: float | None = None
     budgets: Mapping[str, float] = field(default_factory=dict)
     seed: int = defaults.SEED
@@ -155,7 +160,11 @@ class SearchConfig:
         parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
         for baseline in self.baselines:
             check_network_name(baseline)
-        if (ESTIMATORS[self.proxy].needs != "") != (self.calibration is not None):
+        if isinstance(self.space, GraftSpace):
+            self._check_graft()
+        elif ESTIMATORS[self.proxy].needs == PARENT:
+            raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
+        if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
             raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (
             "workers",
@@ -165,6 +174,8 @@ class SearchConfig:
             "train_batch_size",
             "max_images",
             "input_size",
+            "tune_epochs",
+            "tune_count",
         ):
             value = getattr(self, name)
             most = MAX_WORKERS if name == "workers" else MAX_COUNT
@@ -201,6 +212,23 @@ class SearchConfig:
                 f"`only` = {self.only} needs workers for the other part: give `storage`, where they find the study"
             )
 
+    def _check_graft(self) -> None:
+        """Refuses what a search for grafts cannot do."""
+        if "accuracy" not in self.objectives or not ESTIMATORS[self.proxy].trained:
+            raise UsageError(
+                "a search with a parent keeps its accuracy: accuracy is an objective, from the proxy assembled or train"
+            )
+        for name, given, why in (
+            ("baselines", self.baselines, "the forms of the parent are the baselines"),
+            ("profile", self.profile, "a profile knows no parts of other networks"),
+            ("calibration", self.calibration, "it has another space"),
+            ("proxy_size", self.proxy_size, "the image size is a choice of the search"),
+        ):
+            if given:
+                raise UsageError(f"`{name}` does not go with a parent, because {why}")
+        if self.engine != "local" or self.only != ALL:
+            raise UsageError("a search with a parent runs on this machine alone: leave `engine` and `only` out")
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data without the folder and the space, which a manifest holds separately."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out", "latency")}
@@ -233,7 +261,7 @@ class SearchConfig:
             values["objectives"] = tuple(values["objectives"])
             values["baselines"] = tuple(values.get("baselines", ()))
             values["classes"] = tuple(values.get("classes", ()))
-            values["start"] = tuple(Architecture.from_dict(data) for data in values.get("start", ()))
+            values["start"] = tuple(candidate_from_dict(data) for data in values.get("start", ()))
             return cls(space=run.space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..architecture import Architecture
-from ..data import ImageData
+from ..architecture import Candidate, Graft
+from ..data import ImageData, reduced
 from ..errors import TrialFailure, UsageError
 from ..folding import Fused, fuse_branches
 from ..machine.devices import seeded
@@ -30,6 +30,7 @@ from ..scoring.cost import count_cost
 from ..scoring.latency import LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .early_stopping import Judge, Stopped
+from .parent import Parent
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Evaluator:
         shares: whether other trainings may use the device at the same time. Measurements always run alone.
         training_threads: number of CPU threads of a training on an idle machine; None for torch's own number.
         share_device: train without waiting for other processes that use the device.
+        parent: the pretrained network, in a search for grafts.
     """
 
     data: ImageData
@@ -100,16 +102,30 @@ class Evaluator:
     shares: bool = False
     training_threads: int | None = None
     share_device: bool = False
+    parent: Parent | None = None
 
-    def build(self, architecture: Architecture) -> nn.Module:
-        """Builds the architecture's module for the data's classes. Its initial weights depend only on the seed.
+    def build(self, architecture: Candidate) -> nn.Module:
+        """Builds the candidate's module for the data's classes.
+
+        The initial weights of an architecture depend only on the seed; a graft has those of its parent.
 
         Raises:
             UsageError: if the images are smaller than the architecture's total stride.
         """
         return self.seeded(lambda: self._create(architecture))
 
-    def _create(self, architecture: Architecture) -> nn.Module:
+    def at(self, architecture: Candidate) -> Evaluator:
+        """Returns the evaluator for a candidate: a graft may have smaller images than the data."""
+        if not isinstance(architecture, Graft) or architecture.input_size == self.data.input_size[1]:
+            return self
+        side = architecture.input_size
+        proxy_data = None if self.proxy_data is None else _smaller(self.proxy_data, side)
+        return replace(self, data=_smaller(self.data, side), proxy_data=proxy_data)
+
+    def _create(self, architecture: Candidate) -> nn.Module:
+        if isinstance(architecture, Graft):
+            assert self.parent is not None
+            return self.parent.assemble(architecture)
         side = min(self.data.input_size[1:])
         if side < architecture.reduction:
             raise UsageError(
@@ -124,10 +140,10 @@ class Evaluator:
             return create()
 
     def evaluate(
-        self, architecture: Architecture, judge: Judge | None = None, measured: Scores | None = None
+        self, architecture: Candidate, judge: Judge | None = None, measured: Scores | None = None
     ) -> Evaluation:
         """Scores one architecture, as `evaluate_network` does."""
-        return self.evaluate_network(lambda: self._create(architecture), judge, measured)
+        return self.at(architecture).evaluate_network(lambda: self._create(architecture), judge, measured)
 
     def evaluate_network(
         self, create: Callable[[], nn.Module], judge: Judge | None = None, measured: Scores | None = None
@@ -238,7 +254,7 @@ class Evaluator:
                 judge(scores, rung)
 
         estimates = []
-        with self._training() if estimator.works else nullcontext():
+        with self.training() if estimator.works else nullcontext():
             for repeat in range(self.repeats):
                 network = self.seeded(create, repeat) if repeat else model
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
@@ -256,7 +272,7 @@ class Evaluator:
         return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks)
 
     @contextmanager
-    def _training(self) -> Iterator[None]:
+    def training(self) -> Iterator[None]:
         """Holds the device and the threads of one training."""
         turn = nullcontext() if self.share_device else (shared if self.shares else exclusive)(self.device)
         with turn, training_threads(self.device, self.training_threads):
@@ -287,6 +303,12 @@ def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:
         if value is not None and value > budget:
             excess[name] = value / budget - 1
     return excess
+
+
+@lru_cache(maxsize=4)
+def _smaller(data: ImageData, side: int) -> ImageData:
+    """Scales the images down once for all candidates of that size."""
+    return reduced(data, input_size=side)
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:

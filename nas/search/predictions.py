@@ -16,7 +16,7 @@ from ..errors import RunError
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..objectives.pareto import hypervolume
-from ..space import SearchSpace
+from ..space import Space
 from ..storage.connect import damage_reported, storage_errors
 from .cheap import known_beforehand
 from .samplers.history import History, Reader
@@ -33,7 +33,7 @@ DRAWS = 4000
 """Number of draws from the predicted scores, to estimate how often they would be on the front."""
 
 
-def problem_of(run: Run, space: SearchSpace) -> Problem:
+def problem_of(run: Run, space: Space) -> Problem:
     """Builds the optimisation problem of a run; counts are its only cheap objectives."""
     data, budgets = run.manifest.data, run.manifest.config.budgets
     image = (data.side, len(data.classes))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..architecture import Architecture
+from ..architecture import Candidate
 from ..errors import TrialFailure
 from ..folders.trial import Trial
 from ..objectives.objectives import OBJECTIVES, Scores
@@ -52,7 +52,7 @@ class Recorder:
         self._objectives = standing.run.objectives
         self._trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
 
-    def task(self, asked: Asked) -> tuple[Architecture, Judge | None, Scores | None] | None:
+    def task(self, asked: Asked) -> tuple[Candidate, Judge | None, Scores | None] | None:
         """Returns the candidate, what may stop its training and what was measured of it; None for a failed trial."""
         trial = asked.trial
         # only where a process died while it was drawing; of several processes each claims its point first
@@ -167,7 +167,7 @@ class Recorder:
             )
         )
 
-    def _architecture(self, point: Point) -> Architecture:
+    def _architecture(self, point: Point) -> Candidate:
         return self._config.space.decode(self._state.knobs.read(point))
 
     def _noise(self, scores: Scores) -> dict[str, float]:

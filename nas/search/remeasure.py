@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 from torch import nn
 
-from ..architecture import Architecture
+from ..architecture import Architecture, Candidate, Graft
 from ..counts import pieces_of
 from ..errors import NasError, TrialFailure
 from ..folders.attributes import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE
@@ -51,8 +51,8 @@ PART: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.
 PARTS_SECONDS = 60.0
 """Start timing the parts of no further network after this many seconds; a resumed search times the rest."""
 
-Builders = Mapping[str, Callable[[], nn.Module]]
-"""Key or name of a network -> function that builds it."""
+Builders = Mapping[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]]
+"""Key or name of a network -> function that builds it, and the size of its images."""
 
 
 def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Sequence[str]) -> None:
@@ -65,6 +65,7 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
         baselines: names of the baselines.
     """
     scored = _score_baselines(study, evaluator, baselines)
+    rivals = _rivals(study)
     if not any(objective.is_latency for objective in run.objectives):
         return
     trials = [t for t in run.trials(remeasured=False) if t.state == "complete"]
@@ -74,14 +75,17 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     near = near_trials(run, trials)
     wanted = [t for t in near if t.key in first]
     wanted += [t for t in near if t.key not in first][: max(0, MAX_REMEASURED - len(wanted))]
-    networks = {t.key: _builder(evaluator, t) for t in wanted}
-    _remeasure(study, run, evaluator, networks | {name: _baseline_builder(evaluator, name) for name in scored})
+    networks = {t.key: _builder(evaluator, t.architecture) for t in wanted}
+    others = {name: _baseline_builder(evaluator, name) for name in scored}
+    others |= {name: _builder(evaluator, graft) for name, graft in rivals.items() if graft.key not in networks}
+    _remeasure(study, run, evaluator, networks | others)
+    _copy_measured(study, {name: graft.key for name, graft in rivals.items() if graft.key in networks})
     # A network that is slower in the second measurement may let others onto the front. They are measured again too.
     while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
-        more = {t.key: _builder(evaluator, t) for t in new}
+        more = {t.key: _builder(evaluator, t.architecture) for t in new}
         networks |= more
         _remeasure(study, run, evaluator, more)
-    front = {t.key: _builder(evaluator, t) for t in run.front()}
+    front = {t.key: _builder(evaluator, t.architecture) for t in run.front()}
     other = _onnxruntime(evaluator.latency)
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
         log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
@@ -109,11 +113,19 @@ def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Bu
     study.set_user_attr(REMEASURED, found)
 
 
+def _copy_measured(study: optuna.Study, same: Mapping[str, str]) -> None:
+    """Gives baselines that are candidates too the second measurement of the candidate: name -> key."""
+    found: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
+    copied = {target: each | {name: each[key] for name, key in same.items()} for target, each in found.items()}
+    if copied != found:
+        study.set_user_attr(REMEASURED, copied)
+
+
 def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: str) -> None:
     """Measures the stem, stages and head of the front's networks on the first target, unless that is done already."""
     config, start = evaluator.latency[0], time.monotonic()
     known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(target, {}))
-    left = [t.architecture for t in front if t.architecture is not None and t.key not in known]
+    left = [t.architecture for t in front if isinstance(t.architecture, Architecture) and t.key not in known]
     if not left:
         return
     if config.runtime == "command":
@@ -194,14 +206,21 @@ def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[
     return [name for name in names if "scores" in known[name]]
 
 
-def _builder(evaluator: Evaluator, trial: Trial) -> Callable[[], nn.Module]:
-    architecture = trial.architecture
+def _rivals(study: optuna.Study) -> dict[str, Candidate]:
+    """Returns the forms of the parent that were scored as baselines, by name."""
+    entries = study.user_attrs.get(BASELINES, {})
+    return {name: Graft.from_dict(entry["graft"]) for name, entry in entries.items() if "graft" in entry}
+
+
+def _builder(
+    evaluator: Evaluator, architecture: Candidate | None
+) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
     assert architecture is not None
-    return lambda: evaluator.build(architecture)
+    return partial(evaluator.build, architecture), evaluator.at(architecture).data.input_size
 
 
-def _baseline_builder(evaluator: Evaluator, name: str) -> Callable[[], nn.Module]:
-    return lambda: evaluator.seeded(lambda: _create_baseline(evaluator, name))
+def _baseline_builder(evaluator: Evaluator, name: str) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
+    return lambda: evaluator.seeded(lambda: _create_baseline(evaluator, name)), evaluator.data.input_size
 
 
 def _create_baseline(evaluator: Evaluator, name: str) -> nn.Module:
@@ -214,9 +233,9 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
     reference = evaluator.references.get(config.label) or reference_ms(config)
     ready: dict[str, Prepared] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, build in networks.items():
+    for name, (build, input_size) in networks.items():
         try:
-            ready[name] = prepare_model(build(), evaluator.data.input_size, config)
+            ready[name] = prepare_model(build(), input_size, config)
         except TrialFailure as failure:
             message = f"{name} cannot be measured in {config.runtime}: {failure}"
             REPEATS.tell(log, f"networks that cannot be measured in {config.runtime}", message)

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from .. import consent
-from ..data import ImageData, load_data
+from ..data import ImageData
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
@@ -31,11 +31,13 @@ from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
 from ..scoring.latency import reference_ms
+from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
 from .cheap import known_beforehand
 from .comparable import (
     check_same,
     evaluator_of,
+    load_images,
     make_evaluator,
     measuring_conditions,
     references_of,
@@ -90,7 +92,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         log.info(
             "This process only measures. It draws no candidate until a worker trains (mixnas worker --only train)."
         )
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    data = load_images(config)
     evaluator = make_evaluator(config, data)
     largest = config.space.largest()[0]
     evaluator.build(largest)  # refuses images that are too small, before anything is written
@@ -198,6 +200,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
         "until",
         "profile",
         "early_stopping",
+        "tune_count",
         "timeout_minutes",
         "trial_timeout_minutes",
     )
@@ -212,6 +215,8 @@ def _update(run: Run, config: SearchConfig) -> Run:
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
     """Returns the verdict on the run's proxy by its own calibration or one beside the run. None if none fits."""
+    if isinstance(config.space, GraftSpace):
+        return None
     reduced_effort = config.proxy_images is not None or config.proxy_size is not None or config.proxy_repeats > 1
     if "accuracy" not in config.objectives or reduced_effort:
         return None

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from ..errors import NasError
 from ..folders.run import Run
 from ..folders.trial import Trial, read_trial
+from ..space import GraftSpace
 from ..storage.connect import no_study
 from ..storage.outages import OUTAGES
 from . import giving_up
@@ -29,6 +30,7 @@ from .samplers.problem import Problem
 from .samplers.table import SAMPLERS
 from .standing import Standing
 from .state import State
+from .tune import tune
 from .workers.claims import Fleet, Worker
 from .workers.engines import ENGINES
 from .workers.shared import Shared
@@ -112,6 +114,9 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         raise nothing_scored(state.ended, config, exhausted or infeasible)
     try:
         # no worker scores baselines, so this process trains them too
+        if isinstance(config.space, GraftSpace):
+            rivals = config.space.rivals()
+            tune(state.study, run, evaluator, rivals, config.tune_epochs, config.tune_count)
         finish(state.study, run, replace(evaluator, parts=PARTS), config.baselines)
     finally:
         run.write_tables()

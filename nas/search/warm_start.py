@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from ..architecture import Architecture
+from ..architecture import Candidate
 from ..errors import UsageError
-from ..space import SearchSpace
+from ..space import Space
 from ..targets import resolve_all
 
 
-def starting_points(space: SearchSpace, names: Sequence[str]) -> tuple[Architecture, ...]:
+def starting_points(space: Space, names: Sequence[str]) -> tuple[Candidate, ...]:
     """Architectures to score first.
 
     Args:
@@ -22,7 +22,7 @@ def starting_points(space: SearchSpace, names: Sequence[str]) -> tuple[Architect
         UsageError: where a name is no TARGET, or none of its architectures lies in the space.
         RunError: where a run cannot be read.
     """
-    found: list[Architecture] = []
+    found: list[Candidate] = []
     for name in names:
         known = [target.architecture for target in resolve_all(name) if target.architecture is not None]
         fitting = []

@@ -16,6 +16,7 @@ from ..architecture import (
     MAX_STAGES,
     STAGE_WORDS,
     Architecture,
+    Candidate,
     Downsample,
     Hadamard,
     Head,
@@ -114,7 +115,7 @@ class SearchSpace:
             for i, stage in enumerate(self.stages, start=1)
         )
 
-    def encode(self, architecture: Architecture) -> dict[str, Choice]:
+    def encode(self, architecture: Candidate) -> dict[str, Choice]:
         """Returns choices that decode to `architecture`.
 
         A knob without effect gets its first choice, or the value that the repair needs.
@@ -122,6 +123,8 @@ class SearchSpace:
         Raises:
             UsageError: if the architecture is not in this space.
         """
+        if not isinstance(architecture, Architecture):
+            raise UsageError(f"{architecture.key} is a graft: it is not in space {self.name}")
         if self._frame(architecture.stages) != architecture or len(architecture.stages) != len(self.stages):
             raise UsageError(
                 f"architecture {architecture.key} is not in space {self.name}: its stem, head, norm, downsampling or "

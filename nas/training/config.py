@@ -28,10 +28,12 @@ class TrainConfig:
         device: auto, cpu, cuda or cuda:i; with several processes, each has its own GPU.
         workers: processes that read and augment images for each training process; None shares all cores among them.
         init: initial weights: auto (the trained weights of the target, if it has some), scratch, or a safetensors file.
-        teacher: a trained folder, an exported folder or `timm:NAME` that the network learns from.
+        teacher: a trained folder, an exported folder or `timm:NAME` that the network learns from; None is the parent
+            for a graft of a run and none for other networks. `none` is no teacher.
         teacher_weights: a safetensors file with the weights of `timm:NAME`.
         tensorboard: whether to write logs for TensorBoard too.
         share_device: whether to train without waiting for other processes that use the device.
+        search_images: hold out images that a search with this `max_images` holds out too; None draws from all.
         out: the folder of the training; None makes `trained/KEY` in the run folder, or a folder in `results` for a
             target without a run.
     """
@@ -51,6 +53,7 @@ class TrainConfig:
     teacher_weights: str | None = None
     tensorboard: bool = False
     share_device: bool = False
+    search_images: int | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:

@@ -22,11 +22,13 @@ class Teacher:
         model: the network, in eval mode.
         mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
         std: standard deviation of the channels, likewise.
+        side: side of its images in pixels; smaller images are scaled up to it. None takes them as they are.
     """
 
     model: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    side: int | None = None
 
 
 class Loss:
@@ -68,6 +70,8 @@ class Loss:
         with torch.no_grad():
             seen = images * self.std + self.mean
             mean, std = (_channels(values, self._device) for values in (self._teacher.mean, self._teacher.std))
+            if self._teacher.side is not None and images.shape[-1] < self._teacher.side:
+                seen = F.interpolate(seen, (self._teacher.side,) * 2, mode="bilinear", align_corners=False)
             expected = (self._teacher.model((seen / 255 - mean) / std).float() / temperature).log_softmax(1)
         found = (taught.float() / temperature).log_softmax(1)
         distance = F.kl_div(found, expected, reduction="batchmean", log_target=True) * temperature**2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..errors import UsageError
 from ..folders.training import Trained, is_training, load_weights
 from ..foreign_files import is_file
 from ..machine.devices import seeded
-from ..models import create_backbone
+from ..models import create_candidate
 from ..models.timm_models import create_network
 from ..targets import Target, resolve
 from .batches import batch_size
@@ -48,12 +49,14 @@ def build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
                 f"images of {data.input_size[1]} pixels are too small for {target.name}: give an `input_size` of "
                 f"{target.architecture.reduction} or more"
             )
-        return create_backbone(target.architecture, classes, drop_path_rate=drop_path)
+        create = partial(create_candidate, target.architecture, classes)
+    else:
+        create = partial(create_network, target.model, classes, data.input_size)
     try:
-        return create_network(target.model, classes, data.input_size, drop_path_rate=drop_path)
+        return create(drop_path_rate=drop_path)
     except (TypeError, ValueError):
-        log.info("%s does not support drop path, so it is trained without", target.model)
-        return create_network(target.model, classes, data.input_size)
+        log.info("%s does not support drop path, so it is trained without", target.name)
+        return create()
 
 
 def fill(model: nn.Module, weights: Path, other_classes: bool) -> None:
@@ -125,8 +128,15 @@ def check_batch(model: nn.Module, data: TrainingData, recipe: Recipe, processes:
         ) from None
 
 
-def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device: str) -> Teacher:
+def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device: str, own_size: bool) -> Teacher:
     """Loads the teacher that a training asks for.
+
+    Args:
+        config: the settings.
+        recipe: the recipe.
+        data: the images.
+        device: device of the teacher.
+        own_size: whether a trained teacher sees images in the size of its own training, scaled up if needed.
 
     Raises:
         UsageError: if there is no such teacher, or it has other classes or does not accept the images.
@@ -134,9 +144,11 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
     name = config.teacher or ""
     folder = Path(name)
     known: Mapping[str, Any]
+    side: int | None = None
     if is_training(folder):
         trained = Trained.open(folder)
         model, known = trained.load_model(), trained.manifest.data.recorded
+        side = trained.manifest.data.side if own_size else None
     elif is_file(folder / "config.json", UsageError):
         exported = resolve(name)
         if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
@@ -155,6 +167,7 @@ def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device
         raise UsageError(f"`teacher` = {name} knows {count} classes, the images have {len(data.classes)}")
     if tuple(known.get("classes", data.classes)) != data.classes:
         raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
-    check_sides(model, data, recipe, f"`teacher` = {name}")
+    if side is None:
+        check_sides(model, data, recipe, f"`teacher` = {name}")
     model = model.eval().requires_grad_(False).to(device)
-    return Teacher(model, tuple(known["mean"]), tuple(known["std"]))
+    return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)

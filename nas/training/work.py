@@ -15,9 +15,10 @@ from typing import Any
 import timm
 from torch import distributed
 
+from ..architecture import Graft
 from ..data import SPLIT_SEED
 from ..errors import DataError, NasError, UsageError
-from ..folders.files import locked_folder, write_file
+from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.run import Run
 from ..folders.training import MANIFEST, Trained, is_training
 from ..folders.trial import Trial
@@ -70,6 +71,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], None] | None = None) ->
     if is_training(begun) and Trained.open(begun).result is None:
         config = as_begun(Trained.open(begun), config)
     target = resolve(config.target)
+    config = replace(config, teacher=_teacher(config, target))
     with together(config.device) as (processes, device):
         return _train(config, target, processes, device, on_step)
 
@@ -102,7 +104,11 @@ def _train(
                 fill(model, weights, other_classes)
         check_sides(model, data, recipe, "the network")
         check_batch(model, data, recipe, processes)
-        teacher = load_teacher(config, recipe, data, device) if config.teacher else None
+        teacher = (
+            load_teacher(config, recipe, data, device, isinstance(target.architecture, Graft))
+            if config.teacher
+            else None
+        )
         if teacher is not None and isinstance(model, Backbone):
             model.set_distilled_training()
         workers = default_workers(processes.count) if config.workers is None else config.workers
@@ -148,13 +154,23 @@ def _begin_or_resume(
     """Creates the folder of a training, or checks that the existing one belongs to the same training."""
     before = Trained.open(out) if is_training(out) and Trained.open(out).begun else None
     # weights of a search's short training are initial weights, but no substitute for a full training
-    pretrained = weights is not None and not _of_search(target, weights)
+    pretrained = weights is not None and (isinstance(target.architecture, Graft) or not _of_search(target, weights))
     recipe = _recipe(config.recipe, data, pretrained, before)
     manifest = manifest_of(config, recipe, target, data, weights, device)
     if before is None:
         Trained.create(out, manifest)
     else:
         check_same(before, manifest)
+
+
+def _teacher(config: TrainConfig, target: Target) -> str | None:
+    """Returns the teacher: the parent of a graft, unless the user names another or `none`."""
+    if config.teacher == "none":
+        return None
+    parent = target.folder / PARENT if target.folder is not None else None
+    if config.teacher is not None or parent is None or not isinstance(target.architecture, Graft):
+        return config.teacher
+    return str(parent) if is_training(parent) else None
 
 
 def _of_search(target: Target, weights: Path) -> bool:
@@ -198,6 +214,8 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     """Chooses how images are held out: none that the initial weights were trained on, as far as that is known."""
     share = config.recipe.holdout
     held = Held(Recipe.holdout if share is None else share, config.seed)
+    if config.search_images is not None:
+        return replace(held, search=(config.search_images, SPLIT_SEED))
     if weights is None or weights != target.weights or target.folder is None:
         return held
     if target.run:

@@ -133,12 +133,12 @@
   };
   /** A stage as a short tag in its mixer's colour; the whole of it is the tag's title. */
   const chip = (stage) => {
-    const made = element("span", { className: "chip", textContent: `${stage.mixer} ${stage.depth}×${stage.width}`, title: stage.line });
+    const made = element("span", { className: "chip", textContent: stage.short, title: stage.line });
     made.style.setProperty("--mixer", data.colours[stage.mixer]);
     return made;
   };
   const drawTable = () => {
-    const head = element("tr", {}, heading("key", "key"), ...data.objectives.map((o, i) => heading(o.name, i, true)), heading("mostly", "mixer"),
+    const head = element("tr", {}, heading("key", "key"), ...data.objectives.map((o, i) => heading(o.name, i, true)), heading(data.grouped, "mixer"),
       element("th", { scope: "col", textContent: "stages" }));
     one("#architectures thead").replaceChildren(head);
     const ordered = state.sort === null ? state.shown : [...state.shown].sort(compare);
@@ -200,15 +200,15 @@
     const took = Object.fromEntries(parts.map((part) => [part.part, part]));
     const total = parts.reduce((sum, part) => sum + part.ms, 0);
     const longest = Math.max(...parts.map((part) => part.high_ms), 0);
-    const widest = Math.max(...stages.map((stage) => stage.width));
+    const widest = Math.max(...stages.map((stage) => stage.width), 1);
     const [middle, left, width] = [54, 118, 376];
     const options = (label) => (label.includes("(") ? label.slice(label.indexOf("(") + 1, -1).split(",") : []);
     const rows = [
       { name: "stem", head: "Stem", lines: [], span: 2 + Math.sqrt(stages[0].width / widest) * 50 },
       ...stages.map((stage, i) => ({
-        name: `stages.${i}`, head: `Stage ${i + 1}: ${stage.mixer}`, fill: data.colours[stage.mixer], bars: stage.depth,
-        span: Math.sqrt(stage.width / widest) * 100,
-        lines: wrapped([`${stage.depth} block${stage.depth > 1 ? "s" : ""} × ${stage.width} channels`, `map ${stage.map}`,
+        name: `stages.${i}`, head: stage.head, fill: data.colours[stage.mixer], bars: stage.depth,
+        span: Math.sqrt((stage.width || widest) / widest) * 100,
+        lines: stage.width === 0 ? [] : wrapped([`${stage.depth} block${stage.depth > 1 ? "s" : ""} × ${stage.width} channels`, `map ${stage.map}`,
           ...options(stage.label), stage.compression > 1 ? `compressed / ${stage.compression}` : "", stage.mlp, stage.block]),
       })),
       { name: "head", head: "Head", lines: [], span: 40 },

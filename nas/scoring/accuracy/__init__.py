@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .assembled import assembled
 from .baselines import macs, params
 from .ensemble import Ensemble, ensemble
-from .estimate import Estimate, Fidelity, Rung
+from .estimate import Estimate, Fidelity, Rung, Tuning
 from .training import Training, train
 from .zero_cost import az, grad_norm, naswot, synflow, zico
 
-__all__ = ["ESTIMATORS", "Ensemble", "Estimate", "Estimator", "Fidelity", "Rung", "Training", "train"]
+__all__ = ["ESTIMATORS", "Ensemble", "Estimate", "Estimator", "Fidelity", "Rung", "Training", "Tuning", "train"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Estimator:
 
 
 NOTHING = "nothing"
+PARENT, CALIBRATION = "a parent", "a calibration"
+"""What estimators may need."""
 ESTIMATORS: dict[str, Estimator] = {
     "train": Estimator(train, trained=True, cost="epochs of training"),
+    "assembled": Estimator(assembled, True, "forward passes over training and held-out images", needs=PARENT),
     "params": Estimator(params, trained=False, cost=NOTHING),
     "macs": Estimator(macs, trained=False, cost=NOTHING),
     "grad_norm": Estimator(
@@ -57,7 +61,5 @@ ESTIMATORS: dict[str, Estimator] = {
     "naswot": Estimator(naswot, False, "one batch forward", "Mellor et al., ICML 2021 (arXiv:2006.04647)"),
     "zico": Estimator(zico, False, "two batches forward and backward", "Li et al., ICLR 2023 (arXiv:2301.11300)"),
     "az": Estimator(az, False, "one batch forward and backward", "Lee and Ham, CVPR 2024 (arXiv:2403.19232)"),
-    "ensemble": Estimator(
-        ensemble, False, "that of its members", "a ridge regression on truths", needs="a calibration"
-    ),
+    "ensemble": Estimator(ensemble, False, "that of its members", "a ridge regression on truths", needs=CALIBRATION),
 }

@@ -7,8 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
+from ...data import ImageData
 from ...defaults import EPOCHS, TRAIN_BATCH_SIZE
+
+TUNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """How a network is trained on that has trained weights already.
+
+    Args:
+        teacher: trained network whose outputs it also learns, in eval mode.
+        data: images that the teacher sees: those of the training in the teacher's size, in the same order.
+        learning_rate: highest learning rate for batches of 64.
+        weight: weight of the teacher's outputs against that of the labels.
+    """
+
+    teacher: nn.Module
+    data: ImageData
+    learning_rate: float = TUNING_RATE
+    weight: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,7 @@ class Fidelity:
         chunks: number of parts in which the images of a training step go through the network, one after the other. More
             parts need less memory, but batch norms then see smaller batches.
         ensemble: data of `Ensemble.to_dict`, for the estimator `ensemble`.
+        tuning: how a network with trained weights is trained on; None trains from scratch.
     """
 
     epochs: int = EPOCHS
@@ -29,6 +51,7 @@ class Fidelity:
     max_seconds: float | None = None
     chunks: int = 1
     ensemble: Mapping[str, Any] | None = field(default=None, repr=False)
+    tuning: Tuning | None = field(default=None, repr=False, compare=False)
 
     @property
     def rungs(self) -> tuple[int, ...]:

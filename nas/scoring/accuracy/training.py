@@ -26,7 +26,7 @@ from ...data import ImageData, Images
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
-from .estimate import Estimate, Fidelity, Rung
+from .estimate import Estimate, Fidelity, Rung, Tuning
 
 RECIPE = 2
 """Version of the recipe. Version 1 was a cosine over the requested epochs; version 2 can continue from any epoch and
@@ -78,7 +78,7 @@ def train(
     """
     start = time.perf_counter()
     deadline = None if fidelity.max_seconds is None else start + fidelity.max_seconds
-    running = training or Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks)
+    running = training or Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks, fidelity.tuning)
     if running.epoch > fidelity.epochs:
         raise ValueError(f"a training of {running.epoch} epochs cannot continue to {fidelity.epochs} epochs")
     network = running.averaged() if running.epoch == fidelity.epochs else running.network
@@ -118,6 +118,7 @@ class Training:
         seed: random seed of the training.
         device: device to train on.
         chunks: number of parts in which the images of a step go through the network.
+        tuning: how the training goes on from trained weights; None trains from scratch.
 
     Attributes:
         network: the network with the weights of the last step.
@@ -126,11 +127,18 @@ class Training:
     """
 
     def __init__(
-        self, model: nn.Module, data: ImageData, batch_size: int, seed: int, device: str, chunks: int = 1
+        self,
+        model: nn.Module,
+        data: ImageData,
+        batch_size: int,
+        seed: int,
+        device: str,
+        chunks: int = 1,
+        tuning: Tuning | None = None,
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.amp = multiplies_bf16(self.device)
-        train_part = _on_device(data.train, device)
+        train_part = _on_device((tuning.data if tuning else data).train, device)
         self.pixels, self.labels = train_part.pixels, train_part.labels
         self.normalise = normaliser(data, device)
         self.batch_size, self.chunks = min(batch_size, len(self.labels)), chunks
@@ -138,7 +146,9 @@ class Training:
         self.network = copy.deepcopy(model).to(self.device).to(memory_format=self.format)
         self.average = [p.detach().clone() for p in self.network.parameters()]
         # Adam's rate scales with the square root of the batch size; the rate was chosen for 64
-        self.rate = LEARNING_RATE * math.sqrt(self.batch_size / 64)
+        self.tuning = tuning
+        self.teacher = None if tuning is None else copy.deepcopy(tuning.teacher).to(self.device).eval()
+        self.rate = (tuning.learning_rate if tuning else LEARNING_RATE) * math.sqrt(self.batch_size / 64)
         self.optimizer = create_optimizer_v2(
             self.network, opt="adamw", lr=self.rate, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -179,7 +189,7 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
             for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    loss = F.cross_entropy(self.network(part), labels, label_smoothing=LABEL_SMOOTHING)
+                    loss = self._loss(part, labels)
                 loss = loss * (len(labels) / len(index))
                 loss.backward()
                 loss_sum += loss.detach()
@@ -190,28 +200,32 @@ class Training:
         if not math.isfinite(loss_sum.item()):  # once an epoch, because a check in every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the loss against the labels and, in a tuning, against the teacher's outputs."""
+        logits = self.network(self._scaled(images))
+        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        if self.tuning is None or self.teacher is None:
+            return loss
+        with torch.no_grad():
+            expected = self.teacher(images).float().log_softmax(1)
+        distance = F.kl_div(logits.float().log_softmax(1), expected, reduction="batchmean", log_target=True)
+        return (1 - self.tuning.weight) * loss + self.tuning.weight * distance
+
+    def _scaled(self, images: torch.Tensor) -> torch.Tensor:
+        """Scales images down to the size of the network's images, where the teacher sees larger ones."""
+        size = self.data.input_size[1:]
+        if images.shape[2:] == size:
+            return images
+        scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return scaled.contiguous(memory_format=self.format)
+
     def averaged(self) -> nn.Module:
         """Returns a network with the averaged weights, whose batch norms have statistics of these weights."""
         network = copy.deepcopy(self.network)
         with torch.no_grad():
             for parameter, average in zip(network.parameters(), self.average, strict=True):
                 parameter.copy_(average)
-        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        if not norms:
-            return network
-        network.eval()
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
-            norm.train()
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.seed))
-        with torch.inference_mode():
-            for index in order[: STATISTICS_BATCHES * self.batch_size].split(self.batch_size):
-                if len(index) == self.batch_size:
-                    network(self.normalise(self.pixels[index.to(self.device)]))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        estimate_batch_norms(network, self.data, self.batch_size, self.seed, str(self.device))
         return network
 
     def state(self) -> dict[str, Any]:
@@ -235,6 +249,37 @@ class Training:
         self.curve = tuple(Rung(*point) for point in state["curve"])
 
 
+def estimate_batch_norms(network: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:
+    """Computes the statistics of a network's batch norms anew, from up to 16 batches of training images.
+
+    Args:
+        network: the network, on `device`. Its weights stay. It is left in eval mode, unless it has no batch norms.
+        data: the images.
+        batch_size: images in a batch.
+        seed: random seed of the choice of images.
+        device: device of the network.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    part, normalise = _on_device(data.train, device), normaliser(data, device)
+    batch_size = min(batch_size, len(part))
+    network.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        for index in order[: STATISTICS_BATCHES * batch_size].split(batch_size):
+            if len(index) == batch_size:
+                network(normalise(part.pixels[index.to(device)]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
 def _rate(step: int) -> float:
     """Returns the share of the learning rate at a step. Steps count from 1."""
     return min(1.0, step / WARMUP_STEPS) * math.sqrt(DECAY_STEPS / (DECAY_STEPS + step))
@@ -256,7 +301,7 @@ def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _on_device(images: Images, device: str) -> Images:
     """Moves images to a device. The cache keeps them there from one training to the next."""
     return Images(images.pixels.to(device), images.labels.to(device))
@@ -278,18 +323,30 @@ def top1(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) 
     Raises:
         TrialFailure: `non_finite` if that happens for more than a tenth of the images.
     """
+    hits = held_out_hits(model, data, device, batch_size)
+    return 100 * int(hits.sum()) / len(hits)
+
+
+def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> torch.Tensor:
+    """Returns for each held-out image whether its highest logit is that of the right class, as `top1` counts it.
+
+    Returns:
+        A bool tensor of shape (images,), on the CPU.
+
+    Raises:
+        TrialFailure: as `top1`.
+    """
     held, normalise = _on_device(data.holdout, device), normaliser(data, device)
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    broken = torch.zeros((), dtype=torch.int64, device=device)
+    hits, broken = [], torch.zeros((), dtype=torch.int64, device=device)
     with torch.inference_mode():
         for pixels, labels in zip(held.pixels.split(batch_size), held.labels.split(batch_size), strict=True):
             logits = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
             finite = logits.isfinite().all(1)
             broken += (~finite).sum()
-            correct += ((logits.argmax(1) == labels) & finite).sum()
+            hits.append((logits.argmax(1) == labels) & finite)
     if int(broken) > MAX_BROKEN * len(held):
         raise TrialFailure(
             "non_finite", f"the trained network gives {int(broken)} of {len(held)} images logits that are not finite"
         )
-    return 100 * int(correct) / len(held)
+    return torch.cat(hits).cpu()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ...errors import UsageError, one_line
 from ...foreign_files import MAX_LINE
-from ...space import Choice, SearchSpace
+from ...space import Choice, Space
 
 Choices = Mapping[str, Choice]
 Point = tuple[int, ...]
@@ -110,7 +110,7 @@ class Knobs:
         object.__setattr__(self, "ordered", asked)
 
     @classmethod
-    def of_space(cls, space: SearchSpace) -> Knobs:
+    def of_space(cls, space: Space) -> Knobs:
         """Returns the knobs of a search space; choices that give the same architecture are one point."""
         return cls(space.knobs, canonical=space.canonical, distinct=space.size)
 

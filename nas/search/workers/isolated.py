@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...architecture import Architecture
+from ...architecture import Candidate
 from ...errors import NasError, TrialFailure
 from ...machine.children import end_with_parent
 from ...machine.turns import WAITING
@@ -67,7 +67,7 @@ class IsolatedEvaluator:
         return number, outcome_of(self.evaluate, task)
 
     def evaluate(
-        self, architecture: Architecture, judge: Judge | None = None, measured: Scores | None = None
+        self, architecture: Candidate, judge: Judge | None = None, measured: Scores | None = None
     ) -> Evaluation:
         """Scores one candidate.
 

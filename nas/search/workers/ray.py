@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...architecture import Architecture
+from ...architecture import Candidate
 from ...errors import RunError, TrialFailure, UsageError
 from ...objectives.objectives import Scores
 from ..early_stopping import Judge
@@ -93,7 +93,7 @@ class Cluster:
         self._seconds = seconds
         self._under_way: dict[Any, int] = {}
 
-    def submit(self, number: int, task: tuple[Architecture, Judge | None, Scores | None]) -> None:
+    def submit(self, number: int, task: tuple[Candidate, Judge | None, Scores | None]) -> None:
         """Begins to score a candidate.
 
         Args:
@@ -155,7 +155,7 @@ class Target:
 
         self._evaluator = IsolatedEvaluator(ray.get(evaluator[0]), seconds)
 
-    def measure(self, architecture: Architecture) -> Outcome:
+    def measure(self, architecture: Candidate) -> Outcome:
         """Returns all scores but those of the training."""
         return outcome_of(self._evaluator.evaluate, (architecture,))
 
@@ -165,7 +165,7 @@ _FETCHED: dict[str, Evaluator | IsolatedEvaluator] = {}
 
 
 def _train(
-    evaluator: list[Any], architecture: Architecture, judge: Judge | None, known: Outcome | None, seconds: float | None
+    evaluator: list[Any], architecture: Candidate, judge: Judge | None, known: Outcome | None, seconds: float | None
 ) -> Outcome:
     """Does what is left of scoring a candidate: a task of the cluster."""
     import ray

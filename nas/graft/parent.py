@@ -1,0 +1,123 @@
+"""The parent: a pretrained network, trained on the user's images, in a folder of the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+
+from .. import defaults
+from ..errors import RunError, UsageError
+from ..folders.files import PARENT
+from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
+from ..search.config import SearchConfig
+from ..targets import Target, resolve
+from ..training.config import TrainConfig
+from ..training.loop import Step
+from ..training.recipes import Auto
+from ..training.work import train
+
+HELD_OUT = 0.5
+"""Largest share of the images that the parent's training holds out. It is more than a search holds out."""
+
+
+@dataclass(frozen=True)
+class ParentConfig:
+    """The pretrained network of a search.
+
+    Args:
+        target: a timm model (`timm:NAME`), a preset, or the folder of a finished training or of an export.
+        weights: a safetensors file with its weights; None for those of the folder.
+        epochs: epochs for which it is trained on the user's images; None leaves them to the recipe `auto`. A finished
+            training on the same images is not trained again.
+        proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
+            of `SearchConfig.epochs` epochs).
+    """
+
+    target: str
+    weights: Path | None = None
+    epochs: int | None = None
+    proxy: str = defaults.GRAFT_PROXY
+
+    def resolved(self) -> Target:
+        """Finds the network.
+
+        Raises:
+            UsageError: if there is no such network, or it has no weights.
+        """
+        target = resolve(self.target)
+        if self.weights is None and target.weights is None:
+            raise UsageError(
+                f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
+            )
+        return target
+
+
+def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> Trained:
+    """Trains the parent on the images of a search, in the folder of its run; resumes an interrupted training.
+
+    The images that the search holds out are held out here too, so that the parent's accuracy is comparable.
+
+    Args:
+        parent: the pretrained network.
+        config: the search; `out` is set.
+        on_step: called with the progress after each step.
+
+    Raises:
+        UsageError: if a value is not allowed.
+        DataError: if the images cannot be used.
+        RunError: if the folder holds another training, or weights do not fit.
+        NasError: if the training fails.
+    """
+    assert config.out is not None
+    out, target = config.out / PARENT, parent.resolved()
+    if is_training(out) and Trained.open(out).result is not None:
+        return Trained.open(out)
+    if parent.weights is None and target.folder is not None and _fits(target.folder, config):
+        return _copied(Trained.open(target.folder), out)
+    epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
+    settings = TrainConfig(
+        target=parent.target,
+        recipe=Auto((f"holdout={HELD_OUT}", *epochs)),
+        data=config.data,
+        data_root=config.data_root,
+        classes=config.classes,
+        input_size=config.input_size,
+        seed=config.seed,
+        device=config.train_device or config.device,
+        init="auto" if parent.weights is None else str(parent.weights),
+        share_device=config.share_device,
+        search_images=config.max_images,
+        out=out,
+    )
+    return train(settings, on_step)
+
+
+def license_of(target: Target) -> str:
+    """Returns the licence of a timm model as timm states it; empty if it is unknown."""
+    config = timm.get_pretrained_cfg(target.model, allow_unregistered=True) if target.model else None
+    return (config.license or "") if config is not None else ""
+
+
+def _fits(folder: Path, config: SearchConfig) -> bool:
+    """Whether a folder is a training that held out the images which the search holds out."""
+    if not is_training(folder):
+        return False
+    trained = Trained.open(folder)
+    if trained.result is None:
+        raise RunError(f"{folder} is not fully trained: resume it with mixnas train {folder}")
+    data = trained.manifest.data
+    same_size = config.input_size is None or config.input_size == data.side
+    search = data.held["search"]
+    return search is not None and search[0] == config.max_images and same_size
+
+
+def _copied(trained: Trained, out: Path) -> Trained:
+    """Copies a finished training into the run folder; its result comes last, because it marks a finished one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, WEIGHTS, RESULT):
+        shutil.copyfile(trained.path / name, out / name)
+    return Trained.open(out)

@@ -1,0 +1,80 @@
+"""Starts and resumes searches for cheaper forms of a pretrained network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..data import load_data
+from ..errors import UsageError
+from ..folders.join import find_run
+from ..folders.run import Run
+from ..folders.training import Trained
+from ..machine.turns import exclusive
+from ..results import search_folder
+from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
+from ..search import SearchConfig, search
+from ..search.progress import Progress
+from ..training.loop import Step
+from .blocks import space_of
+from .parent import ParentConfig, train_parent
+
+log = logging.getLogger(__name__)
+
+
+def graft(
+    parent: ParentConfig,
+    config: SearchConfig,
+    shares: Mapping[str, float] | None = None,
+    on_trial: Callable[[Progress], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Run:
+    """Trains a parent on the user's images and searches its cheaper forms; resumes what was interrupted.
+
+    Args:
+        parent: the pretrained network.
+        config: the configuration of the search. Its space and its proxy are ignored.
+        shares: `latency` -> largest latency as a share of the parent's, as a budget of the search.
+        on_trial: called at the start of the search and after every trial.
+        on_step: called after each step of the parent's training.
+
+    Returns:
+        The run, as `nas.search.search` returns it.
+
+    Raises:
+        UsageError: if a value is not allowed, or the parent cannot be made cheaper.
+        As `nas.search.search` and `nas.training.train`.
+    """
+    if unknown := sorted(set(shares or {}) - {"latency"}):
+        raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
+    target = parent.resolved()
+    name = target.name.removeprefix("timm:").partition(",")[0]
+    out = config.out or search_folder(f"graft-{Path(name).name}", config.data)
+    config = replace(config, out=out, latency=tuple(at.here() for at in config.latency))
+    if config.input_size is None and target.data.get("input_size"):
+        config = replace(config, input_size=target.data["input_size"][1])
+    if find_run(out):
+        raise UsageError(f"{out} is a run already: leave `parent` out to resume it")
+    trained = train_parent(parent, config, on_step)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    recorded = trained.manifest.data
+    data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
+    space = space_of(trained, Path(name).name, data, config.train_device or config.device)
+    budgets = dict(config.budgets)
+    if shares:
+        ms = _latency_ms(trained, config.latency[0], data.input_size)
+        budgets["latency"] = shares["latency"] * ms
+        log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
+    within = tuple(space.rivals().values())
+    return search(
+        replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=within, input_size=data.input_size[1]),
+        on_trial,
+    )
+
+
+def _latency_ms(trained: Trained, latency: LatencyConfig, input_size: tuple[int, int, int]) -> float:
+    """Measures the parent's latency on the first target, in milliseconds."""
+    with exclusive(latency.device):
+        return measure_latency(trained.load_model(), input_size, latency, reference_ms(latency)).ms

@@ -1,0 +1,50 @@
+"""The accuracy of a network that is put together from trained layers, without further training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+
+from torch import nn
+
+from ...data import ImageData
+from .estimate import Estimate, Fidelity, Rung
+from .training import estimate_batch_norms, top1
+
+
+def assembled(
+    model: nn.Module,
+    data: ImageData,
+    fidelity: Fidelity,
+    seed: int,
+    device: str,
+    on_rung: Callable[[Rung], None] | None = None,
+) -> Estimate:
+    """Returns the top-1 accuracy in percent of a copy of `model` on `data.holdout`, by forward passes alone.
+
+    The batch norms get statistics of training images first, because the layers before them may be others than in their
+    training.
+
+    Args:
+        model: a classifier of `data.classes` with trained weights.
+        data: images for the statistics and for validation.
+        fidelity: its batch size is used.
+        seed: random seed of the choice of training images.
+        device: device to run on.
+        on_rung: never called, because there is no training to watch.
+
+    Raises:
+        TrialFailure: `non_finite` if logits are not finite.
+    """
+    start = time.perf_counter()
+    network = copy.deepcopy(model).to(device).eval()
+    estimate_batch_norms(network, data, fidelity.batch_size, seed, device)
+    score = top1(network, data, device)
+    share = score / 100
+    return Estimate(
+        score=score,
+        std=100 * math.sqrt(share * (1 - share) / len(data.holdout)),
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,77 @@
+"""The pretrained network of a search for grafts, with its weights for the user's classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..architecture import Graft
+from ..data import ImageData
+from ..errors import RunError
+from ..folders.files import PARENT
+from ..folders.training import Trained
+from ..models import create_graft
+from ..space import GraftSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Parent:
+    """A trained network that grafts are made of.
+
+    Args:
+        whole: the graft that is the parent itself.
+        weights: weights of the parent by name.
+        classes: class names in the order of its logits.
+        mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
+        std: standard deviation of the channels, likewise.
+    """
+
+    whole: Graft
+    weights: Mapping[str, torch.Tensor]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of all weights: the same parent with other weights gives other scores."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def assemble(self, graft: Graft) -> nn.Module:
+        """Builds a graft with the weights of the parent."""
+        model = create_graft(graft, len(self.classes))
+        model.load_state_dict({name: self.weights[name] for name in model.state_dict()})
+        return model
+
+    def normalised(self, data: ImageData) -> ImageData:
+        """Returns images with the parent's normalisation.
+
+        Raises:
+            RunError: if the classes are not the parent's.
+        """
+        if data.classes != self.classes:
+            raise RunError(f"{data.name} has other classes than the parent was trained on, or in another order")
+        return replace(data, mean=self.mean, std=self.std)
+
+
+def open_parent(run_path: Path, space: GraftSpace) -> Parent:
+    """Reads the parent of a run.
+
+    Raises:
+        RunError: if the run holds no trained parent.
+    """
+    trained = Trained.open(run_path / PARENT)
+    data = trained.manifest.data
+    weights = trained.load_model().state_dict()
+    if missing := sorted(set(create_graft(space.whole, len(data.classes)).state_dict()) ^ set(weights)):
+        raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
+    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std))

@@ -1,0 +1,128 @@
+"""Tunes the best grafts of a search, and the parent's forms that need no search, all in the same way.
+
+Assembled accuracies only say which grafts to tune. A front is made of tuned networks alone. The results are attributes
+of the study, `tuned` (key -> accuracy, and which held-out images were right); the weights lie in the run folder. A
+killed search loses the one tuning that was under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+
+from ..architecture import Graft
+from ..errors import TrialFailure
+from ..folders.attributes import BASELINES, TUNED
+from ..folders.run import Run
+from ..folders.trial import Trial
+from ..objectives.pareto import nondomination_ranks
+from ..scoring.accuracy import train
+from ..scoring.accuracy.training import held_out_hits
+from .evaluate import Evaluator
+
+log = logging.getLogger(__name__)
+
+
+def tune(
+    study: optuna.Study, run: Run, evaluator: Evaluator, rivals: Mapping[str, Graft], epochs: int, count: int
+) -> None:
+    """Scores and tunes the rivals, then tunes the shortlist of the search, until all of the front is tuned.
+
+    Args:
+        study: the study, which gets the results as attributes.
+        run: the run.
+        evaluator: the evaluator of the run.
+        rivals: name -> form of the parent; they become baselines of the run.
+        epochs: epochs of each tuning.
+        count: number of scored grafts to tune at least, the best ones first.
+    """
+    tuner = _Tuner(study, run, evaluator, epochs)
+    _score_rivals(study, evaluator, rivals, tuner)
+    trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
+    tuner.tune_all(_shortlist(run, trials, count))
+
+
+class _Tuner:
+    """Tunes grafts, unless they are tuned already."""
+
+    def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
+        self._study, self._run, self._evaluator = study, run, evaluator
+        self._fidelity = replace(evaluator.fidelity, epochs=epochs, max_seconds=None)
+        self.done: dict[str, Any] = dict(study.user_attrs.get(TUNED, {}))
+
+    def tune_all(self, grafts: Sequence[Graft]) -> None:
+        """Tunes grafts one after the other."""
+        left = [graft for graft in grafts if graft.key not in self.done]
+        for number, graft in enumerate(left, start=1):
+            log.info("tuning %s for %d epochs: %d of %d", graft.key, self._fidelity.epochs, number, len(left))
+            self.tune(graft)
+
+    def tune(self, graft: Graft) -> Mapping[str, Any]:
+        """Tunes a graft; returns its entry of `tuned`, which holds a `failure` if it cannot be tuned."""
+        if graft.key not in self.done:
+            self.done[graft.key] = self._tuned(graft)
+            self._study.set_user_attr(TUNED, self.done)
+        entry: Mapping[str, Any] = self.done[graft.key]
+        return entry
+
+    def _tuned(self, graft: Graft) -> dict[str, Any]:
+        at, start = self._evaluator.at(graft), time.monotonic()
+        model = at.build(graft)
+        try:
+            with at.training():
+                estimate = train(model, at.proxy_data or at.data, self._fidelity, at.seed, at.device)
+                assert estimate.weights is not None
+                model.load_state_dict(estimate.weights)
+                hits = held_out_hits(model.to(at.device), at.data, at.device).numpy()
+        except TrialFailure as failure:
+            return {"failure": f"{failure.reason}: {failure}"}
+        self._run.save_tuned(graft.key, estimate.weights)
+        share = float(hits.mean())
+        return {
+            "accuracy": 100 * share,
+            "accuracy_std": 100 * math.sqrt(share * (1 - share) / len(hits)),
+            "epochs": self._fidelity.epochs,
+            "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
+            "seconds": time.monotonic() - start,
+            "num_images": len(hits),
+            "hits": np.packbits(hits).tobytes().hex(),
+        }
+
+
+def _score_rivals(study: optuna.Study, evaluator: Evaluator, rivals: Mapping[str, Graft], tuner: _Tuner) -> None:
+    """Measures and tunes forms of the parent without a budget, and records them as baselines."""
+    known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
+    free = replace(evaluator, budgets={})
+    for name, graft in rivals.items():
+        if name in known:
+            continue
+        log.info("scoring and tuning the %s", name)
+        try:
+            scores = free.evaluate(graft).scores
+            entry = tuner.tune(graft)
+            if "failure" in entry:
+                known[name] = {"failure": entry["failure"]}
+            else:
+                tuned = replace(scores, **{field: entry[field] for field in ("accuracy", "accuracy_std")})
+                known[name] = {"scores": tuned.to_dict(), "graft": graft.to_dict()}
+        except TrialFailure as failure:
+            known[name] = {"failure": f"{failure.reason}: {failure}"}
+        study.set_user_attr(BASELINES, known)
+
+
+def _shortlist(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
+    """Returns the front before tuning, and the ranks behind it until there are `count` grafts."""
+    if not trials:
+        return []
+    losses = run.losses(list(trials))
+    ranks = nondomination_ranks(losses)
+    first = int((ranks == ranks.min()).sum())
+    order = sorted(range(len(trials)), key=lambda i: (ranks[i], *losses[i]))[: max(count, first)]
+    return [graft for i in order if isinstance(graft := trials[i].architecture, Graft)]

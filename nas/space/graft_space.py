@@ -1,0 +1,207 @@
+"""The space of a pretrained network's cheaper forms: fewer blocks and smaller images."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..architecture import Architecture, Candidate, Graft, check_mapping
+from ..errors import UsageError
+from .search_space import SearchSpace
+from .stage_choices import Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_PARTS, MAX_SIZES = 64, 16
+SIZE = "input_size"
+
+
+@dataclass(frozen=True)
+class GraftSpace:
+    """Declared space of grafts of one parent.
+
+    Args:
+        name: a short word.
+        description: one line for people.
+        parent: the pretrained network, as in `Graft`.
+        parts: for each part of the network, the paths of the blocks that can be dropped, the least harmful first. A
+            graft that drops n blocks of a part drops the first n of them.
+        input_sizes: sides of the images in pixels, the parent's own first.
+    """
+
+    name: str
+    description: str
+    parent: str | Architecture
+    parts: tuple[tuple[str, ...], ...]
+    input_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.input_sizes or len(self.input_sizes) > MAX_SIZES or len(self.parts) > MAX_PARTS:
+            raise UsageError(f"space {self.name}: at most {MAX_PARTS} parts, and 1 to {MAX_SIZES} image sizes")
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in self.input_sizes)
+        if not whole or list(self.input_sizes) != sorted(set(self.input_sizes), reverse=True):
+            raise UsageError(f"space {self.name}: its image sizes must be whole numbers, the largest first")
+        if not self.knobs:
+            raise UsageError(
+                f"space {self.name}: its parent has no blocks that can be dropped, and only one image size"
+            )
+        paths = [path for part in self.parts for path in part]
+        if len(set(paths)) != len(paths) or not all(self.parts):
+            raise UsageError(f"space {self.name}: each part lists its own blocks, each once")
+        self.decode(self._first)  # checks sizes and paths
+        self.decode({name: choices[-1] for name, choices in self.knobs.items()})
+
+    @cached_property
+    def knobs(self) -> dict[str, tuple[Choice, ...]]:
+        """Maps knob names to their choices: the number of dropped blocks of each part, and the image size."""
+        found: dict[str, tuple[Choice, ...]] = {
+            f"part{i}.dropped": tuple(range(len(part) + 1)) for i, part in enumerate(self.parts, start=1)
+        }
+        return found | ({SIZE: self.input_sizes} if len(self.input_sizes) > 1 else {})
+
+    @cached_property
+    def _first(self) -> dict[str, Choice]:
+        return {name: choices[0] for name, choices in self.knobs.items()}
+
+    @cached_property
+    def size(self) -> int:
+        """Number of distinct grafts."""
+        return math.prod(len(choices) for choices in self.knobs.values())
+
+    @cached_property
+    def whole(self) -> Graft:
+        """The parent itself."""
+        return self.decode(self._first)
+
+    def decode(self, choices: Mapping[str, Choice]) -> Graft:
+        """Returns the graft for one choice per knob.
+
+        Raises:
+            UsageError: if a knob is missing or unknown, or its value is not one of its choices.
+        """
+        if set(choices) != set(self.knobs):
+            odd = sorted(set(choices) ^ set(self.knobs))
+            raise UsageError(f"space {self.name}: missing or unknown knobs {', '.join(odd)}")
+        for name, value in choices.items():
+            if value not in self.knobs[name]:
+                allowed = ", ".join(map(str, self.knobs[name]))
+                raise UsageError(f"space {self.name}: {name} is {value!r}, allowed are {allowed}")
+        side = int(choices.get(SIZE, self.input_sizes[0]))
+        dropped = [
+            path for i, part in enumerate(self.parts, start=1) for path in part[: int(choices[f"part{i}.dropped"])]
+        ]
+        return Graft(self.parent, side, side < self.input_sizes[0], tuple(dropped))
+
+    def encode(self, graft: Candidate) -> dict[str, Choice]:
+        """Returns the choices that decode to `graft`.
+
+        Raises:
+            UsageError: if the graft is not in this space.
+        """
+        if isinstance(graft, Graft) and graft.parent == self.parent and graft.input_size in self.input_sizes:
+            found: dict[str, Choice] = {
+                f"part{i}.dropped": len(set(part) & set(graft.dropped)) for i, part in enumerate(self.parts, start=1)
+            }
+            found |= {SIZE: graft.input_size} if SIZE in self.knobs else {}
+            if self.decode(found) == graft:
+                return found
+        raise UsageError(f"{graft.key} is not in space {self.name}")
+
+    def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+        """Returns the choices unchanged, because every combination is a graft of its own."""
+        return dict(choices)
+
+    def sample(self, rng: np.random.Generator) -> Graft:
+        """Returns a graft for which every knob is drawn uniformly."""
+        return self.decode({name: choices[int(rng.integers(len(choices)))] for name, choices in self.knobs.items()})
+
+    def neighbours(self, graft: Candidate) -> list[Graft]:
+        """Returns the grafts that differ in one knob, in the order of the knobs."""
+        base = self.encode(graft)
+        return [
+            self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name]
+        ]
+
+    def __iter__(self) -> Iterator[Graft]:
+        """Yields every graft once, in a fixed order. Look at `size` first."""
+        for chosen in itertools.product(*self.knobs.values()):
+            yield self.decode(dict(zip(self.knobs, chosen, strict=True)))
+
+    def largest(self) -> list[Graft]:
+        """Returns the graft with the most work: the parent itself."""
+        return [self.whole]
+
+    def rivals(self) -> dict[str, Graft]:
+        """Returns the forms that need no search, by name: the parent, smaller images, and evenly fewer blocks.
+
+        A graft pays only where it beats these.
+        """
+        found = {"parent": self._first}
+        found |= {f"parent at {side} px": self._first | {SIZE: side} for side in self.input_sizes[1:]}
+        for words, share in (
+            ("a third of the blocks dropped", 1 / 3),
+            ("two thirds dropped", 2 / 3),
+            ("all dropped", 1),
+        ):
+            fewer = {f"part{i}.dropped": round(share * len(part)) for i, part in enumerate(self.parts, start=1)}
+            found[f"parent, {words}"] = self._first | fewer
+        named: dict[Graft, str] = {}
+        for name, choices in found.items():
+            named.setdefault(self.decode(choices), name)
+        return {name: graft for graft, name in named.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data from which `from_dict` builds an equal space."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "parent": self.parent if isinstance(self.parent, str) else self.parent.to_dict(),
+            "parts": [list(part) for part in self.parts],
+            "input_sizes": list(self.input_sizes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraftSpace:
+        """Builds a space from the data that `to_dict` returns.
+
+        Raises:
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
+        """
+        names = ("name", "description", "parent", "parts", "input_sizes")
+        values = check_mapping(data, "a graft space", names, names)
+        if not isinstance(values["parts"], list) or not all(isinstance(part, list) for part in values["parts"]):
+            raise UsageError("a graft space's parts must be lists of paths")
+        if not isinstance(values["input_sizes"], list):
+            raise UsageError("a graft space's input_sizes must be a list")
+        parent = values["parent"]
+        return cls(
+            name=str(values["name"]),
+            description=str(values["description"]),
+            parent=Architecture.from_dict(parent) if isinstance(parent, Mapping) else parent,
+            parts=tuple(tuple(part) for part in values["parts"]),
+            input_sizes=tuple(values["input_sizes"]),
+        )
+
+    def to_json(self) -> str:
+        """Returns canonical JSON: equal spaces give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+Space = SearchSpace | GraftSpace
+"""A space that a search may search."""
+
+
+def space_from_dict(data: Mapping[str, Any]) -> Space:
+    """Builds a search space or a graft space from the data of its `to_dict`.
+
+    Raises:
+        UsageError: if the data describes neither.
+    """
+    grafts = isinstance(data, Mapping) and "parent" in data
+    return GraftSpace.from_dict(data) if grafts else SearchSpace.from_dict(data)
