@@ -445,6 +445,14 @@ def test_reduction_and_dominant_mixer():
     assert PINNED["FULL"].dominant_mixer == "softmax"
     tie = Architecture(stages=(Stage(Additive(), 2, 8), Stage(Strip(), 2, 8)))
     assert tie.dominant_mixer == "strip"
+    blocks = Architecture(stages=(Stage(Additive(), 3, 8), Stage(Strip(), 1, 8), Stage(Strip(), 1, 8)))
+    assert blocks.dominant_mixer == "additive", "blocks count, not stages"
+
+
+def test_widths_of_an_mlp_are_rounded_to_the_nearest():
+    for width, ratio, mlp, expected in ((7, 1.25, "plain", 9), (16, 4, "gated", 43), (16, 4, "none", 0)):
+        assert Stage(Additive(), 1, width, mlp_ratio=ratio, mlp=mlp).mlp_width == expected
+    assert Stage(Additive(), 1, 2, mlp_ratio=0.01).mlp_width == 1
 
 
 @table("stride", [2, 4])

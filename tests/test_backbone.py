@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ from nas.architecture import (
 )
 from nas.errors import UsageError
 from nas.models import PRESETS, Backbone
+from nas.models.backbone import count_params
 from nas.models.blocks import STEMS as STEM_MODULES
 from nas.models.blocks import Block, StageModule, build_local_unit, build_mlp
 from nas.scoring.cost import count_cost
@@ -1242,6 +1244,15 @@ def test_cas_vit_block_closed_form(width):
     stem = 27 * middle * (32 * 32 // 4) + 9 * middle * width * (32 * 32 // 16)
     assert cost.parts["stem"] == (27 * middle + 3 * middle + 9 * middle * width + 3 * width, stem)
     assert cost.parts["head"] == (10 * width + 10, 10 * width)
+
+
+@table("name", NETWORKS)
+def test_parameters_are_counted_without_building_every_block(name):
+    stages = tuple(replace(stage, depth=stage.depth + i) for i, stage in enumerate(NETWORKS[name].stages))
+    deeper = replace(NETWORKS[name], stages=stages)
+    for architecture, classes in ((NETWORKS[name], 10), (deeper, 0)):
+        expected = sum(p.numel() for p in create(architecture, num_classes=classes).parameters())
+        assert count_params(architecture, classes) == expected
 
 
 def test_head_closed_form():

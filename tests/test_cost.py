@@ -500,6 +500,20 @@ def test_a_residual_keeps_its_input_alive():
     assert measure_memory_mib(block, (3, 4, 4)) * MIB == 4 * 12 + image + 3 * four
 
 
+def test_buffers_take_memory_as_parameters_do():
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.ones(5, 3, 4, 4))
+
+        def forward(self, x):
+            return x + self.shift[0]
+
+    image = 4 * 3 * 16
+    for memory_mib in (measure_memory_mib, estimate_memory_mib):
+        assert memory_mib(Shift(), (3, 4, 4)) * MIB == 5 * image + 2 * image
+
+
 def test_work_in_place_takes_no_memory():
     plain, in_place = (nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(inplace=i)) for i in (False, True))
     four = 4 * 4 * 64

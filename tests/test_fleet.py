@@ -7,16 +7,20 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from test_search import analytic_config
 
 from nas import consent
@@ -30,6 +34,7 @@ from nas.search.samplers.table import SAMPLERS
 from nas.search.study import join, work
 from nas.search.workers import claims
 from nas.search.workers.claims import Fleet, Worker
+from nas.storage import outages
 from nas.storage.connect import open_storage
 
 ROOT = Path(__file__).parents[1]
@@ -430,6 +435,37 @@ def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
     for thread in threads:
         thread.join()
     assert len(taken) == len(set(taken)) == 20
+
+
+def test_the_clock_of_outages_stands_still_in_them(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: now))
+    watch, error = outages.Outages(), ConnectionError("refused")
+    for seconds, call, expected in (
+        (0, None, 100),
+        (3, lambda: watch.began(error), 103),
+        (7, lambda: watch.began(error), 103),
+        (10, watch.ended, 103),
+        (5, watch.ended, 108),
+        (1, lambda: watch.began(error), 109),
+        (9, watch.ended, 109),
+    ):
+        now += seconds
+        if call is not None:
+            call()
+        assert watch.clock() == expected
+
+
+def test_an_outage_is_of_a_server():
+    """Waiting does not mend a file, a wrong question or a bug."""
+    closed = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+    of_a_file = OperationalError("SELECT 1", {}, sqlite3.OperationalError("disk I/O error"))
+    wrong = ProgrammingError("SELECT 1", {}, Exception("no such column"))
+    found = {error: outages.is_outage(error) for error in (closed, of_a_file, wrong, ValueError("a bug"), None)}
+    assert [error for error, yes in found.items() if yes] == [closed]
+    wrapped = StorageInternalError("an exception of the backend")
+    for wrapped.__cause__, expected in found.items():
+        assert outages.is_outage(wrapped) == expected
 
 
 @pytest.mark.slow

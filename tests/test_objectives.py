@@ -87,6 +87,26 @@ def test_an_untrained_proxy_is_not_called_accuracy():
     assert accuracy.read(Scores(proxy=1e9)) == 1e9
 
 
+def test_each_target_has_its_own_latency():
+    first, second, macs = parse_objectives(["latency", "macs"], "train", True, ("cpu-eager", "cpu-compile"))
+    assert [first.name, second.name, macs.name] == ["latency@cpu-eager", "latency@cpu-compile", "macs"]
+    there = {"cpu-compile": {"ms": 3.0, "low_ms": 2.0, "high_ms": 5.0}}
+    scores = Scores(latency_ms=7.0, latency_low_ms=6.0, latency_high_ms=8.0, others=there)
+    assert (first.read(scores), second.read(scores)) == (7.0, 3.0)
+    assert (first.interval(scores).ends, second.interval(scores).ends) == ((6.0, 8.0), (2.0, 5.0))
+
+
+def test_only_counts_may_be_lower_bounds():
+    scores = Scores(macs=2, flops=4, params=3, uncounted=("head: fft",))
+    assert {name for name, objective in OBJECTIVES.items() if objective.at_least(scores)} == {"macs", "flops"}
+
+
+def test_an_interval_of_percent_stays_within_them():
+    accuracy = OBJECTIVES["accuracy"]
+    for value, ends in ((50.0, (44.12, 55.88)), (2.0, (0.0, 7.88)), (99.0, (93.12, 100.0))):
+        assert accuracy.interval(Scores(accuracy=value, accuracy_std=3.0)).ends == pytest.approx(ends)
+
+
 # parse_budgets
 
 
@@ -172,6 +192,7 @@ def test_the_example_of_an_error_is_good(name):
     "name, value, text",
     [
         ("latency", 1.23456, "1.23 ms"),
+        ("latency", 0.98765, "0.988 ms"),
         ("accuracy", 98.0, "98.00 %"),
         ("memory", 12.5, "12.50 MiB"),
         ("params", 999, "999"),

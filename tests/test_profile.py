@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -149,8 +150,6 @@ def test_a_profile_keeps_what_was_measured(profiled):
 
 
 def test_a_profile_goes_on_and_survives_a_torn_line(profiled, tmp_path):
-    import shutil
-
     path = tmp_path / "copy"
     shutil.copytree(profiled.path, path)
     lines = (path / "networks.jsonl").read_text().splitlines()[:3]
@@ -207,6 +206,17 @@ def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
     other = replace(profiled, config=replace(CONFIG, input_size=64))
     with pytest.raises(UsageError, match=r"was measured with input size 32, the profile .* with 64"):
         trials_of(run, other)
+
+
+def test_a_model_needs_forty_pieces(profiled, tmp_path):
+    """Those of eight networks with a stem, three stages and a head."""
+    shutil.copy(profiled.path / "profile.json", tmp_path)
+    lines = (profiled.path / "networks.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "networks.jsonl").write_text("".join(lines[:7]), encoding="utf-8")
+    with pytest.raises(RunError, match="35 pieces and 7 networks: profile for longer"):
+        Profile.open(tmp_path).fit()
+    (tmp_path / "networks.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    assert isinstance(Profile.open(tmp_path).fit(), LatencyModel)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 9}'])

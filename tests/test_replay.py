@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from conftest import as_windows_writes
 from PIL import Image
@@ -25,6 +26,7 @@ from test_search import MINI, TINY, analytic_config
 
 from nas.errors import NasError, RunError, UsageError
 from nas.folders.files import locked_folder
+from nas.folders.replay import read_replay
 from nas.folders.run import Run
 from nas.interval import Interval
 from nas.models import create_backbone
@@ -282,6 +284,16 @@ def test_a_foreign_replay_is_one_line(single, content, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not again(run, anew=True).disagreeing
+
+
+def test_a_replay_is_of_one_machine(tmp_path):
+    file = tmp_path / FILE
+    rows = [{"trial": i, "key": "abc", "machine": name, "scores": "{}"} for i, name in enumerate(("here", "Abacus"))]
+    pd.DataFrame(rows[:1]).assign(failure="").to_csv(file, index=False)
+    assert list(read_replay(file, "here")) == [(0, "abc")]
+    pd.DataFrame(rows).assign(failure="").to_csv(file, index=False)
+    with pytest.raises(RunError, match="begun on Abacus, this is here"):
+        read_replay(file, "here")
 
 
 def test_a_folder_in_use_is_refused(single):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import optuna
 import pytest
 
 import search_spaces
 from nas.architecture import Architecture
+from nas.search.samplers.history import DIED, EARLY_STOPPING, ESTIMATES, GAIN, NOISE, Reader
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.problem import Problem
-from nas.search.samplers.table import SAMPLERS, distributions, suggest
+from nas.search.samplers.table import PATIENCE, SAMPLERS, distributions, expects_too_little, suggest
 from nas.space import SearchSpace, StageChoices
 
 MINI = search_spaces.load("mini")
@@ -113,3 +117,65 @@ def test_evenly_spaced_whole_numbers_become_a_range():
     assert found["stage3.depth"] == optuna.distributions.IntDistribution(2, 8, step=2)
     assert found["stage1.compression"] == optuna.distributions.CategoricalDistribution((1, 2, 4))
     assert isinstance(found["stage1.mixer"], optuna.distributions.CategoricalDistribution)
+
+
+def test_a_reference_point_that_nobody_gave():
+    """0 for a gain; for a loss 30 % of the range beyond the worst, but no further than its limit."""
+    losses = np.array([[1.0, -3.0, 2.0], [5.0, -9.0, 2.0]])
+    assert problem(3).corner(losses) == pytest.approx([6.2, 0.0, 2.3])
+    assert problem(2).corner(np.array([[1.0, 3.0], [5.0, 9.0]])) == pytest.approx([6.2, 10.8]), "it may be a loss"
+    assert replace(problem(3), reference={"quality": 2.0, "depth": 7.0}).corner(losses) == pytest.approx([6.2, -2, 7])
+    for limit, expected in ((5.5, 5.5), (9.0, 6.2)):
+        assert replace(problem(3), limits={"work": limit}).corner(losses)[0] == pytest.approx(expected)
+
+
+def test_a_search_ends_where_all_of_the_last_gains_are_small():
+    for gains, expected in (
+        ([0.01] * PATIENCE, True),
+        ([0.5] + [0.01] * PATIENCE, True),
+        ([0.01] * (PATIENCE - 1), False),
+        ([0.01] * (PATIENCE - 1) + [0.5], False),
+        ([0.5] + [0.01] * (PATIENCE - 1), False),
+        ([0.01] * (PATIENCE - 1) + [None], False),
+    ):
+        study = optuna.create_study()
+        for gain in gains:
+            study.add_trial(optuna.trial.create_trial(value=0.0, user_attrs={GAIN: gain}))
+        assert expects_too_little(study, 0.02) == expected
+        assert not expects_too_little(study, None)
+
+
+def test_history_is_what_the_trials_say():
+    """As losses, with the errors and limits of each; what stopped early has estimates, what died counts for nothing."""
+    study = optuna.create_study(directions=["minimize", "maximize", "minimize"])
+    knobs = Knobs({"a": (1, 2, 3), "b": ("x", "y")})
+
+    def begin(a: int, b: str, over: dict[str, float], **attributes: object) -> optuna.Trial:
+        study.enqueue_trial({"a": a, "b": b})
+        trial = study.ask()
+        suggest(trial, knobs)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        for name, value in over.items():
+            trial.set_constraint(name, value)
+        return trial
+
+    within, stopped = {"size": -0.5, "time": -0.1}, {"size": -0.5, "time": -0.1, EARLY_STOPPING: 0.2}
+    study.tell(begin(1, "x", within, **{NOISE: {"quality": 0.25}}), [5.0, 7.0, 1.0])
+    study.tell(begin(2, "y", within | {"time": 0.1}), [4.0, 6.0, 2.0])
+    guessed = {"work": [3.0, 0.0], "quality": [8.0, 0.5], "depth": [2.0, 0.0]}
+    study.tell(begin(3, "x", stopped, **{ESTIMATES: guessed}), state=optuna.trial.TrialState.PRUNED)
+    study.tell(begin(3, "y", within, failure=DIED), state=optuna.trial.TrialState.FAIL)
+    begin(2, "x", {})
+    history = Reader(knobs).read(study, problem(3))
+    assert history.rows.tolist() == [[0, 0], [1, 1], [2, 0]]
+    assert history.pending.tolist() == [[1, 0]]
+    assert history.losses.tolist() == [[5, -7, 1], [4, -6, 2], [3, -8, 2]]
+    assert history.noise.tolist() == [[0, 0.25, 0], [0, 0, 0], [0, 0.5, 0]]
+    assert history.complete.tolist() == [True, True, False]
+    assert history.feasible.tolist() == [True, False, True]
+    assert history.numbers == (0, 1, 2)
+    assert set(history.constraints) == {"time"}, "what was always kept teaches nothing"
+    points, values = history.constraints["time"]
+    assert np.array_equal(points, history.rows)
+    assert values.tolist() == [-0.1, 0.1, -0.1]

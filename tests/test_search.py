@@ -25,6 +25,7 @@ from nas.architecture import Architecture
 from nas.data import load_data
 from nas.errors import InfeasibleError, NasError, NotApplicable, RunError, TrialFailure, UsageError
 from nas.folders.files import locked_folder
+from nas.folders.join import join_run
 from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.scoring.accuracy import ESTIMATORS
@@ -36,6 +37,7 @@ from nas.search import evaluate as evaluate_module
 from nas.search.comparable import make_evaluator
 from nas.search.config import local_config, worker_config
 from nas.space import SearchSpace, StageChoices
+from nas.storage.connect import check_storage
 
 MINI = search_spaces.load("mini")
 TINY = SearchSpace(
@@ -340,6 +342,61 @@ def test_two_searches_in_one_folder_are_refused(tmp_path):
     run = search(analytic_config(tmp_path, trials=1))
     with locked_folder(run.path), pytest.raises(RunError, match="another process works"):
         search(analytic_config(tmp_path, trials=2))
+
+
+@table(
+    "url, words",
+    [
+        ("grpc://me:secret@host:1", "HOST:PORT"),
+        ("grpc://host", "HOST:PORT"),
+        ("grpc://:1", "HOST:PORT"),
+        ("postgresql://me:secret@host/study", "holds a password"),
+        ("postgresql://host/study?password=secret", "holds a password"),
+        ("mysql+pymysql://host/study?Passwd=secret", "holds a password"),
+        ("study.db", "a database URL"),
+    ],
+)
+def test_an_address_of_a_storage_holds_no_password(url, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        check_storage(url)
+    assert "secret" not in str(caught.value)
+    for good in (
+        "grpc://host:1",
+        "grpc://[::1]:1/",
+        "postgresql://me@host/study?sslmode=require",
+        "sqlite:///study.db",
+    ):
+        check_storage(good)
+
+
+def test_a_folder_in_use_keeps_its_lock(tmp_path):
+    folder = tmp_path / "run"
+    with locked_folder(folder):
+        for _ in range(2):
+            with pytest.raises(RunError, match="another process works"), locked_folder(folder):
+                pass
+        assert folder.exists()
+    assert not folder.exists(), "nothing was written"
+
+
+def test_an_architecture_that_is_being_scored_is_not_found_yet(exhausted):
+    trials = exhausted.trials()
+    assert exhausted.find(trials[0].key[:8], trials) is trials[0]
+    with pytest.raises(UsageError, match="no architecture"):
+        exhausted.find(trials[0].key, [replace(trials[0], state="running"), *trials[1:]])
+
+
+def test_a_folder_joins_one_run_alone(tmp_path):
+    """Also where both have the same name."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    run = search(analytic_config(tmp_path, trials=1, storage=url))
+    joined = join_run(tmp_path / "there", url, "run")
+    assert [t.key for t in joined.trials()] == [t.key for t in run.trials()]
+    assert join_run(tmp_path / "there", url, "run").path == joined.path
+    file = joined.path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": "2020-01-01T00:00:00+00:00"}))
+    with pytest.raises(RunError, match="the folder of another run"):
+        join_run(tmp_path / "there", url, "run")
 
 
 def test_images_too_small_leave_nothing_behind(tmp_path):

@@ -233,6 +233,9 @@ def test_the_whole_sets_the_scale_of_its_parts(run):
     assert (stem["low_ms"], stem["high_ms"]) == (pytest.approx(0.5 / 1.2), pytest.approx(0.5 * 1.2))
     assert head["high_ms"] == pytest.approx(0.5 * 1.2 ** math.sqrt(2)), "both errors, in squares"
     assert to_scale([sure], 2.0) == [sure], "of an earlier release"
+    (skewed,) = to_scale([whole | {"low_ms": 4.0 / 1.1, "high_ms": 4.0 * 1.5}, sure], 2.0)
+    assert skewed["low_ms"] == pytest.approx(0.5 / 1.5), "the whole may have been taken for too slow"
+    assert skewed["high_ms"] == pytest.approx(0.5 * 1.1)
 
 
 def finished(run: Run) -> Mapping[str, Any]:

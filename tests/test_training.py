@@ -455,6 +455,10 @@ def test_a_manifest_names_networks_of_timm_only(images, tmp_path):
         (trained.path / "train.json").write_text(json.dumps(manifest | {"model": model}))
         with pytest.raises(RunError, match="unknown network"):
             Trained.open(trained.path)
+    for change in ({"model": None}, {"architecture": tiny_architecture("additive").to_dict()}):
+        (trained.path / "train.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(RunError, match="must name an architecture or a model"):
+            Trained.open(trained.path)
 
 
 def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tmp_path):

@@ -17,6 +17,7 @@ from conftest import common_place, table
 from filelock import FileLock
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
+from sklearn.linear_model import Ridge
 
 import search_spaces
 from nas.calibration.report import low_epochs, noiseless, trust_report
@@ -26,6 +27,7 @@ from nas.folders.calibration import Calibration, find_trust, format_curve, parse
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
 from nas.scoring.latency import LatencyConfig
+from nas.scoring.regression import PENALTIES, ridge
 from nas.search import SearchConfig, search
 from nas.search.early_stopping import FEWEST, Finished, Stopped, best_final, check_rung, needed_accuracy
 
@@ -69,6 +71,18 @@ def test_recall_of_the_best_tenth():
     assert trust.top_recall(scores, truths) == pytest.approx(2 / 3)
 
 
+def test_recall_has_a_whole_number_of_places():
+    """Of 25 the best tenth are two, and equal scores have an equal share of the places."""
+    places = np.arange(25.0)
+    other = places.copy()
+    other[[23, 22]] = other[[22, 23]]
+    assert trust.top_recall(other, places) == 0.5
+    other[[24, 0]] = other[[0, 24]]
+    assert trust.top_recall(other, places) == 0
+    assert trust.top_recall(np.ones(25), places) == pytest.approx(2 / 25)
+    assert trust.top_recall(np.where(places > 20, 1.0, 0.0), places) == pytest.approx(1 / 2), "two of four alike"
+
+
 def test_intervals_hold_the_truth():
     """Pairs of a known correlation: the interval of Kendall's holds 2/pi asin(rho) about as often as it says."""
     rng, rho, held = np.random.default_rng(0), 0.7, 0
@@ -83,6 +97,26 @@ def test_intervals_hold_the_truth():
 
 
 # ensemble
+
+
+def test_ridge_is_that_of_scikit_learn():
+    """With the penalty whose error is least when each point is left out in turn; the constant is free."""
+    rng = np.random.default_rng(0)
+    for weights in (np.zeros(3), np.array([3.0, -1.0, 0.5])):
+        inputs = rng.normal(size=(20, 3))
+        targets = 1000 + inputs @ weights + rng.normal(size=20)
+        best = None
+        for penalty in PENALTIES:
+            left_out = []
+            for i in range(20):
+                model = Ridge(penalty).fit(np.delete(inputs, i, 0), np.delete(targets, i))
+                left_out.append(targets[i] - model.predict(inputs[[i]])[0])
+            if best is None or np.square(left_out).sum() < np.square(best[1]).sum():
+                best = penalty, left_out
+        model = Ridge(best[0]).fit(inputs, targets)
+        coefficients, errors = ridge(inputs, targets)
+        assert coefficients == pytest.approx([model.intercept_, *model.coef_])
+        assert errors == pytest.approx(best[1])
 
 
 def test_an_ensemble_learns_a_weighted_sum():
@@ -278,6 +312,31 @@ def test_a_damaged_calibration_is_refused(tmp_path, content):
         Calibration.open(tmp_path / "missing")
 
 
+def test_a_score_may_be_no_number(tmp_path, calibrated):
+    """Infinite or NaN as an estimator may return it; the seconds that it took are a number."""
+    shutil.copy(calibrated.path / "calibration.json", tmp_path)
+    found = Calibration.open(tmp_path)
+    row = {"key": "abc", "estimator": "zico", "seed": 0, "score": math.inf, "seconds": 1.5}
+    found.write("scores", [row, row | {"score": math.nan}])
+    assert [row["score"] for row in found.rows("scores")] == ["inf", "nan"]
+    found.write("scores", [row | {"seconds": math.inf}])
+    with pytest.raises(RunError, match="seconds is inf: it must be a number"):
+        found.rows("scores")
+
+
+def test_the_calibration_with_the_most_trainings_counts(tmp_path, calibrated):
+    places = [tmp_path / name for name in ("fewer", "most", "more")]
+    for path, count in zip(places, (4, 90, 30), strict=True):
+        report = calibrated.report()
+        report["rows"] = [row | {"count": count} for row in report["rows"]]
+        path.mkdir()
+        shutil.copy(calibrated.path / "calibration.json", path)
+        (path / "report.json").write_text(json.dumps(report))
+    fingerprint = calibrated.manifest["data"]["fingerprint"]
+    for order in (places, places[::-1]):
+        assert find_trust(MINI, fingerprint, "zico", 1, 32, order)["calibration"] == str(tmp_path / "most")
+
+
 def test_the_picture_is_drawn(calibrated):
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         files = plot_trust(calibrated)
@@ -418,3 +477,8 @@ def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, mo
     parts = [path.removeprefix(data).split("/")[1] for path in opened if path.startswith(f"{data}/")]
     assert parts.count("train") >= 2 * 80, "both have read every image"
     assert set(parts) == {"train"}
+
+
+def test_ties_in_scores_and_truths_are_broken_independently() -> None:
+    """All equal: a tenth of the networks is drawn by score, and a tenth of these are in the tenth drawn by truth."""
+    assert trust.top_recall(np.zeros(100), np.zeros(100)) == pytest.approx(0.1)

@@ -123,6 +123,50 @@ def test_zico_is_what_its_formula_says(data):
     assert score("zico", model, data) == pytest.approx(expected, rel=0.02)  # single precision near spread 0
 
 
+def test_zico_divides_the_mean_magnitude(data):
+    """Not the magnitude of the mean: with so few weights, those whose gradients change their sign count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(3 * 4, 10))
+    batches = _batches(data, BATCH, 0, "cpu")
+    w, b = (p.detach().double() for p in model[2].parameters())
+    gradients = []
+    for _ in range(ZICO_BATCHES):
+        images, labels = next(batches)
+        x = images.double().unfold(2, 16, 16).unfold(3, 16, 16).mean((4, 5)).flatten(1)
+        gradients.append((((torch.softmax(x @ w.T + b, 1) - F.one_hot(labels, 10)) / BATCH).T @ x).numpy())
+    stacked = np.array(gradients)
+    assert (np.prod(np.sign(stacked), axis=0) < 0).any()
+    expected = np.log((np.abs(stacked).mean(axis=0) / stacked.std(axis=0)).sum())
+    assert score("zico", model, data) == pytest.approx(expected, rel=1e-3)
+
+
+def test_az_is_what_its_formula_says(data):
+    """Three blocks that scale the channels: entropies, growth and gains are known from the scales."""
+
+    class Block(nn.Module):
+        def __init__(self, *scales: float) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(3, 3, 1, bias=False) for _ in range(2))
+            with torch.no_grad():
+                self.a.weight.copy_(torch.diag(torch.tensor(scales))[:, :, None, None])
+                self.b.weight.copy_(torch.eye(3)[:, :, None, None])
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, data.train.pixels.shape, dtype=torch.uint8)
+    noise = dataclasses.replace(data, train=Images(pixels, data.train.labels), std=(1.0, 1.0, 1.0))
+    blocks = nn.Sequential(Block(1, 1, 1), Block(1, 0.25, 0.25), Block(1, 4, 4))
+    model = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    shares = np.array([1, 0.25**2, 0.25**2]) / (1 + 2 * 0.25**2)
+    wide, narrow = math.log(3), float(-(shares * np.log(shares)).sum())
+    trouble = (0 + 4 + 1 / 4 - 2) / 2  # the largest gains are 1 and 4
+    macs = 6 * 9 * 32 * 32 + 30
+    expected = math.log(2 * wide + narrow) + math.asinh(narrow - wide) - math.log1p(trouble) + math.log(macs)
+    assert score("az", model, noise) == pytest.approx(expected, abs=0.05)
+
+
 def test_entropy_is_largest_where_all_axes_are_alike():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 8, generator=rng, dtype=torch.float64)

@@ -54,7 +54,7 @@ def top_recall(
     """
     weights = np.ones(len(scores)) if counts is None else counts
     mine, theirs = (_in_top(np.asarray(x, dtype=float), weights) for x in (scores, truths))
-    return float((weights * np.minimum(mine, theirs)).sum() / (weights * theirs).sum())
+    return float((weights * mine * theirs).sum() / (weights * theirs).sum())
 
 
 def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
