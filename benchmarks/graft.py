@@ -4,9 +4,9 @@
         --seeds 3 --out FOLDER                # resumes
 
 For each seed it runs `mixnas search --parent`. Then it tests the tuned networks on the test split beside the data,
-which no search has seen. It prints a table in Markdown: for each share of the parent's latency, the best point of the front
-(chosen on the held-out images) and the best rival that is as fast, each with its accuracy on the test split and the
-paired difference from the parent.
+which no search has seen. It prints a table in Markdown: for each share of the parent's latency, the best point of the
+front (chosen on the held-out images) and the best rival that is as fast, each with its accuracy on the test split and
+the paired difference from the parent.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import nas.models  # noqa: F401 - registers `mixnas` with timm
 from nas.data import ImageData, Images, load_data
 from nas.errors import NotApplicable
 from nas.scoring.accuracy import ESTIMATORS, Fidelity
-from nas.scoring.accuracy.zero_cost import ZICO_BATCHES, _amplification_miss, _batches, _blocks, _entropy
+from nas.scoring.accuracy.zero_cost import ZICO_BATCHES, amplification_miss, blocks_of, random_batches, variance_entropy
 
 BATCH = 16
 ZERO_COST = ["grad_norm", "synflow", "naswot", "zico", "az"]
@@ -46,7 +46,7 @@ def linear(*layers: nn.Module) -> nn.Module:
 def test_grad_norm_is_that_of_softmax_regression(data):
     """The loss's gradient in closed form: (probabilities - labels) x inputs."""
     model = linear(nn.Linear(3 * 32 * 32, 10))
-    images, labels = next(_batches(data, BATCH, 0, "cpu"))
+    images, labels = next(random_batches(data, BATCH, 0, "cpu"))
     x = images.flatten(1).double()
     w, b = (p.detach().double() for p in model[1].parameters())
     error = (torch.softmax(x @ w.T + b, 1) - F.one_hot(labels, 10)) / BATCH
@@ -77,7 +77,7 @@ def test_synflow_does_not_feel_signs(data):
 def test_naswot_counts_common_activations(data):
     """A second implementation: units minus Hamming distance, by loops."""
     model = linear(nn.Linear(3 * 32 * 32, 24), nn.ReLU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 10))
-    images, _ = next(_batches(data, BATCH, 0, "cpu"))
+    images, _ = next(random_batches(data, BATCH, 0, "cpu"))
     with torch.no_grad():
         first = model[1](images.flatten(1))
         second = model[3](first.relu())
@@ -110,7 +110,7 @@ def test_a_network_without_activations_has_no_naswot(data):
 def test_zico_is_what_its_formula_says(data):
     """A second implementation with numpy on gradients in closed form."""
     model = linear(nn.Linear(3 * 32 * 32, 10))
-    batches = _batches(data, BATCH, 0, "cpu")
+    batches = random_batches(data, BATCH, 0, "cpu")
     w, b = (p.detach().double() for p in model[1].parameters())
     gradients = []
     for _ in range(ZICO_BATCHES):
@@ -127,7 +127,7 @@ def test_zico_divides_the_mean_magnitude(data):
     """Not the magnitude of the mean: with so few weights, those whose gradients change their sign count."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(3 * 4, 10))
-    batches = _batches(data, BATCH, 0, "cpu")
+    batches = random_batches(data, BATCH, 0, "cpu")
     w, b = (p.detach().double() for p in model[2].parameters())
     gradients = []
     for _ in range(ZICO_BATCHES):
@@ -170,24 +170,24 @@ def test_az_is_what_its_formula_says(data):
 def test_entropy_is_largest_where_all_axes_are_alike():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 8, generator=rng, dtype=torch.float64)
-    assert _entropy(x) == pytest.approx(math.log(8), abs=1e-3)
+    assert variance_entropy(x) == pytest.approx(math.log(8), abs=1e-3)
     scales = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8], dtype=torch.float64)
     shares = (scales**2 / (scales**2).sum()).numpy()
-    assert _entropy(x * scales) == pytest.approx(float(-(shares * np.log(shares)).sum()), abs=0.01)
-    assert _entropy(x[:, :1].expand(-1, 8)) == pytest.approx(0, abs=1e-6)
+    assert variance_entropy(x * scales) == pytest.approx(float(-(shares * np.log(shares)).sum()), abs=0.01)
+    assert variance_entropy(x[:, :1].expand(-1, 8)) == pytest.approx(0, abs=1e-6)
 
 
 @table("gain", [0.25, 1.0, 4.0])
 def test_amplification_of_a_plain_gain(gain):
     torch.manual_seed(0)
     before = torch.randn(8, 4, 32, 32, requires_grad=True)
-    assert _amplification_miss(before, gain * before) == pytest.approx(gain + 1 / gain - 2, rel=0.1, abs=0.02)
-    assert _amplification_miss(before, torch.ones(8, 4, 32, 32, requires_grad=True) * 2) is None
+    assert amplification_miss(before, gain * before) == pytest.approx(gain + 1 / gain - 2, rel=0.1, abs=0.02)
+    assert amplification_miss(before, torch.ones(8, 4, 32, 32, requires_grad=True) * 2) is None
 
 
 @table("name, count", [("resnet18", 8), ("vit_tiny_patch16_224", 12), ("convnext_atto", 12), ("cas_vit_xs", 10)])
 def test_blocks_are_those_that_people_count(name, count):
-    assert len(_blocks(timm.create_model(name))) == count
+    assert len(blocks_of(timm.create_model(name))) == count
 
 
 @pytest.mark.parametrize("estimator", ZERO_COST)

@@ -167,14 +167,14 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
     """
 
     def score(network: nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        blocks = _blocks(network)
+        blocks = blocks_of(network)
         if len(blocks) < 2:
             raise NotApplicable("az", "fewer than two blocks were found in the network")
         images, _ = next(batches)
         outputs = _outputs(network, images, blocks)
-        entropies = [_entropy(_tokens(x.detach())) for x in outputs]
+        entropies = [variance_entropy(_tokens(x.detach())) for x in outputs]
         progress = min(after - before for before, after in pairwise(entropies))
-        misses = [miss for pair in pairwise(outputs) if (miss := _amplification_miss(*pair)) is not None]
+        misses = [miss for pair in pairwise(outputs) if (miss := amplification_miss(*pair)) is not None]
         if not misses:
             raise NotApplicable("az", "no block depends on the block before it")
         trouble = sum(misses) / len(misses)
@@ -186,7 +186,7 @@ def az(model: nn.Module, data: ImageData, fidelity: Fidelity, seed: int, device:
     return _score("az", score, model, data, fidelity, seed, device)
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
+def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Returns the innermost elements of lists of modules that have two or more layers each."""
 
     def inside(module: nn.Module, listed: bool) -> list[nn.Module]:
@@ -225,7 +225,7 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.ndim == 4 else x.flatten(0, 1)
 
 
-def _entropy(tokens: torch.Tensor) -> float:
+def variance_entropy(tokens: torch.Tensor) -> float:
     """Returns the entropy, in nats, of the shares of variance along the principal axes."""
     if not bool(tokens.isfinite().all()):
         raise FloatingPointError("its feature maps are not finite")
@@ -237,7 +237,7 @@ def _entropy(tokens: torch.Tensor) -> float:
     return float(-(shares * shares.clamp_min(1e-30).log()).sum())
 
 
-def _amplification_miss(before: torch.Tensor, after: torch.Tensor) -> float | None:
+def amplification_miss(before: torch.Tensor, after: torch.Tensor) -> float | None:
     """Returns how far the largest singular value s of the Jacobian between two outputs is from 1, as s + 1/s - 2.
 
     The estimate correlates random signs at the output with the gradient that arrives at the input. It is None if no
@@ -286,7 +286,7 @@ def _score(
     try:
         with seeded(seed), torch.enable_grad():
             network = copy.deepcopy(model).to(device).train()
-            value = score(network, _batches(data, fidelity.batch_size, seed, device))
+            value = score(network, random_batches(data, fidelity.batch_size, seed, device))
         if not math.isfinite(value):
             raise FloatingPointError(f"the score is {value}")
     except FloatingPointError as error:
@@ -294,7 +294,7 @@ def _score(
     return Estimate(value, 0.0, time.perf_counter() - start)
 
 
-def _batches(data: ImageData, size: int, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def random_batches(data: ImageData, size: int, seed: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields random batches of the training part with their labels. After all images, it starts again."""
     generator = torch.Generator().manual_seed(seed)
     size, normalise = min(size, len(data.train)), normaliser(data, device)
