@@ -271,6 +271,15 @@ def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> Non
     assert {t.key for t in more.front()} <= set(after)
 
 
+def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config: SearchConfig) -> None:
+    weights = run.path.parent / "weights.safetensors"
+    again = graft(ParentConfig(f"timm:{PARENT}", weights, epochs=1), replace(config, trials=5), {"latency": 0.95})
+    assert again.manifest.config.budgets == run.manifest.config.budgets
+    assert len(again.trials()) == len(run.trials())
+    with pytest.raises(UsageError, match="another `parent`"):
+        graft(ParentConfig("timm:test_vit", weights), config)
+
+
 def test_the_parent_holds_out_what_the_search_holds_out(run: Run) -> None:
     trained = Trained.open(run.path / "parent")
     assert trained.manifest.data.held["search"][0] == run.manifest.config.max_images

@@ -53,8 +53,12 @@ def space_of(trained: Trained, name: str, data: ImageData, device: str) -> Graft
     images = reduced(data, min(ORDER_IMAGES, len(data.train)))
     parts = tuple(_ordered(model, group, images, device) for group in groups)
     described = f"forms of {name} with fewer blocks and smaller images"
-    plain = "".join(c if c.isalnum() or c in "_-" else "-" for c in name)[:57]
-    return GraftSpace(f"graft-{plain}", described, parent, parts, tuple(sizes))
+    return GraftSpace(space_name(name), described, parent, parts, tuple(sizes))
+
+
+def space_name(parent: str) -> str:
+    """Returns the name of the space of a parent's forms."""
+    return "graft-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in parent)[:57]
 
 
 def _sides(side: int) -> list[int]:

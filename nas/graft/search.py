@@ -15,10 +15,11 @@ from ..folders.training import Trained
 from ..machine.turns import exclusive
 from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
-from ..search import SearchConfig, search
+from ..search import SearchConfig, configure, search
 from ..search.progress import Progress
+from ..space import GraftSpace
 from ..training.loop import Step
-from .blocks import space_of
+from .blocks import space_name, space_of
 from .parent import ParentConfig, train_parent
 
 log = logging.getLogger(__name__)
@@ -50,18 +51,18 @@ def graft(
     if unknown := sorted(set(shares or {}) - {"latency"}):
         raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
     target = parent.resolved()
-    name = target.name.removeprefix("timm:").partition(",")[0]
-    out = config.out or search_folder(f"graft-{Path(name).name}", config.data)
+    name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
+    out = config.out or search_folder(f"graft-{name}", config.data)
     config = replace(config, out=out, latency=tuple(at.here() for at in config.latency))
     if config.input_size is None and target.data.get("input_size"):
         config = replace(config, input_size=target.data["input_size"][1])
     if find_run(out):
-        raise UsageError(f"{out} is a run already: leave `parent` out to resume it")
+        return _resumed(Run.open(out), name, config, on_trial)
     trained = train_parent(parent, config, on_step)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
-    space = space_of(trained, Path(name).name, data, config.train_device or config.device)
+    space = space_of(trained, name, data, config.train_device or config.device)
     budgets = dict(config.budgets)
     if shares:
         ms = _latency_ms(trained, config.latency[0], data.input_size)
@@ -72,6 +73,15 @@ def graft(
         replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=within, input_size=data.input_size[1]),
         on_trial,
     )
+
+
+def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:
+    """Resumes the search of a run, if it has the same parent; its parent is trained already."""
+    if not isinstance(run.space, GraftSpace) or run.space.name != space_name(name):
+        raise UsageError(f"{run.path} is a run with another `parent` or without one: give another `out`")
+    if not isinstance(config.space, GraftSpace):
+        config = configure(config, run.path, trials=config.trials)
+    return search(config, on_trial)
 
 
 def _latency_ms(trained: Trained, latency: LatencyConfig, input_size: tuple[int, int, int]) -> float:
