@@ -338,7 +338,10 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
         measured = 0
         log.info("measuring the largest architectures of %s to fix the reference point", config.space.name)
         # the reference point needs no precise latencies
-        roughly = tuple(replace(target, target=0.05, max_seconds=0.5) for target in evaluator.latency)
+        roughly = tuple(
+            replace(target, target=max(0.05, target.target), max_seconds=min(0.5, target.max_seconds))
+            for target in evaluator.latency
+        )
         cheap = replace(evaluator, objectives=tuple({_base(o) for o in open_ones}), budgets={}, latency=roughly)
         for architecture in config.space.largest():
             with contextlib.suppress(TrialFailure):

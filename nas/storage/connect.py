@@ -120,33 +120,33 @@ def check_database(path: Path, url: str | None) -> None:
         raise RunError(f"{file} is no study of a run: it contains {found[0]}, which is not a plain table")
 
 
-_CHECKED: set[tuple[str, int, int]] = set()
-"""SQLite files whose tables this process has found to exist, in the version that Optuna reads."""
+MOST_OPEN = 8
+"""Largest number of SQLite storages that a process keeps open."""
+_OPEN: dict[tuple[str, int, int, bool], optuna.storages.RDBStorage] = {}
+"""The latest SQLite storages of this process, by address and file, so that readers of a run share one."""
 
 
-def _identity(url: str) -> tuple[str, int, int] | None:
-    """Returns the identity of the file at a URL, or None if there is no file."""
+def _identity(url: str, writable: bool) -> tuple[str, int, int, bool] | None:
+    """Returns the key in `_OPEN` of the file at a URL, or None if the file does not exist or is empty."""
     try:
         found = os.stat(make_url(url).database or "")
     except OSError:
         return None
-    return url, found.st_dev, found.st_ino
+    return (url, found.st_dev, found.st_ino, writable) if found.st_size else None
 
 
-def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStorage:
-    """Opens an SQLite storage.
+def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.RDBStorage:
+    """Opens an SQLite storage. A process uses one storage for each file: it compiles its statements only once.
 
     SQLite has no `FOR UPDATE`, so a transaction that reads before it writes must lock the database from its start.
     """
-    known = _identity(url) in _CHECKED  # a look at the tables and their version takes ten times as long as the rest
+    known = _identity(url, writable)
+    if known is not None and (before := _OPEN.get(known)) is not None:
+        before.engine.dispose()  # the file is read anew, as it may have been damaged or restored
+        return before
     storage = optuna.storages.RDBStorage(
-        url,
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        skip_compatibility_check=known,
-        skip_table_creation=known or not create,
+        url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not create
     )
-    if (identity := _identity(url)) is not None:
-        _CHECKED.add(identity)
     if writable:
         storage.engine.dispose()  # closes earlier connections
 
@@ -158,6 +158,10 @@ def _sqlite(url: str, writable: bool, create: bool) -> optuna.storages.BaseStora
         def begun(connection: Any) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    if (opened := _identity(url, writable)) is not None:
+        _OPEN[opened] = storage
+        for oldest in list(_OPEN)[:-MOST_OPEN]:
+            _OPEN.pop(oldest, None)
     return storage
 
 
