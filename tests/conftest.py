@@ -37,7 +37,7 @@ from nas.search import remeasure
 
 # the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
-protocol.FIX_SECONDS = 0.2
+protocol.REFERENCE_SECONDS = 0.2
 remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 # to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
 NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}

@@ -138,13 +138,13 @@ def test_neighbouring_rounds_that_move_together_widen_the_interval():
 
 def test_summary_is_the_ratio_times_what_is_fixed():
     own, beside = np.full((10, 2), 6.0), np.full((10, 3), 2.0)
-    latency = summarise(own, beside, fixed_ms=2.0, target=0.01)
+    latency = summarise(own, beside, stored_ms=2.0, target=0.01)
     assert latency.ms == pytest.approx(6.0)
     assert (latency.low_ms, latency.high_ms) == pytest.approx((6.0, 6.0))
     assert (latency.raw_ms, latency.drift, latency.rounds, latency.passes) == (6.0, 1.0, 10, 20)
     assert latency.steady
     # the machine is twice as slow as when the reference was fixed: the figure stays, less sure
-    drifted = summarise(2 * own, 2 * beside, fixed_ms=2.0, target=0.01)
+    drifted = summarise(2 * own, 2 * beside, stored_ms=2.0, target=0.01)
     assert drifted.ms == pytest.approx(6.0)
     assert drifted.raw_ms == 12.0
     assert drifted.drift == 2.0
