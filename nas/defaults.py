@@ -10,6 +10,8 @@ SEED = 0
 OBJECTIVES = ("latency", "accuracy")
 SAMPLER = "surrogate"
 TRIALS = 32
+OPTIMIZE_TRIALS = 100
+"""Trials of `optimize`, whose evaluations are the caller's own and often cheap."""
 
 # Images
 DATA = "digits"

@@ -1,4 +1,7 @@
-"""A figure with its interval, the common type of all measured, estimated and predicted figures."""
+"""A figure with its interval, the common type of all measured, estimated and predicted figures.
+
+`nas.objectives.text` formats it for people.
+"""
 
 from __future__ import annotations
 

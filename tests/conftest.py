@@ -39,7 +39,7 @@ from nas.search import remeasure
 # everything in few rounds
 ROUNDS = {"MIN_ROUNDS": protocol.MIN_ROUNDS, "WINDOW": protocol.WINDOW}
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
-protocol.FIX_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
+protocol.REFERENCE_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
 remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 # to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
 NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}

@@ -52,7 +52,7 @@ from nas.scoring.latency import (
 )
 from nas.scoring.latency.clocks import cpu_clock
 from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, summarise
-from nas.scoring.latency.reference import ReferenceNetwork, fix_reference_ms, fixed_reference_ms, references_file
+from nas.scoring.latency.reference import ReferenceNetwork, references_file, store_reference_ms, stored_reference_ms
 from nas.scoring.latency.runtimes import TOLERANCE, Prepared
 from nas.scoring.latency.statistics import faster_half, ratio, ratio_interval
 
@@ -138,13 +138,13 @@ def test_neighbouring_rounds_that_move_together_widen_the_interval():
 
 def test_summary_is_the_ratio_times_what_is_fixed():
     own, beside = np.full((10, 2), 6.0), np.full((10, 3), 2.0)
-    latency = summarise(own, beside, fixed_ms=2.0, target=0.01)
+    latency = summarise(own, beside, stored_ms=2.0, target=0.01)
     assert latency.ms == pytest.approx(6.0)
     assert (latency.low_ms, latency.high_ms) == pytest.approx((6.0, 6.0))
     assert (latency.raw_ms, latency.drift, latency.rounds, latency.passes) == (6.0, 1.0, 10, 20)
     assert latency.steady
     # the machine is twice as slow as when the reference was fixed: the figure stays, less sure
-    drifted = summarise(2 * own, 2 * beside, fixed_ms=2.0, target=0.01)
+    drifted = summarise(2 * own, 2 * beside, stored_ms=2.0, target=0.01)
     assert drifted.ms == pytest.approx(6.0)
     assert drifted.raw_ms == 12.0
     assert drifted.drift == 2.0
@@ -286,9 +286,9 @@ def test_what_is_fixed_stays_fixed_until_it_is_forgotten(caplog):
 def test_what_is_fixed_holds_for_its_conditions_alone(change):
     config = LatencyConfig(threads=1)
     forget_references()
-    fix_reference_ms(config, 2.5)
-    assert fixed_reference_ms(replace(config, max_seconds=9.0)) == 2.5
-    assert fixed_reference_ms(replace(config, **change)) is None
+    store_reference_ms(config, 2.5)
+    assert stored_reference_ms(replace(config, max_seconds=9.0)) == 2.5
+    assert stored_reference_ms(replace(config, **change)) is None
     forget_references()
 
 

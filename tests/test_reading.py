@@ -45,9 +45,9 @@ def test_files_of_windows_programs_are_read_everywhere(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     quick = reference.LatencyConfig(device="cpu")
-    reference.fix_reference_ms(quick, 2.5)
+    reference.store_reference_ms(quick, 2.5)
     as_windows_writes(reference.references_file())
-    assert reference.fixed_reference_ms(quick) == 2.5
+    assert reference.stored_reference_ms(quick) == 2.5
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])

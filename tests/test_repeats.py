@@ -25,12 +25,12 @@ def test_a_busy_machine_is_told_once_and_at_its_worst_in_the_end(caplog, monkeyp
         for _ in range(3):
             measure_latency(nn.Conv2d(3, 3, 1), (3, 8, 8), QUICK, reference=1.0)
     first, summary = caplog.messages
-    assert first.startswith("Other programs used ")
+    assert first.startswith("This thread waited for a core ")
     assert first.endswith(
-        "of the CPU, so latencies with 2 threads are unreliable. Wait until the machine is idle, or set threads to 1."
+        "of the time, so latencies with 2 threads are unreliable. Wait until the machine is idle, or set threads to 1."
     )
-    assert summary.startswith("3 latency measurements beside busy programs, the worst: Other programs used ")
-    share = [float(text.partition("used ")[2].partition(" %")[0]) for text in (first, summary)]
+    assert summary.startswith("3 latency measurements beside busy programs, the worst: This thread waited ")
+    share = [float(text.partition("a core ")[2].partition(" %")[0]) for text in (first, summary)]
     assert share[1] > 2 * share[0]
 
 

@@ -332,7 +332,7 @@ def test_the_calibration_with_the_most_trainings_counts(tmp_path, calibrated):
         path.mkdir()
         shutil.copy(calibrated.path / "calibration.json", path)
         (path / "report.json").write_text(json.dumps(report))
-    fingerprint = calibrated.manifest["data"]["fingerprint"]
+    fingerprint = calibrated.manifest.fingerprint
     for order in (places, places[::-1]):
         assert find_trust(MINI, fingerprint, "zico", 1, 32, order)["calibration"] == str(tmp_path / "most")
 

@@ -120,7 +120,7 @@ def _print_parts(found: Explanation) -> None:
 
 def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:
     from ..objectives.objectives import OBJECTIVES as ALL
-    from ..objectives.text import format_value
+    from ..objectives.text import format_ends, format_ms, format_value
 
     interval = ["95 % interval>"] if intervals else []
     timed = [column for target in targets for column in (f"latency, {target}>", *interval, "share>")]
@@ -131,7 +131,7 @@ def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) ->
         cells = []
         for target, ms in ((target, part.latency[target]) for target in targets):
             share = f"{100 * ms.value / whole_ms[target]:.0f} %"
-            cells += [f"{ms.value:.3f} ms", *([f"{ms.low:.3f} to {ms.high:.3f}"] if intervals else []), share]
+            cells += [format_ms(ms.value), *([format_ends(*ms.ends)] if intervals else []), share]
         for name, total in whole.items():
             cells += [format_value(ALL[name], getattr(part, name)), f"{100 * getattr(part, name) / total:.0f} %"]
         table.add_row(part.name, *cells)

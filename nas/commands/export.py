@@ -100,9 +100,14 @@ def export_command(
 
 def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
     """Builds the table of the written files, with their difference from eager torch and their latency."""
-    table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency ms>", "timed with")
+    from ..objectives.text import format_ends, format_ms
+
+    table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency>", "timed with")
     for made, name, file in files:
         latency, top1 = file.get("latency", {}), file.get("top1")
+        timed = ""
+        if "ms" in latency:
+            timed = f"{format_ms(latency['ms'])} ({format_ends(latency['low_ms'], latency['high_ms'])})"
         table.add_row(
             made.key,
             name,
@@ -110,7 +115,7 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
             "" if top1 is None else f"{top1['accuracy']:.2f}",
-            f"{latency['ms']:.3f} ±{(latency['high_ms'] - latency['low_ms']) / 2:.2f}" if "ms" in latency else "",
+            timed,
             "{runtime}, {device}, threads {threads}, batch {batch_size}".format(**latency) if "ms" in latency else "",
         )
     table.caption = (

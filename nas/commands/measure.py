@@ -58,15 +58,15 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
     from ..counts import part_in_words
     from ..measure import REST
     from ..objectives.objectives import OBJECTIVES as ALL
-    from ..objectives.text import format_value
+    from ..objectives.text import format_ends, format_ms, format_value
 
     table = new_table("target", "image>", "latency>", "95 % interval>", "images/s>", "MACs>", "parameters>", "memory>")
     for row in rows:
         table.add_row(
             row["target"],
             f"{row['input_size']}",
-            f"{row['latency_ms']:.3f} ms",
-            f"{row['latency_low_ms']:.3f} to {row['latency_high_ms']:.3f}",
+            format_ms(row["latency_ms"]),
+            format_ends(row["latency_low_ms"], row["latency_high_ms"]),
             f"{row['images_per_second']:.1f}",
             format_value(ALL["macs"], row["macs"], row["macs_at_least"]),
             format_value(ALL["params"], row["params"]),
@@ -78,11 +78,11 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             parts = new_table("part", "latency>", "95 % interval>", "share>", title=f"{row['target']}, part by part")
             for part in row["parts"]:
                 low, high = part.get("latency_low_ms"), part.get("latency_high_ms")
-                interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+                interval = "" if low is None or high is None else format_ends(low, high)
                 share = f"{100 * part['share']:.1f} %"
-                parts.add_row(part_in_words(part["part"]), f"{part['latency_ms']:.3f} ms", interval, share)
+                parts.add_row(part_in_words(part["part"]), format_ms(part["latency_ms"]), interval, share)
             parts.add_section()
-            parts.add_row("whole", f"{row['latency_ms']:.3f} ms", "", "100.0 %")
+            parts.add_row("whole", format_ms(row["latency_ms"]), "", "100.0 %")
             parts.caption = (
                 f"each part is timed alone; {REST} is the whole less all parts: what lies between them, less what each "
                 "costs as a call of its own, so that it may be negative"

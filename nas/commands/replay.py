@@ -102,4 +102,6 @@ def _print_replay(found: Replay) -> None:
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+    from ..objectives.text import format_ends
+
+    return "" if interval is None else format_ends(*interval, ".4g")

@@ -100,6 +100,8 @@ def train_command(
 
 
 def _print_trained(trained: Trained, as_json: bool) -> None:
+    from ..objectives.text import format_ends
+
     result = trained.result or {}
     if as_json:
         print_json({"folder": str(trained.path), **result})
@@ -107,17 +109,20 @@ def _print_trained(trained: Trained, as_json: bool) -> None:
     for part in ("holdout", "test"):
         if share := result[part]:
             name = share.get("name", f"{share['num_images']} held-out training images")
-            click.echo(f"top-1 {share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f}) on {name}")
+            click.echo(f"top-1 {share['accuracy']:.2f} % ({format_ends(share['low'], share['high'], '.2f')}) on {name}")
     click.echo(f"next:\n  {program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
 
 
 def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
+    from ..interval import Interval
+    from ..objectives.text import format_figure
+
     if as_json:
         print_json(told.to_dict())
     else:
         table = new_table("key", "proxy>", "final accuracy (%)>", "failure", title=f"Front of {name}, fully trained")
         for row in told.rows:
-            final = f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "accuracy" in row else ""
+            final = format_figure(Interval(row["accuracy"], row["low"], row["high"])) if "accuracy" in row else ""
             table.add_row(
                 row["key"],
                 "" if row["proxy"] is None else f"{row['proxy']:.4g}",
@@ -126,8 +131,6 @@ def _print_trained_front(told: FrontTraining, name: str, as_json: bool) -> None:
             )
         print_table(table)
         if told.kendall is not None:
-            from ..objectives.text import format_figure
-
             click.echo(f"order of the proxy against final accuracy: Kendall {format_figure(told.kendall)}")
     if failed := [row["key"] for row in told.rows if "failure" in row]:
         raise NasError(f"{len(failed)} of {len(told.rows)} trainings failed: {', '.join(failed)}")

@@ -13,7 +13,7 @@ from typing import Any
 from ..architecture import Graft, resolutions
 from ..data import split_kind
 from ..objectives.objectives import OBJECTIVES
-from ..objectives.text import format_value
+from ..objectives.text import format_ends, format_ms, format_value
 from .formats import FORMATS
 from .subject import Subject
 
@@ -230,15 +230,15 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
     for split, share in _accuracies(subject).items():
         rows.append(
             f"| top-1 on {share['num_images']:,} {words[split]} | {share['accuracy']:.2f} % "
-            f"(95 % interval {share['low']:.2f} to {share['high']:.2f}) |"
+            f"(95 % interval {format_ends(share['low'], share['high'], '.2f')}) |"
         )
-    if scores is not None and scores.latency_ms is not None:
+    if scores is not None and (latency := OBJECTIVES["latency"].interval(scores)) is not None:
         assert subject.run is not None
         conditions = subject.run.manifest.conditions
         rows.append(
             f"| latency at {height}x{width} in the search: {as_text(subject.run.timing)}, "
             f"threads: {conditions.threads}, {plain(conditions.device)} | "
-            f"{scores.latency_ms:.3f} ms (95 % interval {scores.latency_low_ms:.3f} to {scores.latency_high_ms:.3f}) |"
+            f"{format_ms(latency.value)} (95 % interval {format_ends(*latency.ends)}) |"
         )
     if scores is not None and scores.memory_mib is not None:
         rows.append(f"| peak memory at {height}x{width} | {format_value(OBJECTIVES['memory'], scores.memory_mib)} |")
@@ -307,8 +307,8 @@ def _files(report: Mapping[str, Any]) -> str:
         )
         if change is not None:
             text += (
-                f"; its top-1 changes by {change['points']:+.2f} points (95 % interval {change['low']:+.2f} to "
-                f"{change['high']:+.2f}, same {int8['num_images']:,} images)"
+                f"; its top-1 changes by {change['points']:+.2f} points (95 % interval "
+                f"{format_ends(change['low'], change['high'], '+.2f')}, same {int8['num_images']:,} images)"
             )
     text += (
         f". {together} the same logits (int8: nearly).\n"
@@ -327,7 +327,7 @@ def _images_a_pass(batch: int | None) -> str:
 
 def _top1(file: Mapping[str, Any]) -> str:
     share = file.get("top1")
-    return "" if share is None else f"{share['accuracy']:.2f} % ({share['low']:.2f} to {share['high']:.2f})"
+    return "" if share is None else f"{share['accuracy']:.2f} % ({format_ends(share['low'], share['high'], '.2f')})"
 
 
 def _latency(latency: Mapping[str, Any] | None) -> str:
@@ -336,7 +336,7 @@ def _latency(latency: Mapping[str, Any] | None) -> str:
     if "failure" in latency:
         return "cannot be timed"
     return (
-        f"{latency['ms']:.3f} ms ({latency['low_ms']:.3f} to {latency['high_ms']:.3f}), {latency['runtime']}, "
+        f"{format_ms(latency['ms'])} ({format_ends(latency['low_ms'], latency['high_ms'])}), {latency['runtime']}, "
         f"{latency['device']}, threads: {latency['threads']}"
         + (f", {latency['batch_size']} images a pass" if latency["batch_size"] > 1 else "")
     )

@@ -193,6 +193,9 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("memory", "memory_mib", "MiB", True, "Peak memory"),
     )
 }
+"""All objectives by name. A figure that is not measured yet also needs a field of `Scores` and a line in
+`nas.search.evaluate`, a row of `MEASURED` there if it needs the target device, and `Objective.error` if it has an
+error."""
 
 
 def parse_objectives(

@@ -8,7 +8,17 @@ from .objectives import Objective, Scores
 
 def format_figure(figure: Interval | None) -> str:
     """Formats a statistic with its interval, such as `0.71 (0.60 to 0.80)`. None becomes `undefined`."""
-    return "undefined" if figure is None else f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})"
+    return "undefined" if figure is None else f"{figure.value:.2f} ({format_ends(*figure.ends, '.2f')})"
+
+
+def format_ends(low: float, high: float, spec: str = ".3f") -> str:
+    """Formats the ends of an interval, such as `1.200 to 1.270`. `spec` formats each, as in an f-string."""
+    return f"{low:{spec}} to {high:{spec}}"
+
+
+def format_ms(ms: float) -> str:
+    """Formats the latency of a single network, part or file, such as `1.234 ms`."""
+    return f"{ms:.3f} ms"
 
 
 def format_score(objective: Objective, scores: Scores) -> str:

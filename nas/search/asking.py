@@ -20,12 +20,12 @@ class Asker(Protocol):
     """Gives the loop its trials."""
 
     def look(self) -> tuple[int, int]:
-        """Returns how many trials are under way in all processes, and how many of the queue are for this process."""
+        """Returns the number of running trials, in all processes, and of queued trials for this process."""
 
     def ask(self) -> Asked | None:
         """Returns a trial with its point; None where there is nothing to begin now."""
 
-    def alive(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+    def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
         """Tells other processes that a trial is being scored, as long as the context lasts."""
 
     def wait(self) -> None:
@@ -34,7 +34,7 @@ class Asker(Protocol):
     def release(self, asked: Asked, error: BaseException) -> None:
         """Leaves a trial to the next process. Its scoring was ended by `error`, which is not the fault of the point."""
 
-    def see_through(self, step: Callable[[], None]) -> None:
+    def wait_for_others(self, step: Callable[[], None]) -> None:
         """Ends what other processes left behind, after the loop. `step` scores one trial of the queue, or waits."""
 
 
@@ -71,7 +71,7 @@ class Alone:
             return 0
         return len(state.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def alive(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+    def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
         """Does nothing: nobody asks."""
         return contextlib.nullcontext()
 
@@ -84,5 +84,5 @@ class Alone:
         with contextlib.suppress(Exception):
             asked.trial.set_user_attr("attempts", asked.attempts - 1)
 
-    def see_through(self, step: Callable[[], None]) -> None:
+    def wait_for_others(self, step: Callable[[], None]) -> None:
         """Does nothing: there are no others."""

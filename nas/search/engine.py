@@ -19,6 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from .. import defaults
 from ..errors import TrialFailure, UsageError, unknown_name
 from ..objectives.objectives import MAX_OBJECTIVES
 from ..objectives.pareto import GrowingFront
@@ -45,7 +46,7 @@ def optimize(
     evaluate: Evaluate,
     objectives: Mapping[str, Literal["minimize", "maximize"]],
     sampler: str = "surrogate",
-    trials: int = 100,
+    trials: int = defaults.OPTIMIZE_TRIALS,
     seed: int = 0,
     cheap: Cheap | None = None,
     constraints: Mapping[str, float] | None = None,
@@ -212,7 +213,7 @@ class _Recorder:
         state.unfinished = [t for t in state.found if t.state == TrialState.RUNNING]  # their process died
         before = len(state.ended)
 
-        def gives_up(begun: int, waiting: int) -> str | None:
+        def why_end(running: int, waiting: int) -> str | None:
             if expects_too_little(state.study, until):
                 return f"less than {until:.3%} of the hypervolume is expected of a further trial"
             if state.exhausted(waiting):
@@ -223,7 +224,7 @@ class _Recorder:
             return None
 
         executor = Here(partial(_values, evaluate, self._problem))
-        return self._result(Loop(state, Alone(state), executor, self, gives_up).run())
+        return self._result(Loop(state, Alone(state), executor, self, why_end).run())
 
     def task(self, asked: Asked) -> tuple[dict[str, Choice]] | None:
         """Returns the choices to evaluate."""

@@ -45,11 +45,11 @@ class GivingUp:
         self._state, self._config, self._parent = state, config, parent
         self._started, self._before, self._hinted = time.monotonic(), len(state.ended), 0
 
-    def __call__(self, begun: int, waiting: int) -> str | None:
+    def __call__(self, running: int, waiting: int) -> str | None:
         """Returns why the search is to end, or None.
 
         Args:
-            begun: number of trials under way in all processes.
+            running: number of running trials, in all processes.
             waiting: number of queued trials for this process.
 
         Raises:
@@ -63,7 +63,7 @@ class GivingUp:
             log.warning("the process that started this worker is gone")
             return ORPHANED
         hopeless = self._scores_nothing()
-        if self._state.exhausted(waiting) and not begun:
+        if self._state.exhausted(waiting) and not running:
             return EXHAUSTED
         if hopeless:
             return INFEASIBLE

@@ -1,8 +1,9 @@
 """The loop of a search: ask for a trial, submit it to an executor, tell the study what came out.
 
 `search` and `optimize` share it. The study in the storage is the only state that lasts. A process that dies leaves its
-trials RUNNING; the next process finishes these very trials, under their numbers and with their points. So nothing is
-lost and nothing is scored twice.
+trials RUNNING. A lone process or the lead that starts again resumes its own trials, under their numbers and with their
+points. A dead worker's trial is ended and its point queued once more, as a new trial (`workers/claims.py`). So nothing
+is lost and nothing is scored twice.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class Recorder(Protocol):
     """Writes what the loop finds out."""
 
     def task(self, asked: Asked) -> tuple[Any, ...] | None:
-        """Returns what the executor is to score; None where the trial was ended without scoring."""
+        """Returns what the executor is to score. Returns None if it has ended the trial instead."""
 
     def tell(self, asked: Asked, outcome: Any) -> None:
         """Ends a trial with what the executor returned for it."""
 
     def catch_up(self) -> None:
-        """Takes in and reports what ended elsewhere."""
+        """Reads and reports all trials that ended since the last call, in any process."""
 
 
 class Loop:
@@ -45,8 +46,8 @@ class Loop:
         asker: gives trials.
         executor: scores them.
         recorder: writes the outcomes.
-        gives_up: called before every round with the number of trials under way and of trials that wait for this
-            process; returns why the loop is to end, or None.
+        why_end: called before every round with two numbers: the running trials of all processes, and the queued trials
+            for this process. It returns why the loop must end, or None.
     """
 
     def __init__(
@@ -55,20 +56,20 @@ class Loop:
         asker: Asker,
         executor: Executor,
         recorder: Recorder,
-        gives_up: Callable[[int, int], str | None],
+        why_end: Callable[[int, int], str | None],
     ) -> None:
         self.state, self.asker, self.executor = state, asker, executor
-        self.recorder, self.gives_up = recorder, gives_up
+        self.recorder, self.why_end = recorder, why_end
 
     def run(self) -> str | None:
-        """Goes on until enough trials count. An exception leaves the submitted trials to the next process.
+        """Runs until `state.wanted` trials count towards the target. An exception releases the submitted trials.
 
         Returns:
-            Why the loop gave up; None where enough trials count.
+            Why the loop ended before that; None if enough trials count.
         """
         try:
             reason = self._until_enough()
-            self.asker.see_through(self._step)
+            self.asker.wait_for_others(self._step)
         except BaseException as error:
             self._release(error)
             raise
@@ -77,11 +78,11 @@ class Loop:
     def _until_enough(self) -> str | None:
         state, reason = self.state, None
         while state.counted < state.wanted:
-            begun, waiting = self.asker.look()
-            reason = self.gives_up(begun, waiting)
+            running, waiting = self.asker.look()
+            reason = self.why_end(running, waiting)
             if reason is not None:
                 break
-            self._step(max(waiting, state.wanted - state.counted - begun))
+            self._step(max(waiting, state.wanted - state.counted - running))
         while state.under_way:
             self._collect()
         return reason
@@ -93,7 +94,7 @@ class Loop:
         """
         asked, room = None, self.executor.slots - len(self.state.under_way)
         for _ in range(min(room, missing)):
-            with self._unless_given_away():
+            with self._ignoring_ended_trials():
                 asked = self.asker.ask()
                 if asked is None:
                     break
@@ -108,30 +109,30 @@ class Loop:
         self.state.known.add(asked.point)
         if task is None:
             return
-        alive = contextlib.ExitStack()
-        self.state.under_way[asked.trial.number] = UnderWay(asked, time.monotonic(), alive)
-        alive.enter_context(self.asker.alive(asked.trial))
+        heartbeat = contextlib.ExitStack()
+        self.state.under_way[asked.trial.number] = UnderWay(asked, time.monotonic(), heartbeat)
+        heartbeat.enter_context(self.asker.heartbeat(asked.trial))
         self.executor.submit(asked.trial.number, task)
 
     def _collect(self) -> None:
         number, outcome = self.executor.next()
         done = self.state.under_way.pop(number)
-        with self._unless_given_away(), done.alive:
+        with self._ignoring_ended_trials(), done.heartbeat:
             self.recorder.tell(done.asked, outcome)
 
     @contextlib.contextmanager
-    def _unless_given_away(self) -> Iterator[None]:
-        """Goes on where another process has ended the trial meanwhile."""
+    def _ignoring_ended_trials(self) -> Iterator[None]:
+        """Ignores the error if another process has already ended the trial."""
         try:
             yield
         except UpdateFinishedTrialError:
-            told = "A trial was given to another worker, because this one did not answer in time."
-            REPEATS.tell(log, "trials given to another worker", told)
+            told = "Another process ended a trial of this worker, because its heartbeat had stopped."
+            REPEATS.tell(log, "trials of this worker ended by another process", f"{told} The result is discarded.")
             self.recorder.catch_up()
 
     def _release(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit):
-            OUTAGES.hurry()
+            OUTAGES.stop_waiting()
         for left in self.state.under_way.values():
-            with left.alive:
+            with left.heartbeat:
                 self.asker.release(left.asked, error)

@@ -38,12 +38,12 @@ class UnderWay:
     Args:
         asked: the trial and its point.
         began: `time.monotonic()` at the submission.
-        alive: keeps the trial's heartbeat going until it is closed.
+        heartbeat: sends the trial's heartbeats until it is closed.
     """
 
     asked: Asked
     began: float
-    alive: contextlib.ExitStack
+    heartbeat: contextlib.ExitStack
 
 
 @dataclass

@@ -81,7 +81,7 @@ def take_part(
         InfeasibleError: if no candidate met the budgets.
         NasError: if no candidate was scored, or too many consecutive trials failed.
     """
-    OUTAGES.take_time()
+    OUTAGES.wait_again()
     standing, fleet = Standing(run), None
     run.drop_weights(standing.take_in(state.ended))
     if not lead:

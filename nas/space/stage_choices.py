@@ -16,9 +16,7 @@ from ..architecture import (
     Additive,
     Hadamard,
     Mixer,
-    Softmax,
     Stage,
-    Strip,
     mixer_label,
 )
 from ..errors import UsageError
@@ -216,8 +214,10 @@ def _fit(mixer: Mixer, width: int) -> Mixer:
 
     The number of heads becomes the nearest divisor; an order is lowered until its granularity divides the width.
     """
-    if isinstance(mixer, Softmax | Strip) and width % mixer.heads:
-        return replace(mixer, heads=_nearest_divisor(width, mixer.heads))
+    heads = getattr(mixer, "heads", 1)
+    if width % heads:
+        fitting: dict[str, Any] = {"heads": _nearest_divisor(width, heads)}
+        return replace(mixer, **fitting)
     while isinstance(mixer, Hadamard) and width % mixer.granularity and mixer.order > 2:
         mixer = replace(mixer, order=mixer.order - 1)
     return mixer

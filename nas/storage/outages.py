@@ -29,7 +29,7 @@ class Outages:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._total = 0.0
-        self._hurry = threading.Event()
+        self._stopped = threading.Event()
 
     def clock(self) -> float:
         """Returns the seconds of a clock that stands still during outages.
@@ -40,13 +40,13 @@ class Outages:
             now = time.monotonic()
             return (now if self._since is None else self._since) - self._total
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """Stops waiting for storages, because this process is about to end."""
-        self._hurry.set()
+        self._stopped.set()
 
-    def take_time(self) -> None:
+    def wait_again(self) -> None:
         """Waits for storages again, after an earlier search of this process was interrupted."""
-        self._hurry.clear()
+        self._stopped.clear()
 
     def began(self, error: Exception) -> None:
         """Records that a call failed because the storage was out of reach."""
@@ -71,9 +71,9 @@ class Outages:
     def wait(self) -> bool:
         """Waits before the next try. Returns False if there should be no further try."""
         try:
-            return not self._hurry.wait(RETRY_SECONDS)
+            return not self._stopped.wait(RETRY_SECONDS)
         except BaseException:
-            self.hurry()
+            self.stop_waiting()
             raise
 
 

@@ -1,11 +1,12 @@
 """Token mixers: modules that exchange information between the positions of a map.
 
 Every mixer is called as `Mixer(width, options, compression, device=None, dtype=None)`. It takes and returns maps of
-shape `(batch, width, height, width)` of any height and width, and processes each image of a batch independently. A
+shape `(batch, channels, height, width)` of any height and width, and processes each image of a batch independently. A
 block puts a norm before the mixer unless the mixer sets `takes_norm = False`.
 
-To add a mixer, add its options to `nas.architecture.mixers`, a module here and a row to `MIXERS`. To add a kind of
-Hadamard mixer, add a row to `HADAMARD_KINDS` in `nas.architecture.mixers` and one to `KINDS` in `hadamard`.
+To add a mixer, add its options to `nas.architecture.mixers` (also to `Mixer` and `MIXER_TYPES` there), a module here
+and a row to `MIXERS`. To add a kind of Hadamard mixer, add a row to `HADAMARD_KINDS` in `nas.architecture.mixers` and
+one to `KINDS` in `hadamard`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Measures the latency of networks on a device, with an interval, in the runtime that will be used.
 
 Networks and a fixed reference network take turns, round by round. The reported latency is the ratio of their times,
-multiplied by the stored latency of the reference, which is fixed once. So the drift of the machine, and most of the
+multiplied by the stored latency of the reference, which is measured once. So the drift of the machine, and most of the
 disturbance by other programs, cancel. By default, networks are timed in their deployed form, with training branches
 fused and batch norms folded (`nas.folding`).
 

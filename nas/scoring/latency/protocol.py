@@ -24,7 +24,7 @@ from ...machine.turns import exclusive
 from ...repeats import REPEATS
 from .clocks import TimeBlock, WaitingTime
 from .config import Latency, LatencyConfig
-from .reference import fix_reference_ms, fixed_reference_ms, prepared_reference
+from .reference import prepared_reference, store_reference_ms, stored_reference_ms
 from .runtimes import ONNX_RUNTIMES, RUNTIMES, Prepared, prepare, prepare_chain, random_images
 from .statistics import faster_half, ratio, ratio_interval
 
@@ -35,16 +35,16 @@ MIN_ROUNDS = 8
 MIN_PASSES, MAX_PASSES = 2, 30
 WINDOW = 5
 """Passes in a window of the warm-up."""
-STEADY = 0.98
+WARM = 0.98
 """A network is warm if a window takes at least this share of the best window before."""
-FIX_SECONDS = 3.0
-"""Seconds for which the reference runs alone to fix its latency."""
+REFERENCE_SECONDS = 3.0
+"""Seconds for which the reference runs alone before its latency is stored."""
 BUSY = 0.1
 """Share of the time that this thread may wait for a core before the user is warned."""
 DRIFT_UNCERTAINTY = 0.3
-"""How differently networks react to the same drift: if the reference takes d times its fixed latency, a network
-takes d ** (1 ± this) times its own, as one standard deviation. Measured powers are 0.75 to 1.16
-(`latency_repeatability.py`) and 0.71 on average (`latency_order.py`)."""
+"""How differently networks react to the same drift: if the reference slows down by a factor d, a network slows down by
+d ** p. The interval takes p as 1 ± this, as one standard deviation. Measured values of p lie between 0.75 and 1.16 in
+`benchmarks/latency_repeatability.py`, and their mean is 0.71 in `benchmarks/latency_order.py`."""
 
 
 def measure_latency(
@@ -73,7 +73,7 @@ def prepare_model(model: nn.Module, input_size: tuple[int, int, int], config: La
     Raises:
         TrialFailure: if the runtime cannot run it, or its output differs from eager's.
     """
-    with exclusive(config.device), _conditions(config):
+    with exclusive(config.device), _measuring_setup(config):
         return prepare(model, random_images(input_size, config), config)
 
 
@@ -83,15 +83,15 @@ def prepare_onnx(model: bytes, input_size: tuple[int, int, int], config: Latency
     Raises:
         UsageError: if the runtime cannot run on this machine.
     """
-    with exclusive(config.device), _conditions(config):
+    with exclusive(config.device), _measuring_setup(config):
         return ONNX_RUNTIMES[config.runtime](model, random_images(input_size, config), config)
 
 
 def prepare_call(
     call: Callable[[torch.Tensor], torch.Tensor], input_size: tuple[int, int, int], config: LatencyConfig
 ) -> Prepared:
-    """Prepares a function that runs a batch of images on the device of `config`, without changing it."""
-    with exclusive(config.device), _conditions(config):
+    """Prepares `call`, which is timed as it is: always eager, whatever the runtime of `config`."""
+    with exclusive(config.device), _measuring_setup(config):
         images = random_images(input_size, config).to(config.device)
         return RUNTIMES["eager"](call, images, config)
 
@@ -99,17 +99,17 @@ def prepare_call(
 def prepare_modules(
     modules: Sequence[nn.Module], input_size: tuple[int, int, int], config: LatencyConfig
 ) -> Iterator[Prepared]:
-    """Prepares the network that `modules` form one after another, then each module with its input in the network.
+    """Prepares the chain of all modules as one network, then each module alone with its input in the chain.
 
     Each is prepared when it is requested, so that the network can be measured before its modules are prepared too.
 
     Raises:
         TrialFailure: as `prepare_model`.
     """
-    with exclusive(config.device), _conditions(config):
+    with exclusive(config.device), _measuring_setup(config):
         chain = prepare_chain(modules, random_images(input_size, config), config)
     while True:
-        with exclusive(config.device), _conditions(config):
+        with exclusive(config.device), _measuring_setup(config):
             prepared = next(chain, None)
         if prepared is None:
             return
@@ -132,7 +132,7 @@ def prepare_parts(
     Raises:
         TrialFailure: as `prepare_model`.
     """
-    with exclusive(config.device), _conditions(config):
+    with exclusive(config.device), _measuring_setup(config):
         calls = _inputs_of_parts(model, random_images(input_size, config), paths)
         return {path: prepare(model.get_submodule(path), inputs, config) for path, inputs in calls.items()}
 
@@ -161,55 +161,55 @@ def measure_latencies(
 
     Args:
         networks: networks that `prepare_model` prepared under the same `config`.
-        config: measurement conditions. The time budget applies to each network.
+        config: measurement conditions. All rounds together may take `max_seconds` x number of networks.
         reference: as in `measure_latency`.
     """
     if not networks:
         return []
-    with exclusive(config.device), _conditions(config):
-        fixed_ms = _reference_ms(config) if reference is None else reference
-        return _measure(networks, prepared_reference(config), fixed_ms, config)
+    with exclusive(config.device), _measuring_setup(config):
+        stored_ms = _reference_ms(config) if reference is None else reference
+        return _measure(networks, prepared_reference(config), stored_ms, config)
 
 
 def reference_ms(config: LatencyConfig) -> float:
     """Returns the stored latency of the reference network, and first measures and stores it if there is none."""
-    with exclusive(config.device), _conditions(config):
+    with exclusive(config.device), _measuring_setup(config):
         return _reference_ms(config)
 
 
 def _reference_ms(config: LatencyConfig) -> float:
-    known = fixed_reference_ms(config)
-    if known is not None:
-        return known
-    log.info("timing the reference network for %g seconds to fix its latency on this machine", FIX_SECONDS)
+    stored = stored_reference_ms(config)
+    if stored is not None:
+        return stored
+    log.info("timing the reference network for %g seconds to store its latency on this machine", REFERENCE_SECONDS)
     network = prepared_reference(config)
     start, waiting = time.perf_counter(), WaitingTime()
     waited_before = waiting.seconds()
     passes = _warm_up(network.time_block, config)
     times_ms: list[float] = []
-    stop = time.perf_counter() + FIX_SECONDS
+    stop = time.perf_counter() + REFERENCE_SECONDS
     while len(times_ms) < MIN_ROUNDS or time.perf_counter() < stop:
         times_ms += network.time_block(passes)
     if (waiting.seconds() - waited_before) / (time.perf_counter() - start) > BUSY:
         log.warning(
-            "Other programs were busy while the reference network was timed. Fix its latency again when this machine "
-            "is idle (mixnas measure --refix)."
+            "Other programs were busy while the reference network was timed. Store its latency again when this machine "
+            "is idle (mixnas measure cas_vit_xs --refix)."
         )
     ms = float(faster_half(np.array(times_ms)))
-    fix_reference_ms(config, ms)
+    store_reference_ms(config, ms)
     return ms
 
 
 def _measure(
-    networks: Sequence[Prepared], reference: Prepared, fixed_ms: float, config: LatencyConfig
+    networks: Sequence[Prepared], reference: Prepared, stored_ms: float, config: LatencyConfig
 ) -> list[Latency]:
     start, waiting = time.perf_counter(), WaitingTime()
     waited_before = waiting.seconds()
     passes = [_warm_up(n.time_block, config) for n in networks]
-    reference_passes = max(1, _block_passes(fixed_ms, config) // 2)  # there is a block on either side of every turn
+    reference_passes = max(1, _block_passes(stored_ms, config) // 2)  # there is a block on either side of every turn
     reference.time_block(WINDOW)
     own: list[list[list[float]]] = [[] for _ in networks]
-    beside: list[list[list[float]]] = [[] for _ in networks]
+    reference_times: list[list[list[float]]] = [[] for _ in networks]
     order = np.random.default_rng(config.seed)
     before = reference.time_block(reference_passes)
     rounds, next_look, steady = 0, MIN_ROUNDS, False
@@ -218,11 +218,11 @@ def _measure(
         for i in order.permutation(len(networks)):
             own[i].append(networks[i].time_block(passes[i]))
             after = reference.time_block(reference_passes)
-            beside[i].append(before + after)
+            reference_times[i].append(before + after)
             before = after
         rounds += 1
         if rounds == next_look:
-            widths = (_half_width(np.array(o), np.array(b)) for o, b in zip(own, beside, strict=True))
+            widths = (_half_width(np.array(o), np.array(r)) for o, r in zip(own, reference_times, strict=True))
             steady = all(width <= config.target for width in widths)
             next_look = math.ceil(1.3 * rounds)
     seconds = time.perf_counter() - start
@@ -231,49 +231,49 @@ def _measure(
         REPEATS.tell(
             log,
             "latency measurements beside busy programs",
-            f"Other programs used {100 * waited:.0f} % of the CPU, so latencies with {torch.get_num_threads()} threads "
-            "are unreliable. Wait until the machine is idle, or set threads to 1.",
+            f"This thread waited for a core {100 * waited:.0f} % of the time, so latencies with "
+            f"{torch.get_num_threads()} threads are unreliable. Wait until the machine is idle, or set threads to 1.",
             severity=waited,
         )
     return [
         replace(
-            summarise(np.array(o), np.array(b), fixed_ms, config.target),
+            summarise(np.array(o), np.array(r), stored_ms, config.target),
             seconds=seconds / len(networks),
             prepare_seconds=network.seconds,
             waited=waited,
             threads=torch.get_num_threads(),
         )
-        for network, o, b in zip(networks, own, beside, strict=True)
+        for network, o, r in zip(networks, own, reference_times, strict=True)
     ]
 
 
 def summarise(
     own_ms: np.ndarray,
-    reference_ms: np.ndarray,
-    fixed_ms: float,
+    reference_times_ms: np.ndarray,
+    stored_ms: float,
     target: float,
 ) -> Latency:
     """Computes a latency with its interval from interleaved times.
 
-    The interval has two parts, whose logarithms add in squares: the spread of the rounds, and the differences in how
-    networks react to the drift between the reference now and its fixed latency.
+    The interval joins two independent errors, on a log scale as the root of the sum of squares: the spread of the
+    rounds, and the differences in how networks react to the drift between the reference now and its stored latency.
 
     Args:
         own_ms: times of the network, of shape (rounds, passes).
-        reference_ms: times of the reference in the same rounds, of shape (rounds, passes).
-        fixed_ms: stored latency of the reference.
-        target: target for the relative half-width of the first part of the interval.
+        reference_times_ms: times of the reference in the same rounds, of shape (rounds, passes).
+        stored_ms: stored latency of the reference.
+        target: target for the relative half-width that comes from the spread of the rounds.
     """
-    relative = ratio(own_ms, reference_ms)
-    low, high = ratio_interval(own_ms, reference_ms)
-    drift = float(faster_half(reference_ms.ravel())) / fixed_ms
+    relative = ratio(own_ms, reference_times_ms)
+    low, high = ratio_interval(own_ms, reference_times_ms)
+    drift = float(faster_half(reference_times_ms.ravel())) / stored_ms
     systematic = 1.96 * DRIFT_UNCERTAINTY * abs(math.log(drift))
     q1, median, q3 = np.quantile(own_ms, [0.25, 0.5, 0.75])
     spread = (high - low) / 2 / relative
     return Latency(
-        ms=relative * fixed_ms,
-        low_ms=relative * fixed_ms * math.exp(-math.hypot(math.log(relative / low), systematic)),
-        high_ms=relative * fixed_ms * math.exp(math.hypot(math.log(high / relative), systematic)),
+        ms=relative * stored_ms,
+        low_ms=relative * stored_ms * math.exp(-math.hypot(math.log(relative / low), systematic)),
+        high_ms=relative * stored_ms * math.exp(math.hypot(math.log(high / relative), systematic)),
         spread=spread,
         raw_ms=float(median),
         q1_ms=float(q1),
@@ -285,9 +285,9 @@ def summarise(
     )
 
 
-def _half_width(own_ms: np.ndarray, reference_ms: np.ndarray) -> float:
-    low, high = ratio_interval(own_ms, reference_ms)
-    return (high - low) / 2 / ratio(own_ms, reference_ms)
+def _half_width(own_ms: np.ndarray, reference_times_ms: np.ndarray) -> float:
+    low, high = ratio_interval(own_ms, reference_times_ms)
+    return (high - low) / 2 / ratio(own_ms, reference_times_ms)
 
 
 def _warm_up(time_block: TimeBlock, config: LatencyConfig) -> int:
@@ -296,7 +296,7 @@ def _warm_up(time_block: TimeBlock, config: LatencyConfig) -> int:
     best = float("inf")
     while True:
         window = float(faster_half(np.array(time_block(WINDOW))))
-        if window >= STEADY * best or time.perf_counter() > stop:
+        if window >= WARM * best or time.perf_counter() > stop:
             return _block_passes(window, config)
         best = window
 
@@ -307,7 +307,7 @@ def _block_passes(pass_ms: float, config: LatencyConfig) -> int:
 
 
 @contextmanager
-def _conditions(config: LatencyConfig) -> Iterator[None]:
+def _measuring_setup(config: LatencyConfig) -> Iterator[None]:
     config.check_installed()
     device = torch.device(config.device)
     _keep_freed_memory()

@@ -3,7 +3,7 @@
 The speed of a machine drifts by tens of percent because of clocks, neighbours on the same silicon and memory. If a
 network and the reference are timed in turns, the latency of the network is the ratio of the two times, multiplied by
 the stored latency of the reference. The drift cancels as far as it affects both alike. The latency of the reference is
-fixed once for a machine, runtime and conditions.
+measured and stored once for a machine, runtime and conditions.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def _prepared(config: LatencyConfig) -> Prepared:
     return prepare(network, random_images(INPUT_SIZE, config), config)
 
 
-def fixed_reference_ms(config: LatencyConfig) -> float | None:
+def stored_reference_ms(config: LatencyConfig) -> float | None:
     """Returns the stored latency of the reference for this machine and these conditions, or None."""
     entry = _read().get(_key(config))
     return None if entry is None else float(entry["ms"])
 
 
-def fix_reference_ms(config: LatencyConfig, ms: float) -> None:
+def store_reference_ms(config: LatencyConfig, ms: float) -> None:
     """Stores the latency of the reference for this machine and these conditions.
 
     Raises:

@@ -261,7 +261,9 @@ class Fleet:
             if before != beat:
                 self._seen[trial.number] = (beat, now)
             elif now - since > GRACE_SECONDS:
-                log.warning("trial %d: its worker is gone (%s); another one repeats it", trial.number, _place(trial))
+                again = self.claim_of(trial) is not None and not _deaths(trial)
+                then = "another one repeats it" if again else "nobody repeats it"
+                log.warning("trial %d: its worker is gone (%s); %s", trial.number, _place(trial), then)
                 self.give_up(trial._trial_id, DIED)
         repeated = {t.user_attrs[RETRY] for t in found if RETRY in t.user_attrs}
         for trial in found:  # whoever ended a trial queues it again; where that one died in between, others do it

@@ -69,7 +69,7 @@ class Shared:
         drawn = fleet.draw(self._draws)
         return None if drawn is None else Asked(*drawn)
 
-    def alive(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
+    def heartbeat(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[None]:
         """Sends heartbeats for the trial."""
         return self._fleet.beating(trial)
 
@@ -83,12 +83,12 @@ class Shared:
         # the reason for ending is what the user must see, not a second failure on the way out
         with contextlib.suppress(Exception):
             if isinstance(error, KeyboardInterrupt | SystemExit):
-                OUTAGES.hurry()
+                OUTAGES.stop_waiting()
                 self._fleet.give_up(asked.trial._trial_id, RELEASED)
             else:
                 asked.trial.set_user_attr("attempts", asked.attempts - 1)
 
-    def see_through(self, step: Callable[[], None]) -> None:
+    def wait_for_others(self, step: Callable[[], None]) -> None:
         """Waits for what is under way, so that nothing of it is lost; the lead alone does that.
 
         Where enough trials count, those that wait to be repeated are scored, and those that were handed on are spared:
