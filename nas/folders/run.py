@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ import optuna
 from .. import consent
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check, is_file
-from ..objectives.objectives import Objective, Scores, latency_fields, other_entry, parse_objectives
+from ..objectives.objectives import Objective, Scores, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import Space, space_from_dict
@@ -40,7 +40,7 @@ from .files import reading_manifest, write_file
 from .manifest import FORMAT, Manifest
 from .shapes import RUN, STUDY
 from .tables import columns, front_dict, table
-from .trial import Trial, read_trial, with_tuning
+from .trial import Trial, read_trial, remeasured_scores, remeasured_trial, with_tuning
 from .verdicts import to_scale, verdicts
 
 if TYPE_CHECKING:
@@ -181,7 +181,10 @@ class Run:
         if tuned and (entries := attributes.get(TUNED)):
             trials = [with_tuning(t, entries) for t in trials]
         again = attributes.get(REMEASURED, {}) if remeasured else {}
-        return [self._second(t, again) for t in trials] if again else trials
+        if not again:
+            return trials
+        budget = self.manifest.config.budgets.get("latency")
+        return [remeasured_trial(t, self.targets, again, budget) for t in trials]
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -204,33 +207,12 @@ class Run:
                 raise no_study(self.path) from None
             yield storage, study_id
 
-    def _second(self, trial: Trial, again: Mapping[str, Any]) -> Trial:
-        """Returns a trial with its second measurement. It is pruned if that exceeds the latency budget."""
-        scores = self._with_second(trial.key, trial.scores, again)
-        budget = self.manifest.config.budgets.get("latency")
-        if trial.state != "complete" or budget is None or scores.latency_ms is None or scores.latency_ms <= budget:
-            return replace(trial, scores=scores)
-        failure = f"over budget when measured again: latency by {100 * (scores.latency_ms / budget - 1):.1f} %"
-        return replace(trial, scores=scores, state="pruned", failure=failure)
-
-    def _with_second(self, name: str, scores: Scores, again: Mapping[str, Any]) -> Scores:
-        """Replaces the latencies of the search by those of the second measurement."""
-        for i, target in enumerate(self.targets):
-            found = again.get(target, {}).get(name)
-            if found is None or "failure" in found:
-                continue
-            if i:
-                scores = replace(scores, others={**scores.others, target: other_entry(found)})
-            else:
-                scores = replace(scores, latency_search_ms=scores.latency_ms, **latency_fields(found))
-        return scores
-
     def baselines(self) -> dict[str, Scores]:
         """Scores of the baselines, by name. Baselines that failed are left out."""
         attributes = self.attributes
         again = attributes.get(REMEASURED, {})
         return {
-            name: self._with_second(name, Scores.from_dict(entry["scores"]), again)
+            name: remeasured_scores(name, Scores.from_dict(entry["scores"]), self.targets, again)
             for name, entry in attributes.get(BASELINES, {}).items()
             if "scores" in entry
         }

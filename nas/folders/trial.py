@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import optuna
 from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
-from ..objectives.objectives import Scores
+from ..objectives.objectives import Scores, latency_fields, other_entry
 from .shapes import TRIAL
 
 
@@ -104,3 +104,37 @@ def with_tuning(trial: Trial, tuned: Mapping[str, Any]) -> Trial:
         curve=curve,
     )
     return replace(trial, scores=scores)
+
+
+def remeasured_trial(
+    trial: Trial, targets: Sequence[str], again: Mapping[str, Any], budget: float | None = None
+) -> Trial:
+    """Returns a trial with the latencies of the second measurement. It is pruned if these exceed the latency budget.
+
+    Args:
+        trial: the trial.
+        targets: labels of the latency targets, in order.
+        again: target -> key -> latency, as `nas.search.remeasure` writes them.
+        budget: largest latency on the first target; None for no budget.
+    """
+    scores = remeasured_scores(trial.key, trial.scores, targets, again)
+    over = budget is not None and scores.latency_ms is not None and scores.latency_ms > budget
+    if trial.state != "complete" or not over:
+        return replace(trial, scores=scores)
+    assert scores.latency_ms is not None
+    assert budget is not None
+    failure = f"over budget when measured again: latency by {100 * (scores.latency_ms / budget - 1):.1f} %"
+    return replace(trial, scores=scores, state="pruned", failure=failure)
+
+
+def remeasured_scores(name: str, scores: Scores, targets: Sequence[str], again: Mapping[str, Any]) -> Scores:
+    """Returns scores with the latencies of the second measurement, which is listed under the key or name."""
+    for i, target in enumerate(targets):
+        found = again.get(target, {}).get(name)
+        if found is None or "failure" in found:
+            continue
+        if i:
+            scores = replace(scores, others={**scores.others, target: other_entry(found)})
+        else:
+            scores = replace(scores, latency_search_ms=scores.latency_ms, **latency_fields(found))
+    return scores
