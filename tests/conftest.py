@@ -35,9 +35,11 @@ from nas.repeats import REPEATS
 from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import remeasure
 
-# the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment
+# the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment, and
+# everything in few rounds
+ROUNDS = {"MIN_ROUNDS": protocol.MIN_ROUNDS, "WINDOW": protocol.WINDOW}
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
-protocol.FIX_SECONDS = 0.2
+protocol.FIX_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
 remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 # to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
 NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
@@ -113,12 +115,6 @@ def table(names: str, rows: Iterable[object], by: Callable[..., str] | None = No
 def pytest_unconfigure() -> None:
     """Take the tests' own place away."""
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
-
-
-def common_place(factory: pytest.TempPathFactory) -> Path:
-    """A folder that all processes of the tests share: what takes long is made in it once, under a lock."""
-    own = factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def required(part: str, missing: str) -> None:

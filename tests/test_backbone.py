@@ -1349,7 +1349,9 @@ def check_cut_down(model) -> None:
     assert model.num_features == model.head_hidden_size == architecture.stages[1].width
 
 
-FEW = every_network(2)
+FEW = {name for name in every_network(1) if name not in PRESETS}
+FEW |= {"cas_vit_xs", "cas_vit_t", "cas_vit_xs_distilled", "s2a_r_mini", "s2a_r_m"}
+"""A point of each space, and the smallest and the largest preset of each family; the others run under `-m slow`."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else pytest.mark.slow) for n in EVERY])

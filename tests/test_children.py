@@ -18,15 +18,13 @@ from nas.search import search
 from nas.search.workers.local import local_workers
 
 
-def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
+def test_a_process_imports_nothing_from_the_current_folder(tmp_path):
     """Of packages and modules that lie there by chance, or were put there."""
-    for name in ("torch.py", "optuna.py", "json.py", "nas/__init__.py", "nas/search/__init__.py", "sitecustomize.py"):
+    for name in ("numpy.py", "optuna.py", "json.py", "nas/__init__.py", "nas/folders/__init__.py", "sitecustomize.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})\n")
-    command, environment = python_module("nas.search.workers.worker", str(tmp_path / "no run"), str(os.getpid()))
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, input="{}", capture_output=True, text=True, timeout=120
-    )
+    command, environment = python_module("nas", "front", str(tmp_path / "no run"))
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "no run folder" in done.stderr
     assert not (tmp_path / "imported").exists()
 

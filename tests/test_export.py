@@ -46,6 +46,8 @@ from nas.training.recipes import RECIPES
 
 TESTS = Path(__file__).parent
 ALL_FORMATS = Settings(formats=tuple(FORMATS))
+IMAGES = 400
+"""Enough to calibrate the format `int8`."""
 
 LOAD_IN_A_CLEAN_PROCESS = """
 import json, sys
@@ -84,6 +86,7 @@ def run(tmp_path_factory) -> Run:
         objectives=("macs", "accuracy"),
         trials=3,
         epochs=1,
+        max_images=IMAGES,
         sampler="random",
         latency=(LatencyConfig(device="cpu"),),
         out=out,
@@ -253,7 +256,7 @@ def exported(run) -> Path:
 def pictures(run, tmp_path_factory) -> Path:
     """The run's held-out images as files."""
     place = tmp_path_factory.mktemp("pictures")
-    held = load_data("digits").holdout
+    held = load_data("digits", max_images=IMAGES).holdout
     for i, (pixels, label) in enumerate(zip(held.pixels, held.labels, strict=True)):
         (place / str(int(label))).mkdir(exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / str(int(label)) / f"{i}.png")

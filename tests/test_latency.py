@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REFERENCE_SIZE, table
+from conftest import REFERENCE_SIZE, ROUNDS, table
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError
@@ -51,7 +51,7 @@ from nas.scoring.latency import (
     reference_of,
 )
 from nas.scoring.latency.clocks import cpu_clock
-from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, MIN_ROUNDS, summarise
+from nas.scoring.latency.protocol import MAX_PASSES, MIN_PASSES, summarise
 from nas.scoring.latency.reference import ReferenceNetwork, references_file
 from nas.scoring.latency.runtimes import TOLERANCE, Prepared
 from nas.scoring.latency.statistics import faster_half, ratio, ratio_interval
@@ -175,6 +175,8 @@ class Scripted:
 @pytest.fixture
 def reference(monkeypatch):
     Scripted.turns.clear()
+    for name, number in ROUNDS.items():
+        monkeypatch.setattr(protocol, name, number)
     monkeypatch.setattr(protocol, "prepared_reference", lambda _: Scripted("reference", [2.0]).prepared())
 
 
@@ -183,15 +185,15 @@ def test_exact_times_give_exact_figures(reference):
     a, b = measure_latencies([Scripted("a", [6.0]).prepared(), Scripted("b", [5.0]).prepared()], config, reference=4.0)
     assert (a.ms, b.ms) == pytest.approx((12.0, 10.0))
     assert a.drift == pytest.approx(0.5)
-    assert (a.rounds, a.steady, a.prepare_seconds) == (MIN_ROUNDS, True, 1.5)
+    assert (a.rounds, a.steady, a.prepare_seconds) == (protocol.MIN_ROUNDS, True, 1.5)
 
 
 def test_networks_and_reference_take_turns(reference):
     measure_latencies(
         [Scripted(name, [3.0]).prepared() for name in "abc"], LatencyConfig(**QUICK | {"target": 0.01}), 2.0
     )
-    rounds = Scripted.turns[-6 * MIN_ROUNDS :]
-    assert rounds[1::2] == ["reference"] * 3 * MIN_ROUNDS, "the reference runs between any two"
+    rounds = Scripted.turns[-6 * protocol.MIN_ROUNDS :]
+    assert rounds[1::2] == ["reference"] * 3 * protocol.MIN_ROUNDS, "the reference runs between any two"
     orders = {tuple(rounds[i : i + 6 : 2]) for i in range(0, len(rounds), 6)}
     assert all(sorted(order) == ["a", "b", "c"] for order in orders), "each has one turn a round"
     assert len(orders) > 1, "in changing order"
@@ -210,10 +212,10 @@ def test_sampling_goes_on_until_the_target_or_the_end_of_its_time(reference):
     (enough,) = measure_latencies([Scripted("a", noisy).prepared()], config, 2.0)
     assert enough.steady
     assert enough.spread <= 0.02
-    assert enough.rounds > MIN_ROUNDS
+    assert enough.rounds > protocol.MIN_ROUNDS
     (short,) = measure_latencies([Scripted("a", noisy).prepared()], replace(config, max_seconds=1e-6), 2.0)
     assert not short.steady
-    assert short.rounds == MIN_ROUNDS
+    assert short.rounds == protocol.MIN_ROUNDS
     assert short.spread > 0.02
 
 
@@ -227,7 +229,7 @@ def test_a_block_lasts_about_as_long_as_wanted(reference, ms, passes):
 def test_the_fewest_rounds_fit_into_little_time(reference):
     config = LatencyConfig(**QUICK | {"block_ms": 30.0, "max_seconds": 0.08})
     (latency,) = measure_latencies([Scripted("a", [1.0]).prepared()], config, 2.0)
-    assert (latency.rounds, latency.passes) == (MIN_ROUNDS, 10 * MIN_ROUNDS)
+    assert (latency.rounds, latency.passes) == (protocol.MIN_ROUNDS, 10 * protocol.MIN_ROUNDS)
 
 
 def test_no_networks_no_latencies():
@@ -454,7 +456,7 @@ def test_every_runtime_gives_ordered_figures(runtime, dtype):
     assert isinstance(result, Latency)
     assert 0 < result.low_ms <= result.ms <= result.high_ms
     assert 0 < result.q1_ms <= result.raw_ms <= result.q3_ms
-    assert result.passes >= result.rounds >= MIN_ROUNDS
+    assert result.passes >= result.rounds >= protocol.MIN_ROUNDS
     assert result.threads == torch.get_num_threads()
 
 

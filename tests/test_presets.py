@@ -240,7 +240,7 @@ def test_the_presets_are_those_of_the_references():
 
 @table(
     "size, suffix, side",
-    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("s", "", 384), ("m", "_distilled", 224)],
+    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("xs", "_distilled", 224)],
 )
 def test_cas_vit_to_the_unit(size, suffix, side):
     ref = CAS_VIT[size]
@@ -252,7 +252,7 @@ def test_cas_vit_to_the_unit(size, suffix, side):
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256), ("t", 384)])
+@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256)])
 def test_s2a_r_to_the_unit(size, side):
     ref = S2A_R[size]
     model = network(f"s2a_r_{size}", device="meta")
@@ -329,8 +329,6 @@ def test_presets_are_timm_models(name):
     assert model.pretrained_cfg["architecture"] == name
     assert model.pretrained_cfg["input_size"] == (3, 224, 224)
     assert model.pretrained_cfg["pool_size"] == (7, 7)
-    same = timm.create_model("mixnas", architecture=PRESETS[name], num_classes=1000, device="meta")
-    assert {k: v.shape for k, v in same.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_timm_lists_the_presets():

@@ -59,6 +59,17 @@ def single(scored, tmp_path) -> Run:
     return Run.open(shutil.copytree(scored.path, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def five(tmp_path_factory) -> Run:
+    return search(analytic_config(tmp_path_factory.mktemp("five"), trials=5, sampler="random"))
+
+
+@pytest.fixture
+def several(five, tmp_path) -> Run:
+    """A run of five architectures, to be changed at will."""
+    return Run.open(shutil.copytree(five.path, tmp_path / "run"))
+
+
 def again(run: Run, **options):
     return replay(run, SearchConfig.from_run(run), **options)
 
@@ -84,9 +95,8 @@ def edit_manifest(run: Run, change) -> Run:
     return Run.open(run.path)
 
 
-def test_exact_scores_are_equal_and_in_the_recorded_order(tmp_path):
-    run = search(analytic_config(tmp_path, trials=5, sampler="random"))
-    done = []
+def test_exact_scores_are_equal_and_in_the_recorded_order(several):
+    run, done = several, []
     found = again(run, on_done=lambda count, total, row: done.append((count, total, row and row.trial.number)))
     assert done == [(0, 5, None), *((i + 1, 5, i) for i in range(5))]
     assert [row.trial.key for row in found.rows] == [t.key for t in run.trials()]
@@ -106,27 +116,27 @@ def test_a_table_that_is_no_table_is_one_line(single):
         again(single)
 
 
-def test_what_was_scored_is_not_scored_again_unless_asked(tmp_path):
-    run = search(analytic_config(tmp_path, trials=4))
+def test_what_was_scored_is_not_scored_again_unless_asked(several):
+    run = several
     assert len(again(run, limit=2).rows) == 2
     first = saved(run)
     again(run)
     all_of_them = saved(run)
-    assert [row["trial"] for row in all_of_them] == list("0123")
+    assert [row["trial"] for row in all_of_them] == list("01234")
     assert all_of_them[:2] == first  # their seconds, too
     as_windows_writes(run.path / FILE)
     before = (run.path / FILE).stat().st_mtime_ns
-    assert len(again(run).rows) == 4
+    assert len(again(run).rows) == 5
     assert (run.path / FILE).stat().st_mtime_ns == before
     again(run, limit=1, anew=True)
     assert len(saved(run)) == 1
 
 
-def test_only_the_front(tmp_path):
-    run = search(analytic_config(tmp_path, trials=8, sampler="random"))
+def test_only_the_front(several):
+    run = several
     keys = {t.key for t in run.front()}
     wanted = [t.key for t in run.trials() if t.key in keys]
-    assert 0 < len(wanted) < 8
+    assert 0 < len(wanted) < 5
     assert [row.trial.key for row in again(run, front=True).rows] == wanted
     assert [row.trial.key for row in again(run, front=True, limit=1).rows] == wanted[:1]
 
@@ -169,16 +179,16 @@ def test_latencies_agree_where_they_cannot_be_told_apart(tmp_path):
     assert {c.kind for c in row.comparisons if not c.agrees} == {"latency"}
 
 
-def test_an_edited_record_disagrees_with_its_name(capsys, tmp_path):
-    run = search(analytic_config(tmp_path, trials=3))
+def test_an_edited_record_disagrees_with_its_name(capsys, several):
+    run = several
     trial = run.trials()[1]
     edit_scores(run, 1, params=trial.scores.params + 1)
     code, out, err = call(capsys, "replay", str(run.path))
     assert code == 1
-    assert err.splitlines()[-1] == f"error: 1 of 3 architectures of {run.path} do not agree"
+    assert err.splitlines()[-1] == f"error: 1 of 5 architectures of {run.path} do not agree"
     assert trial.key in out
     assert "params" in out
-    assert "2 of 3 architectures agree (proxy 3 of 3; counts 2 of 3)" in out
+    assert "4 of 5 architectures agree (proxy 5 of 5; counts 4 of 5)" in out
     code, out, _ = call(capsys, "replay", str(run.path), "--json")
     assert code == 1
     (row,) = [row for row in json.loads(out)["architectures"] if not row["agrees"]]
@@ -199,7 +209,7 @@ def test_another_machine_leaves_latency_out_unless_told_otherwise(tmp_path, capl
 
 
 def test_a_run_on_a_server(tmp_path):
-    config = analytic_config(tmp_path, trials=3, storage=f"sqlite:///{tmp_path}/shared.db")
+    config = analytic_config(tmp_path, trials=1, storage=f"sqlite:///{tmp_path}/shared.db")
     run = search(config)
     assert not again(Run.open(run.path)).disagreeing
     assert not (run.path / "study.db").exists()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -74,6 +74,18 @@ def brute_force_front(points: dict[str, tuple[float, float]]) -> set[str]:
         for key, (macs, params) in points.items()
         if not any(m <= macs and p >= params and (m, p) != (macs, params) for m, p in points.values())
     }
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Run:
+    """A run of one trial."""
+    return search(analytic_config(tmp_path_factory.mktemp("single"), trials=1))
+
+
+@pytest.fixture
+def begun(single, tmp_path) -> Run:
+    """A copy of it, to be changed or gone on with."""
+    return Run.open(shutil.copytree(single.path, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +156,8 @@ def test_any_two_to_four_objectives(tmp_path, objectives):
     assert run.hypervolume(run.front()) > 0
 
 
-def test_an_untrained_proxy_is_never_called_accuracy(tmp_path):
-    run = search(analytic_config(tmp_path))
+def test_an_untrained_proxy_is_never_called_accuracy(exhausted):
+    run = exhausted
     table = pd.read_csv(run.path / "trials.csv")
     assert "proxy_params" in table
     assert "accuracy" not in table
@@ -154,7 +166,7 @@ def test_an_untrained_proxy_is_never_called_accuracy(tmp_path):
 
 def test_same_seed_same_trials_other_seed_others(tmp_path):
     runs = [
-        search(analytic_config(tmp_path, out=tmp_path / str(i), seed=seed, trials=4))
+        search(analytic_config(tmp_path, out=tmp_path / str(i), seed=seed, trials=3))
         for i, seed in enumerate((5, 5, 6))
     ]
     keys = [[t.key for t in run.trials()] for run in runs]
@@ -164,17 +176,16 @@ def test_same_seed_same_trials_other_seed_others(tmp_path):
 
 
 def test_resuming_continues_where_an_unbroken_run_would(tmp_path):
-    whole = search(analytic_config(tmp_path, out=tmp_path / "whole", trials=6))
-    search(analytic_config(tmp_path, trials=3))
-    resumed = search(analytic_config(tmp_path, trials=6))
+    whole = search(analytic_config(tmp_path, out=tmp_path / "whole", trials=4))
+    search(analytic_config(tmp_path, trials=2))
+    resumed = search(analytic_config(tmp_path, trials=4))
     assert [t.key for t in resumed.trials()] == [t.key for t in whole.trials()]
     assert resumed.reference == whole.reference
 
 
-def test_a_finished_run_scores_nothing_more(tmp_path):
-    run = search(analytic_config(tmp_path))
-    before = [t.number for t in run.trials()]
-    assert [t.number for t in search(analytic_config(tmp_path)).trials()] == before
+def test_a_finished_run_scores_nothing_more(begun, tmp_path):
+    before = [t.number for t in begun.trials()]
+    assert [t.number for t in search(analytic_config(tmp_path, trials=1)).trials()] == before
 
 
 @pytest.mark.slow
@@ -226,7 +237,7 @@ def test_the_bend_is_the_nearest_to_the_best_in_everything(exhausted):
 
 
 def test_a_budget_is_the_reference_point(tmp_path):
-    run = search(analytic_config(tmp_path, budgets={"macs": 1e9}))
+    run = search(analytic_config(tmp_path, budgets={"macs": 1e9}, trials=1))
     assert run.reference == {"macs": 1e9, "proxy_params": 0.0}
 
 
@@ -237,9 +248,8 @@ def test_the_reference_accuracy_is_chance_level(tmp_path):
     assert run.reference["macs"] > 0
 
 
-def test_a_resumed_run_keeps_the_reference_point_that_it_stores(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
-    file = run.path / "run.json"
+def test_a_resumed_run_keeps_the_reference_point_that_it_stores(begun, tmp_path):
+    file = begun.path / "run.json"
     stored = {"macs": 2e9, "proxy_params": 1.0}  # an earlier release may have fixed another one
     file.write_text(json.dumps(json.loads(file.read_text()) | {"reference": stored}))
     assert search(analytic_config(tmp_path, trials=2)).reference == stored
@@ -254,12 +264,12 @@ def test_expected_failures_are_recorded_and_the_search_goes_on(tmp_path, monkeyp
         return estimate(model, input_size)
 
     monkeypatch.setattr(evaluate_module, "count_cost", fails_on_strip)
-    run = search(analytic_config(tmp_path, trials=7, sampler="random"))
+    run = search(analytic_config(tmp_path, trials=4, sampler="random"))
     failed = [t for t in run.trials() if t.state == "failed"]
     assert failed
     assert all("strip" in {s.mixer.name for s in t.architecture.stages} for t in failed)
     assert all(t.failure == "out_of_memory: no memory for this one" for t in failed)
-    assert len(numbers(run)) == 7
+    assert len(numbers(run)) == 4
 
 
 def test_a_non_finite_score_is_a_failure(tmp_path, monkeypatch):
@@ -278,34 +288,26 @@ def test_a_bug_stops_the_search_with_its_traceback_and_the_run_resumes(tmp_path,
     calls = iter(range(100))
 
     def breaks_once(model, input_size):
-        if next(calls) == 8:
+        if next(calls) == 6:
             raise ZeroDivisionError("a bug")
         return estimate(model, input_size)
 
     monkeypatch.setattr(evaluate_module, "count_cost", breaks_once)
     with pytest.raises(ZeroDivisionError):
-        search(analytic_config(tmp_path))
+        search(analytic_config(tmp_path, trials=4))
     left = Run.open(tmp_path / "run").trials()
     assert left[-1].state == "running"
-    resumed = search(analytic_config(tmp_path)).trials()
+    resumed = search(analytic_config(tmp_path, trials=4)).trials()
     assert [t.key for t in resumed[: len(left)]] == [t.key for t in left]
     assert {t.state for t in resumed} == {"complete"}
 
 
-def test_a_trial_that_kills_its_process_again_and_again_is_given_up(tmp_path):
-    run = search(analytic_config(tmp_path, trials=2))
-    study = optuna.load_study(study_name="run", storage=run.storage())
+def test_a_trial_that_kills_its_process_again_and_again_is_given_up(begun, tmp_path):
+    study = optuna.load_study(study_name="run", storage=begun.storage())
     study.ask().set_user_attr("attempts", 3)  # a process died in it three times
-    trials = search(analytic_config(tmp_path, trials=3)).trials()
-    assert [t.state for t in trials] == ["complete", "complete", "failed", "complete"]
-    assert trials[2].failure.startswith("killed:")
-
-
-@pytest.fixture
-def begun(tmp_path) -> Path:
-    """A folder with a run of one trial."""
-    search(analytic_config(tmp_path, trials=1))
-    return tmp_path
+    trials = search(analytic_config(tmp_path, trials=2)).trials()
+    assert [t.state for t in trials] == ["complete", "failed", "complete"]
+    assert trials[1].failure.startswith("killed:")
 
 
 @table(
@@ -324,21 +326,21 @@ def begun(tmp_path) -> Path:
         ({"budgets": {"macs": 1e12}}, "budgets"),
     ],
 )
-def test_resuming_under_other_conditions_is_refused(begun, change, named):
+def test_resuming_under_other_conditions_is_refused(begun, tmp_path, change, named):
     with pytest.raises(RunError, match=f"begun with {named} |its {named} ") as caught:
-        search(analytic_config(begun, trials=2, **change))
+        search(analytic_config(tmp_path, trials=2, **change))
     assert "\n" not in str(caught.value)
-    assert len(Run.open(begun / "run").trials()) == 1
+    assert len(begun.trials()) == 1
 
 
-def test_sampler_and_trials_may_change(tmp_path):
-    search(analytic_config(tmp_path, trials=1))
+def test_sampler_and_trials_may_change_and_stay_changed(begun, tmp_path):
     assert len(search(analytic_config(tmp_path, trials=3, sampler="nsga2")).trials()) == 3
+    again = SearchConfig.from_run(Run.open(begun.path))
+    assert (again.trials, again.sampler) == (3, "nsga2")
 
 
-def test_two_searches_in_one_folder_are_refused(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
-    with locked_folder(run.path), pytest.raises(RunError, match="another process works"):
+def test_two_searches_in_one_folder_are_refused(begun, tmp_path):
+    with locked_folder(begun.path), pytest.raises(RunError, match="another process works"):
         search(analytic_config(tmp_path, trials=2))
 
 
@@ -399,16 +401,14 @@ def test_a_bug_in_a_callback_keeps_its_type(tmp_path):
         search(analytic_config(tmp_path), forgets_a_key)
 
 
-def test_interrupts_are_not_held_against_an_architecture(tmp_path, monkeypatch):
+def test_interrupts_are_not_held_against_an_architecture(begun, tmp_path, monkeypatch):
     estimate = evaluate_module.count_cost
-    run = search(analytic_config(tmp_path, trials=1))
     for _ in range(2):
         monkeypatch.setattr(evaluate_module, "count_cost", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             search(analytic_config(tmp_path, trials=2))
     monkeypatch.setattr(evaluate_module, "count_cost", estimate)
     assert [t.state for t in search(analytic_config(tmp_path, trials=2)).trials()] == ["complete", "complete"]
-    assert run.path.exists()
 
 
 @pytest.mark.slow
@@ -426,13 +426,6 @@ def test_a_run_that_gave_up_can_go_on_once_the_cause_is_gone(tmp_path, monkeypat
     assert sum(t.state == "complete" for t in search(analytic_config(tmp_path, trials=3)).trials()) == 3
 
 
-def test_what_a_resumed_run_may_change_is_kept(tmp_path):
-    search(analytic_config(tmp_path, trials=1))
-    search(analytic_config(tmp_path, trials=3, sampler="nsga2"))
-    again = SearchConfig.from_run(Run.open(tmp_path / "run"))
-    assert (again.trials, again.sampler) == (3, "nsga2")
-
-
 def test_a_resumed_run_keeps_what_is_not_given(tmp_path):
     run, new = search(analytic_config(tmp_path, trials=1, train_batch_size=32)), SearchConfig(MINI)
     resumed = configure(new, run.path, trials=2, runtimes=("eager", "compile"))
@@ -448,8 +441,8 @@ def test_every_device_is_measured_in_every_runtime():
     assert [target.label for target in config.latency] == labels
 
 
-def test_a_search_may_begin_from_a_front(tmp_path):
-    run = search(analytic_config(tmp_path))
+def test_a_search_may_begin_from_a_front(exhausted, tmp_path):
+    run = exhausted
     begun = configure(analytic_config(tmp_path), tmp_path / "next", warm_start=[str(run.path)])
     assert [a.key for a in begun.start] == [t.key for t in run.front()]
     with pytest.raises(UsageError, match="cas_vit_xs: not in space mini"):
@@ -458,8 +451,8 @@ def test_a_search_may_begin_from_a_front(tmp_path):
         configure(SearchConfig(TINY), run.path, warm_start=[str(run.path)])
 
 
-def test_a_program_or_device_that_a_run_has_no_use_for_is_refused(tmp_path):
-    run = search(analytic_config(tmp_path, trials=1))
+def test_a_program_or_device_that_a_run_has_no_use_for_is_refused(single):
+    run = single
     with pytest.raises(UsageError, match="this run runs no program, not 'x'"):
         local_config(run, "x")
     assert local_config(run, data_root=None, train_device="cuda").train_device == "cuda"
@@ -484,11 +477,21 @@ def test_the_same_data_may_be_spelled_in_another_way(tmp_path, monkeypatch):
     assert SearchConfig.from_run(Run.open(tmp_path / "run")).data == str(tmp_path / "images")
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_study_that_was_restored_is_read_anew(begun, exhausted, in_place):
+    """A process keeps the storages that it opened, but not what it has read of their files."""
+    file = begun.path / "study.db"
+    assert len(begun.trials()) == 1
+    if not in_place:
+        file.unlink()
+    shutil.copyfile(exhausted.path / "study.db", file)
+    assert [t.key for t in begun.trials()] == [t.key for t in exhausted.trials()]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a database" * 500])
-def test_a_damaged_study_is_one_line(tmp_path, content):
-    run = search(analytic_config(tmp_path, trials=1))
-    (run.path / "study.db").write_bytes(content)
-    for use in (run.trials, lambda: search(analytic_config(tmp_path, trials=2))):
+def test_a_damaged_study_is_one_line(begun, tmp_path, content):
+    (begun.path / "study.db").write_bytes(content)
+    for use in (begun.trials, lambda: search(analytic_config(tmp_path, trials=2))):
         with pytest.raises(RunError) as caught:
             use()
         assert "\n" not in str(caught.value)

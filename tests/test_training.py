@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from conftest import table, tiny_architecture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
+from test_search import TINY as TINY_SPACE
 from timm.data import auto_augment
 
 from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
@@ -82,6 +84,18 @@ def file(tmp_path_factory) -> Path:
 def config(target: Path | str, data: Path | str, out: Path, **changes) -> TrainConfig:
     values = {"recipe": TINY, "device": "cpu", "workers": 0, "input_size": 32} | changes
     return TrainConfig(str(target), data=str(data), out=out, **values)
+
+
+@pytest.fixture(scope="module")
+def finished(images, file, tmp_path_factory) -> Trained:
+    """The plain training that several tests begin with."""
+    return train(config(file, images, tmp_path_factory.mktemp("finished") / "t"))
+
+
+@pytest.fixture
+def first(finished, tmp_path) -> Trained:
+    """A copy of it, to be changed at will."""
+    return Trained.open(shutil.copytree(finished.path, tmp_path / "t"))
 
 
 def rows(trained: Trained) -> list[dict[str, str]]:
@@ -323,10 +337,9 @@ def test_a_training_from_begin_to_end(images, file, tmp_path):
     assert again.result == result, "it is tested once"
 
 
-def test_what_is_tested_is_what_was_saved(images, file, tmp_path):
+def test_what_is_tested_is_what_was_saved(images, finished):
     """A second implementation of the final test."""
-    trained = train(config(file, images, tmp_path / "t"))
-    data, model, correct = trained.manifest["data"], trained.load_model(), 0
+    data, model, correct = finished.manifest["data"], finished.load_model(), 0
     files = sorted((images / "val").rglob("*.png"))
     for path in files:
         if path.read_bytes() == b"no image":
@@ -335,7 +348,7 @@ def test_what_is_tested_is_what_was_saved(images, file, tmp_path):
         x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
         x = (x - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
         correct += data["classes"][int(model(x).argmax())] == path.parent.name
-    result = trained.result
+    result = finished.result
     assert result is not None
     assert result["test"]["accuracy"] == pytest.approx(100 * correct / len(files))
 
@@ -409,23 +422,21 @@ def test_another_seed_is_another_training(images, file, tmp_path):
     assert rows(one) != rows(other)
 
 
-def test_another_training_is_not_gone_on_with(images, file, tmp_path):
-    train(config(file, images, tmp_path / "t"))
+def test_another_training_is_not_gone_on_with(images, file, finished):
     for change, words in (
         ({"seed": 5}, "another seed"),
         ({"recipe": replace(TINY, epochs=3)}, "begun with epochs=2, not 3"),
         ({"input_size": 64}, "other images"),
     ):
         with pytest.raises(RunError, match=words):
-            train(config(file, images, tmp_path / "t", **change))
+            train(config(file, images, finished.path, **change))
 
 
-def test_a_damaged_checkpoint_is_one_line(images, file, tmp_path):
-    trained = train(config(file, images, tmp_path / "t"))
-    (trained.path / "result.json").unlink()
-    (trained.path / "checkpoint.pt").write_bytes(b"no zip")
+def test_a_damaged_checkpoint_is_one_line(images, file, first):
+    (first.path / "result.json").unlink()
+    (first.path / "checkpoint.pt").write_bytes(b"no zip")
     with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
-        train(config(file, images, tmp_path / "t"))
+        train(config(file, images, first.path))
 
 
 def test_what_only_timm_knows_is_refused_before_anything_is_kept(images, file, tmp_path):
@@ -435,15 +446,14 @@ def test_what_only_timm_knows_is_refused_before_anything_is_kept(images, file, t
     assert train(config(file, images, tmp_path / "t")).result
 
 
-def test_a_checkpoint_of_something_else_is_one_line(images, file, tmp_path):
-    trained = train(config(file, images, tmp_path / "t"))
-    (trained.path / "result.json").unlink()
-    state = torch.load(trained.path / "checkpoint.pt", weights_only=True)
+def test_a_checkpoint_of_something_else_is_one_line(images, file, first):
+    (first.path / "result.json").unlink()
+    state = torch.load(first.path / "checkpoint.pt", weights_only=True)
     changes = {"step": 10**9, "rows": [], "network": {}, "optimizer": None, "average": {"a": torch.zeros(1)}}
     for name, value in changes.items():
-        torch.save(state | {name: value}, trained.path / "checkpoint.pt")
+        torch.save(state | {name: value}, first.path / "checkpoint.pt")
         with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
-            train(config(file, images, tmp_path / "t"))
+            train(config(file, images, first.path))
 
 
 def test_a_manifest_names_networks_of_timm_only(images, tmp_path):
@@ -457,9 +467,8 @@ def test_a_manifest_names_networks_of_timm_only(images, tmp_path):
             Trained.open(trained.path)
 
 
-def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tmp_path):
-    trained = train(config(file, images, tmp_path / "t"))
-    (trained.path / "result.json").unlink()
+def test_options_are_not_ignored_where_a_folder_is_gone_on_with(first, tmp_path):
+    (first.path / "result.json").unlink()
     for change, words in (
         ({"seed": 3}, "another --seed"),
         ({"data": "digits"}, "another --data"),
@@ -467,8 +476,8 @@ def test_options_are_not_ignored_where_a_folder_is_gone_on_with(images, file, tm
         ({"recipe": RECIPES["small"]}, "another recipe"),
     ):
         with pytest.raises(UsageError, match=words):
-            train(TrainConfig(str(trained.path), device="cpu", **change))
-    assert train(TrainConfig(str(trained.path), device="cpu", workers=0)).result
+            train(TrainConfig(str(first.path), device="cpu", **change))
+    assert train(TrainConfig(str(first.path), device="cpu", workers=0)).result
 
 
 @pytest.mark.slow
@@ -521,14 +530,19 @@ def test_a_training_that_an_older_release_began_goes_on(images, file, tmp_path):
     assert all(torch.equal(weights[n], t) for n, t in load_file(trained.path / "model.safetensors").items())
 
 
+def few_images(folder: Path, classes: int, each: int) -> Path:
+    for label in range(classes):
+        (folder / f"{label:02}").mkdir(parents=True)
+        for i in range(each):
+            Image.new("L", (32, 32), 6 * label + i).save(folder / f"{label:02}" / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize(("classes", "each"), [(2, 4), (5, 1), (40, 2)])
 def test_sets_of_a_few_images(file, tmp_path, classes, each):
     """Fewer than a batch; one of a class, of which none can be held out."""
-    for label in range(classes):
-        (tmp_path / "images" / f"{label:02}").mkdir(parents=True)
-        for i in range(each):
-            Image.new("L", (32, 32), 6 * label + i).save(tmp_path / "images" / f"{label:02}" / f"{i}.png")
-    trained = train(config(file, tmp_path / "images", tmp_path / "t", recipe=Auto(("epochs=1",))))
+    images = few_images(tmp_path / "images", classes, each)
+    trained = train(config(file, images, tmp_path / "t", recipe=Auto(("epochs=1",))))
     assert trained.result is not None
     assert trained.manifest["data"]["num_holdout"] == 0
     assert trained.result["holdout"] is None
@@ -656,19 +670,19 @@ def test_one_image_a_step_is_too_few_for_some_batch_norms(images, file, tmp_path
     assert train(config(file, images, tmp_path / "u", recipe=one)).result
 
 
-def test_what_can_be_started_from(images, file, tmp_path, caplog):
+def test_what_can_be_started_from(images, file, first, tmp_path, caplog):
     """Trained weights go on, those of other classes without their classifier."""
-    first = train(config(file, images, tmp_path / "first"))
     still = replace(TINY, learning_rate=1e-12, min_learning_rate=0.0, weight_decay=0.0, ema_decay=0.0)
     second = train(config(first.path, images, tmp_path / "second", recipe=still))
     weights = [load_file(t.path / "model.safetensors") for t in (first, second)]
     assert second.manifest["init"] == str(first.path / "model.safetensors")
     torch.testing.assert_close(weights[1]["head.weight"], weights[0]["head.weight"], rtol=1e-4, atol=1e-5)
     caplog.set_level("INFO")
-    other = train(config(first.path, "digits", tmp_path / "other", recipe=replace(still, epochs=1, warmup_epochs=0.0)))
+    others = few_images(tmp_path / "others", 5, 4)
+    other = train(config(first.path, others, tmp_path / "other", recipe=replace(still, epochs=1, warmup_epochs=0.0)))
     assert "so the classifier starts from zero" in caplog.text
     third = load_file(other.path / "model.safetensors")
-    assert third["head.weight"].shape[0] == 10
+    assert third["head.weight"].shape[0] == 5
     name = next(n for n in third if n.startswith("stages") and n.endswith("weight"))
     torch.testing.assert_close(third[name], weights[1][name], rtol=1e-3, atol=1e-5)
     assert second.manifest["data"]["held"] == first.manifest["data"]["held"]
@@ -753,16 +767,14 @@ def test_sides_are_multiples():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """A search on digits, with a front of some points."""
-    import search_spaces
-
     return search(
         SearchConfig(
-            space=search_spaces.load("mini"),
+            space=TINY_SPACE,
             objectives=("params", "accuracy"),
             latency=(LatencyConfig(device="cpu"),),
             epochs=1,
             max_images=200,
-            trials=6,
+            trials=4,
             sampler="random",
             budgets=parse_budgets(()),
             seed=3,

@@ -13,10 +13,10 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
-from conftest import common_place, table
-from filelock import FileLock
+from conftest import table
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
+from test_search import TINY
 
 import search_spaces
 from nas.calibration.report import low_epochs, noiseless, trust_report
@@ -162,19 +162,21 @@ def test_only_the_hopeless_are_stopped():
 # calibrations
 
 
+IMAGES = {"input_size": 16, "max_images": 100}
+
+
 def config(**changes) -> CalibrationConfig:
-    return CalibrationConfig(MINI, max_images=240, count=10, epochs=2, repeats=3, batch_size=32, **changes)
+    return CalibrationConfig(TINY, **IMAGES | {"count": 10, "epochs": 2, "repeats": 3, "batch_size": 32} | changes)
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory) -> Calibration:
-    """A copy of one that the first process to need it makes."""
-    common, steps = common_place(tmp_path_factory), []
-    with FileLock(common / "calibration.lock"), pytest.MonkeyPatch.context() as patch:
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nas.calibration.work.POOL", 1)
-        made = calibrate(config(), common / "calibration", lambda *step: steps.append(step[:2]))
-    assert steps == [(i, 40) for i in range(1, 41)], "what is there already is told too"
-    return Calibration.open(shutil.copytree(made.path, tmp_path_factory.mktemp("results") / "calibration"))
+        made = calibrate(config(), tmp_path_factory.mktemp("results") / "calibration", lambda *at: steps.append(at[:2]))
+    assert steps == [(i, 40) for i in range(1, 41)], "every step is told"
+    return made
 
 
 def test_a_calibration_has_truths_scores_and_a_report(calibrated):
@@ -208,7 +210,7 @@ def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeyp
     before = {name: (path / f"{name}.csv").read_text() for name in ("pool", "truths", "scores")}
     calibrate(config(), path)
     assert {name: (path / f"{name}.csv").read_text() for name in before} == before
-    more = calibrate(CalibrationConfig(MINI, max_images=240, count=11, epochs=4, repeats=3, batch_size=32), path)
+    more = calibrate(config(count=11, epochs=4), path)
     curves, old = more.truths(), calibrated.truths()
     assert len(curves) == 22
     for place, curve in old.items():
@@ -234,9 +236,7 @@ def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
 
 def test_another_data_set_is_refused(calibrated):
     with pytest.raises(RunError, match="another data"):
-        calibrate(
-            CalibrationConfig(MINI, max_images=120, count=10, epochs=2, repeats=3, batch_size=32), calibrated.path
-        )
+        calibrate(config(max_images=90), calibrated.path)
     with pytest.raises(RunError, match="10 truths of 64 epochs are needed, known are 10 of 1, 10 of 2"):
         trust_report(calibrated, 64)
 
@@ -290,11 +290,11 @@ def test_the_picture_is_drawn(calibrated):
 def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
     run = search(
         SearchConfig(
-            space=MINI,
+            space=TINY,
             objectives=("macs", "accuracy"),
             proxy="ensemble",
             calibration=str(calibrated.path),
-            max_images=240,
+            **IMAGES,
             train_batch_size=32,
             trials=3,
             latency=(LatencyConfig(device="cpu"),),
@@ -308,10 +308,10 @@ def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
     assert run.verdicts()[0].startswith("proxy ensemble: Kendall")
     fingerprint = calibrated.manifest["data"]["fingerprint"]
     places = list(calibrated.path.parent.iterdir())
-    assert find_trust(MINI, fingerprint, "train", 1, 32, places)["estimator"] == "train@1"
-    assert find_trust(MINI, fingerprint, "train", 3, 32, places) is None
-    assert find_trust(MINI, fingerprint, "train", 1, 64, places) is None
-    assert find_trust(MINI, "another", "params", 1, 32, places) is None
+    assert find_trust(TINY, fingerprint, "train", 1, 32, places)["estimator"] == "train@1"
+    assert find_trust(TINY, fingerprint, "train", 3, 32, places) is None
+    assert find_trust(TINY, fingerprint, "train", 1, 64, places) is None
+    assert find_trust(TINY, "another", "params", 1, 32, places) is None
     assert find_trust(search_spaces.load("small"), fingerprint, "params", 1, 32, places) is None
     # a resumed run keeps its ensemble, whatever became of the calibration
     moved = calibrated.path.rename(calibrated.path.with_name("moved"))
@@ -323,10 +323,10 @@ def test_a_search_says_how_far_its_proxy_can_be_trusted(calibrated):
 
 
 def test_an_ensemble_is_for_what_it_was_calibrated_on(calibrated, tmp_path):
-    options = {"space": MINI, "proxy": "ensemble", "calibration": str(calibrated.path)}
-    options |= {"max_images": 240, "train_batch_size": 32, "out": tmp_path / "run"}
+    options = {"space": TINY, "proxy": "ensemble", "calibration": str(calibrated.path)}
+    options |= {**IMAGES, "train_batch_size": 32, "out": tmp_path / "run"}
     for change, error, words in (
-        ({"max_images": 120}, RunError, "another data"),
+        ({"max_images": 90}, RunError, "another data"),
         ({"train_batch_size": 16}, RunError, "another training batch size"),
         ({"proxy_size": 16}, UsageError, "leave --proxy-images"),
     ):
@@ -343,17 +343,17 @@ def test_the_tables_are_plain_csv(calibrated):
 
 def test_an_ensemble_without_its_calibration_is_a_mistake():
     with pytest.raises(UsageError, match="--calibration"):
-        SearchConfig(space=MINI, proxy="ensemble")
+        SearchConfig(space=TINY, proxy="ensemble")
     with pytest.raises(UsageError, match="--calibration"):
-        SearchConfig(space=MINI, calibration="somewhere")
+        SearchConfig(space=TINY, calibration="somewhere")
 
 
 # searches that stop trainings early, and what they may read
 
 
 def quick_search(out, **changes):
-    options = {"trials": 8, "epochs": 2, "max_images": 240, "train_batch_size": 32, "seed": 3}
-    return search(SearchConfig(space=MINI, objectives=("macs", "accuracy"), out=out, **options | changes))
+    options = {"trials": 8, "epochs": 2, "train_batch_size": 32, "seed": 3}
+    return search(SearchConfig(space=TINY, objectives=("macs", "accuracy"), out=out, **IMAGES | options | changes))
 
 
 @pytest.mark.slow
@@ -411,7 +411,7 @@ def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, mo
     try:
         quick_search(tmp_path / "run", data=data, trials=2)
         calibrate(
-            CalibrationConfig(MINI, data=data, count=10, epochs=2, repeats=3, batch_size=32), tmp_path / "calibration"
+            CalibrationConfig(TINY, data=data, count=10, epochs=2, repeats=3, batch_size=32), tmp_path / "calibration"
         )
     finally:
         watching = False
