@@ -448,7 +448,7 @@ watching = False
 
 
 def watch(event: str, arguments: tuple) -> None:
-    if watching and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | bytes):
+    if watching and event == "open" and isinstance(arguments[0], str | bytes):  # other splits are counted, not opened
         opened.append(str(arguments[0]))
 
 
