@@ -15,11 +15,12 @@ import nas.models  # noqa: F401 - registers `mixnas` with timm
 from nas.architecture import MIXER_TYPES, Additive, Architecture, Hadamard, Softmax, Stage
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
-from nas.scoring.accuracy import ESTIMATORS, Ensemble, Estimate, Fidelity, Training, train
+from nas.scoring.accuracy import ESTIMATORS, PARENT, Ensemble, Estimate, Fidelity, Training, train
 from nas.scoring.accuracy.training import AVERAGING, top1
 from nas.scoring.cost import count_cost
 
-TRAINED = [name for name, row in ESTIMATORS.items() if row.trained]
+TRAINED = [name for name, row in ESTIMATORS.items() if row.trained and row.needs != PARENT]
+"""Those that train; a network that is put together from a parent's layers has trained weights before."""
 ENSEMBLE = Ensemble(
     members=("params", "zico", "train@1"),
     logarithmic=(True, False, False),
@@ -71,7 +72,7 @@ def test_an_estimate_is_finite_and_the_same_for_the_same_seed(name, model, few):
     assert one.std >= 0
     assert 0 < one.seconds < 60
     assert (one.score, one.std) == (other.score, other.std)
-    assert (one.weights is not None) == ESTIMATORS[name].trained
+    assert (one.weights is not None) == (name in TRAINED)
     weights = [{} if e.weights is None else e.weights for e in (one, other)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -239,7 +240,7 @@ def test_short_training_learns_digits(digits):
 
 
 def test_only_training_is_called_accuracy():
-    assert TRAINED == ["train"]
+    assert [name for name, row in ESTIMATORS.items() if row.trained] == ["train", "assembled"]
 
 
 @pytest.mark.parametrize(("channels", "channels_last"), [(16, True), (3, False)])

@@ -362,7 +362,7 @@ def test_file_that_is_no_archive(tmp_path):
 
 @pytest.mark.parametrize("name", ["torch/cifar10", "hfds/cifar10", "TORCH/mnist"])
 def test_named_sets_need_a_root(name, tmp_path):
-    refused(UsageError, "--data-root", name)
+    refused(UsageError, "`data_root`", name)
     refused(DataError, "not a folder", name, data_root=tmp_path / "absent")
 
 

@@ -219,7 +219,7 @@ DAMAGES = {
         manifest(lambda m: m["config"].update(storage="postgresql://me@127.0.0.1:9/x")),
         "storage",
         "warning",
-        ["at postgresql://me@127.0.0.1:9/x", "--storage"],  # a server that a folder names is not asked
+        ["at postgresql://me@127.0.0.1:9/x", "`storage`"],  # a server that a folder names is not asked
     ),
     "manifest cut": (truncate("run.json", 0.7), "manifest", "problem", ["run.json", "from a copy"]),
     "manifest missing": (delete("run.json"), "manifest", "problem", ["no run.json"]),

@@ -334,7 +334,7 @@ def test_the_calibration_with_the_most_trainings_counts(tmp_path, calibrated):
         (path / "report.json").write_text(json.dumps(report))
     fingerprint = calibrated.manifest.fingerprint
     for order in (places, places[::-1]):
-        assert find_trust(MINI, fingerprint, "zico", 1, 32, order)["calibration"] == str(tmp_path / "most")
+        assert find_trust(TINY, fingerprint, "zico", 1, 32, order)["calibration"] == str(tmp_path / "most")
 
 
 def test_the_picture_is_drawn(calibrated):
