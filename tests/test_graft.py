@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import search_spaces
 from nas.architecture import Architecture, Graft, candidate_from_dict, candidate_from_json
-from nas.errors import UsageError
+from nas.errors import RunError, UsageError
 from nas.export import export
-from nas.folders.graft_verdicts import paired_difference
+from nas.folders.graft_verdicts import graft_verdicts, paired_difference
 from nas.folders.run import Run
 from nas.folders.training import Trained, load_weights
 from nas.graft import ParentConfig, graft
@@ -248,6 +248,15 @@ def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:
     target = resolve(f"{run.path}@{trial.key}")
     assert target.input_size == trial.architecture.input_size
     assert target.weights == run.weights_file(trial.key)
+
+
+@table("hits", ["zz", "", "ff" * 1000])
+def test_damaged_hits_of_a_stranger_are_one_line(run: Run, hits: str) -> None:
+    attributes = run.attributes
+    entry = next(iter(attributes["tuned"].values()))
+    damaged = attributes | {"tuned": {key: entry | {"hits": hits} for key in attributes["tuned"]}}
+    with pytest.raises(RunError, match="damaged"):
+        graft_verdicts(run, run.front(), damaged)
 
 
 def test_a_form_is_exported_as_timm_loads_it(run: Run, tmp_path: Path) -> None:

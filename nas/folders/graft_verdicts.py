@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..architecture import candidate_from_dict
+from ..errors import RunError
 from ..interval import Interval
 from .attributes import BASELINES, TUNED
 from .trial import Trial
@@ -37,7 +38,8 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     rivals, latency = run.baselines(), next((o for o in run.objectives if o.is_latency), None)
     if PARENT not in keys or PARENT not in rivals or latency is None:
         return []
-    whole, parent_ms = _hits(tuned, keys[PARENT]), latency.read(rivals[PARENT])
+    hits_of = {key: _hits(run, key, entry) for key, entry in tuned.items() if "failure" not in entry}
+    whole, parent_ms = hits_of.get(keys[PARENT]), latency.read(rivals[PARENT])
     if whole is None or parent_ms is None:
         return []
     lines = []
@@ -45,7 +47,7 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
         within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= share * parent_ms]
         words = f"within {100 * share:.0f} % of the parent's latency"
         best = max(within, key=lambda t: t.scores.accuracy or 0.0, default=None)
-        found = None if best is None else _hits(tuned, best.key)
+        found = None if best is None else hits_of.get(best.key)
         if best is None or found is None:
             lines.append(f"{words}: no point of the front")
             continue
@@ -55,7 +57,7 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
             for name, key in keys.items()
             if (ms := latency.read(rivals[name]) if name in rivals else None) is not None
             and ms <= share * parent_ms
-            and (hits := _hits(tuned, key)) is not None
+            and (hits := hits_of.get(key)) is not None
         }
         if plain:
             name = max(plain, key=lambda n: (int(plain[n].sum()), keys[n] == best.key))
@@ -86,10 +88,18 @@ def _difference(hits: np.ndarray, others: np.ndarray) -> str:
     return f"{abs(found.value):.1f} points {more} (95 % interval {found.low:+.1f} to {found.high:+.1f}, same images)"
 
 
-def _hits(tuned: Mapping[str, Any], key: str) -> np.ndarray | None:
-    """Returns which held-out images a tuned graft gets right; None if it was not tuned."""
-    entry = tuned.get(key)
-    if entry is None or "failure" in entry:
-        return None
-    bits: np.ndarray = np.unpackbits(np.frombuffer(bytes.fromhex(entry["hits"]), np.uint8), count=entry["num_images"])
-    return bits.astype(bool)
+def _hits(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """Returns which held-out images a tuned graft gets right, of shape (images,).
+
+    Raises:
+        RunError: if the entry is damaged.
+    """
+    count = entry["num_images"]
+    try:
+        packed = np.frombuffer(bytes.fromhex(entry["hits"]), np.uint8)
+    except ValueError:
+        packed = np.empty(0, np.uint8)
+    if count != run.manifest.data.num_holdout or len(packed) != -(-count // 8):
+        raise RunError(f"the study of {run.path} is damaged (tuned.{key}.hits)")
+    bits: np.ndarray = np.unpackbits(packed, count=count).astype(bool)
+    return bits
