@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from ..architecture import Graft, resolutions
 from ..data import split_kind
+from ..folders.files import PARENT
+from ..folders.run import Run
+from ..folders.training import Trained, is_training
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
 from .formats import FORMATS
@@ -85,7 +90,7 @@ def _metadata(subject: Subject) -> str:
     data = _data_set(subject.data.name)
     fields: dict[str, Any] = {
         "library_name": "timm",
-        **({} if _foreign(subject) else {"license": "apache-2.0"}),
+        **({} if _foreign(subject) or isinstance(subject.architecture, Graft) else {"license": "apache-2.0"}),
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "mixnas"],
     }
@@ -139,7 +144,7 @@ def _what(subject: Subject) -> str:
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
     if isinstance(architecture, Graft):
-        return _what_graft(architecture, data)
+        return _what_graft(architecture, data, subject.run)
     found = f" found by mixnas in the space `{plain(subject.run.manifest.space_name)}`" if subject.run else ""
     rows = "\n".join(
         f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
@@ -155,15 +160,26 @@ def _what(subject: Subject) -> str:
 """
 
 
-def _what_graft(graft: Graft, data: str) -> str:
+def _what_graft(graft: Graft, data: str, run: Run | None) -> str:
+    """Names the parent, its weights and their licence, and what was changed of it."""
     parent = f"timm's `{plain(graft.parent)}`" if isinstance(graft.parent, str) else "a network of mixnas"
     changes = "\n".join(f"- {line}" for line in graft.lines)
     return f"""A cheaper form of {parent}, found by mixnas and trained on `{data}`:
 
 {changes}
 
-All other layers, and the names of their weights, are those of {parent}.
+All other layers, and the names of their weights, are those of {parent}. {_weights_of_parent(graft, run)}
 """
+
+
+def _weights_of_parent(graft: Graft, run: Run | None) -> str:
+    """Says which weights the parent had, and the licence that timm states for its own."""
+    folder = None if run is None else run.path / PARENT
+    file = Trained.open(folder).manifest.init if folder is not None and is_training(folder) else ""
+    began = f"The parent's training began with the weights `{plain(Path(file).name)}`. " if file else ""
+    config = timm.get_pretrained_cfg(graft.parent, allow_unregistered=True) if isinstance(graft.parent, str) else None
+    stated = f"timm states `{plain(config.license)}` for its own weights of it. " if config and config.license else ""
+    return f"{began}{stated}The licence of those weights applies to these."
 
 
 def _use(subject: Subject, package: str) -> str:

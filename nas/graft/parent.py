@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
-
 from .. import defaults
 from ..errors import RunError, UsageError
 from ..folders.files import PARENT
@@ -94,12 +92,6 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
         out=out,
     )
     return train(settings, on_step)
-
-
-def license_of(target: Target) -> str:
-    """Returns the licence of a timm model as timm states it; empty if it is unknown."""
-    config = timm.get_pretrained_cfg(target.model, allow_unregistered=True) if target.model else None
-    return (config.license or "") if config is not None else ""
 
 
 def _fits(folder: Path, config: SearchConfig) -> bool:
