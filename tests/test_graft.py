@@ -268,7 +268,9 @@ def test_a_form_is_exported_as_timm_loads_it(run: Run, tmp_path: Path) -> None:
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     with torch.inference_mode():
         assert torch.allclose(model(images), mine(images), atol=1e-5)
-    assert PARENT in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert PARENT in card
+    assert "`weights.safetensors`" in card
 
 
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:
@@ -308,6 +310,18 @@ def test_the_parent_holds_out_what_the_search_holds_out(run: Run) -> None:
 def test_what_a_search_with_a_parent_cannot_do_is_refused(changes: dict, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         SearchConfig(SPACE, **({"proxy": "assembled"} | changes))
+
+
+def test_what_does_not_go_with_a_parent_is_refused_before_it_is_trained(config: SearchConfig, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    parent = ParentConfig(f"timm:{PARENT}", weights)
+    with pytest.raises(UsageError, match="no such file"):
+        graft(parent, replace(config, out=tmp_path / "none"))
+    weights.touch()
+    for changes, proxy, word in (({"baselines": ("resnet18",)}, "assembled", "baselines"), ({}, "zico", "assembled")):
+        with pytest.raises(UsageError, match=word):
+            graft(replace(parent, proxy=proxy), replace(config, **changes, out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_parent_without_weights_is_refused_before_anything_is_written(config: SearchConfig, tmp_path: Path) -> None:

@@ -241,6 +241,8 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     given = typed(context, options)
     parent, weights, epochs = (given.pop(name, None) for name in ("parent", "weights", "parent_epochs"))
     given_budgets, shares = given.pop("budgets", ({}, {}))
+    if parent is not None and "space" in given:
+        raise UsageError("--space and --parent exclude each other: the space is that of the parent's forms")
     proxy = given.pop("proxy", defaults.GRAFT_PROXY) if parent is not None else ""
     given |= {"budgets": given_budgets} if given_budgets else {}
     if parent is None and (weights is not None or epochs is not None or shares):

@@ -11,6 +11,7 @@ from .. import defaults
 from ..errors import RunError, UsageError
 from ..folders.files import PARENT
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
+from ..foreign_files import is_file
 from ..search.config import SearchConfig
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
@@ -47,6 +48,8 @@ class ParentConfig:
             UsageError: if there is no such network, or it has no weights.
         """
         target = resolve(self.target)
+        if self.weights is not None and not is_file(self.weights, UsageError):
+            raise UsageError(f"`weights` = {self.weights}: there is no such file")
         if self.weights is None and target.weights is None:
             raise UsageError(
                 f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"

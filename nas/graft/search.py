@@ -16,6 +16,7 @@ from ..machine.turns import exclusive
 from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
+from ..search.config import check_for_parent
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
@@ -50,6 +51,7 @@ def graft(
     """
     if unknown := sorted(set(shares or {}) - {"latency"}):
         raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
+    check_for_parent(config, parent.proxy)
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
     out = config.out or search_folder(f"graft-{name}", config.data)

@@ -161,7 +161,7 @@ class SearchConfig:
         for baseline in self.baselines:
             check_network_name(baseline)
         if isinstance(self.space, GraftSpace):
-            self._check_graft()
+            check_for_parent(self, self.proxy)
         elif ESTIMATORS[self.proxy].needs == PARENT:
             raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
@@ -212,23 +212,6 @@ class SearchConfig:
                 f"`only` = {self.only} needs workers for the other part: give `storage`, where they find the study"
             )
 
-    def _check_graft(self) -> None:
-        """Refuses what a search for grafts cannot do."""
-        if "accuracy" not in self.objectives or not ESTIMATORS[self.proxy].trained:
-            raise UsageError(
-                "a search with a parent keeps its accuracy: accuracy is an objective, from the proxy assembled or train"
-            )
-        for name, given, why in (
-            ("baselines", self.baselines, "the forms of the parent are the baselines"),
-            ("profile", self.profile, "a profile knows no parts of other networks"),
-            ("calibration", self.calibration, "it has another space"),
-            ("proxy_size", self.proxy_size, "the image size is a choice of the search"),
-        ):
-            if given:
-                raise UsageError(f"`{name}` does not go with a parent, because {why}")
-        if self.engine != "local" or self.only != ALL:
-            raise UsageError("a search with a parent runs on this machine alone: leave `engine` and `only` out")
-
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data without the folder and the space, which a manifest holds separately."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("space", "out", "latency")}
@@ -265,6 +248,33 @@ class SearchConfig:
             return cls(space=run.space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
+
+
+def check_for_parent(config: SearchConfig, proxy: str) -> None:
+    """Refuses what a search with a parent cannot do.
+
+    Args:
+        config: the configuration; its space may still be another one.
+        proxy: the source of accuracy before the tuning.
+
+    Raises:
+        UsageError: if a setting does not go with a parent.
+    """
+    if "accuracy" not in config.objectives or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
+        raise UsageError(
+            "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
+        )
+    for name, given, why in (
+        ("baselines", config.baselines, "the forms of the parent are the baselines"),
+        ("profile", config.profile, "a profile knows no parts of other networks"),
+        ("calibration", config.calibration, "it has another space"),
+        ("proxy_size", config.proxy_size, "the image size is a choice of the search"),
+        ("start", config.start, "the search begins with the parent's plain forms"),
+    ):
+        if given and not (name == "start" and isinstance(config.space, GraftSpace)):
+            raise UsageError(f"`{name}` does not go with a `parent`, because {why}")
+    if config.engine != "local" or config.only != ALL:
+        raise UsageError("a search with a `parent` runs on this machine alone: leave `engine` and `only` out")
 
 
 def configure(
