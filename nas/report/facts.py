@@ -83,7 +83,7 @@ def _stages(architecture: Candidate, height: int, width: int) -> list[tuple[Any,
         (
             stage.mixer.name,
             mixer_label(stage.mixer),
-            f"{stage.mixer.name} {stage.depth}x{stage.width}",
+            f"{stage.mixer.name} {stage.depth}\u00d7{stage.width}",
             f"Stage {i}: {stage.mixer.name}",
             stage.depth,
             stage.width,
