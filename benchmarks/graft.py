@@ -98,7 +98,7 @@ def _rows(run: Run, seed: int) -> list[str]:
     for share in SHARES:
         within = [t for t in run.front() if t.scores.latency_ms <= share * parent.latency_ms]
         for trial in sorted(within, key=lambda t: -t.scores.accuracy)[:1]:
-            name = f"{trial.key} ({trial.architecture.dominant_mixer}: {'; '.join(trial.architecture.lines)})"
+            name = f"{trial.key} ({'; '.join(trial.architecture.lines)})"
             found = tested(trial.architecture)
             lines.append(_row(seed, share, name, trial.scores.latency_ms, trial.scores.accuracy, found, tested(whole)))
         plain = [name for name, s in scores.items() if s.latency_ms <= share * parent.latency_ms]
@@ -135,7 +135,7 @@ def _hits(run: Run, form: Graft, test: Images, mean: tuple[float, ...], std: tup
     found = []
     with torch.inference_mode():
         for pixels, labels in zip(test.pixels.split(64), test.labels.split(64), strict=True):
-            if form.smaller:
+            if form.input_size < pixels.shape[-1]:
                 size = (form.input_size,) * 2
                 pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
             found.append(model((pixels.float() / 255 - shift) / scale).argmax(1) == labels)

@@ -49,7 +49,6 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
     grafts = [
         Graft(PARENT, 64),
         Graft(PARENT, 48),
-        Graft(PARENT, 48, smaller=True),
         Graft(PARENT, 64, dropped=("blocks.1.1", "blocks.2.1")),
         Graft(PRESETS["cas_vit_xs"], 64, dropped=("stages.2.blocks.1",)),
     ]

@@ -9,11 +9,12 @@ have equal keys.
 
 from .checks import (
     MAX_JSON_CHARS,
+    canonical_json,
     check_mapping,
     is_too_deep,
     parse_json,
 )
-from .graft import FORMS, Candidate, Graft, candidate_from_dict, candidate_from_json
+from .graft import Candidate, Graft, candidate_from_dict, candidate_from_json
 from .mixers import (
     HADAMARD_KINDS,
     KV_REDUCERS,
@@ -51,7 +52,6 @@ from .stage import (
 )
 
 __all__ = [
-    "FORMS",
     "FRAME",
     "HADAMARD_KINDS",
     "KV_REDUCERS",
@@ -81,6 +81,7 @@ __all__ = [
     "block_label",
     "candidate_from_dict",
     "candidate_from_json",
+    "canonical_json",
     "check_mapping",
     "frame_from_dict",
     "is_too_deep",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 from collections.abc import Iterable, Mapping
@@ -84,6 +85,16 @@ def parse_json(text: str, what: str, most: int = MAX_JSON_CHARS) -> Any:
     if is_too_deep(data):
         raise UsageError(f"{what} is nested too deeply: at most {MAX_NESTING} levels are allowed")
     return data
+
+
+def canonical_json(data: Any) -> str:
+    """Returns JSON with sorted keys and without spaces: equal data gives equal text."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def key_of(text: str) -> str:
+    """Returns the name of what a text describes: the first 12 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def is_too_deep(data: Any) -> bool:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..errors import UsageError
-from .checks import check_mapping, parse_json, set_int
+from .checks import canonical_json, check_mapping, key_of, parse_json, set_int
 from .network import Architecture
 
 GRAFT_VERSION = 1
 MAX_NAME, MAX_DROPPED, MAX_SIDE = 200, 1000, 1024
-FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images")
-"""What a graft changes of its parent. The first form is the parent itself."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +22,11 @@ class Graft:
     Args:
         parent: the pretrained network: the name of a timm model, or an architecture of ours.
         input_size: side of the images in pixels.
-        smaller: whether this is less than the side of the parent's images.
         dropped: paths of the residual blocks that are left out, such as `blocks.2.1`, sorted.
     """
 
     parent: str | Architecture
     input_size: int
-    smaller: bool = False
     dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -42,8 +36,6 @@ class Graft:
                 f"a graft's parent is {str(self.parent)[:40]!r}: a timm model or an architecture is needed"
             )
         set_int(self, "input_size", 1, MAX_SIDE)
-        if not isinstance(self.smaller, bool):
-            raise UsageError(f"Graft.smaller is {self.smaller!r}: it must be true or false")
         if not isinstance(self.dropped, list | tuple) or len(self.dropped) > MAX_DROPPED:
             raise UsageError(f"a graft's dropped blocks must be a list of at most {MAX_DROPPED} paths")
         for path in self.dropped:
@@ -56,11 +48,6 @@ class Graft:
                     f"a graft drops {str(path)[:40]!r}: the path of a module is needed, such as blocks.2.1"
                 )
         object.__setattr__(self, "dropped", tuple(sorted(set(self.dropped))))
-
-    @property
-    def dominant_mixer(self) -> str:
-        """What it changes of its parent, one of `FORMS`. Tables and pictures group networks by it."""
-        return FORMS[bool(self.dropped) + 2 * self.smaller]
 
     @property
     def reduction(self) -> int:
@@ -84,21 +71,19 @@ class Graft:
     @cached_property
     def key(self) -> str:
         """Name of the graft: the first 12 hexadecimal digits of the SHA-256 of its canonical JSON."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        return key_of(self.to_json())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data with the version of the format, without defaults."""
         parent = self.parent if isinstance(self.parent, str) else self.parent.to_dict()
         data: dict[str, Any] = {"graft": GRAFT_VERSION, "parent": parent, "input_size": self.input_size}
-        if self.smaller:
-            data["smaller"] = True
         if self.dropped:
             data["dropped"] = list(self.dropped)
         return data
 
     def to_json(self) -> str:
         """Returns canonical JSON, with sorted keys and without spaces."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return canonical_json(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Graft:
@@ -108,7 +93,7 @@ class Graft:
             UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         required = ("graft", "parent", "input_size")
-        values = check_mapping(data, "a graft", (*required, "smaller", "dropped"), required)
+        values = check_mapping(data, "a graft", (*required, "dropped"), required)
         version = values.pop("graft")
         if version != GRAFT_VERSION or isinstance(version, bool):
             raise UsageError(f"graft version {version!r} is unknown: this release reads version {GRAFT_VERSION}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +9,17 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UsageError
-from .checks import check_bool, check_choice, check_mapping, non_defaults, parse_json, set_int, set_odd
+from .checks import (
+    canonical_json,
+    check_bool,
+    check_choice,
+    check_mapping,
+    key_of,
+    non_defaults,
+    parse_json,
+    set_int,
+    set_odd,
+)
 from .stage import MAX_WIDTH, Stage, stage_from_dict, stage_to_dict
 
 VERSION = 1
@@ -120,7 +128,7 @@ class Architecture:
     @cached_property
     def key(self) -> str:
         """Name of the architecture: the first 12 hexadecimal digits of the SHA-256 of its canonical JSON."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        return key_of(self.to_json())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data with the `version` of the format, without defaults."""
@@ -134,7 +142,7 @@ class Architecture:
 
     def to_json(self) -> str:
         """Returns canonical JSON, with sorted keys and without spaces."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return canonical_json(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:

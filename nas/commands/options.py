@@ -6,7 +6,7 @@ options to the library unchanged.
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ WHAT, PARENT, BUDGETS, IMAGES, ACCURACY, LATENCY = (
     "Latency",
 )
 RECIPE, DEVICES = "Recipe", "Devices and workers"
+
+_SHARE = re.compile(r"(\d*\.?\d+)x")
+"""A share of the parent's figure, such as `0.5x`."""
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
@@ -117,12 +120,11 @@ def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tu
     """
     from ..objectives.objectives import parse_budgets
 
-    shares: dict[str, float] = {}
-    for text in value:
-        name, amount = text.partition("=")[::2]
-        with contextlib.suppress(ValueError):
-            if amount.endswith("x") and 0 < float(amount[:-1]) < 1e6:
-                shares[name] = float(amount[:-1])
+    pairs = [text.partition("=")[::2] for text in value]
+    objectives = [objective for objective, _ in pairs]
+    if twice := [objective for objective in objectives if objectives.count(objective) > 1]:
+        raise UsageError(f"--max {twice[0]} is given twice")
+    shares = {objective: float(found[1]) for objective, amount in pairs if (found := _SHARE.fullmatch(amount))}
     return parse_budgets([text for text in value if text.partition("=")[0] not in shares]), shares
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..architecture import Candidate, Graft
 from ..objectives.objectives import OBJECTIVES, Scores
+from ..space import FORMS, GraftSpace
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -21,6 +23,13 @@ def columns(run: Run) -> dict[str, str]:
     names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
     first = [o.field for o in run.objectives] + [OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")]
     return {name: names[name] for name in dict.fromkeys([*first, *names])}
+
+
+def kind_of(run: Run, network: Candidate) -> str:
+    """Returns the group of a network in tables and pictures: its dominant mixer, or what a graft changes."""
+    if not isinstance(network, Graft):
+        return network.dominant_mixer
+    return run.space.form(network) if isinstance(run.space, GraftSpace) else FORMS[bool(network.dropped)]
 
 
 def _baselines_dict(run: Run, front: list[Trial]) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def table(run: Run, trials: list[Trial], on_front: bool = False) -> str:
             "key": trial.key,
             **scores,
             "curve": " ".join(f"{epoch}:{accuracy:g}" for epoch, accuracy in trial.scores.curve) or None,
-            "mixer": architecture.dominant_mixer if architecture else "",
+            "mixer": kind_of(run, architecture) if architecture else "",
             "trial": trial.number,
             "state": trial.state,
             "hypervolume": reached.get(trial.number),

@@ -95,15 +95,18 @@ def with_tuning(trial: Trial, tuned: Mapping[str, Any]) -> Trial:
         return replace(trial, state="pruned", scores=scores, failure=failure)
     if "failure" in entry:
         return replace(trial, state="failed", failure=one_line(entry["failure"]))
-    curve = tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ()))
-    scores = replace(
-        trial.scores,
+    return replace(trial, scores=tuned_scores(trial.scores, entry))
+
+
+def tuned_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:
+    """Returns the scores of a graft after its tuning, whose entry holds no failure."""
+    return replace(
+        scores,
         accuracy=float(entry["accuracy"]),
         accuracy_std=float(entry["accuracy_std"]),
-        accuracy_assembled=trial.scores.accuracy,
-        curve=curve,
+        accuracy_assembled=scores.accuracy,
+        curve=tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ())),
     )
-    return replace(trial, scores=scores)
 
 
 def remeasured_trial(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import defaults
+from ..architecture import Graft
 from ..errors import RunError, UsageError
 from ..folders.files import PARENT
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
@@ -17,7 +19,9 @@ from ..targets import Target, resolve
 from ..training.config import TrainConfig
 from ..training.loop import Step
 from ..training.recipes import Auto
-from ..training.work import train
+from ..training.work import same_data, train
+
+log = logging.getLogger(__name__)
 
 HELD_OUT = 0.5
 """Largest share of the images that the parent's training holds out. It is more than a search holds out."""
@@ -45,7 +49,7 @@ class ParentConfig:
         """Finds the network.
 
         Raises:
-            UsageError: if there is no such network, or it has no weights.
+            UsageError: if there is no such network, it has no weights, or it is a graft itself.
         """
         target = resolve(self.target)
         if self.weights is not None and not is_file(self.weights, UsageError):
@@ -54,6 +58,8 @@ class ParentConfig:
             raise UsageError(
                 f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
             )
+        if isinstance(target.architecture, Graft):
+            raise UsageError(f"`parent` = {self.target} is a form of another network: give that network")
         return target
 
 
@@ -77,8 +83,14 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
     out, target = config.out / PARENT, parent.resolved()
     if is_training(out) and Trained.open(out).result is not None:
         return Trained.open(out)
-    if parent.weights is None and target.folder is not None and _fits(target.folder, config):
-        return _copied(Trained.open(target.folder), out)
+    if parent.weights is None and target.folder is not None:
+        if _fits(target.folder, config):
+            return _copied(Trained.open(target.folder), out)
+        log.warning(
+            "%s may have been trained on images that this search holds out, and all accuracies are then too high: give "
+            "the weights that its own training began with by `weights`",
+            parent.target,
+        )
     epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
     settings = TrainConfig(
         target=parent.target,
@@ -98,7 +110,7 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
 
 
 def _fits(folder: Path, config: SearchConfig) -> bool:
-    """Whether a folder is a training that held out the images which the search holds out."""
+    """Whether a folder is a training on the images of the search that held out the same ones."""
     if not is_training(folder):
         return False
     trained = Trained.open(folder)
@@ -107,7 +119,8 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
     data = trained.manifest.data
     same_size = config.input_size is None or config.input_size == data.side
     search = data.held["search"]
-    return search is not None and search[0] == config.max_images and same_size
+    same_images = search is not None and search[0] == config.max_images and same_data(config.data, data.name)
+    return same_images and same_size
 
 
 def _copied(trained: Trained, out: Path) -> Trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,9 @@ def graft(
     """
     if unknown := sorted(set(shares or {}) - {"latency"}):
         raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
+    share = (shares or {}).get("latency")
+    if share is not None and (not 0 < share < math.inf or "latency" in config.budgets):
+        raise UsageError(f"a budget of {share}x the parent's latency: give one budget of latency, above 0")
     check_for_parent(config, parent.proxy)
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
@@ -66,14 +70,15 @@ def graft(
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     space = space_of(trained, name, data, config.train_device or config.device)
     budgets = dict(config.budgets)
-    if shares:
+    if share is not None:
         ms = _latency_ms(trained, config.latency[0], data.input_size)
-        budgets["latency"] = shares["latency"] * ms
+        budgets["latency"] = share * ms
         log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
     within = tuple(space.rivals().values())
     return search(
         replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=within, input_size=data.input_size[1]),
         on_trial,
+        images=data,
     )
 
 

@@ -11,6 +11,7 @@ from ..folders.run import Run
 from ..folders.trial import Trial
 from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES, Scores
+from ..scoring.accuracy.estimate import accuracy_error
 
 PROXY_TOLERANCE = 1e-3
 """Relative tolerance of an untrained proxy's score, because floats may be summed in another order."""
@@ -113,7 +114,8 @@ class Comparer:
         if trial.stopped:
             images, reached = self.run.manifest.data.num_holdout, dict(now.curve)
             for epoch, accuracy in then.curve:
-                stds = [_share_std(value, images) for value in (accuracy, reached.get(epoch))]
+                both = (accuracy, reached.get(epoch))
+                stds = [None if value is None else accuracy_error(value, images) for value in both]
                 yield _statistical(ACCURACY, f"accuracy@{epoch}", accuracy, reached.get(epoch), *stds)
         if then.accuracy is not None:
             yield _statistical(ACCURACY, "accuracy", then.accuracy, now.accuracy, then.accuracy_std, now.accuracy_std)
@@ -157,8 +159,3 @@ def _statistical(
     agrees = after is not None and (then == now or before.indistinct(after))
     spans = (None if interval is None or interval.is_exact else interval.ends for interval in (before, after))
     return Comparison(kind, name, then, now, agrees, *spans)
-
-
-def _share_std(percent: float | None, count: int) -> float | None:
-    """Returns the standard error of a share of `count` images, in percent."""
-    return None if percent is None else math.sqrt(max(percent * (100 - percent), 0.0) / count)

@@ -16,6 +16,7 @@ from ..errors import RunError, one_line
 from ..folders.attributes import BASELINES
 from ..folders.run import Run
 from ..folders.shapes import TRAINED, TRAINED_FRONT
+from ..folders.tables import kind_of
 from ..folders.trial import Trial
 from ..foreign_files import is_file, read_json
 from ..interval import Interval
@@ -52,13 +53,14 @@ def architectures(scored: Scored) -> dict[str, Any]:
         _, height, width = run.manifest.data.input_size
         for trial in [*front, *(t for t in trials if t.number not in on_front)]:
             assert trial.architecture is not None
-            described = _stages(trial.architecture, height, width)
+            kind = kind_of(run, trial.architecture)
+            described = _stages(trial.architecture, kind, height, width)
             points.append(
                 {
                     "run": place,
                     "trial": trial.number,
                     "key": trial.key,
-                    "mixer": trial.architecture.dominant_mixer,
+                    "mixer": kind,
                     "front": trial.number in on_front,
                     "values": [o.read(trial.scores) for o in run.objectives],
                     "shown": [with_spread(o, trial) for o in run.objectives],
@@ -75,9 +77,9 @@ def architectures(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _stages(architecture: Candidate, height: int, width: int) -> list[tuple[Any, ...]]:
+def _stages(architecture: Candidate, kind: str, height: int, width: int) -> list[tuple[Any, ...]]:
     if isinstance(architecture, Graft):
-        return _of_graft(architecture)
+        return _of_graft(architecture, kind)
     maps, lines = resolutions(architecture, height, width), describe_stages(architecture)
     return [
         (
@@ -97,13 +99,10 @@ def _stages(architecture: Candidate, height: int, width: int) -> list[tuple[Any,
     ]
 
 
-def _of_graft(graft: Graft) -> list[tuple[Any, ...]]:
+def _of_graft(graft: Graft, kind: str) -> list[tuple[Any, ...]]:
     """Returns a row for the images, and one for each sequence of which the graft drops blocks."""
     tags = [f"{graft.input_size} px", *(f"{name} -{len(dropped)}" for name, dropped in graft.without().items())]
-    return [
-        (graft.dominant_mixer, "", tag, line, 1, 0, 1, "", "", "", line)
-        for tag, line in zip(tags, graft.lines, strict=True)
-    ]
+    return [(kind, "", tag, line, 1, 0, 1, "", "", "", line) for tag, line in zip(tags, graft.lines, strict=True)]
 
 
 def with_spread(objective: Objective, trial: Trial) -> str:

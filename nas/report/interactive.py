@@ -7,11 +7,12 @@ import math
 from html import escape
 from typing import Any
 
-from ..architecture import FORMS, MIXER_TYPES
+from ..architecture import MIXER_TYPES
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..objectives.objectives import Objective
 from ..objectives.text import format_interval, format_value
+from ..space import FORMS
 from .scored import (
     INK,
     MIXER_COLOURS,
@@ -21,7 +22,7 @@ from .scored import (
     axis_range,
     axis_title,
     baselines_of,
-    by_mixer,
+    by_kind,
     caption_of,
     describe_stages,
     errors_of,
@@ -64,7 +65,7 @@ def interactive(scored: Scored) -> Any:
                 )
             keys = {t.number for t in front}
             for on_front in (False, True):
-                for mixer, chosen in by_mixer([t for t in trials if (t.number in keys) == on_front]):
+                for mixer, chosen in by_kind(run, [t for t in trials if (t.number in keys) == on_front]):
                     label = kind_in_words(mixer) + (", front" if on_front else "")
                     points = _points(run, chosen, objectives[0], objective, mixer, filling, on_front)
                     points.update(

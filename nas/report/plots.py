@@ -27,12 +27,11 @@ from .scored import (
     axis_range,
     axis_title,
     baselines_of,
-    by_mixer,
+    by_kind,
     caption_of,
     errors_of,
     far_off,
     kind_in_words,
-    mixer_of,
     read_runs,
     title_of,
     uses_log_scale,
@@ -117,7 +116,7 @@ def _draw(scored: Scored) -> Figure:
                 set_limits(min(values) / 1.3, max(values) * 1.3)  # intervals are ignored, because some of them reach 0
             elif any(run.baselines() for run, _, _ in scored):
                 set_limits(*axis_range(which, scored))
-    present = dict.fromkeys(mixer_of(t) for _, trials, _ in scored for t in trials)
+    present = {name for run, trials, _ in scored for name, _ in by_kind(run, trials)}
     handles = [
         Line2D([], [], linestyle="", marker="o", color=MIXER_COLOURS[name], label=kind_in_words(name))
         for name in KINDS
@@ -192,7 +191,7 @@ def _draw_run(
     outline: bool,
 ) -> None:
     keys = {t.number for t in front}
-    for name, chosen in by_mixer([t for t in trials if t.number not in keys]):
+    for name, chosen in by_kind(run, [t for t in trials if t.number not in keys]):
         axes.scatter(
             values_of(x, chosen),
             values_of(y, chosen),
@@ -216,7 +215,7 @@ def _draw_run(
             elinewidth=0.8,
             zorder=1.5,  # below the line of the front, which should be seen first
         )
-    for name, chosen in by_mixer(front):
+    for name, chosen in by_kind(run, front):
         axes.scatter(
             values_of(x, chosen),
             values_of(y, chosen),

@@ -7,14 +7,16 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..architecture import FORMS, MIXER_TYPES, Candidate, Graft, block_label, mixer_label
+from ..architecture import MIXER_TYPES, Candidate, Graft, block_label, mixer_label
 from ..errors import UsageError
 from ..folders.run import Run
+from ..folders.tables import kind_of
 from ..folders.trial import Trial
 from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_value
 from ..scoring.latency.config import CONDITIONS
+from ..space import FORMS
 from ..streams import encodable
 
 log = logging.getLogger(__name__)
@@ -102,16 +104,11 @@ def describe_stages(architecture: Candidate) -> list[str]:
     ]
 
 
-def mixer_of(trial: Trial) -> str:
-    """Returns the dominant mixer of a trial's architecture."""
-    assert trial.architecture is not None
-    return trial.architecture.dominant_mixer
-
-
-def by_mixer(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
-    """Groups trials by their dominant mixer."""
+def by_kind(run: Run, trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
+    """Groups trials by their kind (`nas.folders.tables.kind_of`)."""
+    kinds = [(kind_of(run, t.architecture), t) for t in trials if t.architecture is not None]
     for name in KINDS:
-        if chosen := [t for t in trials if mixer_of(t) == name]:
+        if chosen := [t for kind, t in kinds if kind == name]:
             yield name, chosen
 
 

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..architecture import Architecture
 from ..counts import Pieces, count_pieces
 from ..folders.profile import Profile
 from ..objectives.objectives import OBJECTIVES, Objective
-from ..space import Space
+from ..space import GraftSpace, Space
 from .samplers.knobs import Choices
 from .samplers.problem import Cheap, Floats
 
@@ -45,6 +44,8 @@ def known_beforehand(
 ) -> Cheap | None:
     """Returns the function that computes the cheap objectives of any number of candidates; None if there are none.
 
+    Grafts have none: to count one takes a forward pass, and a sampler asks for hundreds.
+
     Args:
         space: the search space.
         objectives: objectives of the search.
@@ -54,6 +55,8 @@ def known_beforehand(
         reference_ms: the run's latency of the reference network on that target, to which predictions are scaled; None
             keeps the scale of the profile.
     """
+    if isinstance(space, GraftSpace):
+        return None
     side, classes = image
     wanted = [*objectives, *(OBJECTIVES[name] for name in budgets)]
     counted = sorted({o.name for o in wanted} & set(COUNTS))
@@ -70,7 +73,7 @@ def known_beforehand(
             for name in counted:
                 found[name] = np.array([COUNTS[name](p) for p in pieces]), np.zeros(len(pieces))
         if profile is not None and model is not None:
-            predicted, share = profile.predict(model, [a for a in architectures if isinstance(a, Architecture)])
+            predicted, share = profile.predict(model, architectures)
             ms = predicted * ((reference_ms or profile.reference_ms) / profile.reference_ms)
             found |= dict.fromkeys(timed, (ms, ms * share))
         return found

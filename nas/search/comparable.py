@@ -45,27 +45,15 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     Raises:
         RunError: if the data is not the run's.
     """
-    data = load_images(config)
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
         )
     evaluator = make_evaluator(config, data)
     evaluator = replace(evaluator, references=references_of(run, evaluator))
-    conditions = training_conditions(config, data, evaluator)
+    conditions = training_conditions(config, evaluator)
     return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
-
-
-def load_images(config: SearchConfig) -> ImageData:
-    """Loads the images of a search. In a search for grafts, they are normalised as the parent's images.
-
-    Raises:
-        DataError: if they cannot be used.
-        RunError: if the run has no parent, or it has other classes.
-    """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
-    parent = _parent(config)
-    return data if parent is None else parent.normalised(data)
 
 
 def _parent(config: SearchConfig) -> Parent | None:
@@ -82,8 +70,10 @@ def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
     return {c.label: ms for c in evaluator.latency if (ms := reference_of(known, c.label)) is not None}
 
 
-def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evaluator) -> dict[str, Any]:
+def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
     """Returns the settings that affect training scores, except measurement settings and the training device."""
+    data, parent = evaluator.data, evaluator.parent
+    of_parent = {} if parent is None else {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs}
     return {
         "space": config.space.to_dict(),
         "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
@@ -99,9 +89,8 @@ def training_conditions(config: SearchConfig, data: ImageData, evaluator: Evalua
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
         "seed": config.seed,
-    } | (
-        {} if evaluator.parent is None else {"parent": evaluator.parent.fingerprint, "tune_epochs": config.tune_epochs}
-    )
+        **of_parent,
+    }
 
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
@@ -120,13 +109,16 @@ def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
 def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     """Returns the evaluator of this process, still without the reference latencies of its targets.
 
+    In a search for grafts, its data is normalised as the parent's images.
+
     Raises:
-        RunError, UsageError: if the calibration does not fit.
+        RunError, UsageError: if the calibration or the parent does not fit.
     """
     limit, parent = config.trial_timeout_minutes, _parent(config)
-    proxy_data, tuning = reduced(data, config.proxy_images, config.proxy_size), None
     if parent is not None:
-        tuning = Tuning(parent.assemble(parent.whole).eval(), proxy_data)
+        data = parent.normalised(data)
+    proxy_data = reduced(data, config.proxy_images, config.proxy_size)
+    tuning = None if parent is None else Tuning(parent.assemble(parent.whole).eval(), proxy_data)
     return Evaluator(
         data=data,
         objectives=config.objectives,

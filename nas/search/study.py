@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from .. import consent
-from ..data import ImageData
+from ..data import ImageData, load_data
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
@@ -37,7 +37,6 @@ from .cheap import known_beforehand
 from .comparable import (
     check_same,
     evaluator_of,
-    load_images,
     make_evaluator,
     measuring_conditions,
     references_of,
@@ -53,7 +52,9 @@ from .workers.local import local_workers
 log = logging.getLogger(__name__)
 
 
-def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = None) -> Run:
+def search(
+    config: SearchConfig, on_trial: Callable[[Progress], None] | None = None, *, images: ImageData | None = None
+) -> Run:
     """Searches until `config.trials` architectures are scored, and returns the run.
 
     An existing run folder at `config.out` is resumed. Ctrl-C and kill -9 only lose the trials in progress.
@@ -61,6 +62,7 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
     Args:
         config: the configuration.
         on_trial: called at the start and after every trial.
+        images: the images of `config`, if they are loaded already.
 
     Raises:
         UsageError: for a value that is not allowed.
@@ -92,14 +94,18 @@ def search(config: SearchConfig, on_trial: Callable[[Progress], None] | None = N
         log.info(
             "This process only measures. It draws no candidate until a worker trains (mixnas worker --only train)."
         )
-    data = load_images(config)
+    if images is None:
+        data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    else:
+        data = replace(images, name=config.data)
     evaluator = make_evaluator(config, data)
+    data = evaluator.data
     largest = config.space.largest()[0]
     evaluator.build(largest)  # refuses images that are too small, before anything is written
     if config.proxy_size is not None and config.proxy_size < largest.reduction:
         raise UsageError(f"proxy images of {config.proxy_size} pixels are too small: {largest.reduction} or more")
     profile = _open_profile(config, evaluator)
-    conditions = training_conditions(config, data, evaluator) | measuring_conditions(config)
+    conditions = training_conditions(config, evaluator) | measuring_conditions(config)
     with locked_folder(config.out):
         if is_run(config.out):
             run = Run.open(config.out)

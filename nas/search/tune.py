@@ -8,10 +8,10 @@ killed search loses the one tuning that was under way.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from ..architecture import Graft
 from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, TUNED
 from ..folders.run import Run
-from ..folders.trial import Trial
+from ..folders.trial import Trial, tuned_scores
 from ..objectives.pareto import nondomination_ranks
-from ..scoring.accuracy import train
+from ..scoring.accuracy import Estimate, train
+from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.accuracy.training import held_out_hits
+from ..scoring.memory import failing_without_memory
 from .evaluate import Evaluator
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ def tune(
         count: number of scored grafts to tune at least, the best ones first.
     """
     tuner = _Tuner(study, run, evaluator, epochs)
-    _score_rivals(study, evaluator, rivals, tuner)
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
+    _score_rivals(study, evaluator, rivals, tuner, trials)
     tuner.tune_all(_shortlist(run, trials, count))
 
 
@@ -73,21 +75,17 @@ class _Tuner:
         return entry
 
     def _tuned(self, graft: Graft) -> dict[str, Any]:
-        at, start = self._evaluator.at(graft), time.monotonic()
-        model = at.build(graft)
+        start = time.monotonic()
         try:
-            with at.training():
-                estimate = train(model, at.proxy_data or at.data, self._fidelity, at.seed, at.device)
-                assert estimate.weights is not None
-                model.load_state_dict(estimate.weights)
-                hits = held_out_hits(model.to(at.device), at.data, at.device).numpy()
+            estimate, hits = failing_without_memory(partial(self._train, graft))
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
+        assert estimate.weights is not None
         self._run.save_tuned(graft.key, estimate.weights)
-        share = float(hits.mean())
+        accuracy = 100 * float(hits.mean())
         return {
-            "accuracy": 100 * share,
-            "accuracy_std": 100 * math.sqrt(share * (1 - share) / len(hits)),
+            "accuracy": accuracy,
+            "accuracy_std": accuracy_error(accuracy, len(hits)),
             "epochs": self._fidelity.epochs,
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
             "seconds": time.monotonic() - start,
@@ -95,9 +93,26 @@ class _Tuner:
             "hits": np.packbits(hits).tobytes().hex(),
         }
 
+    def _train(self, graft: Graft) -> tuple[Estimate, np.ndarray]:
+        """Trains a graft; returns the estimate, and which held-out images are right, of shape (images,)."""
+        at = self._evaluator.at(graft)
+        model = at.build(graft)
+        with at.training():
+            estimate = train(model, at.proxy_data or at.data, self._fidelity, at.seed, at.device)
+            assert estimate.weights is not None
+            model.load_state_dict(estimate.weights)
+            return estimate, held_out_hits(model.to(at.device), at.data, at.device).numpy()
 
-def _score_rivals(study: optuna.Study, evaluator: Evaluator, rivals: Mapping[str, Graft], tuner: _Tuner) -> None:
-    """Measures and tunes forms of the parent without a budget, and records them as baselines."""
+
+def _score_rivals(
+    study: optuna.Study,
+    evaluator: Evaluator,
+    rivals: Mapping[str, Graft],
+    tuner: _Tuner,
+    trials: Sequence[Trial],
+) -> None:
+    """Tunes forms of the parent and records them as baselines; measures those that are no complete trial."""
+    scored = {trial.key: trial.scores for trial in trials}
     known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
@@ -105,13 +120,12 @@ def _score_rivals(study: optuna.Study, evaluator: Evaluator, rivals: Mapping[str
             continue
         log.info("scoring and tuning the %s", name)
         try:
-            scores = free.evaluate(graft).scores
+            scores = scored.get(graft.key) or free.evaluate(graft).scores
             entry = tuner.tune(graft)
             if "failure" in entry:
                 known[name] = {"failure": entry["failure"]}
             else:
-                tuned = replace(scores, **{field: entry[field] for field in ("accuracy", "accuracy_std")})
-                known[name] = {"scores": tuned.to_dict(), "graft": graft.to_dict()}
+                known[name] = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
         except TrialFailure as failure:
             known[name] = {"failure": f"{failure.reason}: {failure}"}
         study.set_user_attr(BASELINES, known)

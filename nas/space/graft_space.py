@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import Architecture, Candidate, Graft, check_mapping
+from ..architecture import Architecture, Candidate, Graft, canonical_json, check_mapping
 from ..errors import UsageError
 from .search_space import SearchSpace
-from .stage_choices import Choice
+from .stage_choices import Choice, check_choices
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_PARTS, MAX_SIZES = 64, 16
 SIZE = "input_size"
+FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images")
+"""What a graft changes of its parent. The first form is the parent itself."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,12 @@ class GraftSpace:
         Raises:
             UsageError: if a knob is missing or unknown, or its value is not one of its choices.
         """
-        if set(choices) != set(self.knobs):
-            odd = sorted(set(choices) ^ set(self.knobs))
-            raise UsageError(f"space {self.name}: missing or unknown knobs {', '.join(odd)}")
-        for name, value in choices.items():
-            if value not in self.knobs[name]:
-                allowed = ", ".join(map(str, self.knobs[name]))
-                raise UsageError(f"space {self.name}: {name} is {value!r}, allowed are {allowed}")
+        check_choices(self.name, self.knobs, choices)
         side = int(choices.get(SIZE, self.input_sizes[0]))
         dropped = [
             path for i, part in enumerate(self.parts, start=1) for path in part[: int(choices[f"part{i}.dropped"])]
         ]
-        return Graft(self.parent, side, side < self.input_sizes[0], tuple(dropped))
+        return Graft(self.parent, side, tuple(dropped))
 
     def encode(self, graft: Candidate) -> dict[str, Choice]:
         """Returns the choices that decode to `graft`.
@@ -112,6 +107,10 @@ class GraftSpace:
             if self.decode(found) == graft:
                 return found
         raise UsageError(f"{graft.key} is not in space {self.name}")
+
+    def form(self, graft: Graft) -> str:
+        """Returns what a graft changes of the parent, one of `FORMS`."""
+        return FORMS[bool(graft.dropped) + 2 * (graft.input_size < self.input_sizes[0])]
 
     def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
         """Returns the choices unchanged, because every combination is a graft of its own."""
@@ -190,7 +189,7 @@ class GraftSpace:
 
     def to_json(self) -> str:
         """Returns canonical JSON: equal spaces give equal text."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return canonical_json(self.to_dict())
 
 
 Space = SearchSpace | GraftSpace

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ from ..architecture import (
     Head,
     Stage,
     Stem,
+    canonical_json,
     check_mapping,
     frame_from_dict,
     mixer_from_dict,
@@ -29,7 +29,7 @@ from ..architecture import (
     parse_json,
 )
 from ..errors import UsageError
-from .stage_choices import PLAIN_FIELDS, Choice, StageChoices, as_tuple
+from .stage_choices import PLAIN_FIELDS, Choice, StageChoices, as_tuple, check_choices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,14 +102,7 @@ class SearchSpace:
         Raises:
             UsageError: if a knob is missing or unknown, or its value is not one of its choices.
         """
-        if set(choices) != set(self.knobs):
-            odd = sorted(set(choices) ^ set(self.knobs))
-            raise UsageError(f"space {self.name}: missing or unknown knobs {', '.join(odd)}")
-        for name, value in choices.items():
-            if value not in self.knobs[name]:
-                raise UsageError(
-                    f"space {self.name}: {name} is {value!r}, allowed are {', '.join(map(str, self.knobs[name]))}"
-                )
+        check_choices(self.name, self.knobs, choices)
         return self._frame(
             stage.build({n: choices.get(f"stage{i}.{n}", c[0]) for n, c in stage.choices.items()})
             for i, stage in enumerate(self.stages, start=1)
@@ -241,7 +234,7 @@ class SearchSpace:
 
     def to_json(self) -> str:
         """Returns canonical JSON: equal spaces give equal text."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return canonical_json(self.to_dict())
 
 
 def _most_work(name: str, values: tuple[Choice, ...]) -> Choice:

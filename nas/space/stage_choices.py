@@ -200,6 +200,25 @@ class StageChoices:
             yield self.build(dict(itertools.chain.from_iterable(part.items() for part in parts)))
 
 
+def check_choices(space: str, knobs: Mapping[str, tuple[Choice, ...]], choices: Mapping[str, Choice]) -> None:
+    """Checks that there is one allowed choice for each knob of a space.
+
+    Args:
+        space: name of the space, for messages.
+        knobs: knob -> what it may be.
+        choices: knob -> what was chosen.
+
+    Raises:
+        UsageError: if a knob is missing or unknown, or its value is not one of its choices.
+    """
+    if set(choices) != set(knobs):
+        odd = sorted(set(choices) ^ set(knobs))
+        raise UsageError(f"space {space}: missing or unknown knobs {', '.join(odd)}")
+    for name, value in choices.items():
+        if value not in knobs[name]:
+            raise UsageError(f"space {space}: {name} is {value!r}, allowed are {', '.join(map(str, knobs[name]))}")
+
+
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """Returns a tuple or list as a tuple, and any other value as a tuple of one."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)

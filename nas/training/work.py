@@ -221,17 +221,17 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     if target.run:
         of_run = Run.open(target.folder).manifest.config
         search = of_run.max_images, SPLIT_SEED
-        return replace(held, search=search) if _same_data(config.data, of_run.data) else held
+        return replace(held, search=search) if same_data(config.data, of_run.data) else held
     if is_training(target.folder):
         before = Trained.open(target.folder).manifest.data
-        return Held.from_dict(before.held) if _same_data(config.data, before.name) else held
+        return Held.from_dict(before.held) if same_data(config.data, before.name) else held
     log.warning(
         "%s may have been trained on the images that are held out now: its training data is unknown", target.name
     )
     return held
 
 
-def _same_data(name: str | None, other: str) -> bool:
+def same_data(name: str | None, other: str) -> bool:
     """Whether two names mean the same data set, however the path is spelled."""
     return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 
 from torch import nn
 
 from ...data import ImageData
-from .estimate import Estimate, Fidelity, Rung
+from .estimate import Estimate, Fidelity, Rung, accuracy_error
 from .training import estimate_batch_norms, top1
 
 
@@ -42,9 +41,8 @@ def assembled(
     network = copy.deepcopy(model).to(device).eval()
     estimate_batch_norms(network, data, fidelity.batch_size, seed, device)
     score = top1(network, data, device)
-    share = score / 100
     return Estimate(
         score=score,
-        std=100 * math.sqrt(share * (1 - share) / len(data.holdout)),
+        std=accuracy_error(score, len(data.holdout)),
         seconds=time.perf_counter() - start,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,12 @@ class Fidelity:
     def rungs(self) -> tuple[int, ...]:
         """Epochs after which a training is scored: powers of two, and the last epoch."""
         return (*(2**i for i in range(self.epochs.bit_length()) if 2**i < self.epochs), self.epochs)
+
+
+def accuracy_error(percent: float, count: int) -> float:
+    """Returns the standard error of an accuracy on `count` images, in percent points."""
+    share = percent / 100
+    return 100 * math.sqrt(max(share * (1 - share), 0.0) / count)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ...data import ImageData, Images
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
-from .estimate import Estimate, Fidelity, Rung, Tuning
+from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
 
 RECIPE = 2
 """Version of the recipe. Version 1 was a cosine over the requested epochs; version 2 can continue from any epoch and
@@ -96,10 +96,9 @@ def train(
         if on_rung is not None:
             on_rung(rung)
     score = running.curve[-1].accuracy
-    share = score / 100
     return Estimate(
         score=score,
-        std=100 * math.sqrt(share * (1 - share) / len(data.holdout)),
+        std=accuracy_error(score, len(data.holdout)),
         seconds=time.perf_counter() - start,
         weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
         curve=running.curve,
