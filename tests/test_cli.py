@@ -546,3 +546,12 @@ def test_logs_of_the_library_name_flags(capsys):
     for name in ("nas.search", "optuna"):
         handler.emit(logging.LogRecord(name, logging.WARNING, "", 0, "%s: give `until`", (name,), None))
     assert capsys.readouterr().err == "nas.search: give --until\noptuna: give `until`\n"
+
+
+def test_a_budget_is_given_once_in_units_or_as_a_share_of_the_parent(capsys):
+    for again in ("latency=3ms", "latency=0.5x"):
+        got = call(capsys, "search", "--max", "latency=0.5x", "--max", again)
+        assert got == (2, "", "error: --max latency is given twice\n")
+    status, _, told = call(capsys, "search", "--max", "latency=0.5x")
+    assert status == 2
+    assert "--parent" in told

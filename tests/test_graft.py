@@ -116,6 +116,7 @@ def test_a_dropped_block_is_one_that_returns_its_input(name: str) -> None:
         ("resnet18", [1, 1, 1, 1]),
         ("vit_tiny_patch16_224", [11]),
         ("test_efficientnet", []),
+        ("test_convnext", [1, 3, 1]),  # its first stage has one block: the stage is no block
     ],
 )
 def test_all_blocks_that_can_be_dropped_are_found(name: str, counts: list[int]) -> None:
@@ -290,6 +291,12 @@ def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config
         graft(ParentConfig("timm:test_vit", weights), config)
 
 
+def test_a_form_is_no_parent(run: Run, config: SearchConfig, tmp_path: Path) -> None:
+    key = next(iter(run.attributes["tuned"]))
+    with pytest.raises(UsageError, match="form of another network"):
+        graft(ParentConfig(f"{run.path}@{key}"), replace(config, out=tmp_path / "none"))
+
+
 def test_the_parent_holds_out_what_the_search_holds_out(run: Run) -> None:
     trained = Trained.open(run.path / "parent")
     assert trained.manifest.data.held["search"][0] == run.manifest.config.max_images
@@ -321,6 +328,12 @@ def test_what_does_not_go_with_a_parent_is_refused_before_it_is_trained(config: 
         with pytest.raises(UsageError, match=word):
             graft(replace(parent, proxy=proxy), replace(config, **changes, out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("shares", [{"macs": 0.5}, {"latency": 0.0}, {"latency": float("nan")}])
+def test_a_share_is_of_latency_and_above_0(config: SearchConfig, tmp_path: Path, shares: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="latency"):
+        graft(ParentConfig(f"timm:{PARENT}"), replace(config, out=tmp_path / "none"), shares)
 
 
 def test_a_parent_without_weights_is_refused_before_anything_is_written(config: SearchConfig, tmp_path: Path) -> None:

@@ -173,13 +173,15 @@ All other layers, and the names of their weights, are those of {parent}. {_weigh
 
 
 def _weights_of_parent(graft: Graft, run: Run | None) -> str:
-    """Says which weights the parent had, and the licence that timm states for its own."""
+    """Says which weights the parent's training began with, and the licence that timm states for its own."""
     folder = None if run is None else run.path / PARENT
     file = Trained.open(folder).manifest.init if folder is not None and is_training(folder) else ""
+    if file == "scratch":
+        return "The parent was trained from scratch."
     began = f"The parent's training began with the weights `{plain(Path(file).name)}`. " if file else ""
     config = timm.get_pretrained_cfg(graft.parent, allow_unregistered=True) if isinstance(graft.parent, str) else None
-    stated = f"timm states `{plain(config.license)}` for its own weights of it. " if config and config.license else ""
-    return f"{began}{stated}The licence of those weights applies to these."
+    stated = f"timm states the licence `{plain(config.license)}` for its own. " if config and config.license else ""
+    return f"{began}{stated}The licence of the weights that it began with applies to these."
 
 
 def _use(subject: Subject, package: str) -> str:
@@ -279,6 +281,11 @@ def _training(subject: Subject) -> str:
         )
     assert subject.run is not None
     config = subject.run.manifest.config
+    if isinstance(subject.architecture, Graft):
+        return (
+            f"The weights are those of the parent, tuned in the search on {data.num_train:,} images of "
+            f"{height}x{width} with the parent as teacher, seed {config.seed}. The network is not fully trained."
+        )
     return (
         f"The weights come from the search's short training ({config.epochs} epochs on {data.num_train:,} images "
         f"of {height}x{width}, seed {config.seed}). They are good for ranking and as initial weights, but the model "

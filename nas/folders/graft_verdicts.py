@@ -10,6 +10,7 @@ import numpy as np
 from ..architecture import candidate_from_dict
 from ..errors import RunError
 from ..interval import Interval
+from ..objectives.text import format_ends
 from .attributes import BASELINES, TUNED
 from .trial import Trial
 
@@ -42,31 +43,27 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     whole, parent_ms = hits_of.get(keys[PARENT]), latency.read(rivals[PARENT])
     if whole is None or parent_ms is None:
         return []
+    as_fast = {name: ms for name in keys if name in rivals and (ms := latency.read(rivals[name])) is not None}
     lines = []
     for share in SHARES:
         within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= share * parent_ms]
-        words = f"within {100 * share:.0f} % of the parent's latency"
         best = max(within, key=lambda t: t.scores.accuracy or 0.0, default=None)
-        found = None if best is None else hits_of.get(best.key)
-        if best is None or found is None:
-            lines.append(f"{words}: no point of the front")
+        if best is None or best.key not in hits_of:
+            lines.append(f"no point of the front takes at most {100 * share:.0f} % of the parent's latency")
             continue
-        text = f"{words}: {best.key}, {_difference(found, whole)} than the parent"
-        plain = {
-            name: hits
-            for name, key in keys.items()
-            if (ms := latency.read(rivals[name]) if name in rivals else None) is not None
-            and ms <= share * parent_ms
-            and (hits := hits_of.get(key)) is not None
-        }
-        if plain:
-            name = max(plain, key=lambda n: (int(plain[n].sum()), keys[n] == best.key))
-            if keys[name] == best.key:
-                text += f"; it is the best form without a search ({name})"
-            else:
-                text += f"; {_difference(found, plain[name])} than the best form without a search ({name})"
+        plain = [name for name, ms in as_fast.items() if ms <= share * parent_ms and keys[name] in hits_of]
+        rival = max(plain, key=lambda n: (int(hits_of[keys[n]].sum()), keys[n] == best.key), default=None)
+        text = (
+            f"at most {100 * share:.0f} % of the parent's latency: {best.key} is "
+            f"{_difference(hits_of[best.key], whole)} than the parent"
+        )
+        if rival is None:
+            text += "; no form that needs no search is as fast"
+        elif keys[rival] == best.key:
+            text += f"; it is the best form that needs no search ({rival})"
         else:
-            text += "; no form without a search is as fast"
+            found = _difference(hits_of[best.key], hits_of[keys[rival]])
+            text += f", and {found} than the best form that needs no search ({rival})"
         lines.append(text)
     return lines
 
@@ -83,9 +80,10 @@ def paired_difference(hits: np.ndarray, others: np.ndarray) -> Interval:
 
 
 def _difference(hits: np.ndarray, others: np.ndarray) -> str:
+    """Says how much more accurate the first network is than the second one, with the interval of the difference."""
     found = paired_difference(hits, others)
-    more = "more" if found.value >= 0 else "fewer"
-    return f"{abs(found.value):.1f} points {more} (95 % interval {found.low:+.1f} to {found.high:+.1f}, same images)"
+    word = "more" if found.value >= 0 else "less"
+    return f"{abs(found.value):.1f} points {word} accurate (difference {format_ends(*found.ends, '+.1f')})"
 
 
 def _hits(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:

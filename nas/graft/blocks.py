@@ -47,8 +47,8 @@ def space_of(trained: Trained, name: str, data: ImageData, device: str) -> Graft
     if not groups and len(sizes) == 1:
         raise UsageError(f"{name} cannot be made cheaper: it has no residual blocks, and takes one image size only")
     log.info(
-        "the parent has %d blocks in %d parts that can be dropped, and takes images of %s pixels; ordering the blocks",
-        *(sum(map(len, groups)), len(groups), ", ".join(map(str, sizes))),
+        "the parent takes images of %s pixels, and its parts can lose %s blocks; ordering the blocks by harm",
+        *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
     )
     images = reduced(data, min(ORDER_IMAGES, len(data.train)))
     parts = tuple(_ordered(model, group, images, device) for group in groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,8 +115,8 @@ def drop_blocks(model: nn.Module, paths: tuple[str, ...]) -> None:
 def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple[str, ...], ...]:
     """Finds the blocks that can be dropped, grouped by the part of the network that they belong to, in their order.
 
-    A block is an item of a sequence. It runs once, and returns one tensor of the shape of its input. At least one item
-    of a sequence stays.
+    A block is an item of a sequence. It runs once, and returns one tensor of the shape of its input. An item that holds
+    nothing but blocks is no block. At least one item of a sequence stays.
 
     Args:
         model: the network. It is left as it was.
@@ -140,15 +140,30 @@ def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple
         finally:
             for hook in hooks:
                 hook.remove()
-    blocks = [path for path, same in calls.items() if same == [True]]
-    outer = [path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)]
-    groups: dict[str, list[str]] = {}
-    for path in outer:
-        groups.setdefault(path.rpartition(".")[0], []).append(path)
     modules = dict(model.named_modules())
+    blocks = [path for path, same in calls.items() if same == [True]]
+    blocks = [path for path in blocks if not _is_part(path, blocks, modules)]
+    groups: dict[str, list[str]] = {}
+    for path in _outermost(blocks):
+        groups.setdefault(path.rpartition(".")[0], []).append(path)
     # of a sequence that holds nothing else, the first block stays
     kept = ((found[1:] if len(found) == len(modules[parent]) else found) for parent, found in groups.items())
     return tuple(tuple(found) for found in kept if found)
+
+
+def _outermost(paths: Sequence[str]) -> list[str]:
+    """Returns the paths that lie in no other one."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _is_part(path: str, blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> bool:
+    """Tells whether an item holds nothing but blocks, as the first stage of many networks does."""
+    inner = _outermost([other for other in blocks if other.startswith(f"{path}.")])
+    return bool(inner) and _numel(modules[path]) == sum(_numel(modules[other]) for other in inner)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _recorder(calls: list[bool]) -> Any:

@@ -144,9 +144,9 @@ class GraftSpace:
         found = {"parent": self._first}
         found |= {f"parent at {side} px": self._first | {SIZE: side} for side in self.input_sizes[1:]}
         for words, share in (
+            ("all blocks dropped", 1),
+            ("two thirds of the blocks dropped", 2 / 3),
             ("a third of the blocks dropped", 1 / 3),
-            ("two thirds dropped", 2 / 3),
-            ("all dropped", 1),
         ):
             fewer = {f"part{i}.dropped": round(share * len(part)) for i, part in enumerate(self.parts, start=1)}
             found[f"parent, {words}"] = self._first | fewer
