@@ -94,6 +94,10 @@ class Display:
         self._bars.append(Bar(name, total))
         return self._bars[-1]
 
+    def drop(self, bar: Bar) -> None:
+        """Takes a bar away, if it is there."""
+        self._bars = [other for other in self._bars if other is not bar]
+
     def refresh(self) -> None:
         """Draws now what has changed, without waiting for the next drawing."""
         if self._live is not None:

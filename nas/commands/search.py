@@ -235,7 +235,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     from ..display import Display
     from ..graft import ParentConfig, graft
     from ..report.live import SearchView
-    from ..search import SearchConfig, configure, search
+    from ..search import Progress, SearchConfig, configure, search
     from ..training.display import TrainingView
 
     given = typed(context, options)
@@ -251,15 +251,20 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     if "space" in given:
         given["space"] = search_spaces.load(given["space"])
     config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given)
-    pretrained = None if parent is None else ParentConfig(parent, weights, epochs, proxy)
     display = Display()
     view = SearchView(display)
     try:
         with display:
-            if pretrained is None:
+            if parent is None:
                 run = search(config, view.update)
             else:
-                run = graft(pretrained, config, shares, view.update, TrainingView(display).update)
+                training = TrainingView(display)
+
+                def on_trial(progress: Progress) -> None:
+                    training.close()
+                    view.update(progress)
+
+                run = graft(ParentConfig(parent, weights, epochs, proxy), config, shares, on_trial, training.update)
     except (KeyboardInterrupt, SystemExit):
         if view.run_path is not None:
             path = shlex.quote(str(view.run_path))

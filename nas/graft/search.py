@@ -59,6 +59,8 @@ def graft(
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
     out = config.out or search_folder(f"graft-{name}", config.data)
+    if config.out is None:
+        log.info("to resume after an interruption, repeat this with `out` = %s", out)
     config = replace(config, out=out, latency=tuple(at.here() for at in config.latency))
     if config.input_size is None and target.data.get("input_size"):
         config = replace(config, input_size=target.data["input_size"][1])

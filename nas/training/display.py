@@ -20,6 +20,10 @@ class TrainingView:
         self._bar.restart(f"{self._name}reading images")
         self._display.say(f"{self._name}begins")
 
+    def close(self) -> None:
+        """Takes the bar away, where other work follows."""
+        self._display.drop(self._bar)
+
     def update(self, step: Step) -> None:
         """Shows another step."""
         accuracy = step.last.get("holdout_accuracy")
