@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--parent-epochs", type=int, default=4)
     parser.add_argument("--tune-epochs", type=int, default=4)
+    parser.add_argument("--library", default="default")
+    parser.add_argument("--grain", default="stage")
+    parser.add_argument("--budget", type=float, default=0.75, help="largest latency as a share of the parent's")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     print("| seed | within | network | latency, ms | held-out, % | test, % | test, against the parent |")
@@ -63,7 +66,7 @@ def main() -> None:
 
 def _search(asked: argparse.Namespace, seed: int) -> Run:
     """Runs the search of one seed, or resumes it."""
-    out = asked.out / f"{asked.parent}-{asked.data.parent.name}-{seed}"
+    out = asked.out / f"{asked.parent}-{asked.data.parent.name}-{asked.library}-{seed}"
     if (out / "run.json").is_file():
         return search(local_config(Run.open(out)))
     config = SearchConfig(
@@ -77,7 +80,10 @@ def _search(asked: argparse.Namespace, seed: int) -> Run:
         seed=seed,
         out=out,
     )
-    return graft(ParentConfig(f"timm:{asked.parent}", asked.weights, asked.parent_epochs), config, {"latency": 0.75})
+    parent = ParentConfig(
+        f"timm:{asked.parent}", asked.weights, asked.parent_epochs, library=asked.library, grain=asked.grain
+    )
+    return graft(parent, config, {"latency": asked.budget})
 
 
 def _rows(run: Run, seed: int) -> list[str]:

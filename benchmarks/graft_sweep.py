@@ -16,7 +16,8 @@ from collections import Counter
 import timm
 import torch
 
-from nas.models.grafts import drop_blocks, droppable
+from nas.models.grafts import drop_blocks
+from nas.models.parts import droppable
 
 
 def outcome(name: str, most: float) -> tuple[str, int, int, str] | None:

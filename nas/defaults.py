@@ -25,6 +25,9 @@ TRAIN_BATCH_SIZE = 64
 
 # Grafts: the tuning of what was assembled
 GRAFT_PROXY = "assembled"
+LIBRARY = "default"
+GRAIN = "stage"
+DISTIL_EPOCHS = 4
 TUNE_EPOCHS = 4
 TUNE_COUNT = 12
 

@@ -14,7 +14,7 @@ from .checks import (
     is_too_deep,
     parse_json,
 )
-from .graft import Candidate, Graft, candidate_from_dict, candidate_from_json
+from .graft import GRAINS, LAYOUTS, Candidate, Graft, Replacement, candidate_from_dict, candidate_from_json
 from .mixers import (
     HADAMARD_KINDS,
     KV_REDUCERS,
@@ -53,8 +53,10 @@ from .stage import (
 
 __all__ = [
     "FRAME",
+    "GRAINS",
     "HADAMARD_KINDS",
     "KV_REDUCERS",
+    "LAYOUTS",
     "MAX_DEPTH",
     "MAX_JSON_CHARS",
     "MAX_MLP_RATIO",
@@ -74,6 +76,7 @@ __all__ = [
     "Hadamard",
     "Head",
     "Mixer",
+    "Replacement",
     "Softmax",
     "Stage",
     "Stem",

@@ -8,11 +8,117 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import UsageError
-from .checks import canonical_json, check_mapping, key_of, parse_json, set_int
+from .checks import (
+    canonical_json,
+    check_choice,
+    check_mapping,
+    key_of,
+    non_defaults,
+    parse_json,
+    set_int,
+)
+from .mixers import mixer_label
 from .network import Architecture
+from .stage import MAX_WIDTH, Stage, stage_from_dict, stage_to_dict
 
 GRAFT_VERSION = 1
 MAX_NAME, MAX_DROPPED, MAX_SIDE = 200, 1000, 1024
+LAYOUTS = ("nchw", "nhwc", "tokens")
+"""Order of the dimensions of a map: (batch, channels, height, width), (batch, height, width, channels), or (batch,
+positions, channels) with the rows of a square map one after the other."""
+GRAINS = ("stage", "mixer")
+"""What our layers replace: whole blocks, or the token mixer inside a block."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Layers of ours in the place of layers of the parent.
+
+    Args:
+        paths: paths of the parent's layers that go, such as `blocks.5`. Ours stand in the place of the first; each of
+            the others returns its input.
+        stage: our blocks. Their width is the number of channels that they return.
+        width_in: number of channels that they get; 0 means as many as they return.
+        stride: 1, or 2 if they halve the map.
+        layout: order of the dimensions of what they get and return, one of `LAYOUTS`.
+        prefix: with `tokens`, the number of tokens before the map, such as a class token. They pass by our layers.
+        grain: `stage`, or `mixer`: only the mixer of `stage` stands there, and the parent's block keeps the rest.
+    """
+
+    paths: tuple[str, ...]
+    stage: Stage
+    width_in: int = 0
+    stride: int = 1
+    layout: str = "nchw"
+    prefix: int = 0
+    grain: str = "stage"
+
+    def __post_init__(self) -> None:
+        _check_paths(self.paths, "replaces")
+        object.__setattr__(self, "paths", tuple(self.paths))
+        if not self.paths or len(set(self.paths)) != len(self.paths) or not isinstance(self.stage, Stage):
+            raise UsageError("a replacement needs a stage and different paths")
+        set_int(self, "width_in", 0, MAX_WIDTH)
+        set_int(self, "stride", 1, 2)
+        set_int(self, "prefix", 0, 16)
+        check_choice(self, "layout", LAYOUTS)
+        check_choice(self, "grain", GRAINS)
+        if self.width_in == self.stage.width:
+            object.__setattr__(self, "width_in", 0)
+        if self.layout != "tokens":
+            object.__setattr__(self, "prefix", 0)
+        if self.grain == "mixer":
+            if self.width_in or self.stride > 1:
+                raise UsageError("a mixer returns a map of the shape that it gets")
+            bare = Stage(self.stage.mixer, 1, self.stage.width, 4.0, self.stage.compression, "none", mlp="none")
+            object.__setattr__(self, "stage", bare)
+
+    @property
+    def label(self) -> str:
+        """What stands there, without the place: `hadamard 2x112 /4 mlp 2`."""
+        stage = self.stage
+        ratio = f" /{stage.compression}" if stage.compression > 1 else ""
+        if self.grain == "mixer":
+            return f"{mixer_label(stage.mixer)}{ratio}"
+        mlp = f" mlp {stage.mlp_ratio:g}" if stage.mlp != "none" else ""
+        return f"{mixer_label(stage.mixer)} {stage.depth}x{stage.width}{ratio}{mlp}"
+
+    def covers(self, path: str) -> bool:
+        """Whether a layer of the parent is among those that go, or inside one of them."""
+        return any(_inside(path, own) for own in self.paths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, without defaults."""
+        return non_defaults(self) | {"paths": list(self.paths), "stage": stage_to_dict(self.stage)}
+
+    def to_json(self) -> str:
+        """Returns canonical JSON, with sorted keys and without spaces."""
+        return canonical_json(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Replacement:
+        """Builds a replacement from the data that `to_dict` returns.
+
+        Raises:
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        values = check_mapping(data, "a replacement", names, ("paths", "stage"))
+        return cls(**values | {"stage": stage_from_dict(values["stage"])})
+
+
+def _check_paths(paths: Any, verb: str) -> None:
+    """Checks the paths of layers.
+
+    Raises:
+        UsageError: if they are not a list of paths.
+    """
+    if not isinstance(paths, list | tuple) or len(paths) > MAX_DROPPED:
+        raise UsageError(f"what a graft {verb} must be a list of at most {MAX_DROPPED} paths")
+    for path in paths:
+        plain = isinstance(path, str) and 0 < len(path) <= MAX_NAME
+        if not plain or not path.replace(".", "").replace("_", "").isalnum():
+            raise UsageError(f"a graft {verb} {str(path)[:40]!r}: the path of a module is needed, such as blocks.2.1")
 
 
 @dataclass(frozen=True)
@@ -23,11 +129,14 @@ class Graft:
         parent: the pretrained network: the name of a timm model, or an architecture of ours.
         input_size: side of the images in pixels.
         dropped: paths of the residual blocks that are left out, such as `blocks.2.1`, sorted.
+        replaced: layers of the parent in whose place ours stand, by their paths. A layer that is dropped is not
+            replaced, and nothing inside a replaced one is dropped.
     """
 
     parent: str | Architecture
     input_size: int
     dropped: tuple[str, ...] = ()
+    replaced: tuple[Replacement, ...] = ()
 
     def __post_init__(self) -> None:
         named = isinstance(self.parent, str) and 0 < len(self.parent) <= MAX_NAME and self.parent.isprintable()
@@ -36,18 +145,16 @@ class Graft:
                 f"a graft's parent is {str(self.parent)[:40]!r}: a timm model or an architecture is needed"
             )
         set_int(self, "input_size", 1, MAX_SIDE)
-        if not isinstance(self.dropped, list | tuple) or len(self.dropped) > MAX_DROPPED:
-            raise UsageError(f"a graft's dropped blocks must be a list of at most {MAX_DROPPED} paths")
-        for path in self.dropped:
-            if (
-                not isinstance(path, str)
-                or len(path) > MAX_NAME
-                or not path.replace(".", "").replace("_", "").isalnum()
-            ):
-                raise UsageError(
-                    f"a graft drops {str(path)[:40]!r}: the path of a module is needed, such as blocks.2.1"
-                )
-        object.__setattr__(self, "dropped", tuple(sorted(set(self.dropped))))
+        _check_paths(self.dropped, "drops")
+        if not all(isinstance(own, Replacement) for own in self.replaced) or len(self.replaced) > MAX_DROPPED:
+            raise UsageError(f"what a graft replaces must be a list of at most {MAX_DROPPED} replacements")
+        gone = tuple(path for path in self.dropped if not any(own.covers(path) for own in self.replaced))
+        inside = [own for own in self.replaced if not any(_inside(own.paths[0], path) for path in gone)]
+        object.__setattr__(self, "dropped", tuple(sorted(set(gone))))
+        object.__setattr__(self, "replaced", tuple(sorted(inside, key=lambda own: own.paths)))
+        taken = [path for own in self.replaced for path in own.paths]
+        if any(_inside(a, b) for i, a in enumerate(taken) for j, b in enumerate(taken) if i != j):
+            raise UsageError("two replacements of a graft stand in the same place")
 
     @property
     def reduction(self) -> int:
@@ -64,9 +171,10 @@ class Graft:
 
     @property
     def lines(self) -> list[str]:
-        """Describes the graft for people, one line for the images and one for each sequence that lacks blocks."""
+        """Describes the graft for people, one line for the images and one for each change."""
         dropped = [f"{sequence} without {', '.join(names)}" for sequence, names in self.without().items()]
-        return [f"images: {self.input_size} px", *dropped]
+        replaced = [f"{', '.join(own.paths)}: {own.label}" for own in self.replaced]
+        return [f"images: {self.input_size} px", *dropped, *replaced]
 
     @cached_property
     def key(self) -> str:
@@ -79,6 +187,8 @@ class Graft:
         data: dict[str, Any] = {"graft": GRAFT_VERSION, "parent": parent, "input_size": self.input_size}
         if self.dropped:
             data["dropped"] = list(self.dropped)
+        if self.replaced:
+            data["replaced"] = [own.to_dict() for own in self.replaced]
         return data
 
     def to_json(self) -> str:
@@ -93,13 +203,20 @@ class Graft:
             UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         required = ("graft", "parent", "input_size")
-        values = check_mapping(data, "a graft", (*required, "dropped"), required)
+        values = check_mapping(data, "a graft", (*required, "dropped", "replaced"), required)
         version = values.pop("graft")
         if version != GRAFT_VERSION or isinstance(version, bool):
             raise UsageError(f"graft version {version!r} is unknown: this release reads version {GRAFT_VERSION}")
         if isinstance(values["parent"], Mapping):
             values["parent"] = Architecture.from_dict(values["parent"])
-        return cls(**values)
+        if not isinstance(replaced := values.get("replaced", []), list | tuple):
+            raise UsageError("what a graft replaces must be a list")
+        return cls(**values | {"replaced": tuple(Replacement.from_dict(own) for own in replaced)})
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether a layer is another one, or inside it."""
+    return path == other or path.startswith(f"{other}.")
 
 
 Candidate = Architecture | Graft

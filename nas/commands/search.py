@@ -32,6 +32,15 @@ from .options import (
 )
 from .printing import print_json, program
 
+OF_PARENT = {
+    "weights": "weights",
+    "parent_epochs": "epochs",
+    "library": "library",
+    "grain": "grain",
+    "distil_epochs": "distil_epochs",
+}
+"""Maps the options that are about the parent to the fields of `ParentConfig`."""
+
 
 @command("search")
 @option(
@@ -61,6 +70,25 @@ from .printing import print_json, program
     type=int,
     section=PARENT,
     help="Epochs for which the parent is first trained on your images.  [default: depends on the number of images]",
+)
+@option(
+    "--library",
+    default=defaults.LIBRARY,
+    section=PARENT,
+    help="Layers of ours that are offered in places of the parent: none, mini, default, wide, or a JSON file.",
+)
+@option(
+    "--grain",
+    default=defaults.GRAIN,
+    section=PARENT,
+    help="What they replace: stage (whole blocks) or mixer (the token mixers inside blocks).",
+)
+@option(
+    "--distil-epochs",
+    type=int,
+    default=defaults.DISTIL_EPOCHS,
+    section=PARENT,
+    help="Epochs for which they learn to answer like the layers that they replace.",
 )
 @option(
     "--tune-epochs",
@@ -239,14 +267,17 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     from ..training.display import TrainingView
 
     given = typed(context, options)
-    parent, weights, epochs = (given.pop(name, None) for name in ("parent", "weights", "parent_epochs"))
+    parent = given.pop("parent", None)
+    of_parent = {field: given.pop(name) for name, field in OF_PARENT.items() if name in given}
     given_budgets, shares = given.pop("budgets", ({}, {}))
     if parent is not None and "space" in given:
         raise UsageError("--space and --parent exclude each other: the space is that of the parent's forms")
-    proxy = given.pop("proxy", defaults.GRAFT_PROXY) if parent is not None else ""
+    if parent is not None and "proxy" in given:
+        of_parent["proxy"] = given.pop("proxy")
     given |= {"budgets": given_budgets} if given_budgets else {}
-    if parent is None and (weights is not None or epochs is not None or shares):
-        what = "--max OBJECTIVE=SHAREx" if shares else "--weights" if weights is not None else "--parent-epochs"
+    if parent is None and (of_parent or shares):
+        named = (f"--{name.replace('_', '-')}" for name, field in OF_PARENT.items() if field in of_parent)
+        what = "--max OBJECTIVE=SHAREx" if shares else next(named)
         raise UsageError(f"{what} is about the parent: name it by --parent, or leave both out to resume a run")
     if "space" in given:
         given["space"] = search_spaces.load(given["space"])
@@ -264,7 +295,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
                     training.close()
                     view.update(progress)
 
-                run = graft(ParentConfig(parent, weights, epochs, proxy), config, shares, on_trial, training.update)
+                run = graft(ParentConfig(parent, **of_parent), config, shares, on_trial, training.update)
     except (KeyboardInterrupt, SystemExit):
         if view.run_path is not None:
             path = shlex.quote(str(view.run_path))

@@ -29,7 +29,9 @@ def kind_of(run: Run, network: Candidate) -> str:
     """Returns the group of a network in tables and pictures: its dominant mixer, or what a graft changes."""
     if not isinstance(network, Graft):
         return network.dominant_mixer
-    return run.space.form(network) if isinstance(run.space, GraftSpace) else FORMS[bool(network.dropped)]
+    if isinstance(run.space, GraftSpace):
+        return run.space.form(network)
+    return FORMS[-1] if network.replaced else FORMS[bool(network.dropped)]
 
 
 def _baselines_dict(run: Run, front: list[Trial]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import defaults
-from ..architecture import Graft
-from ..errors import RunError, UsageError
+from ..architecture import GRAINS, Graft
+from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import is_file
@@ -23,6 +23,7 @@ from ..training.work import same_data, train
 
 log = logging.getLogger(__name__)
 
+MAX_DISTIL_EPOCHS = 1000
 HELD_OUT = 0.5
 """Largest share of the images that the parent's training holds out. It is more than a search holds out."""
 
@@ -36,6 +37,10 @@ class ParentConfig:
         weights: a safetensors file with its weights; None for those of the folder.
         epochs: epochs for which it is trained on the user's images; None leaves them to the recipe `auto`. A finished
             training on the same images is not trained again.
+        library: layers of ours that are offered in places of the parent: `none`, `mini`, `default`, `wide` or a JSON
+            file (`Library`).
+        grain: what they replace: `stage` (whole blocks) or `mixer` (the token mixers inside them).
+        distil_epochs: epochs for which they learn to answer like the layers that they replace.
         proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
             of `SearchConfig.epochs` epochs).
     """
@@ -43,7 +48,16 @@ class ParentConfig:
     target: str
     weights: Path | None = None
     epochs: int | None = None
+    library: str = defaults.LIBRARY
+    grain: str = defaults.GRAIN
+    distil_epochs: int = defaults.DISTIL_EPOCHS
     proxy: str = defaults.GRAFT_PROXY
+
+    def __post_init__(self) -> None:
+        if self.grain not in GRAINS:
+            raise unknown_name("grain", self.grain, GRAINS)
+        if not 1 <= self.distil_epochs <= MAX_DISTIL_EPOCHS:
+            raise UsageError(f"`distil_epochs` = {self.distil_epochs}: 1 to {MAX_DISTIL_EPOCHS:,} are allowed")
 
     def resolved(self) -> Target:
         """Finds the network.

@@ -21,7 +21,9 @@ from ..search.config import check_for_parent
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
-from .blocks import space_name, space_of
+from .distil import Distillation
+from .forms import Offer, space_name, space_of
+from .options import library
 from .parent import ParentConfig, train_parent
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def graft(
         config: the configuration of the search. Its space and its proxy are ignored.
         shares: `latency` -> largest latency as a share of the parent's, as a budget of the search.
         on_trial: called at the start of the search and after every trial.
-        on_step: called after each step of the parent's training.
+        on_step: called after each step of the parent's training, and then of the teaching of our layers.
 
     Returns:
         The run, as `nas.search.search` returns it.
@@ -56,6 +58,7 @@ def graft(
     if share is not None and (not 0 < share < math.inf or "latency" in config.budgets):
         raise UsageError(f"a budget of {share}x the parent's latency: give one budget of latency, above 0")
     check_for_parent(config, parent.proxy)
+    offered = library(parent.library)
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
     out = config.out or search_folder(f"graft-{name}", config.data)
@@ -70,15 +73,18 @@ def graft(
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
-    space = space_of(trained, name, data, config.train_device or config.device)
+    device = config.train_device or config.device
+    how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
+    offer = Offer(offered, parent.grain, how)
+    space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)
     if share is not None:
         ms = _latency_ms(trained, config.latency[0], data.input_size)
         budgets["latency"] = share * ms
         log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
-    within = tuple(space.rivals().values())
+    start = tuple(dict.fromkeys((*space.rivals().values(), *hopeful)))
     return search(
-        replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=within, input_size=data.input_size[1]),
+        replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=start, input_size=data.input_size[1]),
         on_trial,
         images=data,
     )

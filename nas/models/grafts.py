@@ -1,9 +1,9 @@
-"""Builds the network of a graft: its parent, without the blocks that it drops. Finds the blocks that can be dropped."""
+"""Builds the network of a graft: its parent, without the blocks that it drops and with our layers in others' place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -11,14 +11,14 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ..architecture import Graft, candidate_from_json
+from ..architecture import Graft, Replacement, candidate_from_json
 from ..errors import UsageError
 from .backbone import create_backbone
+from .blocks import Block, build_norm
+from .mixers import build_mixer
 from .timm_models import check_network_name, create_network
 
 default_cfgs = generate_default_cfgs({"mixnas_graft": {"num_classes": 1000, "license": "apache-2.0"}})
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-"""Layers with weights. A block has at least two of them, so a single layer is no block."""
 
 
 class Skip(nn.Module):
@@ -29,10 +29,44 @@ class Skip(nn.Module):
         return x
 
 
+class StandIn(nn.Module):
+    """Our blocks, or one of our mixers, in the place of layers of another network.
+
+    Args:
+        spec: what stands there, and the layout of the maps that it takes and returns.
+    """
+
+    def __init__(self, spec: Replacement) -> None:
+        super().__init__()
+        stage, width_in = spec.stage, spec.width_in or spec.stage.width
+        self.layout, self.prefix = spec.layout, spec.prefix
+        self.reduce: nn.Module = nn.Identity()
+        if spec.stride > 1 or spec.width_in:
+            kernel_size = 3 if spec.stride > 1 else 1
+            convolution = nn.Conv2d(width_in, stage.width, kernel_size, spec.stride, padding=kernel_size // 2)
+            self.reduce = nn.Sequential(convolution, build_norm("bn", stage.width))
+        if spec.grain == "mixer":
+            self.blocks: nn.Module = build_mixer(stage.width, stage.mixer, stage.compression)
+        else:
+            self.blocks = nn.Sequential(*(Block(stage, "bn") for _ in range(stage.depth)))
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Maps a map to a map in the same layout. Further arguments, such as the size of the map, are ignored."""
+        if self.layout == "nchw":
+            return self.blocks(self.reduce(x))
+        if self.layout == "nhwc":
+            return self.blocks(self.reduce(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        tokens = x[:, self.prefix :]
+        side = math.isqrt(tokens.shape[1])
+        maps = tokens.transpose(1, 2).unflatten(2, (side, side))
+        mixed = self.blocks(self.reduce(maps)).flatten(2).transpose(1, 2)
+        return mixed if not self.prefix else torch.cat([x[:, : self.prefix], mixed], dim=1)
+
+
 def create_graft(graft: Graft, num_classes: int = 1000, **kwargs: Any) -> nn.Module:
     """Builds the network of a graft through timm's factory, with untrained weights.
 
-    All its weights have the names that they have in the parent.
+    The layers of the parent keep the names of their weights.
 
     Args:
         graft: the graft.
@@ -40,14 +74,14 @@ def create_graft(graft: Graft, num_classes: int = 1000, **kwargs: Any) -> nn.Mod
         kwargs: further arguments of the parent's constructor.
 
     Raises:
-        UsageError: if there is no such parent, or it has no such blocks.
+        UsageError: if there is no such parent, or it has no such layers.
     """
     model: nn.Module = timm.create_model("mixnas_graft", graft=graft, num_classes=num_classes, **kwargs)
     return model
 
 
-def _without_blocks(graft: Graft, num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> nn.Module:
-    """Builds the parent and drops the graft's blocks."""
+def _changed(graft: Graft, num_classes: int = 1000, in_chans: int = 3, **kwargs: Any) -> nn.Module:
+    """Builds the parent and changes it."""
     if in_chans != 3:
         raise UsageError(f"a graft takes images of 3 channels, not {in_chans}")
     if isinstance(graft.parent, str):
@@ -55,6 +89,8 @@ def _without_blocks(graft: Graft, num_classes: int = 1000, in_chans: int = 3, **
         model = create_network(name, num_classes, (3, graft.input_size, graft.input_size), **kwargs)
     else:
         model = create_backbone(graft.parent, num_classes, **kwargs)
+    for replacement in graft.replaced:
+        replace_layers(model, replacement)
     drop_blocks(model, graft.dropped)
     return model
 
@@ -78,7 +114,7 @@ def mixnas_graft(pretrained: bool = False, graft: Any = None, **kwargs: Any) -> 
     if not isinstance(graft, Graft):
         raise UsageError("timm.create_model('mixnas_graft') needs graft=…: a Graft, its dict or its JSON text")
     model: nn.Module = build_model_with_cfg(
-        _without_blocks,
+        _changed,
         "mixnas_graft",
         pretrained,
         graft=graft,
@@ -112,76 +148,21 @@ def drop_blocks(model: nn.Module, paths: tuple[str, ...]) -> None:
         setattr(modules[container], name, Skip())
 
 
-def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple[str, ...], ...]:
-    """Finds the blocks that can be dropped, grouped by the part of the network that they belong to, in their order.
+def replace_layers(model: nn.Module, spec: Replacement) -> StandIn:
+    """Puts our layers in the place of a network's, in place.
 
-    A block is an item of a sequence. It runs once, and returns one tensor of the shape of its input. An item that holds
-    nothing but blocks is no block. At least one item of a sequence stays.
+    Returns:
+        Our layers, with untrained weights.
 
-    Args:
-        model: the network. It is left as it was.
-        input_size: (channels, height, width) of an image.
+    Raises:
+        UsageError: if the network has no such layers.
     """
-    listed = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
-        for name, _ in module.named_children()
-    }
-    calls: dict[str, list[bool]] = {}
-    with _eval(model), torch.inference_mode():
-        hooks = [
-            module.register_forward_hook(_recorder(calls.setdefault(path, [])), with_kwargs=True)
-            for path, module in model.named_modules()
-            if path in listed and sum(isinstance(m, LAYERS) for m in module.modules()) >= 2
-        ]
-        try:
-            model(torch.zeros(1, *input_size))
-        finally:
-            for hook in hooks:
-                hook.remove()
+    first, *others = spec.paths
     modules = dict(model.named_modules())
-    blocks = [path for path, same in calls.items() if same == [True]]
-    blocks = [path for path in blocks if not _is_part(path, blocks, modules)]
-    groups: dict[str, list[str]] = {}
-    for path in _outermost(blocks):
-        groups.setdefault(path.rpartition(".")[0], []).append(path)
-    # of a sequence that holds nothing else, the first block stays
-    kept = ((found[1:] if len(found) == len(modules[parent]) else found) for parent, found in groups.items())
-    return tuple(tuple(found) for found in kept if found)
-
-
-def _outermost(paths: Sequence[str]) -> list[str]:
-    """Returns the paths that lie in no other one."""
-    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-
-
-def _is_part(path: str, blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> bool:
-    """Tells whether an item holds nothing but blocks, as the first stage of many networks does."""
-    inner = _outermost([other for other in blocks if other.startswith(f"{path}.")])
-    return bool(inner) and _numel(modules[path]) == sum(_numel(modules[other]) for other in inner)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _recorder(calls: list[bool]) -> Any:
-    def record(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = args[0] if args else None
-        tensors = isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)
-        calls.append(tensors and given.shape == output.shape)
-
-    return record
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Puts a network in eval mode for a while."""
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
+    container, _, name = first.rpartition(".")
+    if first not in modules or not first:
+        raise UsageError(f"{type(model).__name__} has no layer {first} that can be replaced")
+    ours = StandIn(spec)
+    setattr(modules[container], name, ours)
+    drop_blocks(model, tuple(others))
+    return ours

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..architecture import Graft
+from ..architecture import Graft, Replacement
 from ..data import ImageData
 from ..errors import RunError
 from ..folders.files import PARENT
+from ..folders.library import LIBRARY, load_weights
 from ..folders.training import Trained
 from ..models import create_graft
 from ..space import GraftSpace
@@ -29,6 +30,7 @@ class Parent:
         classes: class names in the order of its logits.
         mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
         std: standard deviation of the channels, likewise.
+        ours: weights of the layers of ours that may stand in the parent, by their names in it.
     """
 
     whole: Graft
@@ -36,20 +38,23 @@ class Parent:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    ours: Mapping[Replacement, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Short hash of all weights: the same parent with other weights gives other scores."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+        for weights in (self.weights, *(self.ours[own] for own in sorted(self.ours, key=Replacement.to_json))):
+            for name, tensor in sorted(weights.items()):
+                digest.update(name.encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def assemble(self, graft: Graft) -> nn.Module:
-        """Builds a graft with the weights of the parent."""
+        """Builds a graft with the weights of the parent, and of the layers of ours that stand in it."""
         model = create_graft(graft, len(self.classes))
-        model.load_state_dict({name: self.weights[name] for name in model.state_dict()})
+        ours = {f"{own.paths[0]}.{name}": t for own in graft.replaced for name, t in self.ours[own].items()}
+        model.load_state_dict({name: ours[name] if name in ours else self.weights[name] for name in model.state_dict()})
         return model
 
     def normalised(self, data: ImageData) -> ImageData:
@@ -67,11 +72,12 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     """Reads the parent of a run.
 
     Raises:
-        RunError: if the run holds no trained parent.
+        RunError: if the run holds no trained parent, or layers of ours that the space offers are missing.
     """
     trained = Trained.open(run_path / PARENT)
     data = trained.manifest.data
     weights = trained.load_model().state_dict()
     if missing := sorted(set(create_graft(space.whole, len(data.classes)).state_dict()) ^ set(weights)):
         raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
-    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std))
+    ours = {own: load_weights(run_path / PARENT / LIBRARY, own) for own in space.replacements}
+    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours)

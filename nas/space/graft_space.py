@@ -1,4 +1,4 @@
-"""The space of a pretrained network's cheaper forms: fewer blocks and smaller images."""
+"""The space of a pretrained network's cheaper forms: fewer blocks, smaller images, and layers of ours in places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import Architecture, Candidate, Graft, canonical_json, check_mapping
+from ..architecture import Architecture, Candidate, Graft, Replacement, canonical_json, check_mapping
 from ..errors import UsageError
 from .search_space import SearchSpace
 from .stage_choices import Choice, check_choices
@@ -17,10 +17,14 @@ from .stage_choices import Choice, check_choices
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_PARTS, MAX_SIZES = 64, 16
-SIZE = "input_size"
-FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images")
-"""What a graft changes of its parent. The first form is the parent itself."""
+MAX_PARTS, MAX_SIZES, MAX_OPTIONS = 64, 16, 64
+SIZE, KEPT = "input_size", "kept"
+FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images", "our layers")
+"""What a graft changes of its parent. The first form is the parent itself; the last one holds layers of ours, and may
+also be shorter and have smaller images."""
+
+Option = tuple[Replacement, ...]
+"""What may stand in a place: one replacement, or one for each token mixer of a part of the network."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class GraftSpace:
         parts: for each part of the network, the paths of the blocks that can be dropped, the least harmful first. A
             graft that drops n blocks of a part drops the first n of them.
         input_sizes: sides of the images in pixels, the parent's own first.
+        places: for each place, what may stand there instead of the parent's own layers.
     """
 
     name: str
@@ -41,6 +46,7 @@ class GraftSpace:
     parent: str | Architecture
     parts: tuple[tuple[str, ...], ...]
     input_sizes: tuple[int, ...]
+    places: tuple[tuple[Option, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.input_sizes or len(self.input_sizes) > MAX_SIZES or len(self.parts) > MAX_PARTS:
@@ -55,15 +61,22 @@ class GraftSpace:
         paths = [path for part in self.parts for path in part]
         if len(set(paths)) != len(paths) or not all(self.parts):
             raise UsageError(f"space {self.name}: each part lists its own blocks, each once")
+        if len(self.places) > MAX_PARTS or not all(0 < len(place) <= MAX_OPTIONS for place in self.places):
+            raise UsageError(f"space {self.name}: at most {MAX_PARTS} places, each with 1 to {MAX_OPTIONS} options")
+        for place in self.places:
+            if not all(place) or len({label_of(option) for option in place}) != len(place):
+                raise UsageError(f"space {self.name}: the options of a place need different labels")
         self.decode(self._first)  # checks sizes and paths
         self.decode({name: choices[-1] for name, choices in self.knobs.items()})
 
     @cached_property
     def knobs(self) -> dict[str, tuple[Choice, ...]]:
-        """Maps knob names to their choices: the number of dropped blocks of each part, and the image size."""
+        """Maps knob names to their choices: dropped blocks of each part, what stands in each place, and image size."""
         found: dict[str, tuple[Choice, ...]] = {
             f"part{i}.dropped": tuple(range(len(part) + 1)) for i, part in enumerate(self.parts, start=1)
         }
+        for i, place in enumerate(self.places, start=1):
+            found[f"place{i}"] = (KEPT, *map(label_of, place))
         return found | ({SIZE: self.input_sizes} if len(self.input_sizes) > 1 else {})
 
     @cached_property
@@ -73,12 +86,23 @@ class GraftSpace:
     @cached_property
     def size(self) -> int:
         """Number of distinct grafts."""
-        return math.prod(len(choices) for choices in self.knobs.values())
+        count, free = len(self.input_sizes), dict(enumerate(self.parts, start=1))
+        for i, place in enumerate(self.places, start=1):
+            inside = {n: part for n, part in free.items() if any(meets(place[0], path) for path in part)}
+            free = {n: part for n, part in free.items() if n not in inside}
+            own = {name: self.knobs[name] for name in (*(f"part{n}.dropped" for n in inside), f"place{i}")}
+            count *= len({self.decode(self._first | chosen) for chosen in _combinations(own)})
+        return count * math.prod(len(part) + 1 for part in free.values())
 
     @cached_property
     def whole(self) -> Graft:
         """The parent itself."""
         return self.decode(self._first)
+
+    @cached_property
+    def replacements(self) -> tuple[Replacement, ...]:
+        """All layers of ours that may stand somewhere."""
+        return tuple(own for place in self.places for option in place for own in option)
 
     def decode(self, choices: Mapping[str, Choice]) -> Graft:
         """Returns the graft for one choice per knob.
@@ -91,10 +115,17 @@ class GraftSpace:
         dropped = [
             path for i, part in enumerate(self.parts, start=1) for path in part[: int(choices[f"part{i}.dropped"])]
         ]
-        return Graft(self.parent, side, tuple(dropped))
+        replaced = [
+            own
+            for i, place in enumerate(self.places, start=1)
+            for option in place
+            if label_of(option) == choices[f"place{i}"]
+            for own in option
+        ]
+        return Graft(self.parent, side, tuple(dropped), tuple(replaced))
 
     def encode(self, graft: Candidate) -> dict[str, Choice]:
-        """Returns the choices that decode to `graft`.
+        """Returns the choices that decode to `graft`. A knob without effect gets its first choice.
 
         Raises:
             UsageError: if the graft is not in this space.
@@ -103,34 +134,49 @@ class GraftSpace:
             found: dict[str, Choice] = {
                 f"part{i}.dropped": len(set(part) & set(graft.dropped)) for i, part in enumerate(self.parts, start=1)
             }
+            for i, place in enumerate(self.places, start=1):
+                found[f"place{i}"] = self._standing(place, graft)
             found |= {SIZE: graft.input_size} if SIZE in self.knobs else {}
             if self.decode(found) == graft:
                 return found
         raise UsageError(f"{graft.key} is not in space {self.name}")
 
+    def _standing(self, place: tuple[Option, ...], graft: Graft) -> str:
+        """Returns the label of what stands in a place of a graft."""
+        standing = set(graft.replaced)
+        for option in place:
+            left = {own for own in option if not any(meets((own,), path) for path in graft.dropped)}
+            if left and left <= standing:
+                return label_of(option)
+        return KEPT
+
     def form(self, graft: Graft) -> str:
         """Returns what a graft changes of the parent, one of `FORMS`."""
+        if graft.replaced:
+            return FORMS[-1]
         return FORMS[bool(graft.dropped) + 2 * (graft.input_size < self.input_sizes[0])]
 
     def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
-        """Returns the choices unchanged, because every combination is a graft of its own."""
-        return dict(choices)
+        """Returns the choices that `encode` gives for the graft that `choices` decode to."""
+        return self.encode(self.decode(choices)) if self.places else dict(choices)
 
     def sample(self, rng: np.random.Generator) -> Graft:
         """Returns a graft for which every knob is drawn uniformly."""
         return self.decode({name: choices[int(rng.integers(len(choices)))] for name, choices in self.knobs.items()})
 
     def neighbours(self, graft: Candidate) -> list[Graft]:
-        """Returns the grafts that differ in one knob, in the order of the knobs."""
+        """Returns the distinct other grafts that differ in one knob, in the order of the knobs."""
         base = self.encode(graft)
-        return [
+        near = (
             self.decode(base | {name: c}) for name, choices in self.knobs.items() for c in choices if c != base[name]
-        ]
+        )
+        return [other for other in dict.fromkeys(near) if other != graft]
 
     def __iter__(self) -> Iterator[Graft]:
         """Yields every graft once, in a fixed order. Look at `size` first."""
-        for chosen in itertools.product(*self.knobs.values()):
-            yield self.decode(dict(zip(self.knobs, chosen, strict=True)))
+        for chosen in _combinations(self.knobs):
+            if self.canonical(chosen) == chosen:
+                yield self.decode(chosen)
 
     def largest(self) -> list[Graft]:
         """Returns the graft with the most work: the parent itself."""
@@ -163,7 +209,11 @@ class GraftSpace:
             "parent": self.parent if isinstance(self.parent, str) else self.parent.to_dict(),
             "parts": [list(part) for part in self.parts],
             "input_sizes": list(self.input_sizes),
-        }
+        } | self._places_to_dict()
+
+    def _places_to_dict(self) -> dict[str, Any]:
+        places = [[[own.to_dict() for own in option] for option in place] for place in self.places]
+        return {"places": places} if places else {}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraftSpace:
@@ -173,7 +223,11 @@ class GraftSpace:
             UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         names = ("name", "description", "parent", "parts", "input_sizes")
-        values = check_mapping(data, "a graft space", names, names)
+        values = check_mapping(data, "a graft space", (*names, "places"), names)
+        places = values.get("places", [])
+        lists = isinstance(places, list) and all(isinstance(place, list) for place in places)
+        if not lists or not all(isinstance(option, list) for place in places for option in place):
+            raise UsageError("a graft space's places must be lists of options, which are lists of replacements")
         if not isinstance(values["parts"], list) or not all(isinstance(part, list) for part in values["parts"]):
             raise UsageError("a graft space's parts must be lists of paths")
         if not isinstance(values["input_sizes"], list):
@@ -185,11 +239,30 @@ class GraftSpace:
             parent=Architecture.from_dict(parent) if isinstance(parent, Mapping) else parent,
             parts=tuple(tuple(part) for part in values["parts"]),
             input_sizes=tuple(values["input_sizes"]),
+            places=tuple(
+                tuple(tuple(Replacement.from_dict(own) for own in option) for option in place) for place in places
+            ),
         )
 
     def to_json(self) -> str:
         """Returns canonical JSON: equal spaces give equal text."""
         return canonical_json(self.to_dict())
+
+
+def label_of(option: Option) -> str:
+    """Returns the choice of a place's knob that an option is, such as `hadamard 2x112 mlp 2`."""
+    return option[0].label
+
+
+def meets(option: Option, path: str) -> bool:
+    """Whether an option replaces a block, or a layer of it, or a part that holds it."""
+    return any(own.covers(path) or own.paths[0].startswith(f"{path}.") for own in option)
+
+
+def _combinations(knobs: Mapping[str, tuple[Choice, ...]]) -> Iterator[dict[str, Choice]]:
+    """Yields all combinations of choices, in a fixed order."""
+    for chosen in itertools.product(*knobs.values()):
+        yield dict(zip(knobs, chosen, strict=True))
 
 
 Space = SearchSpace | GraftSpace

@@ -26,6 +26,8 @@ class TrainingView:
 
     def update(self, step: Step) -> None:
         """Shows another step."""
+        if step.epoch < self._epochs_said:  # another training has begun
+            self._epochs_said = 0
         accuracy = step.last.get("holdout_accuracy")
         note = f"{step.images_per_second:,.0f} images/s"
         note += "" if accuracy is None else f", top-1 {accuracy:.2f} %"

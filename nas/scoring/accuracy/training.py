@@ -183,7 +183,7 @@ class Training:
             self.step += 1
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
-            images = self.normalise(_augment(self.pixels[index], self.data.mirrored, generator))
+            images = self.normalise(augmented(self.pixels[index], self.data.mirrored, generator))
             images = images.contiguous(memory_format=self.format)
             self.optimizer.zero_grad(set_to_none=True)
             for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
@@ -284,7 +284,7 @@ def _rate(step: int) -> float:
     return min(1.0, step / WARMUP_STEPS) * math.sqrt(DECAY_STEPS / (DECAY_STEPS + step))
 
 
-def _augment(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -> torch.Tensor:
+def augmented(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) -> torch.Tensor:
     """Shifts each image by up to an eighth of its side, with repeated edges, and flips half of them if `mirrored`."""
     count, _, height, width = pixels.shape
     device = pixels.device

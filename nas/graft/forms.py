@@ -1,0 +1,199 @@
+"""The space of a parent's forms: which blocks may go and in which order, image sizes, and layers of ours in places."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..architecture import Architecture, Graft, Replacement
+from ..data import ImageData
+from ..errors import UsageError
+from ..folders.library import LIBRARY, Taught, load_weights
+from ..folders.training import Trained
+from ..models.parts import Place, droppable, places
+from ..scoring.latency import LatencyConfig
+from ..search.parent import Parent
+from ..space import GraftSpace, Option
+from ..training.loop import Step
+from .distil import Distillation, distil, multiply_adds
+from .harms import Harms
+from .options import Library
+from .shortlist import shortlist
+
+log = logging.getLogger(__name__)
+
+SHARES = (5 / 6, 2 / 3, 1 / 2)
+"""Sides of the images that are offered, as shares of the parent's."""
+LEAST_SHARE = 0.03
+"""Share of the parent's multiply-adds below which it does not pay to replace the layers of a place."""
+MOST_WORK = 0.8
+"""Largest number of multiply-adds of an option, as a share of those of the layers that it replaces."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a search for grafts offers beside fewer blocks and smaller images.
+
+    Args:
+        library: layers of ours; None offers none.
+        grain: what they replace: `stage` or `mixer`.
+        how: how they are taught.
+    """
+
+    library: Library | None
+    grain: str
+    how: Distillation
+
+
+def space_of(
+    trained: Trained,
+    name: str,
+    data: ImageData,
+    offer: Offer,
+    latency: LatencyConfig,
+    most_share: float,
+    on_step: Callable[[Step], None] | None = None,
+) -> tuple[GraftSpace, tuple[Graft, ...]]:
+    """Finds the forms of a parent, orders its blocks by harm, and teaches our layers to stand in its places.
+
+    What was computed is kept in the folder of the parent, and a repeated call goes on from there.
+
+    Args:
+        trained: the parent's finished training.
+        name: name of the parent.
+        data: the images of the search, normalised as the parent's.
+        offer: the layers of ours.
+        latency: conditions under which parts of the network are timed for the shortlist.
+        most_share: largest latency that the shortlist aims at, as a share of the parent's.
+        on_step: called with the progress of the teaching.
+
+    Returns:
+        The space, and the grafts that a sum of single harms and times expects to be the best.
+
+    Raises:
+        UsageError: if nothing of the parent can be made cheaper.
+    """
+    architecture, device = trained.architecture, offer.how.device
+    assert not isinstance(architecture, Graft)
+    named: str | Architecture = architecture or str(trained.manifest.model).removeprefix("timm:")
+    model, side = trained.load_model(), data.input_size[1]
+    groups = droppable(model, data.input_size)
+    sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
+    found = _places(model, [(3, size, size) for size in sizes], offer)
+    if not groups and len(sizes) == 1 and not found:
+        raise UsageError(f"{name} cannot be made cheaper: it has no residual blocks, and takes one image size only")
+    log.info(
+        "the parent takes images of %s pixels, and its parts can lose %s blocks; ordering the blocks by harm",
+        *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
+    )
+    of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
+    harms = Harms(of_parent, data, device, trained.path)
+    parts = tuple(_ordered(group, harms) for group in groups)
+    options = [own for _, each in found for own in each]
+    if options:
+        log.info("teaching %d layers of ours to stand in %d places of the parent", len(options), len(found))
+    taught = distil(model, options, data, offer.how, trained.path / LIBRARY, on_step)
+    stand = _standing(taught, parts, multiply_adds(model, data.input_size, options).of_options)
+    described = f"forms of {name} with fewer blocks{', layers of ours' if stand else ''} and smaller images"
+    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand)
+    own = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
+    harms = replace(harms, parent=replace(of_parent, ours=own))
+    return space, shortlist(space, harms, latency, most_share)
+
+
+def space_name(parent: str) -> str:
+    """Returns the name of the space of a parent's forms."""
+    return "graft-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in parent)[:57]
+
+
+def _sides(side: int) -> list[int]:
+    """Returns the sides to try, the largest first: multiples of 16, or of 32 above 128 pixels."""
+    step = 16 if side <= 128 else 32
+    return list(dict.fromkeys(max(step, round(side * share / step) * step) for share in SHARES))
+
+
+def _takes(model: nn.Module, side: int) -> bool:
+    try:
+        with torch.inference_mode():
+            logits = model(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return bool(torch.isfinite(logits).all())
+
+
+def _places(
+    model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], offer: Offer
+) -> list[tuple[Place, list[Replacement]]]:
+    """Returns the places of a network with what may stand there: cheaper layers, where it pays to replace them."""
+    if offer.library is None:
+        return []
+    found = [(place, offer.library.options(place)) for place in places(model, input_sizes, offer.grain)]
+    if offer.grain == "mixer":
+        return found
+    work = multiply_adds(model, input_sizes[0], [own for _, each in found for own in each])
+    kept = [
+        (place, [own for own in each if work.of_options[own] <= MOST_WORK * work.of_places[place.paths]])
+        for place, each in found
+        if work.of_places[place.paths] >= LEAST_SHARE * work.whole
+    ]
+    return [(place, each) for place, each in kept if each]
+
+
+def _standing(
+    taught: Sequence[Taught], parts: Sequence[Sequence[str]], work: Mapping[Replacement, int]
+) -> tuple[tuple[Option, ...], ...]:
+    """Returns the options of each place, without those that learnt no better than a cheaper one.
+
+    All mixers of a part of the network are replaced together, so that the space stays small.
+
+    Args:
+        taught: the options, with their errors.
+        parts: the blocks of each part that can be dropped.
+        work: multiply-adds of each option.
+    """
+    bundles: dict[object, dict[str, list[Taught]]] = {}
+    for one in taught:
+        bundles.setdefault(_part_of(one.replacement, parts), {}).setdefault(one.replacement.label, []).append(one)
+    places = []
+    for options in bundles.values():
+        size = max(len(each) for each in options.values())
+        costs = {
+            tuple(one.replacement for one in each): (
+                sum(one.error for one in each),
+                sum(work[one.replacement] for one in each),
+            )
+            for each in options.values()
+            if len(each) == size
+        }
+        places.append(tuple(option for option, cost in costs.items() if not _beaten(cost, costs.values())))
+    return tuple(places)
+
+
+def _part_of(own: Replacement, parts: Sequence[Sequence[str]]) -> object:
+    """Names what is replaced together: the layers of a place, or the mixers of a part or of a sequence of blocks."""
+    if own.grain == "stage":
+        return own.paths
+    block = own.paths[0].rpartition(".")[0]
+    number = next((i for i, part in enumerate(parts) if block in part), None)
+    sequence = block.rpartition(".")[0]
+    beside = next((i for i, part in enumerate(parts) if part[0].rpartition(".")[0] == sequence), sequence)
+    return beside if number is None else number
+
+
+def _beaten(cost: tuple[float, float], others: Iterable[tuple[float, float]]) -> bool:
+    return any(other[0] <= cost[0] and other[1] <= cost[1] and other != cost for other in others)
+
+
+def _ordered(group: Sequence[str], harms: Harms) -> tuple[str, ...]:
+    """Orders the blocks of a part: the first is the one whose loss harms least, then the next with that one dropped."""
+    order: list[str] = []
+    left = list(group)
+    while len(left) > 1:
+        found = {path: harms.without((*order, path)) for path in left}
+        order.append(min(left, key=lambda path: (found[path], left.index(path))))
+        left.remove(order[-1])
+    return (*order, *left)

@@ -1,0 +1,76 @@
+"""How much a change of a parent harms it: the loss of the changed network on training images, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..architecture import Graft
+from ..data import ImageData, reduced
+from ..errors import RunError
+from ..folders.files import write_file
+from ..foreign_files import FIGURE, is_file, read_json
+from ..scoring.accuracy.training import estimate_batch_norms, normaliser
+from ..search.parent import Parent
+
+IMAGES = 256
+"""Largest number of training images on which a loss is computed."""
+FILE = "harms.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Harms:
+    """Losses of forms of a parent, each computed once and kept in a file.
+
+    Args:
+        parent: the parent.
+        data: images, normalised as the parent's.
+        device: device on which forms run.
+        folder: where the losses are kept.
+        known: key of a form -> its loss, as far as computed.
+    """
+
+    parent: Parent
+    data: ImageData
+    device: str
+    folder: Path
+    known: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        file = self.folder / FILE
+        if not self.known and is_file(file, RunError):
+            self.known.update(read_json(file, "a list of losses", {str: FIGURE}, RunError))
+
+    @cached_property
+    def _images(self) -> ImageData:
+        return reduced(self.data, min(IMAGES, len(self.data.train)))
+
+    def without(self, dropped: Sequence[str]) -> float:
+        """Returns the loss of the parent without some blocks."""
+        return self.loss(replace(self.parent.whole, dropped=tuple(dropped)))
+
+    def loss(self, graft: Graft) -> float:
+        """Returns the cross-entropy of a form on training images, with batch norms that were estimated again."""
+        if graft.key not in self.known:
+            self.known[graft.key] = self._computed(graft)
+            write_file(self.folder / FILE, json.dumps(self.known, indent=1) + "\n")
+        return self.known[graft.key]
+
+    def _computed(self, graft: Graft) -> float:
+        data = self._images
+        if graft.input_size != data.input_size[1]:
+            data = reduced(data, input_size=graft.input_size)
+        network = self.parent.assemble(graft).to(self.device).eval()
+        estimate_batch_norms(network, data, 64, 0, self.device)
+        normalise, total = normaliser(data, self.device), 0.0
+        with torch.inference_mode():
+            for pixels, labels in zip(data.train.pixels.split(128), data.train.labels.split(128), strict=True):
+                logits = network(normalise(pixels.to(self.device)))
+                total += F.cross_entropy(logits.nan_to_num(), labels.to(self.device), reduction="sum").item()
+        return min(total / len(data.train), 1e6)
