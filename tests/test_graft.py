@@ -14,23 +14,39 @@ from conftest import table
 from safetensors.torch import save_file
 
 import search_spaces
-from nas.architecture import Architecture, Graft, candidate_from_dict, candidate_from_json
+from nas.architecture import (
+    Additive,
+    Architecture,
+    Graft,
+    Hadamard,
+    Replacement,
+    Softmax,
+    Stage,
+    Strip,
+    candidate_from_dict,
+    candidate_from_json,
+)
+from nas.data import ImageData, load_data
 from nas.errors import RunError, UsageError
 from nas.export import export
 from nas.folders.graft_verdicts import graft_verdicts, paired_difference
+from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
 from nas.folders.training import Trained, load_weights
 from nas.graft import ParentConfig, graft
+from nas.graft.distil import Distillation, distil, multiply_adds
+from nas.graft.options import LIBRARIES, Library, library
 from nas.models.create import create_candidate
-from nas.models.grafts import create_graft
-from nas.models.parts import droppable
+from nas.models.grafts import StandIn, create_graft
+from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
-from nas.space import GraftSpace, space_from_dict
+from nas.space import FORMS, GraftSpace, space_from_dict
 from nas.targets import resolve
+from nas.training.loop import Step
 
 PARENT = "test_convnext"
 IMAGE = (3, 64, 64)
@@ -43,6 +59,25 @@ SPACE = GraftSpace(
 )
 
 
+HADAMARD = Stage(Hadamard(), 1, 32, 2.0)
+HADAMARD_DATA = {"mixer": "hadamard", "depth": 1, "width": 32}
+OURS = Replacement(("stages.1.blocks",), HADAMARD)
+SPACE_WITH_OURS = GraftSpace(
+    "graft-convnext",
+    "forms",
+    PARENT,
+    (("stages.1.blocks.1",), ("stages.2.blocks.3", "stages.2.blocks.1"), ("stages.3.blocks.1",)),
+    (64, 48),
+    (
+        ((OURS,), (replace(OURS, stage=replace(HADAMARD, mixer=Strip(heads=1))),)),
+        tuple(
+            tuple(Replacement((f"stages.2.blocks.{i}.conv_dw",), Stage(mixer, 1, 48), grain="mixer") for i in (1, 3))
+            for mixer in (Additive(), Strip())
+        ),
+    ),
+)
+
+
 # As data
 
 
@@ -52,11 +87,30 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
         Graft(PARENT, 48),
         Graft(PARENT, 64, dropped=("blocks.1.1", "blocks.2.1")),
         Graft(PRESETS["cas_vit_xs"], 64, dropped=("stages.2.blocks.1",)),
+        Graft(PARENT, 64, replaced=(OURS,)),
+        Graft(PARENT, 64, replaced=(replace(OURS, width_in=24, stride=2),)),
+        Graft(PARENT, 64, replaced=(replace(OURS, layout="tokens", prefix=1),)),
+        Graft(PARENT, 64, replaced=(replace(OURS, grain="mixer"),)),
     ]
     assert [candidate_from_json(graft.to_json()) for graft in grafts] == grafts
     assert len({graft.key for graft in grafts}) == len(grafts)
     assert Graft(PARENT, 64, dropped=("b.2", "b.1", "b.2")).key == Graft(PARENT, 64, dropped=("b.1", "b.2")).key
     assert isinstance(candidate_from_dict(PRESETS["cas_vit_xs"].to_dict()), Architecture)
+
+
+def test_equal_networks_with_our_layers_have_equal_keys() -> None:
+    whole = Graft(PARENT, 64, replaced=(OURS,))
+    inside = Graft(PARENT, 64, dropped=("stages.1.blocks.1",), replaced=(OURS,))  # nothing is left of that block
+    gone = Graft(PARENT, 64, dropped=("stages.1",), replaced=(OURS,))  # nothing of ours stands in a dropped block
+    assert inside == whole
+    assert gone == Graft(PARENT, 64, dropped=("stages.1",))
+    mixer = replace(OURS, grain="mixer")
+    assert mixer == replace(mixer, stage=replace(HADAMARD, depth=3, mlp_ratio=4.0, local="none"))
+    assert replace(OURS, width_in=32) == replace(OURS, prefix=2) == OURS
+    with pytest.raises(UsageError, match="same place"):
+        Graft(PARENT, 64, replaced=(OURS, replace(OURS, paths=("stages.1.blocks.0",))))
+    with pytest.raises(UsageError, match="of the shape"):
+        replace(mixer, stride=2)
 
 
 @table(
@@ -75,6 +129,13 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
         ({"dropped": [3]}, "drops"),
         ({"dropped": ["b.1"] * 2000}, "at most"),
         ({"code": "x"}, "code"),
+        ({"replaced": 3}, "list"),
+        ({"replaced": [3]}, "replacement"),
+        ({"replaced": [{"paths": ["../x"], "stage": HADAMARD_DATA}]}, "path"),
+        ({"replaced": [{"paths": [], "stage": HADAMARD_DATA}]}, "paths"),
+        ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "layout": "os"}]}, "layout"),
+        ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "width_in": 10**9}]}, "width_in"),
+        ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "code": "x"}]}, "code"),
     ],
 )
 def test_a_graft_of_a_hostile_file_is_refused_in_one_line(change: dict, word: str) -> None:
@@ -137,7 +198,109 @@ def test_a_graft_runs_no_foreign_model_and_drops_no_layer_that_is_no_block() -> 
             create_candidate(Graft(parent, 64, dropped=dropped), 5)
 
 
+@table("layout", ["nchw", "nhwc", "tokens"])
+def test_our_layers_take_maps_in_the_layout_of_the_parent(layout: str) -> None:
+    """The three layouts are the same map in another order, so the same layers give the same values."""
+    layers = StandIn(replace(OURS, layout=layout, prefix=2, stride=1)).eval()
+    plain = StandIn(OURS).eval()
+    plain.load_state_dict(layers.state_dict())
+    x = torch.randn(2, 32, 6, 6)
+    with torch.inference_mode():
+        wanted = plain(x)
+        if layout == "nhwc":
+            found = layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif layout == "tokens":
+            first = torch.randn(2, 2, 32)
+            tokens = layers(torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1), (6, 6))
+            assert torch.equal(tokens[:, :2], first)  # a class token passes by
+            found = tokens[:, 2:].transpose(1, 2).unflatten(2, (6, 6))
+        else:
+            found = layers(x)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_our_layers_halve_a_map_and_change_its_channels() -> None:
+    layers = StandIn(replace(OURS, width_in=24, stride=2)).eval()
+    assert layers(torch.randn(1, 24, 7, 7)).shape == (1, 32, 4, 4)
+    assert StandIn(replace(OURS, width_in=24)).eval()(torch.randn(1, 24, 7, 7)).shape == (1, 32, 7, 7)
+
+
+@table(
+    "name, grain, found",
+    [
+        # (first path, channels in, channels out, stride, layout, tokens before the map), from the papers' tables
+        (
+            "tf_efficientnet_lite0",
+            "stage",
+            [
+                *(("blocks.0", 32, 16, 1), ("blocks.1", 16, 24, 2), ("blocks.2", 24, 40, 2), ("blocks.3", 40, 80, 2)),
+                *(("blocks.4", 80, 112, 1), ("blocks.5", 112, 192, 2), ("blocks.6", 192, 320, 1)),
+            ],
+        ),
+        (
+            "resnet18",
+            "stage",
+            [
+                (f"layer{i}", a, b, 1 + (i > 1))
+                for i, (a, b) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1)
+            ],
+        ),
+        ("test_vit", "mixer", [(f"blocks.{i}.attn", 64, 64, 1) for i in range(6)]),
+        (
+            "cas_vit_xs",
+            "mixer",
+            [
+                (f"stages.{stage}.blocks.{block}.mixer", width, width, 1)
+                for stage, (depth, width) in enumerate(((2, 48), (2, 56), (4, 112), (2, 220)))
+                for block in range(depth)
+            ],
+        ),
+        ("regnetx_002", "stage", []),
+    ],
+)
+def test_all_places_are_found(name: str, grain: str, found: list[tuple[str, int, int, int]]) -> None:
+    model = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"] if name == "test_vit" else (3, 96, 96)
+    seen = places(model, [size], grain)
+    assert [(p.paths[0], p.width_in, p.width, p.stride) for p in seen] == found
+    assert {(p.layout, p.prefix) for p in seen} <= {("tokens", 1) if name == "test_vit" else ("nchw", 0)}
+
+
+@table("name", ["test_vit", "swin_s3_tiny_224", "resnet18", "cas_vit_xs"])
+def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name: str) -> None:
+    model = timm.create_model(name, num_classes=5).eval()
+    size = model.pretrained_cfg["input_size"] if name != "resnet18" else (3, 64, 64)
+    for grain in ("stage", "mixer"):
+        found = places(model, [size], grain)
+        options = [LIBRARIES["mini"].options(place)[-1] for place in found]
+        if not options:
+            continue
+        graft = Graft(name, size[1], replaced=tuple(options))
+        network = create_graft(graft, 5).eval()
+        with torch.inference_mode():
+            assert network(torch.randn(2, *size)).shape == (2, 5)
+        kept = {n for n in model.state_dict() if not any(o.covers(n) for o in options)}
+        assert kept <= set(network.state_dict())
+
+
 # As a space
+
+
+def test_a_space_with_our_layers_keeps_the_contract_of_spaces() -> None:
+    every = list(SPACE_WITH_OURS)
+    # a place with our blocks hides its part; mixers in blocks that are all dropped make no difference
+    assert len(every) == len({form.key for form in every}) == SPACE_WITH_OURS.size == 2 * 2 * (2 + 2) * (2 * 3 + 1)
+    assert [SPACE_WITH_OURS.decode(SPACE_WITH_OURS.encode(form)) for form in every] == every
+    assert space_from_dict(json.loads(SPACE_WITH_OURS.to_json())) == SPACE_WITH_OURS
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        drawn = {name: c[int(rng.integers(len(c)))] for name, c in SPACE_WITH_OURS.knobs.items()}
+        canonical = SPACE_WITH_OURS.canonical(drawn)
+        assert SPACE_WITH_OURS.decode(canonical) == SPACE_WITH_OURS.decode(drawn)
+        assert SPACE_WITH_OURS.canonical(canonical) == canonical
+    near = SPACE_WITH_OURS.neighbours(SPACE_WITH_OURS.whole)
+    assert len(near) == len(set(near)) == sum(len(c) - 1 for c in SPACE_WITH_OURS.knobs.values())
+    assert {SPACE_WITH_OURS.form(form) for form in every} == set(FORMS)
 
 
 def test_the_space_of_a_parent_keeps_the_contract_of_spaces() -> None:
@@ -170,6 +333,11 @@ def test_the_space_of_a_parent_keeps_the_contract_of_spaces() -> None:
         {"input_sizes": []},
         {"input_sizes": ["96", "48"]},
         {"parent": 7},
+        {"places": 3},
+        {"places": [[]]},
+        {"places": [[[]]]},
+        {"places": [[[OURS.to_dict()], [OURS.to_dict()]]]},
+        {"places": [[[OURS.to_dict()]], [[OURS.to_dict()]]]},
     ],
 )
 def test_a_damaged_space_is_refused(change: dict) -> None:
@@ -185,6 +353,111 @@ def test_the_interval_of_a_paired_difference_is_that_of_the_four_counts() -> Non
     found = paired_difference(hits, others)
     assert found.value == pytest.approx(100 * share)
     assert found.ends == pytest.approx((100 * (share - 1.96 * error), 100 * (share + 1.96 * error)))
+
+
+# Our layers
+
+
+@table(
+    "mixer, width, side, wanted",
+    [
+        (Softmax(), 112, 6, Softmax(heads=2)),  # 3 heads do not divide 112 channels
+        (Softmax(), 192, 28, Softmax(heads=6, kv_reduction=4)),
+        (Strip(), 24, 12, Strip(heads=1, kv_reduction=2)),
+        (Hadamard(), 24, 12, Hadamard()),
+    ],
+)
+def test_an_option_fits_its_place(mixer: Softmax, width: int, side: int, wanted: Softmax) -> None:
+    place = Place(("blocks.4",), 16, width, side, 2, "nchw", 0, "stage")
+    (option,) = Library((mixer,), (2,), (3.0,), (4,)).options(place)
+    assert option == Replacement(("blocks.4",), Stage(wanted, 2, width, 3.0, 4), 16, 2)
+
+
+def test_a_library_is_a_name_or_a_file(tmp_path: Path) -> None:
+    assert library("none") is None
+    assert library("mini") == LIBRARIES["mini"]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"mixers": ["additive", {"name": "hadamard", "kind": "lka"}], "depths": [1]}))
+    assert library(str(file)) == Library((Additive(), Hadamard("lka")), (1,))
+    for text, word in (('{"mixers": "all"}', "list"), ('{"depths": [0]}', "depth"), ('{"code": 1}', "code")):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=word):
+            library(str(file))
+    for name in ("maxi", str(tmp_path / "none.json")):
+        with pytest.raises(UsageError, match="library"):
+            library(name)
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageData:
+    """Few digits."""
+    return load_data("digits", 32, None, 160)
+
+
+def test_layers_learn_to_answer_like_those_of_the_parent_and_a_kill_changes_nothing(
+    images: ImageData, tmp_path: Path
+) -> None:
+    parent = timm.create_model(PARENT, num_classes=10).eval()
+    options = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[1])
+    before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+
+    def killed(step: Step) -> None:
+        if (step.epoch, step.step) == (2, 1):
+            raise KeyboardInterrupt
+
+    how = Distillation(4, 32, 0, "cpu")
+    unbroken = distil(parent, options, images, how, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        distil(parent, options, images, how, tmp_path / "killed", killed)
+    resumed = distil(parent, options, images, how, tmp_path / "killed")
+    assert resumed == unbroken
+    assert [one.replacement for one in unbroken] == options
+    for own in options:
+        a, b = (load_weights_of(tmp_path / name, own) for name in ("whole", "killed"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    short = distil(parent, options, images, replace(how, epochs=1), tmp_path / "short")
+    assert all(a.error < b.error for a, b in zip(unbroken, short, strict=True))
+    assert all(torch.equal(before[name], tensor) for name, tensor in parent.state_dict().items())
+
+
+def test_the_error_of_a_layer_is_that_of_the_definition(images: ImageData, tmp_path: Path) -> None:
+    parent = timm.create_model(PARENT, num_classes=10).eval()
+    (place, *_) = places(parent, [images.input_size], "stage")
+    (own, *_) = LIBRARIES["mini"].options(place)
+    (taught,) = distil(parent, [own], images, Distillation(1, 32, 0, "cpu"), tmp_path)
+    layers = StandIn(own).eval()
+    layers.load_state_dict(load_weights_of(tmp_path, own))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (images.mean, images.std))
+    seen: list[torch.Tensor] = []
+    parent.get_submodule(place.paths[0]).register_forward_hook(lambda _, given, out: seen.extend((given[0], out)))
+    with torch.inference_mode():
+        parent((images.train.pixels[:128].float() / 255 - mean) / std)
+        error = ((layers(seen[0]) - seen[1]) ** 2).mean() / seen[1].var()
+    assert len(images.train) <= 128  # one batch
+    assert taught.error == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_a_damaged_library_is_one_line(images: ImageData, tmp_path: Path) -> None:
+    parent = timm.create_model(PARENT, num_classes=10).eval()
+    (own, *_) = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[0])
+    for name, content in (("library.json", "{"), ("library.json", '{"format": 9, "options": []}'), ("state.pt", "x")):
+        folder = tmp_path / name / str(len(content))
+        folder.mkdir(parents=True)
+        (folder / name).write_text(content)
+        with pytest.raises(RunError, match=name):
+            distil(parent, [own], images, Distillation(1, 32, 0, "cpu"), folder)
+    with pytest.raises(RunError, match="cannot read"):
+        load_weights_of(tmp_path, own)
+
+
+def test_work_is_counted_as_the_arithmetic_of_the_layers() -> None:
+    parent = timm.create_model("resnet18")
+    own = Replacement(("layer1",), Stage(Hadamard(), 1, 64, 2.0, local="none"))
+    work = multiply_adds(parent, (3, 64, 64), [own])
+    assert work.of_places[("layer1",)] == 4 * 16 * 16 * 9 * 64 * 64
+    # conv_modulation: three 1x1 convolutions and one depthwise 7x7, then the MLP
+    assert work.of_options[own] == 16 * 16 * (3 * 64 * 64 + 49 * 64 + 2 * 2 * 64 * 64)
+    assert work.whole > work.of_places[("layer1",)]
 
 
 # As a search
@@ -213,7 +486,11 @@ def run(config: SearchConfig) -> Run:
     assert config.out is not None
     weights = config.out.parent / "weights.safetensors"
     save_file(timm.create_model(PARENT).state_dict(), weights)
-    return graft(ParentConfig(f"timm:{PARENT}", weights, epochs=1), config, {"latency": 0.95})
+    return graft(_parent(weights), config, {"latency": 0.95})
+
+
+def _parent(weights: Path) -> ParentConfig:
+    return ParentConfig(f"timm:{PARENT}", weights, epochs=1, library="mini", distil_epochs=1)
 
 
 def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) -> None:
@@ -285,7 +562,7 @@ def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> Non
 
 def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config: SearchConfig) -> None:
     weights = run.path.parent / "weights.safetensors"
-    again = graft(ParentConfig(f"timm:{PARENT}", weights, epochs=1), replace(config, trials=5), {"latency": 0.95})
+    again = graft(_parent(weights), replace(config, trials=5), {"latency": 0.95})
     assert again.manifest.config.budgets == run.manifest.config.budgets
     assert len(again.trials()) == len(run.trials())
     with pytest.raises(UsageError, match="another `parent`"):

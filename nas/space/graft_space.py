@@ -54,6 +54,11 @@ class GraftSpace:
         whole = all(isinstance(size, int) and not isinstance(size, bool) for size in self.input_sizes)
         if not whole or list(self.input_sizes) != sorted(set(self.input_sizes), reverse=True):
             raise UsageError(f"space {self.name}: its image sizes must be whole numbers, the largest first")
+        if len(self.places) > MAX_PARTS or not all(0 < len(place) <= MAX_OPTIONS for place in self.places):
+            raise UsageError(f"space {self.name}: at most {MAX_PARTS} places, each with 1 to {MAX_OPTIONS} options")
+        for place in self.places:
+            if not all(place) or len({label_of(option) for option in place}) != len(place):
+                raise UsageError(f"space {self.name}: the options of a place need different labels")
         if not self.knobs:
             raise UsageError(
                 f"space {self.name}: its parent has no blocks that can be dropped, and only one image size"
@@ -61,11 +66,6 @@ class GraftSpace:
         paths = [path for part in self.parts for path in part]
         if len(set(paths)) != len(paths) or not all(self.parts):
             raise UsageError(f"space {self.name}: each part lists its own blocks, each once")
-        if len(self.places) > MAX_PARTS or not all(0 < len(place) <= MAX_OPTIONS for place in self.places):
-            raise UsageError(f"space {self.name}: at most {MAX_PARTS} places, each with 1 to {MAX_OPTIONS} options")
-        for place in self.places:
-            if not all(place) or len({label_of(option) for option in place}) != len(place):
-                raise UsageError(f"space {self.name}: the options of a place need different labels")
         self.decode(self._first)  # checks sizes and paths
         self.decode({name: choices[-1] for name, choices in self.knobs.items()})
 
