@@ -184,8 +184,9 @@ class Explanation:
 def knob_in_words(knob: str) -> str:
     """Spells out the name of a knob: `stage2.mlp_ratio` as `stage 2 MLP ratio`."""
     stage, _, name = knob.partition(".")
-    if not stage.startswith("stage"):  # of a graft: `part2.dropped`, `place1`, `input_size`
+    if not stage.startswith("stage"):  # of a graft: `part2.dropped`, `place1`, `width1`, `input_size`
         words = knob.replace("part", "part ", 1).replace(".", ": blocks ", 1).replace("place", "layers in place ", 1)
+        words = words.replace("width", "share of inner channels ", 1)
         return "side of the images" if knob == "input_size" else words
     return f"stage {stage.removeprefix('stage')} {_WORDS.get(name, name.replace('_', ' '))}"
 

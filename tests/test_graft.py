@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from nas.architecture import (
     Architecture,
     Graft,
     Hadamard,
+    Narrowing,
     Replacement,
     Softmax,
     Stage,
@@ -40,6 +43,7 @@ from nas.models.create import create_candidate
 from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
+from nas.models.widths import importances, inner_channels, narrow_layers
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
@@ -75,6 +79,10 @@ SPACE_WITH_OURS = GraftSpace(
             for mixer in (Additive(), Strip())
         ),
     ),
+    (
+        (Narrowing("stages.1.blocks.1.mlp.fc1", ("stages.1.blocks.1.mlp.act",), "stages.1.blocks.1.mlp.fc2", 128),),
+        (Narrowing("stages.3.blocks.0.mlp.fc1", (), "stages.3.blocks.0.mlp.fc2", 20),),
+    ),
 )
 
 
@@ -91,6 +99,7 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
         Graft(PARENT, 64, replaced=(replace(OURS, width_in=24, stride=2),)),
         Graft(PARENT, 64, replaced=(replace(OURS, layout="tokens", prefix=1),)),
         Graft(PARENT, 64, replaced=(replace(OURS, grain="mixer"),)),
+        Graft(PARENT, 64, narrowed=(Narrowing("blocks.1.fc1", ("blocks.1.act",), "blocks.1.fc2", 8),)),
     ]
     assert [candidate_from_json(graft.to_json()) for graft in grafts] == grafts
     assert len({graft.key for graft in grafts}) == len(grafts)
@@ -136,6 +145,12 @@ def test_equal_networks_with_our_layers_have_equal_keys() -> None:
         ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "layout": "os"}]}, "layout"),
         ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "width_in": 10**9}]}, "width_in"),
         ({"replaced": [{"paths": ["a.1"], "stage": HADAMARD_DATA, "code": "x"}]}, "code"),
+        ({"narrowed": 3}, "list"),
+        ({"narrowed": [3]}, "narrowing"),
+        ({"narrowed": [{"producer": "a.1", "between": [], "consumer": "a.2", "width": 0}]}, "width"),
+        ({"narrowed": [{"producer": "a.1", "between": "x", "consumer": "a.2", "width": 1}]}, "list"),
+        ({"narrowed": [{"producer": "a/1", "between": [], "consumer": "a.2", "width": 1}]}, "path"),
+        ({"narrowed": 2 * [{"producer": "a.1", "between": [], "consumer": "a.2", "width": 1}]}, "twice"),
     ],
 )
 def test_a_graft_of_a_hostile_file_is_refused_in_one_line(change: dict, word: str) -> None:
@@ -283,13 +298,85 @@ def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name:
         assert kept <= set(network.state_dict())
 
 
+@table(
+    "name, side, count, first",
+    [
+        # one chain for each inverted residual with an expansion, two for each bottleneck, one for each MLP
+        ("tf_efficientnet_lite0", 96, 15, ("blocks.1.0.conv_pw", "blocks.1.0.conv_pwl", 96)),
+        ("efficientnet_b0", 96, 15, ("blocks.1.0.conv_pw", "blocks.1.0.conv_pwl", 96)),
+        ("resnet50", 64, 32, ("layer1.0.conv1", "layer1.0.conv2", 64)),
+        ("test_vit", 160, 6, ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2", 192)),
+        ("cas_vit_xs", 64, 20, ("stages.0.blocks.0.local.0", "stages.0.blocks.0.local.4", 48)),
+        ("convnextv2_atto", 64, 0, None),  # its norm of responses mixes the inner channels
+    ],
+)
+def test_all_inner_channels_are_found(name: str, side: int, count: int, first: tuple[str, str, int] | None) -> None:
+    found = inner_channels(timm.create_model(name), (3, side, side))
+    assert len(found) == count
+    if first:
+        assert (found[0].producer, found[0].consumer, found[0].width) == first
+
+
+@table("name", ["mobilenetv3_small_050", "resnet50", "test_vit", "cas_vit_xs"])
+def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) -> None:
+    """A second implementation: the parent with hooks that put zeros in the place of the channels that go."""
+    parent = timm.create_model(name, num_classes=7).eval()
+    for module in parent.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    size = parent.pretrained_cfg["input_size"] if name == "test_vit" else IMAGE
+    inner = [own for own in inner_channels(parent, size) if "se" not in own.producer]
+    chosen = tuple(replace(own, width=own.width // 2) for own in inner)
+    form = create_graft(Graft(name, size[1], narrowed=chosen), 7).eval()
+    narrow, images = copy.deepcopy(parent), torch.randn(2, *size)
+    for own in chosen:
+        narrow_layers(narrow, own)
+    form.load_state_dict(narrow.state_dict())
+
+    def zeros(kept: torch.Tensor, dim: int) -> Callable:
+        def hook(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+            gone = torch.ones(given[0].shape[dim], dtype=torch.bool)
+            gone[kept] = False
+            return given[0].index_fill(dim, gone.nonzero().flatten(), 0.0)
+
+        return hook
+
+    for own in chosen:
+        layers = [parent.get_submodule(path) for path in (own.producer, *own.between, own.consumer)]
+        kept = importances(layers).topk(own.width).indices
+        for layer in layers[1:]:  # also before squeeze-and-excitation, which sees all channels
+            layer.register_forward_pre_hook(zeros(kept, -1 if isinstance(layers[0], torch.nn.Linear) else 1))
+    with torch.inference_mode():
+        wanted = parent(images)
+        assert torch.allclose(form(images), wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert sum(p.numel() for p in form.parameters()) < sum(p.numel() for p in parent.parameters())
+
+
+def test_the_channels_that_stay_are_the_most_important() -> None:
+    """Without a norm, that is the weights that compute a channel, times the weights that read it."""
+    mlp = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
+    network = torch.nn.Sequential(mlp)
+    with torch.no_grad():
+        mlp[0].weight.copy_(torch.tensor([[1.0], [-3.0], [2.0], [0.1]]))
+        mlp[2].weight.copy_(torch.tensor([[3.0, 1.0, 0.0, 9.0], [4.0, 0.0, -1.0, 0.0]]))  # norms 5, 1, 1, 9
+    narrow_layers(network, Narrowing("0.0", ("0.1",), "0.2", 2))
+    assert mlp[0].weight.flatten().tolist() == [1.0, -3.0]  # 5 and 3 against 2 and 0.9
+    assert mlp[2].weight.tolist() == [[3.0, 1.0], [4.0, 0.0]]
+    with pytest.raises(UsageError, match="cannot keep 3"):
+        narrow_layers(network, Narrowing("0.0", ("0.1",), "0.2", 3))
+    with pytest.raises(UsageError, match="no inner channels"):
+        narrow_layers(network, Narrowing("0.0", (), "0.9", 1))
+
+
 # As a space
 
 
 def test_a_space_with_our_layers_keeps_the_contract_of_spaces() -> None:
     every = list(SPACE_WITH_OURS)
-    # a place with our blocks hides its part; mixers in blocks that are all dropped make no difference
-    assert len(every) == len({form.key for form in every}) == SPACE_WITH_OURS.size == 2 * 2 * (2 + 2) * (2 * 3 + 1)
+    # Two images sizes. The last part: two depths, three widths of its other block. The first place: its part with no
+    # block dropped in three widths, or with its block dropped, or two options. The second place: our mixers in blocks
+    # that are all dropped make no difference.
+    assert len(every) == len({form.key for form in every}) == SPACE_WITH_OURS.size == 2 * 6 * (4 + 2) * (2 * 3 + 1)
     assert [SPACE_WITH_OURS.decode(SPACE_WITH_OURS.encode(form)) for form in every] == every
     assert space_from_dict(json.loads(SPACE_WITH_OURS.to_json())) == SPACE_WITH_OURS
     rng = np.random.default_rng(0)

@@ -14,7 +14,17 @@ from .checks import (
     is_too_deep,
     parse_json,
 )
-from .graft import GRAINS, LAYOUTS, Candidate, Graft, Replacement, candidate_from_dict, candidate_from_json
+from .graft import (
+    GRAINS,
+    LAYOUTS,
+    Candidate,
+    Graft,
+    Narrowing,
+    Replacement,
+    block_of,
+    candidate_from_dict,
+    candidate_from_json,
+)
 from .mixers import (
     HADAMARD_KINDS,
     KV_REDUCERS,
@@ -76,12 +86,14 @@ __all__ = [
     "Hadamard",
     "Head",
     "Mixer",
+    "Narrowing",
     "Replacement",
     "Softmax",
     "Stage",
     "Stem",
     "Strip",
     "block_label",
+    "block_of",
     "candidate_from_dict",
     "candidate_from_json",
     "canonical_json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -107,6 +107,61 @@ class Replacement:
         return cls(**values | {"stage": stage_from_dict(values["stage"])})
 
 
+@dataclass(frozen=True)
+class Narrowing:
+    """Inner channels between two layers of the parent, of which a graft keeps some.
+
+    Args:
+        producer: path of the convolution or linear layer that returns the channels.
+        between: paths of the layers between, which work on each channel alone.
+        consumer: path of the convolution or linear layer that takes the channels.
+        width: number of channels that stay.
+    """
+
+    producer: str
+    between: tuple[str, ...]
+    consumer: str
+    width: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.between, list | tuple):
+            raise UsageError("the layers between two layers must be a list of paths")
+        _check_paths((self.producer, *self.between, self.consumer), "narrows")
+        object.__setattr__(self, "between", tuple(self.between))
+        set_int(self, "width", 1, MAX_WIDTH)
+
+    @property
+    def block(self) -> str:
+        """Path of the block that it lies in, such as `blocks.5.1` for `blocks.5.1.conv_pw`."""
+        return block_of(self.producer)
+
+    @property
+    def sequence(self) -> str:
+        """Path of the sequence of blocks that it lies in, such as `blocks.5` for `blocks.5.1.conv_pw`."""
+        return self.block.rpartition(".")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return asdict(self) | {"between": list(self.between)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Narrowing:
+        """Builds a narrowing from the data that `to_dict` returns.
+
+        Raises:
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        return cls(**check_mapping(data, "a narrowing", names, names))
+
+
+def block_of(path: str) -> str:
+    """Returns the path of the item of a sequence that a layer lies in; empty if it lies in none."""
+    names = path.split(".")
+    last = max((i for i, name in enumerate(names[:-1]) if name.isdigit()), default=-1)
+    return ".".join(names[: last + 1])
+
+
 def _check_paths(paths: Any, verb: str) -> None:
     """Checks the paths of layers.
 
@@ -131,12 +186,14 @@ class Graft:
         dropped: paths of the residual blocks that are left out, such as `blocks.2.1`, sorted.
         replaced: layers of the parent in whose place ours stand, by their paths. A layer that is dropped is not
             replaced, and nothing inside a replaced one is dropped.
+        narrowed: inner channels of blocks that are left out, in layers that are neither dropped nor replaced.
     """
 
     parent: str | Architecture
     input_size: int
     dropped: tuple[str, ...] = ()
     replaced: tuple[Replacement, ...] = ()
+    narrowed: tuple[Narrowing, ...] = ()
 
     def __post_init__(self) -> None:
         named = isinstance(self.parent, str) and 0 < len(self.parent) <= MAX_NAME and self.parent.isprintable()
@@ -155,6 +212,13 @@ class Graft:
         taken = [path for own in self.replaced for path in own.paths]
         if any(_inside(a, b) for i, a in enumerate(taken) for j, b in enumerate(taken) if i != j):
             raise UsageError("two replacements of a graft stand in the same place")
+        if not all(isinstance(own, Narrowing) for own in self.narrowed) or len(self.narrowed) > MAX_DROPPED:
+            raise UsageError(f"what a graft narrows must be a list of at most {MAX_DROPPED} narrowings")
+        absent = (*gone, *taken)
+        left = (own for own in self.narrowed if not any(_inside(own.producer, path) for path in absent))
+        object.__setattr__(self, "narrowed", tuple(sorted(left, key=lambda own: own.producer)))
+        if len({own.producer for own in self.narrowed}) != len(self.narrowed):
+            raise UsageError("a graft narrows the same channels twice")
 
     @property
     def reduction(self) -> int:
@@ -174,7 +238,11 @@ class Graft:
         """Describes the graft for people, one line for the images and one for each change."""
         dropped = [f"{sequence} without {', '.join(names)}" for sequence, names in self.without().items()]
         replaced = [f"{', '.join(own.paths)}: {own.label}" for own in self.replaced]
-        return [f"images: {self.input_size} px", *dropped, *replaced]
+        widths: dict[str, list[str]] = {}
+        for own in self.narrowed:
+            widths.setdefault(own.sequence, []).append(str(own.width))
+        narrowed = [f"{sequence}: {', '.join(found)} inner channels" for sequence, found in widths.items()]
+        return [f"images: {self.input_size} px", *dropped, *replaced, *narrowed]
 
     @cached_property
     def key(self) -> str:
@@ -189,6 +257,8 @@ class Graft:
             data["dropped"] = list(self.dropped)
         if self.replaced:
             data["replaced"] = [own.to_dict() for own in self.replaced]
+        if self.narrowed:
+            data["narrowed"] = [own.to_dict() for own in self.narrowed]
         return data
 
     def to_json(self) -> str:
@@ -203,15 +273,17 @@ class Graft:
             UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         required = ("graft", "parent", "input_size")
-        values = check_mapping(data, "a graft", (*required, "dropped", "replaced"), required)
+        values = check_mapping(data, "a graft", (*required, "dropped", "replaced", "narrowed"), required)
         version = values.pop("graft")
         if version != GRAFT_VERSION or isinstance(version, bool):
             raise UsageError(f"graft version {version!r} is unknown: this release reads version {GRAFT_VERSION}")
         if isinstance(values["parent"], Mapping):
             values["parent"] = Architecture.from_dict(values["parent"])
-        if not isinstance(replaced := values.get("replaced", []), list | tuple):
-            raise UsageError("what a graft replaces must be a list")
-        return cls(**values | {"replaced": tuple(Replacement.from_dict(own) for own in replaced)})
+        for name, kind in (("replaced", Replacement), ("narrowed", Narrowing)):
+            if not isinstance(entries := values.get(name, []), list | tuple):
+                raise UsageError(f"{name} of a graft must be a list")
+            values[name] = tuple(kind.from_dict(entry) for entry in entries)
+        return cls(**values)
 
 
 def _inside(path: str, other: str) -> bool:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..architecture import Candidate, Graft
 from ..objectives.objectives import OBJECTIVES, Scores
-from ..space import FORMS, GraftSpace
+from ..space import GraftSpace
+from ..space.graft_space import form_of
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def kind_of(run: Run, network: Candidate) -> str:
     """Returns the group of a network in tables and pictures: its dominant mixer, or what a graft changes."""
     if not isinstance(network, Graft):
         return network.dominant_mixer
-    if isinstance(run.space, GraftSpace):
-        return run.space.form(network)
-    return FORMS[-1] if network.replaced else FORMS[bool(network.dropped)]
+    return form_of(network, run.space.input_sizes[0] if isinstance(run.space, GraftSpace) else network.input_size)
 
 
 def _baselines_dict(run: Run, front: list[Trial]) -> dict[str, Any]:

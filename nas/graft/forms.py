@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..architecture import Architecture, Graft, Replacement
+from ..architecture import Architecture, Graft, Narrowing, Replacement
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
 from ..folders.training import Trained
 from ..models.parts import Place, droppable, places
+from ..models.widths import inner_channels
 from ..scoring.latency import LatencyConfig
 from ..search.parent import Parent
 from ..space import GraftSpace, Option
@@ -83,9 +84,12 @@ def space_of(
     model, side = trained.load_model(), data.input_size[1]
     groups = droppable(model, data.input_size)
     sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
+    narrow = inner_channels(model, data.input_size)
     found = _places(model, [(3, size, size) for size in sizes], offer)
-    if not groups and len(sizes) == 1 and not found:
-        raise UsageError(f"{name} cannot be made cheaper: it has no residual blocks, and takes one image size only")
+    if not groups and len(sizes) == 1 and not found and not narrow:
+        raise UsageError(
+            f"{name} cannot be made cheaper: it has no residual blocks and no inner channels, and takes one image size"
+        )
     log.info(
         "the parent takes images of %s pixels, and its parts can lose %s blocks; ordering the blocks by harm",
         *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
@@ -98,10 +102,14 @@ def space_of(
         log.info("teaching %d layers of ours to stand in %d places of the parent", len(options), len(found))
     taught = distil(model, options, data, offer.how, trained.path / LIBRARY, on_step)
     stand = _standing(taught, parts, multiply_adds(model, data.input_size, options).of_options)
-    described = f"forms of {name} with fewer blocks{', layers of ours' if stand else ''} and smaller images"
-    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand)
-    own = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    harms = replace(harms, parent=replace(of_parent, ours=own))
+    inner: dict[object, list[Narrowing]] = {}
+    for own in narrow:
+        inner.setdefault(_part_of(own.block, parts), []).append(own)
+    described = f"forms of {name} with fewer or narrower blocks, smaller images{' and layers of ours' * bool(stand)}"
+    groups_of_inner = tuple(map(tuple, inner.values()))
+    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, groups_of_inner)
+    ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
+    harms = replace(harms, parent=replace(of_parent, ours=ours))
     return space, shortlist(space, harms, latency, most_share)
 
 
@@ -157,7 +165,9 @@ def _standing(
     """
     bundles: dict[object, dict[str, list[Taught]]] = {}
     for one in taught:
-        bundles.setdefault(_part_of(one.replacement, parts), {}).setdefault(one.replacement.label, []).append(one)
+        own = one.replacement
+        together = own.paths if own.grain == "stage" else _part_of(own.paths[0].rpartition(".")[0], parts)
+        bundles.setdefault(together, {}).setdefault(own.label, []).append(one)
     places = []
     for options in bundles.values():
         size = max(len(each) for each in options.values())
@@ -173,11 +183,8 @@ def _standing(
     return tuple(places)
 
 
-def _part_of(own: Replacement, parts: Sequence[Sequence[str]]) -> object:
-    """Names what is replaced together: the layers of a place, or the mixers of a part or of a sequence of blocks."""
-    if own.grain == "stage":
-        return own.paths
-    block = own.paths[0].rpartition(".")[0]
+def _part_of(block: str, parts: Sequence[Sequence[str]]) -> object:
+    """Names what changes together with a block: its part, or a part of its sequence, or its sequence."""
     number = next((i for i, part in enumerate(parts) if block in part), None)
     sequence = block.rpartition(".")[0]
     beside = next((i for i, part in enumerate(parts) if part[0].rpartition(".")[0] == sequence), sequence)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..architecture import Graft, Replacement
+from ..architecture import Graft, Narrowing, Replacement
 from ..machine.turns import exclusive
 from ..scoring.latency import (
     LatencyConfig,
@@ -21,8 +21,8 @@ from ..scoring.latency import (
     prepare_parts,
     reference_ms,
 )
-from ..space import Choice, GraftSpace, Option
-from ..space.graft_space import SIZE, label_of, meets
+from ..space import Choice, GraftSpace
+from ..space.graft_space import SIZE, WIDTHS, combinations, fewer
 from .harms import Harms
 
 log = logging.getLogger(__name__)
@@ -53,21 +53,28 @@ class _Times:
 
     Args:
         whole: those of the parent.
-        of_blocks: those of the blocks and of the layers in places, by their paths.
+        of_layers: those of blocks and of the layers in places, by their paths.
         of_ours: those of layers of ours.
+        saved: those that a narrowing saves.
     """
 
     whole: float
-    of_blocks: Mapping[str, float]
+    of_layers: Mapping[str, float]
     of_ours: Mapping[Replacement, float]
+    saved: Mapping[Narrowing, float]
 
-    def added(self, option: Option) -> float:
-        """Returns how much slower the parent gets with an option; below 0 if it gets faster."""
-        return sum(self.of_ours.get(o, 0.0) - sum(self.of_blocks.get(path, 0.0) for path in o.paths) for o in option)
+    def added(self, graft: Graft) -> float:
+        """Returns how much slower a graft is than the parent at the same image size; below 0 if it is faster."""
+        gone = [*graft.dropped, *(path for own in graft.replaced for path in own.paths)]
+        ours = sum(self.of_ours.get(own, 0.0) for own in graft.replaced)
+        saved = sum(self.saved.get(own, 0.0) for own in graft.narrowed)
+        return ours - saved - sum(self.of_layers.get(path, 0.0) for path in gone)
 
 
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
-    """Returns grafts over the whole range of latencies, the fastest first. Without layers of ours, there are none.
+    """Returns grafts over the whole range of latencies, the fastest first.
+
+    Where only the number of blocks and the image size can change, there are none, because such a space is small.
 
     Args:
         space: the space.
@@ -75,7 +82,7 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
         latency: conditions of the search. Parts of networks are timed in eager mode, on its device.
         most_share: largest expected latency as a share of the parent's.
     """
-    if not space.places:
+    if not space.places and not space.inner:
         return ()
     log.info("timing parts of the network to choose where the search begins")
     sums = _Sums(space, harms, _timed(space, harms, latency))
@@ -96,7 +103,8 @@ class _Sums:
     def front(self) -> list[_Sum]:
         """Returns the sums that no other one beats, the fastest first."""
         front = [_Sum(0.0, self.times.whole, {})]
-        for choices in self._alternatives():
+        for region in self.space.regions:
+            choices = _best(self._of_region(region))
             front = _best(a.plus(b) for a, b in itertools.product(front, choices))
         scaled, side = [], self.space.input_sizes[0]
         for size in self.space.input_sizes:
@@ -105,32 +113,19 @@ class _Sums:
             scaled += [_Sum(s.harm + lost, s.ms * (size / side) ** 2, {**s.choices, **chosen}) for s in front]
         return _best(scaled)
 
-    def _alternatives(self) -> Iterator[list[_Sum]]:
-        """Yields what can be chosen for each place with the parts inside it, and for each other part."""
-        free = dict(enumerate(self.space.parts, start=1))
-        for i, place in enumerate(self.space.places, start=1):
-            inside = {n: part for n, part in free.items() if any(meets(place[0], path) for path in part)}
-            free = {n: part for n, part in free.items() if n not in inside}
-            kept = [_Sum(0.0, 0.0, {})]
-            for n, part in inside.items():
-                kept = [a.plus(b) for a, b in itertools.product(kept, self._dropping(n, part))]
-            ours = [self._sum({f"place{i}": label_of(option)}, self.times.added(option)) for option in place]
-            if place[0][0].grain == "mixer":  # blocks with our mixers can be dropped too
-                ours = [a.plus(b) for a, b in itertools.product(kept, ours)]
-            yield [*kept, *ours]
-        for n, part in free.items():
-            yield self._dropping(n, part)
+    def _of_region(self, region: Sequence[str]) -> Iterator[_Sum]:
+        """Yields what the combinations of a region's choices add: the sum of their single harms."""
+        for chosen in combinations({name: self.space.knobs[name] for name in region}):
+            if self.space.canonical({**self.first, **chosen}) == {**self.first, **chosen}:
+                changed = {name: choice for name, choice in chosen.items() if choice != self.first[name]}
+                harm = sum(self._harm({name: choice}) for name, choice in changed.items())
+                yield _Sum(harm, self.times.added(self._graft(changed)), changed)
 
-    def _dropping(self, n: int, part: Sequence[str]) -> list[_Sum]:
-        """Returns what dropping blocks of a part adds, from none to all of them."""
-        saved = itertools.accumulate((self.times.of_blocks.get(path, 0.0) for path in part), initial=0.0)
-        return [self._sum({f"part{n}.dropped": count}, -ms) for count, ms in enumerate(saved)]
-
-    def _sum(self, chosen: dict[str, Choice], ms: float) -> _Sum:
-        return _Sum(self._harm(chosen), ms, chosen)
+    def _graft(self, chosen: Mapping[str, Choice]) -> Graft:
+        return self.space.decode({**self.first, **chosen})
 
     def _harm(self, chosen: Mapping[str, Choice]) -> float:
-        return self.harms.loss(self.space.decode({**self.first, **chosen})) - self.base
+        return self.harms.loss(self._graft(chosen)) - self.base
 
 
 def _best(sums: Iterable[_Sum]) -> list[_Sum]:
@@ -150,21 +145,32 @@ def _timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> _Times:
     A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
     """
     at, size = replace(latency, runtime="eager", max_seconds=SECONDS), harms.data.input_size
-    own = {own.paths: own for place in space.places for option in place for own in option}
-    paths = dict.fromkeys([*(p for part in space.parts for p in part), *(p for paths in own for p in paths)])
-    whole = harms.parent.assemble(space.whole).eval()
+    first = space.whole
+    ready: dict[tuple[Graft, str], Prepared] = {}
+
+    def prepare(graft: Graft, paths: Iterable[str]) -> None:
+        model = harms.parent.assemble(graft).eval()
+        for path, prepared in prepare_parts(model, size, list(dict.fromkeys(paths)), at).items():
+            ready[graft, path] = prepared
+
+    own = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
+    blocks = dict.fromkeys(narrowing.block for group in space.inner for narrowing in group)
     with exclusive(at.device):
-        ready: dict[str | Replacement, Prepared] = {"": prepare_model(whole, size, at)}
-        ready.update(prepare_parts(whole, size, list(paths), at).items())
+        ready[first, ""] = prepare_model(harms.parent.assemble(first).eval(), size, at)
+        prepare(first, (*(path for part in space.parts for path in part), *own, *blocks))
         for turn in itertools.zip_longest(*space.places):
-            standing = [one for option in turn if option is not None for one in option]
-            model = harms.parent.assemble(replace(space.whole, replaced=tuple(standing))).eval()
-            timed = prepare_parts(model, size, [one.paths[0] for one in standing], at)
-            ready |= {one: timed[one.paths[0]] for one in standing if one.paths[0] in timed}
+            standing = tuple(o for option in turn if option is not None for o in option)
+            prepare(replace(first, replaced=standing), (o.paths[0] for o in standing))
+        for share in WIDTHS[1:] if space.inner else ():
+            narrow = tuple(replace(n, width=fewer(n.width, share)) for group in space.inner for n in group)
+            prepare(replace(first, narrowed=narrow), blocks)
         found = measure_latencies(list(ready.values()), at, reference_ms(at))
-    ms = {of: latency.ms for of, latency in zip(ready, found, strict=True)}
-    return _Times(
-        ms[""],
-        {path: value for path, value in ms.items() if isinstance(path, str) and path},
-        {one: value for one, value in ms.items() if isinstance(one, Replacement)},
-    )
+    ms = {key: latency.ms for key, latency in zip(ready, found, strict=True)}
+    layers = {path: value for (graft, path), value in ms.items() if graft == first}
+    ours: dict[Replacement, float] = {}
+    saved: dict[Narrowing, float] = {}
+    for (graft, path), value in ms.items():
+        ours |= {own: value for own in graft.replaced if own.paths[0] == path}
+        narrowed = [own for own in graft.narrowed if own.block == path]
+        saved |= {own: max(0.0, layers.get(path, 0.0) - value) / len(narrowed) for own in narrowed}
+    return _Times(ms[first, ""], layers, ours, saved)

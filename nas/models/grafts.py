@@ -17,6 +17,7 @@ from .backbone import create_backbone
 from .blocks import Block, build_norm
 from .mixers import build_mixer
 from .timm_models import check_network_name, create_network
+from .widths import narrow_layers
 
 default_cfgs = generate_default_cfgs({"mixnas_graft": {"num_classes": 1000, "license": "apache-2.0"}})
 
@@ -92,6 +93,8 @@ def _changed(graft: Graft, num_classes: int = 1000, in_chans: int = 3, **kwargs:
     for replacement in graft.replaced:
         replace_layers(model, replacement)
     drop_blocks(model, graft.dropped)
+    for narrowing in graft.narrowed:
+        narrow_layers(model, narrowing)
     return model
 
 

@@ -103,6 +103,7 @@ def _of_graft(graft: Graft, kind: str) -> list[tuple[Any, ...]]:
     """Returns a row for the images, one for each sequence of which the graft drops blocks, and one for each of ours."""
     tags = [f"{graft.input_size} px", *(f"{name} -{len(dropped)}" for name, dropped in graft.without().items())]
     tags += [f"{own.paths[0]} {own.stage.mixer.name}" for own in graft.replaced]
+    tags += [f"{sequence} narrower" for sequence in dict.fromkeys(own.sequence for own in graft.narrowed)]
     return [(kind, "", tag, line, 1, 0, 1, "", "", "", line) for tag, line in zip(tags, graft.lines, strict=True)]
 
 

@@ -35,7 +35,7 @@ COLOURS = (
 KINDS = (*MIXER_TYPES, *FORMS)
 """What pictures group networks by: the dominant mixer, or what a graft changes of its parent."""
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False)) | dict(
-    zip(FORMS, ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True)
+    zip(FORMS, ("#999999", "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"), strict=True)
 )
 INK, PAPER, WHISKER = "#333333", "#ffffff", "#9a9a9a"
 """Colours of outlines, hollow symbols and intervals; a page in another theme replaces them by its own."""

@@ -17,6 +17,7 @@ from ..folders.files import PARENT
 from ..folders.library import LIBRARY, load_weights
 from ..folders.training import Trained
 from ..models import create_graft
+from ..models.widths import narrow_layers
 from ..space import GraftSpace
 
 
@@ -51,10 +52,15 @@ class Parent:
         return digest.hexdigest()[:16]
 
     def assemble(self, graft: Graft) -> nn.Module:
-        """Builds a graft with the weights of the parent, and of the layers of ours that stand in it."""
-        model = create_graft(graft, len(self.classes))
+        """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.
+
+        Of inner channels that become fewer, those with the largest weights stay.
+        """
+        model = create_graft(replace(graft, narrowed=()), len(self.classes))
         ours = {f"{own.paths[0]}.{name}": t for own in graft.replaced for name, t in self.ours[own].items()}
         model.load_state_dict({name: ours[name] if name in ours else self.weights[name] for name in model.state_dict()})
+        for narrowing in graft.narrowed:
+            narrow_layers(model, narrowing)
         return model
 
     def normalised(self, data: ImageData) -> ImageData:

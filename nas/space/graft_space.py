@@ -1,15 +1,15 @@
-"""The space of a pretrained network's cheaper forms: fewer blocks, smaller images, and layers of ours in places."""
+"""The space of a pretrained network's cheaper forms: fewer and narrower blocks, smaller images, and layers of ours."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import Architecture, Candidate, Graft, Replacement, canonical_json, check_mapping
+from ..architecture import Architecture, Candidate, Graft, Narrowing, Replacement, canonical_json, check_mapping
 from ..errors import UsageError
 from .search_space import SearchSpace
 from .stage_choices import Choice, check_choices
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 MAX_PARTS, MAX_SIZES, MAX_OPTIONS = 64, 16, 64
 SIZE, KEPT = "input_size", "kept"
-FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images", "our layers")
-"""What a graft changes of its parent. The first form is the parent itself; the last one holds layers of ours, and may
-also be shorter and have smaller images."""
+WIDTHS, WIDTH_STEP = (1.0, 0.75, 0.5), 8
+"""Shares of a block's inner channels that may stay, and the number of which they are a multiple then."""
+FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images", "narrower", "our layers")
+"""What a graft changes of its parent. The first form is the parent itself. The last two may also be shorter and have
+smaller images, and those with layers of ours may also be narrower."""
 
 Option = tuple[Replacement, ...]
 """What may stand in a place: one replacement, or one for each token mixer of a part of the network."""
@@ -39,6 +41,7 @@ class GraftSpace:
             graft that drops n blocks of a part drops the first n of them.
         input_sizes: sides of the images in pixels, the parent's own first.
         places: for each place, what may stand there instead of the parent's own layers.
+        inner: inner channels of blocks, all of them, in groups that become narrower together.
     """
 
     name: str
@@ -47,6 +50,7 @@ class GraftSpace:
     parts: tuple[tuple[str, ...], ...]
     input_sizes: tuple[int, ...]
     places: tuple[tuple[Option, ...], ...] = ()
+    inner: tuple[tuple[Narrowing, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.input_sizes or len(self.input_sizes) > MAX_SIZES or len(self.parts) > MAX_PARTS:
@@ -59,6 +63,8 @@ class GraftSpace:
         for place in self.places:
             if not all(place) or len({label_of(option) for option in place}) != len(place):
                 raise UsageError(f"space {self.name}: the options of a place need different labels")
+        if len(self.inner) > MAX_PARTS or not all(self.inner):
+            raise UsageError(f"space {self.name}: at most {MAX_PARTS} groups of inner channels, none of them empty")
         if not self.knobs:
             raise UsageError(
                 f"space {self.name}: its parent has no blocks that can be dropped, and only one image size"
@@ -71,12 +77,17 @@ class GraftSpace:
 
     @cached_property
     def knobs(self) -> dict[str, tuple[Choice, ...]]:
-        """Maps knob names to their choices: dropped blocks of each part, what stands in each place, and image size."""
+        """Maps knob names to their choices.
+
+        These are the number of dropped blocks of each part, what stands in each place, the share of the inner channels
+        that stay, and the image size.
+        """
         found: dict[str, tuple[Choice, ...]] = {
             f"part{i}.dropped": tuple(range(len(part) + 1)) for i, part in enumerate(self.parts, start=1)
         }
         for i, place in enumerate(self.places, start=1):
             found[f"place{i}"] = (KEPT, *map(label_of, place))
+        found |= {f"width{i}": WIDTHS for i in range(1, len(self.inner) + 1)}
         return found | ({SIZE: self.input_sizes} if len(self.input_sizes) > 1 else {})
 
     @cached_property
@@ -84,15 +95,25 @@ class GraftSpace:
         return {name: choices[0] for name, choices in self.knobs.items()}
 
     @cached_property
+    def regions(self) -> tuple[tuple[str, ...], ...]:
+        """Knobs in groups, without the image size. Knobs of different groups change different layers."""
+        paths: dict[str, list[str]] = {f"part{i}.dropped": list(part) for i, part in enumerate(self.parts, start=1)}
+        for i, place in enumerate(self.places, start=1):
+            paths[f"place{i}"] = [path for own in place[0] for path in own.paths]
+        paths |= {f"width{i}": [own.producer for own in group] for i, group in enumerate(self.inner, start=1)}
+        groups: list[set[str]] = []
+        for name, own in paths.items():
+            met = [g for g in groups if any(_meet(a, b) for other in g for a in own for b in paths[other])]
+            groups = [g for g in groups if g not in met] + [{name}.union(*met)]
+        return tuple(tuple(name for name in paths if name in group) for group in groups)
+
+    @cached_property
     def size(self) -> int:
         """Number of distinct grafts."""
-        count, free = len(self.input_sizes), dict(enumerate(self.parts, start=1))
-        for i, place in enumerate(self.places, start=1):
-            inside = {n: part for n, part in free.items() if any(meets(place[0], path) for path in part)}
-            free = {n: part for n, part in free.items() if n not in inside}
-            own = {name: self.knobs[name] for name in (*(f"part{n}.dropped" for n in inside), f"place{i}")}
-            count *= len({self.decode(self._first | chosen) for chosen in _combinations(own)})
-        return count * math.prod(len(part) + 1 for part in free.values())
+        return len(self.input_sizes) * math.prod(
+            len({self.decode(self._first | chosen) for chosen in combinations({n: self.knobs[n] for n in region})})
+            for region in self.regions
+        )
 
     @cached_property
     def whole(self) -> Graft:
@@ -122,7 +143,13 @@ class GraftSpace:
             if label_of(option) == choices[f"place{i}"]
             for own in option
         ]
-        return Graft(self.parent, side, tuple(dropped), tuple(replaced))
+        narrowed = [
+            replace(own, width=fewer(own.width, share))
+            for i, group in enumerate(self.inner, start=1)
+            if (share := float(choices[f"width{i}"])) < 1
+            for own in group
+        ]
+        return Graft(self.parent, side, tuple(dropped), tuple(replaced), tuple(narrowed))
 
     def encode(self, graft: Candidate) -> dict[str, Choice]:
         """Returns the choices that decode to `graft`. A knob without effect gets its first choice.
@@ -136,6 +163,10 @@ class GraftSpace:
             }
             for i, place in enumerate(self.places, start=1):
                 found[f"place{i}"] = self._standing(place, graft)
+            widths = {own.producer: own.width for own in graft.narrowed}
+            for i, group in enumerate(self.inner, start=1):
+                kept = {(own.width, widths[own.producer]) for own in group if own.producer in widths}
+                found[f"width{i}"] = next((s for s in WIDTHS if kept and all(fewer(w, s) == k for w, k in kept)), 1.0)
             found |= {SIZE: graft.input_size} if SIZE in self.knobs else {}
             if self.decode(found) == graft:
                 return found
@@ -145,20 +176,18 @@ class GraftSpace:
         """Returns the label of what stands in a place of a graft."""
         standing = set(graft.replaced)
         for option in place:
-            left = {own for own in option if not any(meets((own,), path) for path in graft.dropped)}
+            left = {own for own in option if not any(_meet(own.paths[0], path) for path in graft.dropped)}
             if left and left <= standing:
                 return label_of(option)
         return KEPT
 
     def form(self, graft: Graft) -> str:
         """Returns what a graft changes of the parent, one of `FORMS`."""
-        if graft.replaced:
-            return FORMS[-1]
-        return FORMS[bool(graft.dropped) + 2 * (graft.input_size < self.input_sizes[0])]
+        return form_of(graft, self.input_sizes[0])
 
     def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
         """Returns the choices that `encode` gives for the graft that `choices` decode to."""
-        return self.encode(self.decode(choices)) if self.places else dict(choices)
+        return self.encode(self.decode(choices)) if self.places or self.inner else dict(choices)
 
     def sample(self, rng: np.random.Generator) -> Graft:
         """Returns a graft for which every knob is drawn uniformly."""
@@ -174,7 +203,7 @@ class GraftSpace:
 
     def __iter__(self) -> Iterator[Graft]:
         """Yields every graft once, in a fixed order. Look at `size` first."""
-        for chosen in _combinations(self.knobs):
+        for chosen in combinations(self.knobs):
             if self.canonical(chosen) == chosen:
                 yield self.decode(chosen)
 
@@ -183,7 +212,7 @@ class GraftSpace:
         return [self.whole]
 
     def rivals(self) -> dict[str, Graft]:
-        """Returns the forms that need no search, by name: the parent, smaller images, and evenly fewer blocks.
+        """Returns the forms that need no search, by name: the parent, smaller images, evenly fewer or narrower blocks.
 
         A graft pays only where it beats these.
         """
@@ -194,8 +223,11 @@ class GraftSpace:
             ("two thirds of the blocks dropped", 2 / 3),
             ("a third of the blocks dropped", 1 / 3),
         ):
-            fewer = {f"part{i}.dropped": round(share * len(part)) for i, part in enumerate(self.parts, start=1)}
-            found[f"parent, {words}"] = self._first | fewer
+            dropped = {f"part{i}.dropped": round(share * len(part)) for i, part in enumerate(self.parts, start=1)}
+            found[f"parent, {words}"] = self._first | dropped
+        for share in WIDTHS[1:] if self.inner else ():
+            narrow: dict[str, Choice] = {f"width{i}": share for i in range(1, len(self.inner) + 1)}
+            found[f"parent, {100 * share:.0f} % of the inner channels"] = self._first | narrow
         named: dict[Graft, str] = {}
         for name, choices in found.items():
             named.setdefault(self.decode(choices), name)
@@ -209,11 +241,12 @@ class GraftSpace:
             "parent": self.parent if isinstance(self.parent, str) else self.parent.to_dict(),
             "parts": [list(part) for part in self.parts],
             "input_sizes": list(self.input_sizes),
-        } | self._places_to_dict()
+        } | self._more_to_dict()
 
-    def _places_to_dict(self) -> dict[str, Any]:
+    def _more_to_dict(self) -> dict[str, Any]:
         places = [[[own.to_dict() for own in option] for option in place] for place in self.places]
-        return {"places": places} if places else {}
+        inner = [[own.to_dict() for own in group] for group in self.inner]
+        return ({"places": places} if places else {}) | ({"inner": inner} if inner else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraftSpace:
@@ -223,11 +256,13 @@ class GraftSpace:
             UsageError: if a field is unknown, is missing or has a value that is not allowed.
         """
         names = ("name", "description", "parent", "parts", "input_sizes")
-        values = check_mapping(data, "a graft space", (*names, "places"), names)
-        places = values.get("places", [])
+        values = check_mapping(data, "a graft space", (*names, "places", "inner"), names)
+        places, inner = values.get("places", []), values.get("inner", [])
         lists = isinstance(places, list) and all(isinstance(place, list) for place in places)
         if not lists or not all(isinstance(option, list) for place in places for option in place):
             raise UsageError("a graft space's places must be lists of options, which are lists of replacements")
+        if not isinstance(inner, list) or not all(isinstance(group, list) for group in inner):
+            raise UsageError("a graft space's inner channels must be lists of narrowings")
         if not isinstance(values["parts"], list) or not all(isinstance(part, list) for part in values["parts"]):
             raise UsageError("a graft space's parts must be lists of paths")
         if not isinstance(values["input_sizes"], list):
@@ -242,6 +277,7 @@ class GraftSpace:
             places=tuple(
                 tuple(tuple(Replacement.from_dict(own) for own in option) for option in place) for place in places
             ),
+            inner=tuple(tuple(Narrowing.from_dict(own) for own in group) for group in inner),
         )
 
     def to_json(self) -> str:
@@ -249,17 +285,29 @@ class GraftSpace:
         return canonical_json(self.to_dict())
 
 
+def form_of(graft: Graft, side: int) -> str:
+    """Returns what a graft changes of a parent whose images have `side` pixels, one of `FORMS`."""
+    if graft.replaced or graft.narrowed:
+        return FORMS[5] if graft.replaced else FORMS[4]
+    return FORMS[bool(graft.dropped) + 2 * (graft.input_size < side)]
+
+
 def label_of(option: Option) -> str:
     """Returns the choice of a place's knob that an option is, such as `hadamard 2x112 mlp 2`."""
     return option[0].label
 
 
-def meets(option: Option, path: str) -> bool:
-    """Whether an option replaces a block, or a layer of it, or a part that holds it."""
-    return any(own.covers(path) or own.paths[0].startswith(f"{path}.") for own in option)
+def fewer(width: int, share: float) -> int:
+    """Returns how many of a block's inner channels stay: the share, rounded to a multiple of 8."""
+    return width if share == 1 else min(width, max(WIDTH_STEP, round(share * width / WIDTH_STEP) * WIDTH_STEP))
 
 
-def _combinations(knobs: Mapping[str, tuple[Choice, ...]]) -> Iterator[dict[str, Choice]]:
+def _meet(path: str, other: str) -> bool:
+    """Whether one layer is the other one, or inside it."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def combinations(knobs: Mapping[str, tuple[Choice, ...]]) -> Iterator[dict[str, Choice]]:
     """Yields all combinations of choices, in a fixed order."""
     for chosen in itertools.product(*knobs.values()):
         yield dict(zip(knobs, chosen, strict=True))
