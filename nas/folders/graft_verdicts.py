@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..architecture import candidate_from_dict
+from ..architecture import Graft, candidate_from_dict
 from ..errors import RunError
 from ..interval import Interval
 from ..objectives.text import format_ends
+from ..space import GraftSpace
 from .attributes import BASELINES, TUNED
 from .trial import Trial
 
@@ -32,7 +33,8 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
         attributes: attributes of its study.
 
     Returns:
-        A sentence for each share of the parent's latency; empty without a tuned parent or without latency.
+        A sentence for each share of the parent's latency, and one that counts what the points of the front change;
+        empty without a tuned parent or without latency.
     """
     entries, tuned = attributes.get(BASELINES, {}), attributes.get(TUNED, {})
     keys = {name: candidate_from_dict(e["graft"]).key for name, e in entries.items() if "graft" in e}
@@ -65,7 +67,23 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
             found = _difference(hits_of[best.key], hits_of[keys[rival]])
             text += f", and {found} than the best form that needs no search ({rival})"
         lines.append(text)
-    return lines
+    return [*lines, *_changes(run, front)]
+
+
+def _changes(run: Run, front: list[Trial]) -> list[str]:
+    """Returns a sentence that counts how many points of a front hold each kind of change."""
+    grafts = [t.architecture for t in front if isinstance(t.architecture, Graft)]
+    if not grafts or not isinstance(run.space, GraftSpace):
+        return []
+    side = run.space.input_sizes[0]
+    kinds = {
+        "blocks dropped": sum(bool(graft.dropped) for graft in grafts),
+        "smaller images": sum(graft.input_size < side for graft in grafts),
+        **({"narrower blocks": sum(bool(graft.narrowed) for graft in grafts)} if run.space.inner else {}),
+        **({"layers of ours": sum(bool(graft.replaced) for graft in grafts)} if run.space.places else {}),
+    }
+    counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.items())
+    return [f"of {len(grafts)} point{'s' * (len(grafts) > 1)} of the front: {counts}"]
 
 
 def paired_difference(hits: np.ndarray, others: np.ndarray) -> Interval:
