@@ -107,6 +107,18 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
     assert isinstance(candidate_from_dict(PRESETS["cas_vit_xs"].to_dict()), Architecture)
 
 
+def test_a_graft_says_each_change_in_a_line() -> None:
+    last = replace(OURS, paths=("stages.3.blocks.0", "stages.3.blocks.1"))
+    inner = Narrowing("stages.0.blocks.0.mlp.fc1", (), "stages.0.blocks.0.mlp.fc2", 48)
+    graft = Graft(PARENT, 32, ("stages.2.blocks.1", "stages.2.blocks.3"), (OURS, last), (inner,))
+    assert graft.lines == [
+        "images: 32 px",
+        "stages.2.blocks without 1, 3",
+        "hadamard 1x32 mlp 2 in stages.1.blocks, stages.3.blocks.0 to stages.3.blocks.1",
+        "stages.0.blocks with 48 inner channels",
+    ]
+
+
 def test_equal_networks_with_our_layers_have_equal_keys() -> None:
     whole = Graft(PARENT, 64, replaced=(OURS,))
     inside = Graft(PARENT, 64, dropped=("stages.1.blocks.1",), replaced=(OURS,))  # nothing is left of that block

@@ -237,11 +237,14 @@ class Graft:
     def lines(self) -> list[str]:
         """Describes the graft for people, one line for the images and one for each change."""
         dropped = [f"{sequence} without {', '.join(names)}" for sequence, names in self.without().items()]
-        replaced = [f"{', '.join(own.paths)}: {own.label}" for own in self.replaced]
+        places: dict[str, list[str]] = {}
+        for own in self.replaced:
+            places.setdefault(own.label, []).append(" to ".join(dict.fromkeys((own.paths[0], own.paths[-1]))))
+        replaced = [f"{label} in {', '.join(found)}" for label, found in places.items()]
         widths: dict[str, list[str]] = {}
-        for own in self.narrowed:
-            widths.setdefault(own.sequence, []).append(str(own.width))
-        narrowed = [f"{sequence}: {', '.join(found)} inner channels" for sequence, found in widths.items()]
+        for channels in self.narrowed:
+            widths.setdefault(channels.sequence, []).append(str(channels.width))
+        narrowed = [f"{sequence} with {', '.join(found)} inner channels" for sequence, found in widths.items()]
         return [f"images: {self.input_size} px", *dropped, *replaced, *narrowed]
 
     @cached_property

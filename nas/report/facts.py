@@ -11,7 +11,16 @@ from typing import Any
 
 import optuna
 
-from ..architecture import MIXER_TYPES, Architecture, Candidate, Graft, block_label, mixer_label, resolutions
+from ..architecture import (
+    MIXER_TYPES,
+    Architecture,
+    Candidate,
+    Graft,
+    Replacement,
+    block_label,
+    mixer_label,
+    resolutions,
+)
 from ..errors import RunError, one_line
 from ..folders.attributes import BASELINES
 from ..folders.run import Run
@@ -100,9 +109,12 @@ def _stages(architecture: Candidate, kind: str, height: int, width: int) -> list
 
 
 def _of_graft(graft: Graft, kind: str) -> list[tuple[Any, ...]]:
-    """Returns a row for the images, one for each sequence of which the graft drops blocks, and one for each of ours."""
+    """Returns a row for the images and one for each change, in the order of `Graft.lines`."""
     tags = [f"{graft.input_size} px", *(f"{name} -{len(dropped)}" for name, dropped in graft.without().items())]
-    tags += [f"{own.paths[0]} {own.stage.mixer.name}" for own in graft.replaced]
+    first: dict[str, Replacement] = {}
+    for own in graft.replaced:
+        first.setdefault(own.label, own)
+    tags += [f"{own.paths[0]} {own.stage.mixer.name}" for own in first.values()]
     tags += [f"{sequence} narrower" for sequence in dict.fromkeys(own.sequence for own in graft.narrowed)]
     return [(kind, "", tag, line, 1, 0, 1, "", "", "", line) for tag, line in zip(tags, graft.lines, strict=True)]
 
