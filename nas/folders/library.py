@@ -66,14 +66,15 @@ def load_weights(folder: Path, replacement: Replacement) -> dict[str, torch.Tens
     return weights
 
 
-def save_taught(folder: Path, taught: Sequence[Taught]) -> None:
-    """Writes the list of layers, which marks a finished distillation."""
+def save_taught(folder: Path, taught: Sequence[Taught], how: Mapping[str, int]) -> None:
+    """Writes the list of layers and how they were taught, which marks a finished distillation."""
     entries = [{"replacement": one.replacement.to_dict(), "error": one.error} for one in taught]
-    write_file(folder / RESULT, json.dumps({"format": FORMAT, "options": entries}, indent=1) + "\n")
+    data = {"format": FORMAT, "how": dict(how), "options": entries}
+    write_file(folder / RESULT, json.dumps(data, indent=1) + "\n")
 
 
-def load_taught(folder: Path) -> tuple[Taught, ...] | None:
-    """Reads the list of layers; None if the distillation has not ended.
+def load_taught(folder: Path) -> tuple[tuple[Taught, ...], Mapping[str, int]] | None:
+    """Reads the list of layers and how they were taught; None if the distillation has not ended.
 
     Raises:
         RunError: if the file is damaged.
@@ -81,10 +82,12 @@ def load_taught(folder: Path) -> tuple[Taught, ...] | None:
     file = folder / RESULT
     if not is_file(file, RunError):
         return None
-    data = read_json(file, "a library", {"format": COUNT, "options": [{"replacement": {}, "error": FIGURE}]}, RunError)
+    shape = {"format": COUNT, "how": {str: COUNT}, "options": [{"replacement": {}, "error": FIGURE}]}
+    data = read_json(file, "a library", shape, RunError)
     if data["format"] != FORMAT:
         raise RunError(f"{file} has format {data['format']}, this release reads {FORMAT}")
     try:
-        return tuple(Taught(Replacement.from_dict(e["replacement"]), float(e["error"])) for e in data["options"])
+        taught = (Taught(Replacement.from_dict(e["replacement"]), float(e["error"])) for e in data["options"])
+        return tuple(taught), data["how"]
     except NasError as error:
         raise RunError(f"{file} is damaged ({error})") from None

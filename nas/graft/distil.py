@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import pickle
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,11 @@ class Distillation:
     seed: int
     device: str
 
+    @property
+    def recorded(self) -> dict[str, int]:
+        """What decides the weights."""
+        return {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+
 
 def distil(
     model: nn.Module,
@@ -86,8 +92,11 @@ def distil(
     if not options:
         return ()
     found = load_taught(folder)
-    if found is not None and [one.replacement for one in found] == list(options):
-        return found
+    if found is not None:
+        taught, recorded = found
+        if recorded == how.recorded and [one.replacement for one in taught] == list(options):
+            return taught
+        shutil.rmtree(folder)  # of other layers, or taught otherwise
     work = _Work(model, options, data, how, folder)
     work.run(on_step)
     return work.finish()
@@ -178,7 +187,7 @@ class _Work:
         for option, layer in zip(self.options, self.layers, strict=True):
             weights = {name: t.detach().cpu().contiguous() for name, t in layer.state_dict().items()}
             save_weights(self.folder, option, weights)
-        save_taught(self.folder, taught)
+        save_taught(self.folder, taught, self.how.recorded)
         (self.folder / STATE).unlink(missing_ok=True)
         return taught
 
@@ -186,6 +195,7 @@ class _Work:
         buffer = io.BytesIO()
         state = {
             "options": [option.to_json() for option in self.options],
+            "how": self.how.recorded,
             "step": self.step,
             "layers": self.layers.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -199,8 +209,9 @@ class _Work:
             return
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            if state["options"] != [option.to_json() for option in self.options]:
-                return  # of another library: begin again
+            same = state["options"] == [option.to_json() for option in self.options]
+            if not same or state["how"] != self.how.recorded:
+                return  # of other layers, or taught otherwise: begin again
             self.layers.load_state_dict(state["layers"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]

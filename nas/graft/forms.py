@@ -109,7 +109,7 @@ def space_of(
     groups_of_inner = tuple(map(tuple, inner.values()))
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, groups_of_inner)
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    harms = replace(harms, parent=replace(of_parent, ours=ours))
+    harms = Harms(replace(of_parent, ours=ours), data, device, trained.path)
     return space, shortlist(space, harms, latency, most_share)
 
 

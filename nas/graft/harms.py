@@ -15,6 +15,7 @@ from ..architecture import Graft
 from ..data import ImageData, reduced
 from ..errors import RunError
 from ..folders.files import write_file
+from ..folders.library import LIBRARY
 from ..foreign_files import FIGURE, is_file, read_json
 from ..scoring.accuracy.training import estimate_batch_norms, normaliser
 from ..search.parent import Parent
@@ -32,7 +33,7 @@ class Harms:
         parent: the parent.
         data: images, normalised as the parent's.
         device: device on which forms run.
-        folder: where the losses are kept.
+        folder: where the losses are kept. Those of forms with layers of ours lie beside their weights.
         known: key of a form -> its loss, as far as computed.
     """
 
@@ -43,9 +44,12 @@ class Harms:
     known: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        file = self.folder / FILE
-        if not self.known and is_file(file, RunError):
-            self.known.update(read_json(file, "a list of losses", {str: FIGURE}, RunError))
+        for file in (self._file(False), self._file(True)):
+            if is_file(file, RunError):
+                self.known.update(read_json(file, "a list of losses", {str: FIGURE}, RunError))
+
+    def _file(self, ours: bool) -> Path:
+        return (self.folder / LIBRARY if ours else self.folder) / FILE
 
     @cached_property
     def _images(self) -> ImageData:
@@ -58,8 +62,11 @@ class Harms:
     def loss(self, graft: Graft) -> float:
         """Returns the cross-entropy of a form on training images, with batch norms that were estimated again."""
         if graft.key not in self.known:
-            self.known[graft.key] = self._computed(graft)
-            write_file(self.folder / FILE, json.dumps(self.known, indent=1) + "\n")
+            loss = self._computed(graft)
+            file = self._file(bool(graft.replaced))
+            kept = read_json(file, "a list of losses", {str: FIGURE}, RunError) if is_file(file, RunError) else {}
+            write_file(file, json.dumps(kept | {graft.key: loss}, indent=1) + "\n")
+            self.known[graft.key] = loss
         return self.known[graft.key]
 
     def _computed(self, graft: Graft) -> float:
