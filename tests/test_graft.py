@@ -293,10 +293,10 @@ def test_all_places_are_found(name: str, grain: str, found: list[tuple[str, int,
     assert {(p.layout, p.prefix) for p in seen} <= {("tokens", 1) if name == "test_vit" else ("nchw", 0)}
 
 
-@table("name", ["test_vit", "swin_s3_tiny_224", "resnet18", "cas_vit_xs"])
+@table("name", ["test_vit", "test_mambaout", "resnet18"])
 def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name: str) -> None:
     model = timm.create_model(name, num_classes=5).eval()
-    size = model.pretrained_cfg["input_size"] if name != "resnet18" else (3, 64, 64)
+    size = model.pretrained_cfg["input_size"] if name == "test_vit" else IMAGE
     for grain in ("stage", "mixer"):
         found = places(model, [size], grain)
         options = [LIBRARIES["mini"].options(place)[-1] for place in found]
@@ -315,8 +315,7 @@ def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name:
     [
         # one chain for each inverted residual with an expansion, two for each bottleneck, one for each MLP
         ("tf_efficientnet_lite0", 96, 15, ("blocks.1.0.conv_pw", "blocks.1.0.conv_pwl", 96)),
-        ("efficientnet_b0", 96, 15, ("blocks.1.0.conv_pw", "blocks.1.0.conv_pwl", 96)),
-        ("resnet50", 64, 32, ("layer1.0.conv1", "layer1.0.conv2", 64)),
+        ("resnet26", 64, 16, ("layer1.0.conv1", "layer1.0.conv2", 64)),
         ("test_vit", 160, 6, ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2", 192)),
         ("cas_vit_xs", 64, 20, ("stages.0.blocks.0.local.0", "stages.0.blocks.0.local.4", 48)),
         ("convnextv2_atto", 64, 0, None),  # its norm of responses mixes the inner channels
@@ -329,7 +328,7 @@ def test_all_inner_channels_are_found(name: str, side: int, count: int, first: t
         assert (found[0].producer, found[0].consumer, found[0].width) == first
 
 
-@table("name", ["mobilenetv3_small_050", "resnet50", "test_vit", "cas_vit_xs"])
+@table("name", ["mobilenetv3_small_050", "resnet26", "test_vit", "test_convnext"])
 def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) -> None:
     """A second implementation: the parent with hooks that put zeros in the place of the channels that go."""
     parent = timm.create_model(name, num_classes=7).eval()
@@ -576,6 +575,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
         trials=4,
         tune_epochs=1,
         tune_count=2,
+        control=True,
         out=folder / "run",
     )
 
@@ -609,6 +609,9 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     budget = run.manifest.config.budgets["latency"]
     assert 0.5 * budget / 0.95 < (baselines["parent"].latency_ms or 0) < 2 * budget / 0.95
     assert any("parent's latency" in line for line in run.verdicts())
+    control = run.attributes["control"]
+    assert control["key"] in {t.key for t in front} - {space.whole.key}
+    assert any(line.startswith(f"from random weights, trained as long: {control['key']}") for line in run.verdicts())
 
 
 def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:

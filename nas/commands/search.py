@@ -105,6 +105,12 @@ OF_PARENT = {
     help="Number of forms to tune; the whole front is always tuned.",
 )
 @option(
+    "--control/--no-control",
+    default=False,
+    section=PARENT,
+    help="Also train one form of the front from random weights, to see what the parent's weights are worth.",
+)
+@option(
     "--baseline",
     "baselines",
     metavar="NAME,…",

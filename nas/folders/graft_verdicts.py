@@ -12,7 +12,7 @@ from ..errors import RunError
 from ..interval import Interval
 from ..objectives.text import format_ends
 from ..space import GraftSpace
-from .attributes import BASELINES, TUNED
+from .attributes import BASELINES, CONTROL, TUNED
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -67,7 +67,16 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
             found = _difference(hits_of[best.key], hits_of[keys[rival]])
             text += f", and {found} than the best form that needs no search ({rival})"
         lines.append(text)
-    return [*lines, *_changes(run, front)]
+    return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), hits_of)]
+
+
+def _of_control(run: Run, control: Mapping[str, Any], hits_of: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns a sentence that compares a graft with the same network from random weights, if there is a control."""
+    if control.get("key") not in hits_of or "failure" in control:
+        return []
+    key = control["key"]
+    found = _difference(_hits(run, key, control), hits_of[key])
+    return [f"from random weights, trained as long: {key} is {found} than with the parent's weights"]
 
 
 def _changes(run: Run, front: list[Trial]) -> list[str]:

@@ -52,6 +52,7 @@ CONFIG = {
     "until?": (FIGURE, None),
     "tune_epochs?": COUNT,
     "tune_count?": COUNT,
+    "control?": bool,
     "timeout_minutes?": (POSITIVE, None),
     "trial_timeout_minutes?": (POSITIVE, None),
 }

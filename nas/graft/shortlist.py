@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..architecture import Graft, Narrowing, Replacement
+from ..errors import TrialFailure
 from ..machine.turns import exclusive
 from ..scoring.latency import (
     LatencyConfig,
@@ -31,8 +32,8 @@ MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
 COUNT = 8
 """Number of grafts in a shortlist."""
-SECONDS = 0.15
-"""Time for the latency of a part of the network."""
+SECONDS, TARGET = 0.15, 0.1
+"""Time for the latency of a part of the network, and the half-width of its interval that is enough."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
     if not space.places and not space.inner:
         return ()
     log.info("timing parts of the network to choose where the search begins")
-    sums = _Sums(space, harms, _timed(space, harms, latency))
+    try:
+        times = _timed(space, harms, latency)
+    except TrialFailure as failure:
+        log.warning("parts of the network cannot be timed (%s), so the search begins without a shortlist", failure)
+        return ()
+    sums = _Sums(space, harms, times)
     points = [s for s in sums.front() if s.ms <= most_share * sums.times.whole]
     step = max(1.0, (len(points) - 1) / (COUNT - 1))
     chosen = [points[round(i * step)] for i in range(min(COUNT, len(points)))]
@@ -144,7 +150,7 @@ def _timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> _Times:
 
     A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
     """
-    at, size = replace(latency, runtime="eager", max_seconds=SECONDS), harms.data.input_size
+    at, size = replace(latency, runtime="eager", max_seconds=SECONDS, target=TARGET), harms.data.input_size
     first = space.whole
     ready: dict[tuple[Graft, str], Prepared] = {}
 

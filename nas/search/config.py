@@ -57,6 +57,7 @@ class SearchConfig:
         tune_epochs: epochs for which the best grafts are tuned after the search, and the parent's forms with them. Only
             for a `GraftSpace`.
         tune_count: number of grafts that are tuned, or more if the front before tuning has more.
+        control: whether a graft of the front is also trained from random weights, as long as it was tuned.
         early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
         epochs: epochs of the short training.
         train_batch_size: images per training step.
@@ -102,6 +103,7 @@ class SearchConfig:
     calibration: str | None = None
     tune_epochs: int = defaults.TUNE_EPOCHS
     tune_count: int = defaults.TUNE_COUNT
+    control: bool = False
     early_stopping: bool = True
     epochs: int = defaults.EPOCHS
     train_batch_size: int = defaults.TRAIN_BATCH_SIZE

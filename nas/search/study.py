@@ -207,6 +207,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
         "profile",
         "early_stopping",
         "tune_count",
+        "control",
         "timeout_minutes",
         "trial_timeout_minutes",
     )

@@ -115,8 +115,7 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
     try:
         # no worker scores baselines, so this process trains them too
         if isinstance(config.space, GraftSpace):
-            rivals = config.space.rivals()
-            tune(state.study, run, evaluator, rivals, config.tune_epochs, config.tune_count)
+            tune(state.study, run, evaluator, config.space, config)
         finish(state.study, run, replace(evaluator, parts=PARTS), config.baselines)
     finally:
         run.write_tables()

@@ -9,46 +9,51 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
+from torch import nn
 
 from ..architecture import Graft
 from ..errors import TrialFailure
-from ..folders.attributes import BASELINES, TUNED
+from ..folders.attributes import BASELINES, CONTROL, TUNED
+from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
+from ..models import create_graft
 from ..objectives.pareto import nondomination_ranks
-from ..scoring.accuracy import Estimate, train
+from ..scoring.accuracy import Estimate, Fidelity, train
 from ..scoring.accuracy.estimate import accuracy_error
-from ..scoring.accuracy.training import held_out_hits
+from ..scoring.accuracy.training import LEARNING_RATE, held_out_hits
 from ..scoring.memory import failing_without_memory
+from ..space import GraftSpace
+from .config import SearchConfig
 from .evaluate import Evaluator
 
 log = logging.getLogger(__name__)
 
 
-def tune(
-    study: optuna.Study, run: Run, evaluator: Evaluator, rivals: Mapping[str, Graft], epochs: int, count: int
-) -> None:
+def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace, config: SearchConfig) -> None:
     """Scores and tunes the rivals, then tunes the shortlist of the search, until all of the front is tuned.
 
     Args:
         study: the study, which gets the results as attributes.
         run: the run.
         evaluator: the evaluator of the run.
-        rivals: name -> form of the parent; they become baselines of the run.
-        epochs: epochs of each tuning.
-        count: number of scored grafts to tune at least, the best ones first.
+        space: the space, whose rivals become baselines of the run.
+        config: the configuration of the search: epochs and number of tunings, and whether there is a control.
     """
-    tuner = _Tuner(study, run, evaluator, epochs)
+    tuner = _Tuner(study, run, evaluator, config.tune_epochs)
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
-    _score_rivals(study, evaluator, rivals, tuner, trials)
-    tuner.tune_all(_shortlist(run, trials, count))
+    _score_rivals(study, evaluator, space.rivals(), tuner, trials)
+    tuner.tune_all(_shortlist(run, trials, config.tune_count))
+    if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
+        log.info("training %s from random weights for %d epochs, as a control", graft.key, config.tune_epochs)
+        study.set_user_attr(CONTROL, {"key": graft.key, **tuner.from_random_weights(graft)})
 
 
 class _Tuner:
@@ -74,14 +79,31 @@ class _Tuner:
         entry: Mapping[str, Any] = self.done[graft.key]
         return entry
 
+    def from_random_weights(self, graft: Graft) -> dict[str, Any]:
+        """Trains a graft with random weights as long as the others are tuned, with the same teacher.
+
+        The learning rate is that of trainings from scratch. Returns an entry like those of `tuned`.
+        """
+        tuning = self._fidelity.tuning
+        assert tuning is not None
+        fidelity = replace(self._fidelity, tuning=replace(tuning, learning_rate=LEARNING_RATE))
+        at = self._evaluator.at(graft)
+        return self._entry(lambda: at.seeded(lambda: create_graft(graft, len(at.data.classes))), graft, fidelity, "")
+
     def _tuned(self, graft: Graft) -> dict[str, Any]:
+        at = self._evaluator.at(graft)
+        return self._entry(lambda: at.build(graft), graft, self._fidelity, graft.key)
+
+    def _entry(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, name: str) -> dict[str, Any]:
+        """Trains a graft; returns what is recorded of it. Weights are kept under a name, if there is one."""
         start = time.monotonic()
         try:
-            estimate, hits = failing_without_memory(partial(self._train, graft))
+            estimate, hits = failing_without_memory(partial(self._train, build, graft, fidelity))
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
         assert estimate.weights is not None
-        self._run.save_tuned(graft.key, estimate.weights)
+        if name:
+            self._run.save_tuned(name, estimate.weights)
         accuracy = 100 * float(hits.mean())
         return {
             "accuracy": accuracy,
@@ -93,12 +115,12 @@ class _Tuner:
             "hits": np.packbits(hits).tobytes().hex(),
         }
 
-    def _train(self, graft: Graft) -> tuple[Estimate, np.ndarray]:
+    def _train(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity) -> tuple[Estimate, np.ndarray]:
         """Trains a graft; returns the estimate, and which held-out images are right, of shape (images,)."""
         at = self._evaluator.at(graft)
-        model = at.build(graft)
+        model = build()
         with at.training():
-            estimate = train(model, at.proxy_data or at.data, self._fidelity, at.seed, at.device)
+            estimate = train(model, at.proxy_data or at.data, fidelity, at.seed, at.device)
             assert estimate.weights is not None
             model.load_state_dict(estimate.weights)
             return estimate, held_out_hits(model.to(at.device), at.data, at.device).numpy()
@@ -129,6 +151,23 @@ def _score_rivals(
         except TrialFailure as failure:
             known[name] = {"failure": f"{failure.reason}: {failure}"}
         study.set_user_attr(BASELINES, known)
+
+
+def _for_control(run: Run, space: GraftSpace) -> Graft | None:
+    """Returns the most accurate point of the front within half of the parent's latency, or else the fastest one."""
+    latency = next((objective for objective in run.objectives if objective.is_latency), None)
+    points = [t for t in run.front() if isinstance(t.architecture, Graft) and t.architecture != space.whole]
+    if not points:
+        return None
+    if latency is None:
+        chosen = points[0]
+    else:
+        parent_ms = latency.read(run.baselines()[PARENT]) if PARENT in run.baselines() else None
+        ms = {t.key: latency.read(t.scores) or 0.0 for t in points}
+        within = [t for t in points if parent_ms is not None and ms[t.key] <= SHARES[0] * parent_ms]
+        chosen = max(within, key=lambda t: t.scores.accuracy or 0.0) if within else min(points, key=lambda t: ms[t.key])
+    assert isinstance(chosen.architecture, Graft)
+    return chosen.architecture
 
 
 def _shortlist(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
