@@ -12,6 +12,7 @@ import hypothesis
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from nas.calibration import work as calibration
 from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import remeasure
 
@@ -20,7 +21,8 @@ from nas.search import remeasure
 ROUNDS = {"MIN_ROUNDS": protocol.MIN_ROUNDS, "WINDOW": protocol.WINDOW}
 REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
 protocol.REFERENCE_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
-remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
+MOMENT = {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
+remeasure.PART, calibration.TIMING = remeasure.PART | MOMENT, calibration.TIMING | MOMENT
 # to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
 NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
 remeasure.RUNTIME_TRAITS = RUNTIME_TRAITS | NO_ONNXRUNTIME
