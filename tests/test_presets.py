@@ -238,26 +238,43 @@ def test_the_presets_are_those_of_the_references():
     assert {size: (ref.depths, ref.widths) for size, ref in S2A_R.items()} == S2A_R_GRID
 
 
-@table(
-    "size, suffix, side",
-    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("xs", "_distilled", 224)],
+def test_parameters_to_the_unit():
+    for size, cas_vit in CAS_VIT.items():
+        assert params_of(network(f"cas_vit_{size}", device="meta")) == cas_vit.params
+        assert params_of(network(f"cas_vit_{size}_distilled", device="meta")) == cas_vit.params_distilled
+    for size, ref in S2A_R.items():
+        assert params_of(network(f"s2a_r_{size}", device="meta")) == ref.params
+        assert s2a_r_counts(ref.depths, ref.widths, 224)[0] == ref.params
+
+
+@pytest.mark.parametrize(
+    ("size", "suffix", "side"),
+    [
+        ("xs", "", 224),
+        ("xs", "", 256),
+        ("xs", "_distilled", 224),
+        *(pytest.param(size, "", 224, marks=pytest.mark.slow) for size in CAS_VIT if size != "xs"),
+    ],
 )
 def test_cas_vit_to_the_unit(size, suffix, side):
     ref = CAS_VIT[size]
-    model = network(f"cas_vit_{size}{suffix}", device="meta")
-    assert params_of(model) == (ref.params_distilled if suffix else ref.params)
-    macs, products, shapes = run_on_meta(model, side)
+    macs, products, shapes = run_on_meta(network(f"cas_vit_{size}{suffix}", device="meta"), side)
     assert macs == ref.macs[side] + (1000 * ref.widths[-1] if suffix else 0)
     assert products == 0
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256)])
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [
+        ("mini", 224),
+        ("mini", 256),
+        *(pytest.param(size, 224, marks=pytest.mark.slow) for size in S2A_R if size != "mini"),
+    ],
+)
 def test_s2a_r_to_the_unit(size, side):
     ref = S2A_R[size]
-    model = network(f"s2a_r_{size}", device="meta")
-    assert params_of(model) == ref.params
-    macs, products, shapes = run_on_meta(model, side)
+    macs, products, shapes = run_on_meta(network(f"s2a_r_{size}", device="meta"), side)
     assert (ref.params, macs, products) == s2a_r_counts(ref.depths, ref.widths, side)
     assert macs == ref.macs.get(side, macs)
     assert products == {224: ref.attention_macs_224}.get(side, products)
