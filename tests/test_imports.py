@@ -171,6 +171,17 @@ def test_scoring_knows_neither_architectures_nor_optuna(module):
     assert "optuna" not in third_party(module)
 
 
+SLOW = {"scipy", "pandas", "sklearn", "matplotlib", "plotly", "thop", "onnx", "onnxruntime", "openvino"}
+
+
+@table("module", NAS)
+def test_what_takes_long_to_import_is_imported_where_it_is_used(module):
+    """Each command, worker and child process would wait for it."""
+    statements = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    top = ast.unparse([node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)])
+    assert {name.split(".")[0] for name, _ in imports_of_source(top, module, is_package=False)} & SLOW == set()
+
+
 def test_the_public_face_is_loaded_on_first_use():
     code = """
 import sys, nas
