@@ -10,14 +10,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 # before torch is imported, here and in the processes that tests start: its threads spin while they wait, so that beside
 # other work on the same cores a small network becomes twenty times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# modules are compiled once, and not again in each process that tests start
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 # each process of the tests has its own place for what is fixed for the reference network and for the devices' locks
 tempfile.tempdir = os.environ["TMPDIR"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mixnas-tests-")
 
@@ -25,35 +28,49 @@ tempfile.tempdir = os.environ["TMPDIR"] = os.environ["XDG_CACHE_HOME"] = tempfil
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import hypothesis
 import pytest
-import torch
 
 from nas import consent
 from nas.architecture import MIXER_TYPES, Architecture, Stage
 from nas.repeats import REPEATS
-from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
-from nas.search import remeasure
-
-# the tests' figures need not repeat: a smaller reference, under a number of its own, is timed for a moment, and
-# everything in few rounds
-ROUNDS = {"MIN_ROUNDS": protocol.MIN_ROUNDS, "WINDOW": protocol.WINDOW}
-REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, (3, 32, 32), 0
-protocol.REFERENCE_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
-remeasure.PART = remeasure.PART | {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
-# to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
-NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
-remeasure.RUNTIME_TRAITS = RUNTIME_TRAITS | NO_ONNXRUNTIME
 
 
-# the same examples each time, however slow the machine is
-hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("suite")
+def pytest_pycollect_makemodule() -> None:
+    """Runs in the processes that run tests. The one that only hands them out then needs no torch."""
+    import quick  # noqa: F401 -- it sets what it sets when it is imported
+
+
+LONG = [
+    "training",
+    "search",
+    "backbone",
+    "optimize",
+    "presets",
+    "accuracy",
+    "graft",
+    "doctor",
+    "mixers",
+    "trust",
+    "latency",
+    "export",
+    "fuzz",
+    "cli",
+    "explain",
+]
+"""The files whose tests take longest together. They begin first, so that no process is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--no-loadscope-reorder`, processes get whole files in this order."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
 def the_same_weights() -> None:
     """Whatever ran before in this process."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -84,6 +101,8 @@ def table(names: str, rows: Iterable[object], by: Callable[..., str] | None = No
     With `by`, which takes a row and returns a name, each name is a test and goes through its own rows. Every row starts
     from the same seed, and the message of a failure names its row. The rows share their fixtures.
     """
+    import torch
+
     keys = [name.strip() for name in names.split(",")]
     groups: dict[str, list[tuple]] = {}
     for row in rows:

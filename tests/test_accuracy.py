@@ -232,8 +232,8 @@ def small_network() -> nn.Module:
 
 
 def test_short_training_learns_digits(digits):
-    """97 % on the author's machine, from 10 % for a guess; one epoch is a beginning."""
-    trained = estimate("train", small_network(), digits, Fidelity(epochs=4))
+    """94 % on the author's machine, from 10 % for a guess; one epoch is a beginning."""
+    trained = estimate("train", small_network(), digits, Fidelity(epochs=3))
     assert trained.score > 90
     assert trained.score > trained.curve[0].accuracy + 8
     assert trained.std < 3

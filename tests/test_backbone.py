@@ -1278,10 +1278,10 @@ def every_network(points: int) -> dict[str, Callable[..., nn.Module]]:
         return create
 
     networks = {name: creator(name) for name in PRESETS}
-    for space in search_spaces.names():
-        rng = np.random.default_rng(0)
-        for architecture in (search_spaces.load(space).sample(rng) for _ in range(points)):
-            networks[f"{space}-{architecture.key}"] = creator("mixnas", architecture=architecture)
+    for name in search_spaces.names():
+        space, rng = search_spaces.load(name), np.random.default_rng(0)
+        for architecture in (space.sample(rng) for _ in range(points)):
+            networks[f"{name}-{architecture.key}"] = creator("mixnas", architecture=architecture)
     return networks
 
 

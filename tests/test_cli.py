@@ -174,7 +174,11 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["search", "--max", "accuracy=5"], 2, ["maximised"]),
         (["search", "--space", "mobile", "--input-size", "16"], 2, ["16", "32"]),
         (["search", "--out", "/proc/none/run"], 1, ["/proc/none/run"]),
-        ([*SEARCH, "--max", "params=1K", "--out", "{tmp}/none"], 3, ["none of", "params 1.00 K"]),
+        (
+            [*SEARCH, "--sampler", "random", "--max", "params=1K", "--out", "{tmp}/none"],
+            3,
+            ["none of", "params 1.00 K"],
+        ),
         (["front", "/no/such/run"], 1, ["/no/such/run"]),
         (["front", "{tmp}"], 1, ["not a run folder"]),
         (["plot", "{tmp}"], 1, ["not a run folder"]),

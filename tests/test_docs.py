@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -22,6 +23,7 @@ import click
 import pytest
 from conftest import required, table
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from nas.architecture import HADAMARD_KINDS
 from nas.commands import cli
@@ -50,8 +52,13 @@ class Block:
     text: str
 
 
+@functools.cache
+def tokens_of(page: Path) -> list[Token]:
+    return MarkdownIt().enable("table").parse(page.read_text())
+
+
 def blocks(page: Path) -> Iterator[Block]:
-    for token in MarkdownIt().parse(page.read_text()):
+    for token in tokens_of(page):
         if token.type in ("fence", "code_block"):
             assert token.map is not None
             first = token.map[0] + (2 if token.type == "fence" else 1)
@@ -93,7 +100,7 @@ def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
         if block.language in ("", "sh", "console")
         for i, line in enumerate(block.text.replace("\\\n", " ").splitlines())
     ]
-    for token in MarkdownIt().enable("table").parse(page.read_text()):
+    for token in tokens_of(page):
         inline = (child.content for child in token.children or () if child.type == "code_inline")
         lines += [(token.map[0] + 1, text) for text in inline if token.map is not None and "\n" not in text]
     for number, line in lines:
@@ -144,13 +151,12 @@ def test_reference_is_that_of_the_command_line():
 
 def anchors(page: Path) -> set[str]:
     """What headings can be linked to, as the sites that show such files name them."""
-    tokens = MarkdownIt().parse(page.read_text())
-    titles = (b.content for a, b in itertools.pairwise(tokens) if a.type == "heading_open")
+    titles = (b.content for a, b in itertools.pairwise(tokens_of(page)) if a.type == "heading_open")
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def links(page: Path) -> Iterator[str]:
-    for token in MarkdownIt().enable("table").parse(page.read_text()):
+    for token in tokens_of(page):
         for child in token.children or ():
             target = child.attrs.get("href") or child.attrs.get("src")
             if target and not urlsplit(str(target)).scheme:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import table
 from test_cli import call
 from test_search import analytic_config
@@ -454,8 +455,9 @@ def test_a_cache_folder_that_cannot_be_written_is_a_problem(tmp_path):
     assert "XDG_CACHE_HOME" in finding.advice
 
 
-def test_more_threads_than_cores_is_a_warning(tmp_path):
-    finding = look("cores", tmp_path, "import torch; torch.set_num_threads(999)\n")
+def test_more_threads_than_cores_is_a_warning(patient, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 999)
+    finding = ENVIRONMENT["cores"](patient)
     assert finding.state == "warning"
     assert "999 torch threads" in finding.text
 

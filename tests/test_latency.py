@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REFERENCE_SIZE, ROUNDS, table
+from conftest import table
+from quick import REFERENCE_SIZE, ROUNDS
 from torch import nn
 
 from nas.errors import TrialFailure, UsageError

@@ -350,7 +350,17 @@ def test_knobs_that_only_act_together_are_drawn_to_the_last_point():
     assert len(found.trials) == 6
 
 
-@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"gp"}))
+ONE_OF_EACH_CLASS = ("surrogate", "evolution", "tpe", "nsga2")
+"""The other samplers differ from one of these in how they draw, and not in what they store and read."""
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(name, marks=[] if name in ONE_OF_EACH_CLASS else pytest.mark.slow)
+        for name in sorted(set(SAMPLERS) - {"gp"})
+    ],
+)
 def test_every_allowed_choice_is_stored_and_read_back(sampler, tmp_path):
     knobs = {
         "mixed": [1, "1", 2.5, "é\x00\udce9", "x" * 10_000],

@@ -8,6 +8,7 @@ weights of `reference_weights` is in `data/cas_vit_xs_outputs.npz`. The closed f
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import json
@@ -142,6 +143,12 @@ def params_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@functools.cache
+def on_meta(name: str) -> Backbone:
+    """Shapes without weights, which no test changes."""
+    return network(name, device="meta")
+
+
 def run_on_meta(model: Backbone, side: int) -> tuple[int, int, list[tuple[int, ...]]]:
     """MACs of layers and of other matrix products for an image, and the stages' shapes; computes nothing."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -238,26 +245,43 @@ def test_the_presets_are_those_of_the_references():
     assert {size: (ref.depths, ref.widths) for size, ref in S2A_R.items()} == S2A_R_GRID
 
 
-@table(
-    "size, suffix, side",
-    [*((size, "", 224) for size in CAS_VIT), ("xs", "", 256), ("xs", "_distilled", 224)],
+def test_parameters_to_the_unit():
+    for size, cas_vit in CAS_VIT.items():
+        assert params_of(on_meta(f"cas_vit_{size}")) == cas_vit.params
+        assert params_of(on_meta(f"cas_vit_{size}_distilled")) == cas_vit.params_distilled
+    for size, ref in S2A_R.items():
+        assert params_of(on_meta(f"s2a_r_{size}")) == ref.params
+        assert s2a_r_counts(ref.depths, ref.widths, 224)[0] == ref.params
+
+
+@pytest.mark.parametrize(
+    ("size", "suffix", "side"),
+    [
+        ("xs", "", 224),
+        ("xs", "", 256),
+        ("xs", "_distilled", 224),
+        *(pytest.param(size, "", 224, marks=pytest.mark.slow) for size in CAS_VIT if size != "xs"),
+    ],
 )
 def test_cas_vit_to_the_unit(size, suffix, side):
     ref = CAS_VIT[size]
-    model = network(f"cas_vit_{size}{suffix}", device="meta")
-    assert params_of(model) == (ref.params_distilled if suffix else ref.params)
-    macs, products, shapes = run_on_meta(model, side)
+    macs, products, shapes = run_on_meta(on_meta(f"cas_vit_{size}{suffix}"), side)
     assert macs == ref.macs[side] + (1000 * ref.widths[-1] if suffix else 0)
     assert products == 0
     assert shapes == [(c, s, s) for c, s in zip(ref.widths, SIDES[side], strict=True)]
 
 
-@table("size, side", [*((size, 224) for size in S2A_R), ("mini", 256)])
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [
+        ("mini", 224),
+        ("mini", 256),
+        *(pytest.param(size, 224, marks=pytest.mark.slow) for size in S2A_R if size != "mini"),
+    ],
+)
 def test_s2a_r_to_the_unit(size, side):
     ref = S2A_R[size]
-    model = network(f"s2a_r_{size}", device="meta")
-    assert params_of(model) == ref.params
-    macs, products, shapes = run_on_meta(model, side)
+    macs, products, shapes = run_on_meta(on_meta(f"s2a_r_{size}"), side)
     assert (ref.params, macs, products) == s2a_r_counts(ref.depths, ref.widths, side)
     assert macs == ref.macs.get(side, macs)
     assert products == {224: ref.attention_macs_224}.get(side, products)
@@ -270,7 +294,7 @@ def test_s2a_r_to_the_unit(size, side):
 def test_our_counter_to_the_unit(name):
     """`count_cost` counts attention's products too."""
     family, size = ("cas_vit", name.split("_")[2]) if name.startswith("cas") else ("s2a_r", name.split("_")[2])
-    cost = count_cost(network(name, device="meta"), (3, 224, 224))
+    cost = count_cost(on_meta(name), (3, 224, 224))
     if family == "s2a_r":
         ref = S2A_R[size]
         assert (cost.params, cost.macs - ref.attention_macs_224) == (ref.params, ref.macs[224])
@@ -284,7 +308,7 @@ def test_our_counter_to_the_unit(name):
 @table("height, width", [(225, 257), (97, 31)])
 @table("name", ["cas_vit_xs", "s2a_r_mini"])
 def test_odd_sides_are_rounded_up(name, height, width):
-    model = network(name, device="meta")
+    model = on_meta(name)
     with torch.no_grad():
         maps = model.forward_intermediates(torch.zeros(1, 3, height, width, device="meta"), intermediates_only=True)
     sides = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32)]
@@ -323,7 +347,7 @@ def test_distilled_presets_differ_by_their_head(size):
 def test_presets_are_timm_models(name):
     assert timm.is_model(name)
     assert timm.model_entrypoint(name).__name__ == name
-    model = network(name, device="meta")
+    model = on_meta(name)
     assert model.architecture == PRESETS[name]
     assert (model.num_classes, model.in_chans) == (1000, 3)
     assert model.pretrained_cfg["architecture"] == name
@@ -440,8 +464,13 @@ def official_shapes(size: str, form: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def official_weights(size: str, form: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def official_weights(size: str, form: str) -> dict[str, torch.Tensor]:
+    return dict(drawn_weights(size, form))
+
+
+@functools.cache
+def drawn_weights(size: str, form: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in official_shapes(size, form).items():
         if name.endswith("num_batches_tracked"):

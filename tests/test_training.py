@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import table, tiny_architecture
 from PIL import Image
@@ -635,21 +636,23 @@ def test_the_network_sees_the_memory_format_of_the_recipe(images, tmp_path, monk
     recipe = replace(FULL, channels_last=channels_last)
     train(config("timm:test_resnet", images, tmp_path / "t", recipe=recipe))
     assert seen == {channels_last}
-    seen.clear()
-    narrow = replace(recipe, epochs=1, warmup_epochs=0.0)
-    train(config("timm:repvgg_a0", images, tmp_path / "u", recipe=narrow))
-    assert seen == {False}
+    if channels_last:
+        seen.clear()
+        narrow = replace(recipe, epochs=1, warmup_epochs=0.0)
+        train(config("timm:repvgg_a0", few_images(tmp_path / "few", 2, 4), tmp_path / "u", recipe=narrow))
+        assert seen == {False}
 
 
 def test_which_networks_are_not_trained_channels_last():
     """Those with a strided 1x1 convolution of fewer input channels than oneDNN's kernels take at a time."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for name in ("mobileone_s0", "repvgg_a0", "fastvit_t8"):
-        network = create_network(name, 2, (3, 64, 64))
+        network = timm.create_model(name, num_classes=2, device="meta")
         assert training_format(network, cpu) is torch.contiguous_format
         assert training_format(network, cuda) is torch.channels_last
     for name in ("cas_vit_xs", "resnet10t", "tf_efficientnet_lite0", "convnext_atto"):
-        assert training_format(create_network(name, 2, (3, 64, 64)), cpu) is torch.channels_last
+        network = timm.create_model(name, num_classes=2, device="meta")
+        assert training_format(network, cpu) is torch.channels_last
     conv = torch.nn.Conv2d(16, 8, 1, stride=2)
     assert training_format(conv, cpu) is torch.channels_last
     assert training_format(conv, cpu, channels_last=False) is torch.contiguous_format
@@ -665,8 +668,9 @@ def test_a_network_that_aborted_torch_is_trained(images, tmp_path):
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (2.0, 1.0)])
-def test_one_image_a_step_is_too_few_for_some_batch_norms(images, file, tmp_path, scales):
+def test_one_image_a_step_is_too_few_for_some_batch_norms(file, tmp_path, scales):
     """Where a map is 1x1; before anything is trained. Larger maps are enough."""
+    images = few_images(tmp_path / "few", 2, 4)
     one = replace(TINY, batch_size=1, scales=scales, epochs=1, warmup_epochs=0.0)
     with pytest.raises(UsageError, match="Set a batch_size of 2 or more"):
         train(config("timm:test_resnet", images, tmp_path / "t", recipe=one))
@@ -717,8 +721,9 @@ def test_a_timm_model_and_its_own_sizes(images, tmp_path):
 def test_learning_from_a_teacher(images, file, tmp_path):
     """One that only listens, and begins where its teacher is, has nothing to learn; from scratch it has."""
     path = "timm:test_vit"  # which has no batch norms, so it says the same in training
-    teacher = train(config(path, images, tmp_path / "teacher"))
-    deaf = replace(TINY, distill_weight=1.0, learning_rate=1e-9, min_learning_rate=0.0, weight_decay=0.0)
+    short = replace(TINY, epochs=1, warmup_epochs=0.0)
+    teacher = train(config(path, images, tmp_path / "teacher", recipe=short))
+    deaf = replace(short, distill_weight=1.0, learning_rate=1e-9, min_learning_rate=0.0, weight_decay=0.0)
     told = train(config(teacher.path, images, tmp_path / "student", recipe=deaf, teacher=str(teacher.path)))
     begun = train(config(path, images, tmp_path / "alone", recipe=deaf, teacher=str(teacher.path)))
     loss = [float(rows(t)[-1]["train_loss"]) for t in (told, begun)]

@@ -36,6 +36,8 @@ from .report import FEWEST, low_epochs, trust_report
 
 POOL = 3
 """Number of random architectures that are timed for each one that is trained."""
+TIMING: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2}
+"""Conditions under which they are timed. They are coarse: the latencies only need to spread the architectures."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class _Work:
     def _pool(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = list(self.found.rows("pool"))
         known = {row["key"] for row in rows}
-        at = LatencyConfig(device=self.config.device, target=0.02, max_seconds=0.3, warmup_seconds=0.2)
+        at = LatencyConfig(device=self.config.device, **TIMING)
         fixed = self.found.manifest.reference_ms
         wanted = min(POOL * self.config.count, self.config.space.size)
         rng = np.random.default_rng([self.config.seed, 0x63616C])

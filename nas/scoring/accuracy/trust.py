@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from ...interval import Interval
 
@@ -76,6 +75,8 @@ def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, r
 
 def share_of(correct: int, count: int) -> dict[str, Any]:
     """Returns accuracy on `count` images in percent, with Wilson's 95 % interval."""
+    from scipy.stats import binomtest
+
     interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": 100 * correct / count,

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import nnls
 
 from ..regression import ridge
 
@@ -54,6 +52,8 @@ class PieceModel:
             pieces: features of shape (pieces, features).
             pieces_ms: latencies of the pieces.
         """
+        from scipy.optimize import nnls
+
         size = np.abs(pieces).max(axis=0)
         scaled = pieces / np.where(size > 0, size, 1.0)
         # the errors are relative, so that a small piece counts as much as a large one
@@ -142,6 +142,8 @@ def _kernel(a: Floats, b: Floats, length: float) -> Floats:
 
 def _gaussian_process(inputs: Floats, targets: Floats) -> tuple[float, Floats]:
     """Returns the length scale and the solved weights with the largest marginal likelihood over a grid."""
+    from scipy.linalg import cho_factor, cho_solve
+
     n, best = len(targets), (-np.inf, 1.0, np.zeros(len(targets)))
     spread = float(targets.var()) + 1e-12
     for length in LENGTHS:
