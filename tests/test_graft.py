@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +30,21 @@ from nas.architecture import (
     candidate_from_dict,
     candidate_from_json,
 )
+from nas.commands import main
 from nas.data import ImageData, load_data
 from nas.errors import RunError, UsageError
 from nas.export import export
 from nas.folders.graft_verdicts import graft_verdicts, paired_difference
 from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
+from nas.folders.shapes import STUDY
 from nas.folders.training import Trained, load_weights
+from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
 from nas.graft.distil import Distillation, distil, multiply_adds
+from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
+from nas.graft.shortlist import shortlist
 from nas.models.create import create_candidate
 from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
@@ -48,6 +54,7 @@ from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
+from nas.search.parent import Parent
 from nas.space import FORMS, GraftSpace, space_from_dict
 from nas.targets import resolve
 from nas.training.loop import Step
@@ -122,6 +129,10 @@ def test_a_graft_says_each_change_in_a_line() -> None:
 def test_equal_networks_with_our_layers_have_equal_keys() -> None:
     whole = Graft(PARENT, 64, replaced=(OURS,))
     inside = Graft(PARENT, 64, dropped=("stages.1.blocks.1",), replaced=(OURS,))  # nothing is left of that block
+    assert Graft(PARENT, 64, dropped=("stages.1", "stages.1.blocks.1")) == Graft(PARENT, 64, dropped=("stages.1",))
+    inner = Narrowing("a.1.conv1", ("a.1.se",), "a.1.conv2", 8)
+    for path in inner.paths:  # no channels can go where one of the layers is ours
+        assert not Graft(PARENT, 64, replaced=(replace(OURS, paths=(path,)),), narrowed=(inner,)).narrowed
     gone = Graft(PARENT, 64, dropped=("stages.1",), replaced=(OURS,))  # nothing of ours stands in a dropped block
     assert inside == whole
     assert gone == Graft(PARENT, 64, dropped=("stages.1",))
@@ -151,6 +162,7 @@ def test_equal_networks_with_our_layers_have_equal_keys() -> None:
         ({"dropped": ["b.1"] * 2000}, "at most"),
         ({"code": "x"}, "code"),
         ({"replaced": 3}, "list"),
+        ({"replaced": [{"paths": [f"a.{i}" for i in range(900)] + ["a"], "stage": HADAMARD_DATA}]}, "same place"),
         ({"replaced": [3]}, "replacement"),
         ({"replaced": [{"paths": ["../x"], "stage": HADAMARD_DATA}]}, "path"),
         ({"replaced": [{"paths": [], "stage": HADAMARD_DATA}]}, "paths"),
@@ -336,7 +348,7 @@ def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) ->
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     size = parent.pretrained_cfg["input_size"] if name == "test_vit" else IMAGE
-    inner = [own for own in inner_channels(parent, size) if "se" not in own.producer]
+    inner = inner_channels(parent, size)
     chosen = tuple(replace(own, width=own.width // 2) for own in inner)
     form = create_graft(Graft(name, size[1], narrowed=chosen), 7).eval()
     narrow, images = copy.deepcopy(parent), torch.randn(2, *size)
@@ -426,6 +438,12 @@ def test_the_space_of_a_parent_keeps_the_contract_of_spaces() -> None:
         {"parts": [["a.1"], ["a.1"]]},
         {"parts": [[]]},
         {"parts": "x"},
+        {"parts": [[["q"]]]},
+        {
+            "parts": [[f"a.{i}.{j}" for j in range(9)] for i in range(9)],
+            "places": [[[replace(OURS, paths=("a",)).to_dict()]]],
+        },
+        {"places": [[[OURS.to_dict()], [replace(OURS, paths=("b",), stride=2).to_dict()]]]},
         {"parts": [], "input_sizes": [96]},
         {"input_sizes": [48, 96]},
         {"input_sizes": []},
@@ -477,7 +495,13 @@ def test_a_library_is_a_name_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"mixers": ["additive", {"name": "hadamard", "kind": "lka"}], "depths": [1]}))
     assert library(str(file)) == Library((Additive(), Hadamard("lka")), (1,))
-    for text, word in (('{"mixers": "all"}', "list"), ('{"depths": [0]}', "depth"), ('{"code": 1}', "code")):
+    for text, word in (
+        ('{"mixers": "all"}', "list"),
+        ('{"depths": [0]}', "depth"),
+        ('{"code": 1}', "code"),
+        ('{"mlp_ratios": [2.0, 2.0000001]}', "different"),
+        (json.dumps({"depths": list(range(1, 99))}), "at most"),
+    ):
         file.write_text(text)
         with pytest.raises(UsageError, match=word):
             library(str(file))
@@ -536,10 +560,62 @@ def test_the_error_of_a_layer_is_that_of_the_definition(images: ImageData, tmp_p
     assert taught.error == pytest.approx(error.item(), rel=1e-4)
 
 
+@table("seed", [0, 2**32 - 1])
+def test_layers_are_taught_with_any_seed(images: ImageData, tmp_path: Path, seed: int) -> None:
+    parent = timm.create_model(PARENT, num_classes=10).eval()
+    (own, *_) = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[0])
+    assert distil(parent, [own], images, Distillation(1, 32, seed, "cpu"), tmp_path / str(seed))
+
+
+def test_losses_are_those_of_the_network_and_belong_to_its_images(images: ImageData, tmp_path: Path) -> None:
+    model = timm.create_model(PARENT, num_classes=10).eval()
+    for name, gain in model.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(gain)  # else a block adds next to nothing
+    parent = Parent(Graft(PARENT, 32), model.state_dict(), images.classes, images.mean, images.std)
+    found = Harms(parent, images, "cpu", tmp_path, "these").loss(parent.whole)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (images.mean, images.std))
+    with torch.inference_mode():
+        logits = model((images.train.pixels.float() / 255 - mean) / std)
+    assert found == pytest.approx(torch.nn.functional.cross_entropy(logits, images.train.labels).item(), rel=1e-4)
+    dropped = ("stages.2.blocks.1",)
+    assert Harms(parent, images, "cpu", tmp_path, "these").without(dropped) != found
+    (file,) = tmp_path.glob("*.json")
+    kept = json.loads(file.read_text())
+    assert len(kept["losses"]) == 2
+    file.write_text(json.dumps(kept | {"losses": {parent.whole.key: 7.0}}))
+    assert Harms(parent, images, "cpu", tmp_path, "these").loss(parent.whole) == 7.0  # not computed again
+    assert Harms(parent, images, "cpu", tmp_path, "others").loss(parent.whole) == found
+
+
+def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path) -> None:
+    """All knobs are harmless but one: what is fastest without it is on the list, and the parent is its slow end."""
+    model = timm.create_model(PARENT, num_classes=10).eval()
+    parent = Parent(Graft(PARENT, 32), model.state_dict(), images.classes, images.mean, images.std)
+    inner = tuple((own,) for own in inner_channels(model, (3, 32, 32))[-2:])
+    space = GraftSpace("s", "", PARENT, (("stages.2.blocks.1", "stages.2.blocks.2"),), (32,), (), inner)
+    harms = Harms(parent, images, "cpu", tmp_path)
+    for knob, choices in space.knobs.items():
+        for place, choice in enumerate(choices):
+            graft = space.decode({name: c[0] for name, c in space.knobs.items()} | {knob: choice})
+            harms.known[graft.key] = float(place) if knob == "width1" else 0.0
+    found = shortlist(space, harms, LatencyConfig(device="cpu", threads=1, max_seconds=0.1))
+    assert found
+    assert len(found[0].dropped) == 2  # the fastest first: to drop blocks harms nothing here
+    widths = [{own.producer: own.width for own in graft.narrowed} for graft in found]
+    kept = [width.get(inner[0][0].producer, inner[0][0].width) for width in widths]
+    assert kept == sorted(kept)  # what harms becomes less from point to point
+    assert kept[-1] == inner[0][0].width
+    assert {
+        graft.key for graft in shortlist(space, harms, LatencyConfig(device="cpu", threads=1, max_seconds=0.1), 0.0)
+    } == set()
+
+
 def test_a_damaged_library_is_one_line(images: ImageData, tmp_path: Path) -> None:
     parent = timm.create_model(PARENT, num_classes=10).eval()
     (own, *_) = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[0])
-    for name, content in (("library.json", "{"), ("library.json", '{"format": 9, "options": []}'), ("state.pt", "x")):
+    other = '{"format": 9, "how": {}, "options": []}'
+    for name, content in (("library.json", "{"), ("library.json", other), ("state.pt", "x")):
         folder = tmp_path / name / str(len(content))
         folder.mkdir(parents=True)
         (folder / name).write_text(content)
@@ -557,6 +633,10 @@ def test_work_is_counted_as_the_arithmetic_of_the_layers() -> None:
     # conv_modulation: three 1x1 convolutions and one depthwise 7x7, then the MLP
     assert work.of_options[own] == 16 * 16 * (3 * 64 * 64 + 49 * 64 + 2 * 2 * 64 * 64)
     assert work.whole > work.of_places[("layer1",)]
+    vit = timm.create_model("test_vit")
+    own = Replacement(("blocks.0.attn",), Stage(Softmax(heads=2), 1, 64), layout="tokens", prefix=1, grain="mixer")
+    work, tokens = multiply_adds(vit, (3, 160, 160), [own]), 101
+    assert work.of_places[own.paths] == tokens * 64 * 4 * 64 + 2 * tokens * tokens * 64
 
 
 # As a search
@@ -610,7 +690,7 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     assert 0.5 * budget / 0.95 < (baselines["parent"].latency_ms or 0) < 2 * budget / 0.95
     assert any("parent's latency" in line for line in run.verdicts())
     control = run.attributes["control"]
-    assert control["key"] in {t.key for t in front} - {space.whole.key}
+    assert control["key"] in tuned - {space.whole.key}
     assert any(line.startswith(f"from random weights, trained as long: {control['key']}") for line in run.verdicts())
 
 
@@ -629,6 +709,12 @@ def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:
     target = resolve(f"{run.path}@{trial.key}")
     assert target.input_size == trial.architecture.input_size
     assert target.weights == run.weights_file(trial.key)
+
+
+@table("control", [3, {"key": ["x"]}, {"key": "abc", "accuracy": 1.0}])
+def test_a_damaged_control_of_a_stranger_is_refused(control: object) -> None:
+    with pytest.raises(RunError, match="control"):
+        check({"control": control}, STUDY, "a study", RunError)
 
 
 @table("hits", ["zz", "", "ff" * 1000])
@@ -670,6 +756,36 @@ def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config
     assert len(again.trials()) == len(run.trials())
     with pytest.raises(UsageError, match="another `parent`"):
         graft(ParentConfig("timm:test_vit", weights), config)
+
+
+def test_the_command_with_a_share_of_the_latency_resumes(run: Run) -> None:
+    weights, before = run.path.parent / "weights.safetensors", len(run.trials())
+    command = ["search", "--parent", f"timm:{PARENT}", "--weights", str(weights), "--max", "latency=0.95x"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--library", "mini", "--out", str(run.path), "--device", "cpu"])
+    assert ended.value.code in (0, None)
+    assert len(run.trials()) == before
+
+
+@table(
+    "changes, of_parent, word",
+    [
+        ({}, {"target": "timm:test_vit"}, "parent"),
+        ({}, {"epochs": 2}, "parent_epochs"),
+        ({"max_images": 100}, {}, "max_images"),
+        ({"input_size": 64}, {}, "input_size"),
+        ({"seed": 1}, {}, "seed"),
+    ],
+)
+def test_a_finished_parent_is_not_taken_for_another(
+    run: Run, config: SearchConfig, tmp_path: Path, changes: dict, of_parent: dict, word: str
+) -> None:
+    """A search may be stopped when its parent is trained and its run does not exist yet."""
+    out = tmp_path / word
+    shutil.copytree(run.path / "parent", out / "parent")
+    parent = replace(_parent(run.path.parent / "weights.safetensors"), **of_parent)
+    with pytest.raises(RunError, match=f"another `{word}`"):
+        graft(parent, replace(config, **changes, out=out))
 
 
 def test_a_form_is_no_parent(run: Run, config: SearchConfig, tmp_path: Path) -> None:

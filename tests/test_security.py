@@ -287,6 +287,7 @@ def command_lines(them: Stranger) -> list[list[str]]:
 def test_no_command_does_what_a_strangers_folder_says(stranger: Stranger, server: Server, tmp_path: Path) -> None:
     """Old: `search --out` ran the program, `front` sent the password, and a folder's module could be imported."""
     environment = python_module("nas")[1] | {
+        "PYTHONDONTWRITEBYTECODE": "1",  # Python may write beside our own files, and it is not a stranger's doing
         "PGPASSWORD": SECRET,
         "TMPDIR": str(tmp_path / "tmp"),
         "OMP_NUM_THREADS": "1",

@@ -12,6 +12,7 @@ from .checks import (
     canonical_json,
     check_mapping,
     is_too_deep,
+    key_of,
     parse_json,
 )
 from .graft import (
@@ -100,6 +101,7 @@ __all__ = [
     "check_mapping",
     "frame_from_dict",
     "is_too_deep",
+    "key_of",
     "mixer_from_dict",
     "mixer_label",
     "mixer_to_dict",

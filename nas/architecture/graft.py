@@ -85,7 +85,7 @@ class Replacement:
 
     def covers(self, path: str) -> bool:
         """Whether a layer of the parent is among those that go, or inside one of them."""
-        return any(_inside(path, own) for own in self.paths)
+        return bool(({path} | _above(path)) & set(self.paths))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, without defaults."""
@@ -129,6 +129,11 @@ class Narrowing:
         _check_paths((self.producer, *self.between, self.consumer), "narrows")
         object.__setattr__(self, "between", tuple(self.between))
         set_int(self, "width", 1, MAX_WIDTH)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all its layers."""
+        return (self.producer, *self.between, self.consumer)
 
     @property
     def block(self) -> str:
@@ -203,22 +208,27 @@ class Graft:
             )
         set_int(self, "input_size", 1, MAX_SIDE)
         _check_paths(self.dropped, "drops")
+        if not isinstance(self.replaced, list | tuple) or not isinstance(self.narrowed, list | tuple):
+            raise UsageError("replaced and narrowed layers of a graft must be lists")
         if not all(isinstance(own, Replacement) for own in self.replaced) or len(self.replaced) > MAX_DROPPED:
             raise UsageError(f"what a graft replaces must be a list of at most {MAX_DROPPED} replacements")
-        gone = tuple(path for path in self.dropped if not any(own.covers(path) for own in self.replaced))
-        inside = [own for own in self.replaced if not any(_inside(own.paths[0], path) for path in gone)]
-        object.__setattr__(self, "dropped", tuple(sorted(set(gone))))
-        object.__setattr__(self, "replaced", tuple(sorted(inside, key=lambda own: own.paths)))
-        taken = [path for own in self.replaced for path in own.paths]
-        if any(_inside(a, b) for i, a in enumerate(taken) for j, b in enumerate(taken) if i != j):
+        taken = {path for own in self.replaced for path in own.paths}
+        count = sum(len(own.paths) for own in self.replaced)
+        if len(taken) < count or any(_above(path) & taken for path in taken):
             raise UsageError("two replacements of a graft stand in the same place")
         if not all(isinstance(own, Narrowing) for own in self.narrowed) or len(self.narrowed) > MAX_DROPPED:
             raise UsageError(f"what a graft narrows must be a list of at most {MAX_DROPPED} narrowings")
-        absent = (*gone, *taken)
-        left = (own for own in self.narrowed if not any(_inside(own.producer, path) for path in absent))
-        object.__setattr__(self, "narrowed", tuple(sorted(left, key=lambda own: own.producer)))
         if len({own.producer for own in self.narrowed}) != len(self.narrowed):
             raise UsageError("a graft narrows the same channels twice")
+        # what has no effect goes, so that equal networks have equal keys
+        dropped = set(self.dropped)
+        dropped = {path for path in dropped if path not in taken and not _above(path) & (taken | dropped)}
+        replaced = [own for own in self.replaced if not _above(own.paths[0]) & dropped]
+        absent = dropped | {path for own in replaced for path in own.paths}
+        narrowed = [own for own in self.narrowed if not any(({p} | _above(p)) & absent for p in own.paths)]
+        object.__setattr__(self, "dropped", tuple(sorted(dropped)))
+        object.__setattr__(self, "replaced", tuple(sorted(replaced, key=lambda own: own.paths)))
+        object.__setattr__(self, "narrowed", tuple(sorted(narrowed, key=lambda own: own.producer)))
 
     @property
     def reduction(self) -> int:
@@ -289,9 +299,9 @@ class Graft:
         return cls(**values)
 
 
-def _inside(path: str, other: str) -> bool:
-    """Whether a layer is another one, or inside it."""
-    return path == other or path.startswith(f"{other}.")
+def _above(path: str) -> set[str]:
+    """Returns the paths of the modules that hold a layer."""
+    return {path[:i] for i, letter in enumerate(path) if letter == "."}
 
 
 Candidate = Architecture | Graft

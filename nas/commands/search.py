@@ -81,14 +81,14 @@ OF_PARENT = {
     "--grain",
     default=defaults.GRAIN,
     section=PARENT,
-    help="What they replace: stage (whole blocks) or mixer (the token mixers inside blocks).",
+    help="What layers of ours replace: stage (whole blocks) or mixer (the token mixers inside blocks).",
 )
 @option(
     "--distil-epochs",
     type=int,
     default=defaults.DISTIL_EPOCHS,
     section=PARENT,
-    help="Epochs for which they learn to answer like the layers that they replace.",
+    help="Epochs for which layers of ours learn to answer like the layers that they replace.",
 )
 @option(
     "--tune-epochs",

@@ -16,7 +16,7 @@ import torch
 
 from ..architecture import Replacement
 from ..errors import NasError, RunError
-from ..foreign_files import COUNT, FIGURE, is_file, read_json
+from ..foreign_files import COUNT, FIGURE, LINE, is_file, read_json
 from .files import write_file
 
 LIBRARY, RESULT = "library", "library.json"
@@ -66,14 +66,14 @@ def load_weights(folder: Path, replacement: Replacement) -> dict[str, torch.Tens
     return weights
 
 
-def save_taught(folder: Path, taught: Sequence[Taught], how: Mapping[str, int]) -> None:
+def save_taught(folder: Path, taught: Sequence[Taught], how: Mapping[str, int | str]) -> None:
     """Writes the list of layers and how they were taught, which marks a finished distillation."""
     entries = [{"replacement": one.replacement.to_dict(), "error": one.error} for one in taught]
     data = {"format": FORMAT, "how": dict(how), "options": entries}
     write_file(folder / RESULT, json.dumps(data, indent=1) + "\n")
 
 
-def load_taught(folder: Path) -> tuple[tuple[Taught, ...], Mapping[str, int]] | None:
+def load_taught(folder: Path) -> tuple[tuple[Taught, ...], Mapping[str, int | str]] | None:
     """Reads the list of layers and how they were taught; None if the distillation has not ended.
 
     Raises:
@@ -82,7 +82,7 @@ def load_taught(folder: Path) -> tuple[tuple[Taught, ...], Mapping[str, int]] | 
     file = folder / RESULT
     if not is_file(file, RunError):
         return None
-    shape = {"format": COUNT, "how": {str: COUNT}, "options": [{"replacement": {}, "error": FIGURE}]}
+    shape = {"format": COUNT, "how": {str: (COUNT, LINE)}, "options": [{"replacement": {}, "error": FIGURE}]}
     data = read_json(file, "a library", shape, RunError)
     if data["format"] != FORMAT:
         raise RunError(f"{file} has format {data['format']}, this release reads {FORMAT}")

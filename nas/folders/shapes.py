@@ -100,20 +100,17 @@ SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type 
     "curve?": [[COUNT, FIGURE]],
 }
 _FAILURE = {"failure": str}
+_TUNED = {
+    **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
+    **{"num_images": COUNT, "hits": str},
+}
 STUDY = {
     "manifest?": dict,
     "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
     "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
-    "tuned?": {
-        str: (
-            {
-                **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
-                **{"num_images": COUNT, "hits": str},
-            },
-            _FAILURE,
-        )
-    },
+    "tuned?": {str: (_TUNED, _FAILURE)},
+    "control?": ({"key": LINE, **_TUNED}, {"key": LINE, **_FAILURE}),
     "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
 }
 """Attributes of the study as a whole."""

@@ -1,7 +1,9 @@
 """Searches for cheaper forms of a pretrained network.
 
-The pretrained network is fitted to the user's classes (`parent`), its residual blocks are found and ordered by the harm
-of dropping them (`blocks`), and then `nas.search` searches the forms of the parent as it searches any space. It scores
+The pretrained network is fitted to the user's classes (`parent`). Its forms are found (`forms`): blocks that can be
+dropped, in the order of their harm (`harms`), inner channels that can go, and places for layers of ours (`options`),
+which are taught to answer like the layers that they replace (`distil`). A shortlist says where the search begins
+(`shortlist`). Then `nas.search` searches the forms of the parent as it searches any space. It scores
 assembled networks by forward passes, and tunes the best with the parent as teacher (`nas.search.tune`).
 """
 

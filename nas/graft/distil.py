@@ -7,6 +7,7 @@ last checkpoint as if it had never stopped.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..architecture import Replacement
 from ..data import ImageData
@@ -39,6 +40,10 @@ from ..training.loop import Step
 log = logging.getLogger(__name__)
 
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 3e-3, 0.05, 20
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+"""The formula of an operation that torch's counter lacks."""
 CHECKPOINT_SECONDS = 60.0
 STATE = "state.pt"
 TESTED_IMAGES = 512
@@ -54,17 +59,19 @@ class Distillation:
         batch_size: images in a step.
         seed: random seed of initial weights and of the images of a step.
         device: device to train on.
+        of: hash of the parent's weights and of the images.
     """
 
     epochs: int
     batch_size: int
     seed: int
     device: str
+    of: str = ""
 
     @property
-    def recorded(self) -> dict[str, int]:
+    def recorded(self) -> dict[str, int | str]:
         """What decides the weights."""
-        return {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+        return {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed, "of": self.of}
 
 
 def distil(
@@ -110,7 +117,7 @@ class _Work:
     ) -> None:
         self.data, self.how, self.folder = data, how, folder
         self.device = torch.device(how.device)
-        self.model = model.to(self.device).eval()
+        self.model = copy.deepcopy(model).to(self.device).eval()
         self.options = tuple(options)
         with seeded(how.seed):
             self.layers = nn.ModuleList(StandIn(option) for option in options).to(self.device)
@@ -144,7 +151,7 @@ class _Work:
         seed = (self.how.seed * 1_000_003 + epoch) % 2**63
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
         index = order[number * self.size : (number + 1) * self.size]
-        generator = torch.Generator(device=self.device).manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator(device=self.device).manual_seed((seed * 1_000_003 + number) % 2**63)
         pixels = augmented(self.data.train.pixels[index].to(self.device), self.data.mirrored, generator)
         share = min(1.0, (self.step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * self.step / total))
         for group in self.optimizer.param_groups:
@@ -214,7 +221,7 @@ class _Work:
                 return  # of other layers, or taught otherwise: begin again
             self.layers.load_state_dict(state["layers"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.step = int(state["step"])
         except (*_DAMAGED, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to begin again") from None
 
@@ -270,14 +277,14 @@ def multiply_adds(model: nn.Module, input_size: tuple[int, int, int], options: S
         options: what may stand in places of it.
     """
     ends = {option.paths: (option.paths[0], option.paths[-1]) for option in options}
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with torch.inference_mode(), _ends(model, ends.values()) as (taken, _), counter:
         model.eval()(torch.zeros(1, *input_size))
     flops = {path.partition(".")[2]: sum(each.values()) for path, each in counter.get_flop_counts().items()}
     of_options = {}
     for option in options:
         layer = StandIn(option).eval()
-        with torch.inference_mode(), FlopCounterMode(display=False) as own:
+        with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as own:
             layer(taken[option.paths[0]])
         of_options[option] = own.get_total_flops() // 2
     of_places = {paths: sum(flops.get(path, 0) for path in paths) // 2 for paths in ends}

@@ -95,13 +95,14 @@ def space_of(
         *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
     )
     of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
-    harms = Harms(of_parent, data, device, trained.path)
+    harms = Harms(of_parent, data, device, trained.path, offer.how.of)
     parts = tuple(_ordered(group, harms) for group in groups)
     options = [own for _, each in found for own in each]
     if options:
         log.info("teaching %d layers of ours to stand in %d places of the parent", len(options), len(found))
+    work = multiply_adds(model, data.input_size, options).of_options
     taught = distil(model, options, data, offer.how, trained.path / LIBRARY, on_step)
-    stand = _standing(taught, parts, multiply_adds(model, data.input_size, options).of_options)
+    stand = _standing(taught, parts, work)
     inner: dict[object, list[Narrowing]] = {}
     for own in narrow:
         inner.setdefault(_part_of(own.block, parts), []).append(own)
@@ -109,7 +110,7 @@ def space_of(
     groups_of_inner = tuple(map(tuple, inner.values()))
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, groups_of_inner)
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    harms = Harms(replace(of_parent, ours=ours), data, device, trained.path)
+    harms = Harms(replace(of_parent, ours=ours), data, device, trained.path, offer.how.of)
     return space, shortlist(space, harms, latency, most_share)
 
 

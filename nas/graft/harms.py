@@ -16,7 +16,7 @@ from ..data import ImageData, reduced
 from ..errors import RunError
 from ..folders.files import write_file
 from ..folders.library import LIBRARY
-from ..foreign_files import FIGURE, is_file, read_json
+from ..foreign_files import FIGURE, LINE, is_file, read_json
 from ..scoring.accuracy.training import estimate_batch_norms, normaliser
 from ..search.parent import Parent
 
@@ -34,6 +34,7 @@ class Harms:
         data: images, normalised as the parent's.
         device: device on which forms run.
         folder: where the losses are kept. Those of forms with layers of ours lie beside their weights.
+        of: hash of the parent's weights and of the images.
         known: key of a form -> its loss, as far as computed.
     """
 
@@ -41,12 +42,19 @@ class Harms:
     data: ImageData
     device: str
     folder: Path
+    of: str = ""
     known: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for file in (self._file(False), self._file(True)):
-            if is_file(file, RunError):
-                self.known.update(read_json(file, "a list of losses", {str: FIGURE}, RunError))
+            self.known.update(self._kept(file))
+
+    def _kept(self, file: Path) -> dict[str, float]:
+        """Reads losses from a file; none if there is no file, or it is about another parent or other images."""
+        if not is_file(file, RunError):
+            return {}
+        data = read_json(file, "a list of losses", {"of": LINE, "losses": {str: FIGURE}}, RunError)
+        return dict(data["losses"]) if data["of"] == self.of else {}
 
     def _file(self, ours: bool) -> Path:
         return (self.folder / LIBRARY if ours else self.folder) / FILE
@@ -64,8 +72,8 @@ class Harms:
         if graft.key not in self.known:
             loss = self._computed(graft)
             file = self._file(bool(graft.replaced))
-            kept = read_json(file, "a list of losses", {str: FIGURE}, RunError) if is_file(file, RunError) else {}
-            write_file(file, json.dumps(kept | {graft.key: loss}, indent=1) + "\n")
+            losses = self._kept(file) | {graft.key: loss}
+            write_file(file, json.dumps({"of": self.of, "losses": losses}, indent=1) + "\n")
             self.known[graft.key] = loss
         return self.known[graft.key]
 

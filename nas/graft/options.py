@@ -1,4 +1,4 @@
-"""Layers of ours that are offered in places of a parent: a library of mixers, depths and widths."""
+"""Layers of ours that are offered in places of a parent: a library of mixers, depths, MLP ratios and compressions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from ..architecture import Additive, Hadamard, Mixer, Replacement, Softmax, Stag
 from ..errors import UsageError, unknown_name
 from ..foreign_files import is_file, read_json
 from ..models.parts import Place
+from ..space.graft_space import MAX_OPTIONS
 
 HEAD_WIDTH = 32
 """Number of channels of an attention head, where the channels can be divided so."""
 KEY_SIDE = 8
 """Side to which softmax and strip attention reduce the map of their keys."""
+
+
+def _fitting(mixer: Mixer, place: Place) -> Mixer:
+    """Returns a mixer with heads that divide the channels, and with keys of a small map."""
+    if not isinstance(mixer, Softmax | Strip):
+        return mixer
+    most = max(1, place.width // HEAD_WIDTH)
+    heads = next(count for count in range(most, 0, -1) if place.width % count == 0)
+    reduction = max(1, round(place.side / KEY_SIDE))
+    return type(mixer)(heads=heads, kv_reduction=reduction)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,9 @@ class Library:
             object.__setattr__(self, field.name, tuple(values))
         for depth, ratio, compression in itertools.product(self.depths, self.mlp_ratios, self.compressions):
             Stage(Additive(), depth, 64, ratio, compression)  # checks them
+        offered = self.options(Place(("layer",), 64, 64, 8, 1, "nchw", 0, "stage"))
+        if len(offered) > MAX_OPTIONS or len({own.label for own in offered}) < len(offered):
+            raise UsageError(f"a library offers at most {MAX_OPTIONS} layers in a place, all of them clearly different")
 
     def options(self, place: Place) -> list[Replacement]:
         """Returns what can stand in a place, each network once."""
@@ -77,7 +91,7 @@ NONE = "none"
 LIBRARIES: Mapping[str, Library] = {
     "mini": Library((Strip(), Hadamard()), (1,)),
     "default": Library(),
-    "wide": Library(depths=(1, 2, 3), mlp_ratios=(1.0, 2.0, 4.0), compressions=(1, 4)),
+    "wide": Library(depths=(1, 2, 3), mlp_ratios=(2.0, 4.0), compressions=(1, 4)),
 }
 
 
@@ -94,13 +108,3 @@ def library(name: str) -> Library | None:
     if not name.endswith(".json") or not is_file(Path(name), UsageError):
         raise unknown_name("library", name, (NONE, *LIBRARIES, "a .json file"))
     return Library.from_dict(read_json(Path(name), "a library", {}, UsageError))
-
-
-def _fitting(mixer: Mixer, place: Place) -> Mixer:
-    """Returns a mixer with heads that divide the channels, and with keys of a small map."""
-    if not isinstance(mixer, Softmax | Strip):
-        return mixer
-    most = max(1, place.width // HEAD_WIDTH)
-    heads = next(count for count in range(most, 0, -1) if place.width % count == 0)
-    reduction = max(1, round(place.side / KEY_SIDE))
-    return type(mixer)(heads=heads, kv_reduction=reduction)

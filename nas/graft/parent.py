@@ -39,8 +39,8 @@ class ParentConfig:
             training on the same images is not trained again.
         library: layers of ours that are offered in places of the parent: `none`, `mini`, `default`, `wide` or a JSON
             file (`Library`).
-        grain: what they replace: `stage` (whole blocks) or `mixer` (the token mixers inside them).
-        distil_epochs: epochs for which they learn to answer like the layers that they replace.
+        grain: what layers of ours replace: `stage` (whole blocks) or `mixer` (the token mixers inside them).
+        distil_epochs: epochs for which layers of ours learn to answer like the layers that they replace.
         proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
             of `SearchConfig.epochs` epochs).
     """
@@ -95,8 +95,6 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
     """
     assert config.out is not None
     out, target = config.out / PARENT, parent.resolved()
-    if is_training(out) and Trained.open(out).result is not None:
-        return Trained.open(out)
     if parent.weights is None and target.folder is not None:
         if _fits(target.folder, config):
             return _copied(Trained.open(target.folder), out)
@@ -120,7 +118,36 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
         search_images=config.max_images,
         out=out,
     )
+    if is_training(out) and (trained := Trained.open(out)).result is not None:
+        _check_same(trained, settings, config)
+        return trained
     return train(settings, on_step)
+
+
+def _check_same(trained: Trained, settings: TrainConfig, config: SearchConfig) -> None:
+    """Checks that a finished training of a parent is the one that is asked for.
+
+    Raises:
+        RunError: if it has another network, other weights, other images or other epochs.
+    """
+    asked, data = trained.manifest.asked, trained.manifest.data
+    search = data.held["search"]
+    recipe = settings.recipe.settings if isinstance(settings.recipe, Auto) else ()
+    differing = [
+        name
+        for name, same in (
+            ("parent", asked.target == settings.target),
+            ("weights", asked.init == settings.init),
+            ("parent_epochs", list(asked.settings or ()) == list(recipe)),
+            ("data", same_data(config.data, data.name)),
+            ("max_images", search is not None and search[0] == config.max_images),
+            ("input_size", config.input_size in (None, data.side)),
+            ("seed", asked.seed == settings.seed),
+        )
+        if not same
+    ]
+    if differing:
+        raise RunError(f"{trained.path} is a parent with another `{differing[0]}`: give another `out`, or delete it")
 
 
 def _fits(folder: Path, config: SearchConfig) -> bool:
@@ -138,7 +165,13 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
 
 
 def _copied(trained: Trained, out: Path) -> Trained:
-    """Copies a finished training into the run folder; its result comes last, because it marks a finished one."""
+    """Copies a finished training into the run folder; its result comes last, because it marks a finished one.
+
+    Raises:
+        RunError: if the run folder holds another training.
+    """
+    if is_training(out) and Trained.open(out).manifest.created != trained.manifest.created:
+        raise RunError(f"{out} is a parent from elsewhere: give another `out`, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, WEIGHTS, RESULT):
         shutil.copyfile(trained.path / name, out / name)

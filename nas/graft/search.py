@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..architecture import key_of
 from ..data import load_data
+from ..defaults import GRAIN
 from ..errors import UsageError
 from ..folders.join import find_run
 from ..folders.run import Run
@@ -18,6 +20,7 @@ from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
 from ..search.config import check_for_parent
+from ..search.parent import fingerprint
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
@@ -55,10 +58,12 @@ def graft(
     if unknown := sorted(set(shares or {}) - {"latency"}):
         raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
     share = (shares or {}).get("latency")
-    if share is not None and (not 0 < share < math.inf or "latency" in config.budgets):
-        raise UsageError(f"a budget of {share}x the parent's latency: give one budget of latency, above 0")
+    if share is not None and not 0 < share < math.inf:
+        raise UsageError(f"a budget of {share}x the parent's latency: it must be above 0")
     check_for_parent(config, parent.proxy)
     offered = library(parent.library)
+    if offered is None and parent.grain != GRAIN:
+        raise UsageError(f"`grain` = {parent.grain} says what layers of ours replace, and `library` = none offers none")
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
     out = config.out or search_folder(f"graft-{name}", config.data)
@@ -69,12 +74,15 @@ def graft(
         config = replace(config, input_size=target.data["input_size"][1])
     if find_run(out):
         return _resumed(Run.open(out), name, config, on_trial)
+    if share is not None and "latency" in config.budgets:
+        raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
     trained = train_parent(parent, config, on_step)
     data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     device = config.train_device or config.device
-    how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
+    of = key_of(f"{fingerprint(trained.load_model().state_dict())} {data.fingerprint} {data.input_size[1]}")
+    how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device, of)
     offer = Offer(offered, parent.grain, how)
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)
@@ -91,11 +99,12 @@ def graft(
 
 
 def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:
-    """Resumes the search of a run, if it has the same parent; its parent is trained already."""
+    """Resumes the search of a run, if it has the same parent; its parent is trained and its space is known already."""
     if not isinstance(run.space, GraftSpace) or run.space.name != space_name(name):
         raise UsageError(f"{run.path} is a run with another `parent` or without one: give another `out`")
     if not isinstance(config.space, GraftSpace):
         config = configure(config, run.path, trials=config.trials)
+    log.info("resuming %s with its own parent, library and budgets", run.path)
     return search(config, on_trial)
 
 

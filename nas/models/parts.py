@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .widths import GATES
+
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 """Layers with weights. A block has at least two of them, so a single layer is no block."""
 MAX_CHAIN, CHAIN = 6, 4
@@ -185,7 +187,7 @@ def _mixers(model: nn.Module, groups: Mapping[str, list[str]]) -> list[tuple[str
         for found in groups.values()
         for block in found
         for name, _ in modules[block].named_children()
-        if name in MIXER_NAMES and not isinstance(modules[f"{block}.{name}"], nn.Identity)
+        if name in MIXER_NAMES and type(modules[f"{block}.{name}"]).__name__ not in ("Identity", *GATES)
     ]
 
 

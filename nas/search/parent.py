@@ -14,9 +14,10 @@ from ..architecture import Graft, Replacement
 from ..data import ImageData
 from ..errors import RunError
 from ..folders.files import PARENT
-from ..folders.library import LIBRARY, load_weights
+from ..folders.library import LIBRARY, load_weights, weights_file
 from ..folders.training import Trained
 from ..models import create_graft
+from ..models.grafts import StandIn
 from ..models.widths import narrow_layers
 from ..space import GraftSpace
 
@@ -44,12 +45,7 @@ class Parent:
     @property
     def fingerprint(self) -> str:
         """Short hash of all weights: the same parent with other weights gives other scores."""
-        digest = hashlib.sha256()
-        for weights in (self.weights, *(self.ours[own] for own in sorted(self.ours, key=Replacement.to_json))):
-            for name, tensor in sorted(weights.items()):
-                digest.update(name.encode())
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.weights, *(self.ours[own] for own in sorted(self.ours, key=Replacement.to_json)))
 
     def assemble(self, graft: Graft) -> nn.Module:
         """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.
@@ -74,6 +70,16 @@ class Parent:
         return replace(data, mean=self.mean, std=self.std)
 
 
+def fingerprint(*parts: Mapping[str, torch.Tensor]) -> str:
+    """Returns a short hash of weights."""
+    digest = hashlib.sha256()
+    for weights in parts:
+        for name, tensor in sorted(weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     """Reads the parent of a run.
 
@@ -85,5 +91,18 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     weights = trained.load_model().state_dict()
     if missing := sorted(set(create_graft(space.whole, len(data.classes)).state_dict()) ^ set(weights)):
         raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
-    ours = {own: load_weights(run_path / PARENT / LIBRARY, own) for own in space.replacements}
+    ours = {own: _ours(run_path / PARENT / LIBRARY, own) for own in space.replacements}
     return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours)
+
+
+def _ours(folder: Path, own: Replacement) -> Mapping[str, torch.Tensor]:
+    """Reads the weights of a layer of ours.
+
+    Raises:
+        RunError: if they are missing, damaged, or those of another layer.
+    """
+    weights = load_weights(folder, own)
+    wanted = {name: tensor.shape for name, tensor in StandIn(own).state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise RunError(f"{weights_file(folder, own)} holds the weights of another layer than {own.label}")
+    return weights

@@ -36,6 +36,9 @@ from .evaluate import Evaluator
 
 log = logging.getLogger(__name__)
 
+OF_EACH_KIND = 2
+"""Number of grafts with layers of ours, and of those with narrower blocks, that are tuned at least."""
+
 
 def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace, config: SearchConfig) -> None:
     """Scores and tunes the rivals, then tunes the shortlist of the search, until all of the front is tuned.
@@ -171,11 +174,20 @@ def _for_control(run: Run, space: GraftSpace) -> Graft | None:
 
 
 def _shortlist(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
-    """Returns the front before tuning, and the ranks behind it until there are `count` grafts."""
+    """Returns the front before tuning, and the ranks behind it until there are `count` grafts.
+
+    Layers of ours and narrower blocks lose more before a tuning than dropped blocks do. So the best of them are tuned
+    even where they rank behind.
+    """
     if not trials:
         return []
     losses = run.losses(list(trials))
     ranks = nondomination_ranks(losses)
     first = int((ranks == ranks.min()).sum())
-    order = sorted(range(len(trials)), key=lambda i: (ranks[i], *losses[i]))[: max(count, first)]
-    return [graft for i in order if isinstance(graft := trials[i].architecture, Graft)]
+    order = sorted(range(len(trials)), key=lambda i: (ranks[i], *losses[i]))
+    grafts = [graft for i in order if isinstance(graft := trials[i].architecture, Graft)]
+    chosen, left = grafts[: max(count, first)], grafts[max(count, first) :]
+    for kind in ("narrowed", "replaced"):
+        missing = OF_EACH_KIND - sum(bool(getattr(graft, kind)) for graft in chosen)
+        chosen += [graft for graft in left if getattr(graft, kind) and graft not in chosen][: max(0, missing)]
+    return chosen

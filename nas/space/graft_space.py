@@ -17,7 +17,7 @@ from .stage_choices import Choice, check_choices
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_PARTS, MAX_SIZES, MAX_OPTIONS = 64, 16, 64
+MAX_PARTS, MAX_SIZES, MAX_OPTIONS, MAX_COMBINATIONS = 64, 16, 64, 20_000
 SIZE, KEPT = "input_size", "kept"
 WIDTHS, WIDTH_STEP = (1.0, 0.75, 0.5), 8
 """Shares of a block's inner channels that may stay, and the number of which they are a multiple then."""
@@ -67,11 +67,20 @@ class GraftSpace:
             raise UsageError(f"space {self.name}: at most {MAX_PARTS} groups of inner channels, none of them empty")
         if not self.knobs:
             raise UsageError(
-                f"space {self.name}: its parent has no blocks that can be dropped, and only one image size"
+                f"space {self.name}: nothing can be dropped, replaced or narrowed, and there is only one image size"
             )
         paths = [path for part in self.parts for path in part]
-        if len(set(paths)) != len(paths) or not all(self.parts):
+        if not all(isinstance(path, str) for path in paths) or len(set(paths)) != len(paths) or not all(self.parts):
             raise UsageError(f"space {self.name}: each part lists its own blocks, each once")
+        for place in self.places:
+            if len({tuple(own.paths for own in option) for option in place}) != 1:
+                raise UsageError(f"space {self.name}: the options of a place must replace the same layers")
+        for region in self.regions:
+            if math.prod(len(self.knobs[name]) for name in region) > MAX_COMBINATIONS:
+                raise UsageError(
+                    f"space {self.name}: the choices of {', '.join(region)} change the same layers in more than "
+                    f"{MAX_COMBINATIONS:,} ways"
+                )
         self.decode(self._first)  # checks sizes and paths
         self.decode({name: choices[-1] for name, choices in self.knobs.items()})
 
@@ -100,7 +109,9 @@ class GraftSpace:
         paths: dict[str, list[str]] = {f"part{i}.dropped": list(part) for i, part in enumerate(self.parts, start=1)}
         for i, place in enumerate(self.places, start=1):
             paths[f"place{i}"] = [path for own in place[0] for path in own.paths]
-        paths |= {f"width{i}": [own.producer for own in group] for i, group in enumerate(self.inner, start=1)}
+        paths |= {
+            f"width{i}": [path for own in group for path in own.paths] for i, group in enumerate(self.inner, start=1)
+        }
         groups: list[set[str]] = []
         for name, own in paths.items():
             met = [g for g in groups if any(_meet(a, b) for other in g for a in own for b in paths[other])]
@@ -144,10 +155,10 @@ class GraftSpace:
             for own in option
         ]
         narrowed = [
-            replace(own, width=fewer(own.width, share))
+            replace(own, width=width)
             for i, group in enumerate(self.inner, start=1)
-            if (share := float(choices[f"width{i}"])) < 1
             for own in group
+            if (width := fewer(own.width, float(choices[f"width{i}"]))) < own.width
         ]
         return Graft(self.parent, side, tuple(dropped), tuple(replaced), tuple(narrowed))
 
