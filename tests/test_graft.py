@@ -827,6 +827,11 @@ def test_what_does_not_go_with_a_parent_is_refused_before_it_is_trained(config: 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_control_needs_a_parent(config: SearchConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="parent"):
+        search(replace(config, out=tmp_path / "none"))
+
+
 @pytest.mark.parametrize("shares", [{"macs": 0.5}, {"latency": 0.0}, {"latency": float("nan")}])
 def test_a_share_is_of_latency_and_above_0(config: SearchConfig, tmp_path: Path, shares: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="latency"):

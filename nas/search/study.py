@@ -75,6 +75,8 @@ def search(
     consent.allow(config.command, config.storage)
     if config.only == TRAIN:
         raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
+    if config.control and not isinstance(config.space, GraftSpace):
+        raise UsageError("`control` is for a search with a `parent`: give one, or leave it out")
     config = replace(
         config,
         latency=tuple(target.here() for target in config.latency),
