@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..architecture import Graft, Narrowing, Replacement
@@ -73,7 +73,7 @@ class _Times:
 
 
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
-    """Returns grafts over the whole range of latencies, the fastest first.
+    """Returns grafts over the whole range of latencies, the fastest first, then one with layers of ours in each place.
 
     Where only the number of blocks and the image size can change, there are none, because such a space is small.
 
@@ -95,6 +95,10 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
     points = [s for s in sums.front() if s.ms <= most_share * sums.times.whole]
     step = max(1.0, (len(points) - 1) / (COUNT - 1))
     chosen = [points[round(i * step)] for i in range(min(COUNT, len(points)))]
+    for i in range(1, len(space.places) + 1):  # layers of ours lose most before a tuning: no sum would choose them
+        with_ours = sums.front(f"place{i}")
+        fast = [s for s in with_ours if s.ms <= 0.5 * most_share * times.whole]
+        chosen.append(min(fast or with_ours[:1], key=lambda s: s.harm))
     return tuple(dict.fromkeys(space.decode({**sums.first, **s.choices}) for s in chosen))
 
 
@@ -105,12 +109,13 @@ class _Sums:
         self.space, self.harms, self.times = space, harms, times
         self.first = {name: choices[0] for name, choices in space.knobs.items()}
         self.base = harms.loss(space.whole)
+        self._known: dict[tuple[str, ...], list[_Sum]] = {}
 
-    def front(self) -> list[_Sum]:
-        """Returns the sums that no other one beats, the fastest first."""
+    def front(self, changed: str | None = None) -> list[_Sum]:
+        """Returns the sums that no other one beats, the fastest first; with a knob, of those that change it."""
         front = [_Sum(0.0, self.times.whole, {})]
         for region in self.space.regions:
-            choices = _best(self._of_region(region))
+            choices = _best(s for s in self._of_region(region) if changed not in region or changed in s.choices)
             front = _best(a.plus(b) for a, b in itertools.product(front, choices))
         scaled, side = [], self.space.input_sizes[0]
         for size in self.space.input_sizes:
@@ -119,8 +124,13 @@ class _Sums:
             scaled += [_Sum(s.harm + lost, s.ms * (size / side) ** 2, {**s.choices, **chosen}) for s in front]
         return _best(scaled)
 
-    def _of_region(self, region: Sequence[str]) -> Iterator[_Sum]:
-        """Yields what the combinations of a region's choices add: the sum of their single harms."""
+    def _of_region(self, region: tuple[str, ...]) -> list[_Sum]:
+        """Returns what the combinations of a region's choices add: the sum of their single harms."""
+        if region not in self._known:
+            self._known[region] = list(self._sums_of_region(region))
+        return self._known[region]
+
+    def _sums_of_region(self, region: tuple[str, ...]) -> Iterator[_Sum]:
         for chosen in combinations({name: self.space.knobs[name] for name in region}):
             if self.space.canonical({**self.first, **chosen}) == {**self.first, **chosen}:
                 changed = {name: choice for name, choice in chosen.items() if choice != self.first[name]}
