@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,6 +51,7 @@ from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.models.widths import importances, inner_channels, narrow_layers
+from nas.report.plots import plot
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
@@ -692,6 +694,14 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     control = run.attributes["control"]
     assert control["key"] in tuned - {space.whole.key}
     assert any(line.startswith(f"from random weights, trained as long: {control['key']}") for line in run.verdicts())
+
+
+def test_many_baselines_have_numbers_that_the_legend_explains(run: Run, tmp_path: Path) -> None:
+    assert len(run.baselines()) > 5
+    (svg,) = (file for file in plot([run], tmp_path) if file.name == "front.svg")
+    words = re.findall(r"<!-- (.*?) -->", svg.read_text())  # what matplotlib draws as paths, it says in comments
+    for number, name in enumerate(run.baselines(), start=1):
+        assert {str(number), f"{number} {name}"} <= set(words)
 
 
 def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:

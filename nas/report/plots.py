@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP"
+MOST_NAMED, MOST_LINES = 5, 10
+"""Largest number of baselines whose names stand beside their stars. More get numbers, and the legend says the
+names. With more than `MOST_LINES` lines, the legend stands at the top and is smaller, so that it leaves the caption."""
 
 
 def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
@@ -130,26 +133,35 @@ def _draw(scored: Scored) -> Figure:
             for (run, _, _), m in zip(scored, itertools.cycle(MARKERS), strict=False)
         ]
     if sum(len(run.baselines()) for run, _, _ in scored) > len(far_off(scored)):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="*",
-                markersize=9,
-                markeredgecolor=INK,
-                color="white",
-                label="baseline",
-            )
-        )
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
+        star: dict[str, Any] = {
+            "linestyle": "",
+            "marker": "*",
+            "markersize": 9,
+            "markeredgecolor": INK,
+            "color": "white",
+        }
+        handles.append(Line2D([], [], label="baseline", **star))
+        for run, _, _ in scored:
+            names = [name for name, _, _ in baselines_of(run, objectives[0], objectives[1])]
+            if len(names) > MOST_NAMED:
+                blank: dict[str, Any] = {"linestyle": "", "marker": ""}
+                handles += [Line2D([], [], label=f"{i} {name}", **blank) for i, name in enumerate(names, start=1)]
+    place, size = ("outside right upper", "x-small") if len(handles) > MOST_LINES else ("outside right center", "small")
+    figure.legend(handles=handles, loc=place, frameon=False, fontsize=size)
     width = 50 + 55 * panels
-    title = "\n".join(textwrap.fill(line, width * 3 // 4) for line in title_of(scored).splitlines())
+    title = "\n".join(textwrap.fill(line, width * 2 // 3) for line in title_of(scored).splitlines())
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     if caption := caption_of(scored):
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure
+
+
+def _labelled(baselines: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """Returns baselines with their names, or with numbers where there are so many that names would cover each other."""
+    if len(baselines) <= MOST_NAMED:
+        return baselines
+    return [(str(number), x, y) for number, (_, x, y) in enumerate(baselines, start=1)]
 
 
 def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:
@@ -226,7 +238,7 @@ def _draw_run(
             linewidths=1,
             zorder=3,
         )
-    for label, at_x, at_y in baselines_of(run, x, y):
+    for label, at_x, at_y in _labelled(baselines_of(run, x, y)):
         axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors=INK, linewidths=1, zorder=4)
         style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": INK}
         axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)
