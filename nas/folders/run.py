@@ -5,7 +5,7 @@
     trials.csv              every trial, derived
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
-    parent/                 the parent's training, in a search for grafts
+    parent/                 the parent's training, in a search for grafts, with the layers of ours (`library`)
     tuned/<key>.safetensors     weights of tuned grafts
     exports/<key>/          networks that `export` wrote
     trained/<key>/          networks that `train` trained
