@@ -7,16 +7,18 @@ search begins, and no figure of it is ever reported.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..architecture import Graft, Narrowing, Replacement
-from ..errors import TrialFailure
+from ..architecture import Graft, Narrowing, Replacement, key_of
+from ..errors import RunError, TrialFailure
+from ..folders.files import write_file
+from ..foreign_files import LINE, POSITIVE, is_file, read_json
 from ..machine.turns import exclusive
 from ..scoring.latency import (
     LatencyConfig,
-    Prepared,
     measure_latencies,
     prepare_model,
     prepare_parts,
@@ -34,6 +36,10 @@ COUNT = 8
 """Number of grafts in a shortlist."""
 SECONDS, TARGET = 0.15, 0.1
 """Time for the latency of a part of the network, and the half-width of its interval that is enough."""
+AT_ONCE = 8
+"""Number of parts that are timed in turns. Times are kept after each such group."""
+FILE, WHOLE = "times.json", "whole"
+"""File of the times, and the name of the whole network in it."""
 
 
 @dataclass(frozen=True)
@@ -156,37 +162,57 @@ def _best(sums: Iterable[_Sum]) -> list[_Sum]:
 
 
 def _timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> _Times:
-    """Times the parent, its blocks and the layers of ours, one by one.
+    """Times the parent, its blocks and the layers of ours, one by one. What was timed is kept in a file.
 
     A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
     """
-    at, size = replace(latency, runtime="eager", max_seconds=SECONDS, target=TARGET), harms.data.input_size
+    at = replace(latency, runtime="eager", max_seconds=SECONDS, target=TARGET)
     first = space.whole
-    ready: dict[tuple[Graft, str], Prepared] = {}
-
-    def prepare(graft: Graft, paths: Iterable[str]) -> None:
-        model = harms.parent.assemble(graft).eval()
-        for path, prepared in prepare_parts(model, size, list(dict.fromkeys(paths)), at).items():
-            ready[graft, path] = prepared
-
-    own = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
-    blocks = dict.fromkeys(narrowing.block for group in space.inner for narrowing in group)
-    with exclusive(at.device):
-        ready[first, ""] = prepare_model(harms.parent.assemble(first).eval(), size, at)
-        prepare(first, (*(path for part in space.parts for path in part), *own, *blocks))
-        for turn in itertools.zip_longest(*space.places):
-            standing = tuple(o for option in turn if option is not None for o in option)
-            prepare(replace(first, replaced=standing), (o.paths[0] for o in standing))
-        for share in WIDTHS[1:] if space.inner else ():
-            narrow = tuple(replace(n, width=fewer(n.width, share)) for group in space.inner for n in group)
-            prepare(replace(first, narrowed=narrow), blocks)
-        found = measure_latencies(list(ready.values()), at, reference_ms(at))
-    ms = {key: latency.ms for key, latency in zip(ready, found, strict=True)}
-    layers = {path: value for (graft, path), value in ms.items() if graft == first}
+    places = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
+    blocks = tuple(dict.fromkeys(narrowing.block for group in space.inner for narrowing in group))
+    plan = [(first, (WHOLE, *(path for part in space.parts for path in part), *places, *blocks))]
+    for turn in itertools.zip_longest(*space.places):
+        standing = tuple(o for option in turn if option is not None for o in option)
+        plan.append((replace(first, replaced=standing), tuple(o.paths[0] for o in standing)))
+    for share in WIDTHS[1:] if space.inner else ():
+        narrow = tuple(replace(n, width=fewer(n.width, share)) for group in space.inner for n in group)
+        plan.append((replace(first, narrowed=narrow), blocks))
+    ms = [_milliseconds(graft, tuple(dict.fromkeys(paths)), harms, at) for graft, paths in plan]
     ours: dict[Replacement, float] = {}
     saved: dict[Narrowing, float] = {}
-    for (graft, path), value in ms.items():
-        ours |= {own: value for own in graft.replaced if own.paths[0] == path}
-        narrowed = [own for own in graft.narrowed if own.block == path]
-        saved |= {own: max(0.0, layers.get(path, 0.0) - value) / len(narrowed) for own in narrowed}
-    return _Times(ms[first, ""], layers, ours, saved)
+    for (graft, _), found in zip(plan, ms, strict=True):
+        ours |= {own: found[own.paths[0]] for own in graft.replaced if own.paths[0] in found}
+        for block, value in found.items():
+            narrowed = [own for own in graft.narrowed if own.block == block]
+            saved |= {own: max(0.0, ms[0].get(block, 0.0) - value) / len(narrowed) for own in narrowed}
+    return _Times(ms[0][WHOLE], ms[0], ours, saved)
+
+
+def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyConfig) -> dict[str, float]:
+    """Times layers of a graft, a few at a time, and keeps the results in a file beside the losses.
+
+    Args:
+        graft: the graft.
+        paths: paths of its layers; `WHOLE` is the network itself.
+        harms: the parent and the file's folder.
+        at: timing conditions.
+
+    Returns:
+        The milliseconds of each layer that can be timed alone.
+    """
+    file, size = harms.folder / FILE, harms.data.input_size
+    of = key_of(f"{harms.of} {at.label} {at.here().conditions} {SECONDS}")
+    shape = {"of": LINE, "ms": {str: POSITIVE}}
+    kept = read_json(file, "a list of times", shape, RunError) if is_file(file, RunError) else {"of": of, "ms": {}}
+    ms: dict[str, float] = dict(kept["ms"]) if kept["of"] == of else {}
+    left = [path for path in paths if f"{graft.key} {path}" not in ms]
+    model = harms.parent.assemble(graft).eval() if left else None
+    for few in (left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)):
+        assert model is not None
+        with exclusive(at.device):
+            ready = prepare_parts(model, size, [path for path in few if path != WHOLE], at)
+            ready |= {WHOLE: prepare_model(model, size, at)} if WHOLE in few else {}
+            found = measure_latencies(list(ready.values()), at, reference_ms(at)) if ready else []
+        ms |= {f"{graft.key} {path}": latency.ms for path, latency in zip(ready, found, strict=True)}
+        write_file(file, json.dumps({"of": of, "ms": ms}, indent=1) + "\n")
+    return {path: ms[f"{graft.key} {path}"] for path in paths if f"{graft.key} {path}" in ms}

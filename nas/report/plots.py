@@ -146,8 +146,10 @@ def _draw(scored: Scored) -> Figure:
             if len(names) > MOST_NAMED:
                 blank: dict[str, Any] = {"linestyle": "", "marker": ""}
                 handles += [Line2D([], [], label=f"{i} {name}", **blank) for i, name in enumerate(names, start=1)]
-    place, size = ("outside right upper", "x-small") if len(handles) > MOST_LINES else ("outside right center", "small")
-    figure.legend(handles=handles, loc=place, frameon=False, fontsize=size)
+    if len(handles) > MOST_LINES:
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="x-small")
+    else:
+        figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
     width = 50 + 55 * panels
     title = "\n".join(textwrap.fill(line, width * 2 // 3) for line in title_of(scored).splitlines())
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
