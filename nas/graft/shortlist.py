@@ -203,8 +203,8 @@ def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyC
     file, size = harms.folder / FILE, harms.data.input_size
     of = key_of(f"{harms.of} {at.label} {at.here().conditions} {SECONDS}")
     shape = {"of": LINE, "ms": {str: POSITIVE}}
-    kept = read_json(file, "a list of times", shape, RunError) if is_file(file, RunError) else {"of": of, "ms": {}}
-    ms: dict[str, float] = dict(kept["ms"]) if kept["of"] == of else {}
+    kept = read_json(file, "a list of times", shape, RunError) if is_file(file, RunError) else None
+    ms: dict[str, float] = dict(kept["ms"]) if kept is not None and kept["of"] == of else {}
     left = [path for path in paths if f"{graft.key} {path}" not in ms]
     model = harms.parent.assemble(graft).eval() if left else None
     for few in (left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)):
