@@ -60,6 +60,7 @@ from .stage import (
     STAGE_WORDS,
     Stage,
     block_label,
+    stage_label,
 )
 
 __all__ = [
@@ -107,4 +108,5 @@ __all__ = [
     "mixer_to_dict",
     "parse_json",
     "resolutions",
+    "stage_label",
 ]

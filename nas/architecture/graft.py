@@ -19,7 +19,7 @@ from .checks import (
 )
 from .mixers import mixer_label
 from .network import Architecture
-from .stage import MAX_WIDTH, Stage, stage_from_dict, stage_to_dict
+from .stage import MAX_WIDTH, Stage, stage_from_dict, stage_label, stage_to_dict
 
 GRAFT_VERSION = 1
 MAX_NAME, MAX_DROPPED, MAX_SIDE = 200, 1000, 1024
@@ -54,7 +54,7 @@ class Replacement:
     grain: str = "stage"
 
     def __post_init__(self) -> None:
-        _check_paths(self.paths, "replaces")
+        _check_paths(self.paths, "replaces", "replaced")
         object.__setattr__(self, "paths", tuple(self.paths))
         if not self.paths or len(set(self.paths)) != len(self.paths) or not isinstance(self.stage, Stage):
             raise UsageError("a replacement needs a stage and different paths")
@@ -76,16 +76,10 @@ class Replacement:
     @property
     def label(self) -> str:
         """What stands there, without the place: `hadamard 2x112 /4 mlp 2`."""
-        stage = self.stage
-        ratio = f" /{stage.compression}" if stage.compression > 1 else ""
-        if self.grain == "mixer":
-            return f"{mixer_label(stage.mixer)}{ratio}"
-        mlp = f" mlp {stage.mlp_ratio:g}" if stage.mlp != "none" else ""
-        return f"{mixer_label(stage.mixer)} {stage.depth}x{stage.width}{ratio}{mlp}"
-
-    def covers(self, path: str) -> bool:
-        """Whether a layer of the parent is among those that go, or inside one of them."""
-        return bool(({path} | _above(path)) & set(self.paths))
+        if self.grain == "stage":
+            return stage_label(self.stage)
+        compression = self.stage.compression
+        return f"{mixer_label(self.stage.mixer)}{f' /{compression}' if compression > 1 else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, without defaults."""
@@ -126,7 +120,7 @@ class Narrowing:
     def __post_init__(self) -> None:
         if not isinstance(self.between, list | tuple):
             raise UsageError("the layers between two layers must be a list of paths")
-        _check_paths((self.producer, *self.between, self.consumer), "narrows")
+        _check_paths(self.paths, "narrows", "narrowed")
         object.__setattr__(self, "between", tuple(self.between))
         set_int(self, "width", 1, MAX_WIDTH)
 
@@ -167,14 +161,14 @@ def block_of(path: str) -> str:
     return ".".join(names[: last + 1])
 
 
-def _check_paths(paths: Any, verb: str) -> None:
-    """Checks the paths of layers.
+def _check_paths(paths: Any, verb: str, participle: str) -> None:
+    """Checks the paths of layers that a graft drops (dropped), replaces (replaced) or narrows (narrowed).
 
     Raises:
         UsageError: if they are not a list of paths.
     """
     if not isinstance(paths, list | tuple) or len(paths) > MAX_DROPPED:
-        raise UsageError(f"what a graft {verb} must be a list of at most {MAX_DROPPED} paths")
+        raise UsageError(f"the {participle} layers of a graft must be a list of at most {MAX_DROPPED} paths")
     for path in paths:
         plain = isinstance(path, str) and 0 < len(path) <= MAX_NAME
         if not plain or not path.replace(".", "").replace("_", "").isalnum():
@@ -207,20 +201,20 @@ class Graft:
                 f"a graft's parent is {str(self.parent)[:40]!r}: a timm model or an architecture is needed"
             )
         set_int(self, "input_size", 1, MAX_SIDE)
-        _check_paths(self.dropped, "drops")
+        _check_paths(self.dropped, "drops", "dropped")
         if not isinstance(self.replaced, list | tuple) or not isinstance(self.narrowed, list | tuple):
             raise UsageError("replaced and narrowed layers of a graft must be lists")
         if not all(isinstance(own, Replacement) for own in self.replaced) or len(self.replaced) > MAX_DROPPED:
-            raise UsageError(f"what a graft replaces must be a list of at most {MAX_DROPPED} replacements")
+            raise UsageError(f"a graft has a list of at most {MAX_DROPPED} replacements")
         taken = {path for own in self.replaced for path in own.paths}
         count = sum(len(own.paths) for own in self.replaced)
         if len(taken) < count or any(_above(path) & taken for path in taken):
             raise UsageError("two replacements of a graft stand in the same place")
         if not all(isinstance(own, Narrowing) for own in self.narrowed) or len(self.narrowed) > MAX_DROPPED:
-            raise UsageError(f"what a graft narrows must be a list of at most {MAX_DROPPED} narrowings")
+            raise UsageError(f"a graft has a list of at most {MAX_DROPPED} narrowings")
         if len({own.producer for own in self.narrowed}) != len(self.narrowed):
             raise UsageError("a graft narrows the same channels twice")
-        # what has no effect goes, so that equal networks have equal keys
+        # a change without an effect is left out, so that equal networks have equal keys
         dropped = set(self.dropped)
         dropped = {path for path in dropped if path not in taken and not _above(path) & (taken | dropped)}
         replaced = [own for own in self.replaced if not _above(own.paths[0]) & dropped]

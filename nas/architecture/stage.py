@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .checks import check_choice, check_mapping, non_defaults, reset, set_int, set_ratio
-from .mixers import MAX_MLP_RATIO, MIXER_TYPES, Mixer, mixer_from_dict, mixer_to_dict
+from .mixers import MAX_MLP_RATIO, MIXER_TYPES, Mixer, mixer_from_dict, mixer_label, mixer_to_dict
 
 MAX_DEPTH = 256  # no sane network reaches these bounds; they keep a hostile file from asking for a terabyte
 MAX_WIDTH = 16_384
@@ -107,6 +107,13 @@ def block_label(stage: Stage) -> str:
     if stage.interaction != "none":
         text += f" + {stage.interaction}"
     return text + {"none": "", "plain": " + mlp", "gated": " + gated mlp"}[stage.mlp]
+
+
+def stage_label(stage: Stage) -> str:
+    """Returns mixer with options, depth x width, compression and MLP ratio, such as `hadamard 2x112 /4 mlp 2`."""
+    ratio = f" /{stage.compression}" if stage.compression > 1 else ""
+    mlp = f" mlp {stage.mlp_ratio:g}" if stage.mlp != "none" else ""
+    return f"{mixer_label(stage.mixer)} {stage.depth}x{stage.width}{ratio}{mlp}"
 
 
 def stage_to_dict(stage: Stage) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from ..architecture import Architecture
 from ..data import ImageData, load_data
 from ..errors import RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, format_curve
+from ..folders.checkpoint import save_checkpoint
 from ..folders.files import locked_folder, write_file
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device, seeded
@@ -232,7 +232,7 @@ class _Work:
                 seed,
                 config.device,
                 training,
-                lambda _: _save(training, checkpoint),
+                lambda _: save_checkpoint(checkpoint, training.state()),
             )
         return {
             "score": f"{estimate.score:.6g}",
@@ -272,13 +272,6 @@ def _spread(items: Sequence[Architecture]) -> Iterator[Architecture]:
     """Yields all architectures in an order whose every prefix is spread over the whole range."""
     order = np.random.default_rng(0).permutation(len(items))
     yield from (items[int(i)] for i in order)
-
-
-def _save(training: Training, path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(training.state(), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, buffer.getvalue())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -12,10 +12,7 @@ Every file is written under a temporary name and then renamed.
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +26,7 @@ from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
+from .checkpoint import load_checkpoint, save_checkpoint
 from .files import reading_manifest, write_file
 from .manifest import Data, Record, nested
 from .shapes import DATA, MACHINE, TRAINED
@@ -238,9 +236,7 @@ class Trained:
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes the state from which the training can resume."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_file(self.path / CHECKPOINT, buffer.getvalue())
+        save_checkpoint(self.path / CHECKPOINT, state)
 
     def checkpoint(self) -> dict[str, Any] | None:
         """Reads the state from which the training resumes. None if it has not been started.
@@ -248,15 +244,7 @@ class Trained:
         Raises:
             RunError: if the file is damaged.
         """
-        file = self.path / CHECKPOINT
-        if not is_file(file, RunError):
-            return None
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise RunError(f"{file} is damaged ({why}): delete it to start over") from None
-        return state
+        return load_checkpoint(self.path / CHECKPOINT)
 
 
 def is_training(path: Path) -> bool:

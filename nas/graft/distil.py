@@ -1,49 +1,40 @@
 """Teaches layers of ours to answer like the parent's layers in whose place they may stand, all at once.
 
 The frozen parent sees augmented training images. Each option gets what its place takes there, and learns what its place
-returns. The seed and the number of a step determine all that is random in it, so a killed distillation goes on from its
-last checkpoint as if it had never stopped.
+returns. The seed and the number of a step determine all that is random in it, so a killed distillation resumes from
+its last checkpoint as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
-import pickle
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..architecture import Replacement
 from ..data import ImageData
 from ..errors import NasError, RunError
-from ..folders.files import write_file
+from ..folders.checkpoint import load_checkpoint, save_checkpoint
 from ..folders.library import Taught, load_taught, save_taught, save_weights
-from ..foreign_files import is_file
 from ..machine.devices import multiplies_bf16, seeded
-from ..models.grafts import StandIn
+from ..models.grafts import StandIn, replace_layers
+from ..models.watch import run_once, watched, watching
 from ..scoring.accuracy.training import augmented, normaliser
+from ..scoring.cost import count_cost
 from ..training.loop import Step
 
 log = logging.getLogger(__name__)
 
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 3e-3, 0.05, 20
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
-"""The formula of an operation that torch's counter lacks."""
 CHECKPOINT_SECONDS = 60.0
 STATE = "state.pt"
 TESTED_IMAGES = 512
@@ -103,7 +94,7 @@ def distil(
         taught, recorded = found
         if recorded == how.recorded and [one.replacement for one in taught] == list(options):
             return taught
-        shutil.rmtree(folder)  # of other layers, or taught otherwise
+        shutil.rmtree(folder)  # it holds other layers, or these layers after another teaching
     work = _Work(model, options, data, how, folder)
     work.run(on_step)
     return work.finish()
@@ -171,15 +162,17 @@ class _Work:
 
     def _errors(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Returns the error of each option on a batch of uint8 images."""
-        ends = {option.paths: (option.paths[0], option.paths[-1]) for option in self.options}
-        with torch.no_grad(), _ends(self.model, ends.values()) as (taken, returned):
+        ends = [path for option in self.options for path in (option.paths[0], option.paths[-1])]
+        with torch.no_grad(), watching(self.model, ends) as calls:
             self.model(self.normalise(pixels))
+        at = run_once(calls)
         errors = []
         for option, layer in zip(self.options, self.layers, strict=True):
-            first, last = ends[option.paths]
-            target = returned[last].float()
-            variance = target.var().clamp_min(1e-6)
-            errors.append((layer(taken[first]).float() - target).pow(2).mean() / variance)
+            taken, returned = at[option.paths[0]].taken, at[option.paths[-1]].returned
+            assert taken is not None
+            assert returned is not None
+            target = returned.float()
+            errors.append((layer(taken).float() - target).pow(2).mean() / target.var().clamp_min(1e-6))
         return errors
 
     def finish(self) -> tuple[Taught, ...]:
@@ -190,6 +183,8 @@ class _Work:
             for pixels in self.data.train.pixels[:TESTED_IMAGES].split(128):
                 sums += len(pixels) * torch.stack(self._errors(pixels.to(self.device))).cpu()
                 count += len(pixels)
+        if not sums.isfinite().all():
+            raise NasError("the error of a layer that was taught is not finite: try fewer `distil_epochs`")
         taught = tuple(Taught(o, float(e)) for o, e in zip(self.options, sums / count, strict=True))
         for option, layer in zip(self.options, self.layers, strict=True):
             weights = {name: t.detach().cpu().contiguous() for name, t in layer.state_dict().items()}
@@ -199,7 +194,6 @@ class _Work:
         return taught
 
     def _save(self) -> None:
-        buffer = io.BytesIO()
         state = {
             "options": [option.to_json() for option in self.options],
             "how": self.how.recorded,
@@ -207,50 +201,22 @@ class _Work:
             "layers": self.layers.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, buffer)
-        write_file(self.folder / STATE, buffer.getvalue())
+        save_checkpoint(self.folder / STATE, state)
 
     def _resume(self) -> None:
         file = self.folder / STATE
-        if not is_file(file, RunError):
+        state = load_checkpoint(file)
+        if state is None:
             return
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             same = state["options"] == [option.to_json() for option in self.options]
             if not same or state["how"] != self.how.recorded:
-                return  # of other layers, or taught otherwise: begin again
+                return  # a checkpoint of other layers, or of another teaching: begin again
             self.layers.load_state_dict(state["layers"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
-        except (*_DAMAGED, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to begin again") from None
-
-
-_DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError)
-
-
-@contextmanager
-def _ends(
-    model: nn.Module, ends: Iterable[tuple[str, str]]
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Notes what the first layers of places take and what the last ones return, in forward passes inside the block."""
-    taken: dict[str, torch.Tensor] = {}
-    returned: dict[str, torch.Tensor] = {}
-
-    def hook(into: dict[str, torch.Tensor], path: str, of_input: bool) -> Callable[..., None]:
-        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            into[path] = args[0] if of_input else output
-
-        return note
-
-    with ExitStack() as hooks:
-        for first, last in dict.fromkeys(ends):
-            for path, into in ((first, taken), (last, returned)):
-                handle = model.get_submodule(path).register_forward_hook(
-                    hook(into, path, into is taken), with_kwargs=True
-                )
-                hooks.callback(handle.remove)
-        yield taken, returned
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to start over") from None
 
 
 @dataclass(frozen=True)
@@ -276,16 +242,14 @@ def multiply_adds(model: nn.Module, input_size: tuple[int, int, int], options: S
         input_size: (channels, height, width) of an image.
         options: what may stand in places of it.
     """
-    ends = {option.paths: (option.paths[0], option.paths[-1]) for option in options}
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    with torch.inference_mode(), _ends(model, ends.values()) as (taken, _), counter:
-        model.eval()(torch.zeros(1, *input_size))
-    flops = {path.partition(".")[2]: sum(each.values()) for path, each in counter.get_flop_counts().items()}
-    of_options = {}
-    for option in options:
-        layer = StandIn(option).eval()
-        with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as own:
-            layer(taken[option.paths[0]])
-        of_options[option] = own.get_total_flops() // 2
-    of_places = {paths: sum(flops.get(path, 0) for path in paths) // 2 for paths in ends}
-    return Work(of_options, of_places, counter.get_total_flops() // 2)
+    taken = {path: call.taken for path, call in run_once(watched(model, input_size)).items() if call.taken is not None}
+    whole = count_cost(model, input_size).macs
+    of_options: dict[Replacement, int] = {}
+    of_places: dict[tuple[str, ...], int] = {}
+    for own in options:
+        of_options[own] = count_cost(StandIn(own), tuple(taken[own.paths[0]].shape[1:])).macs
+        if own.paths not in of_places:
+            changed = copy.deepcopy(model)
+            replace_layers(changed, own)
+            of_places[own.paths] = whole - count_cost(changed, input_size).macs + of_options[own]
+    return Work(of_options, of_places, whole)

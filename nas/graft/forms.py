@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..architecture import Architecture, Graft, Narrowing, Replacement
+from ..architecture import Architecture, Graft, Narrowing, Replacement, key_of
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
 from ..folders.training import Trained
-from ..models.parts import Place, droppable, places
+from ..models.parts import droppable, places
 from ..models.widths import inner_channels
 from ..scoring.latency import LatencyConfig
 from ..search.parent import Parent
@@ -78,15 +78,15 @@ def space_of(
     Raises:
         UsageError: if nothing of the parent can be made cheaper.
     """
-    architecture, device = trained.architecture, offer.how.device
+    architecture = trained.architecture
     assert not isinstance(architecture, Graft)
     named: str | Architecture = architecture or str(trained.manifest.model).removeprefix("timm:")
     model, side = trained.load_model(), data.input_size[1]
     groups = droppable(model, data.input_size)
     sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
     narrow = inner_channels(model, data.input_size)
-    found = _places(model, [(3, size, size) for size in sizes], offer)
-    if not groups and len(sizes) == 1 and not found and not narrow:
+    offered, work = _offered(model, [(3, size, size) for size in sizes], offer)
+    if not groups and len(sizes) == 1 and not offered and not narrow:
         raise UsageError(
             f"{name} cannot be made cheaper: it has no residual blocks and no inner channels, and takes one image size"
         )
@@ -95,22 +95,18 @@ def space_of(
         *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
     )
     of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
-    harms = Harms(of_parent, data, device, trained.path, offer.how.of)
+    of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
+    harms = Harms(of_parent, data, offer.how.device, trained.path, of)
     parts = tuple(_ordered(group, harms) for group in groups)
-    options = [own for _, each in found for own in each]
-    if options:
-        log.info("teaching %d layers of ours to stand in %d places of the parent", len(options), len(found))
-    work = multiply_adds(model, data.input_size, options).of_options
-    taught = distil(model, options, data, offer.how, trained.path / LIBRARY, on_step)
+    if offered:
+        count = len({own.paths for own in offered})
+        log.info("teaching %d layers of ours to stand in %d places of the parent", len(offered), count)
+    taught = distil(model, offered, data, replace(offer.how, of=of), trained.path / LIBRARY, on_step)
     stand = _standing(taught, parts, work)
-    inner: dict[object, list[Narrowing]] = {}
-    for own in narrow:
-        inner.setdefault(_part_of(own.block, parts), []).append(own)
-    described = f"forms of {name} with fewer or narrower blocks, smaller images{' and layers of ours' * bool(stand)}"
-    groups_of_inner = tuple(map(tuple, inner.values()))
-    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, groups_of_inner)
+    described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
+    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    harms = Harms(replace(of_parent, ours=ours), data, device, trained.path, offer.how.of)
+    harms = Harms(replace(of_parent, ours=ours), data, offer.how.device, trained.path, of)
     return space, shortlist(space, harms, latency, most_share)
 
 
@@ -134,22 +130,34 @@ def _takes(model: nn.Module, side: int) -> bool:
     return bool(torch.isfinite(logits).all())
 
 
-def _places(
+def _offered(
     model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], offer: Offer
-) -> list[tuple[Place, list[Replacement]]]:
-    """Returns the places of a network with what may stand there: cheaper layers, where it pays to replace them."""
+) -> tuple[list[Replacement], Mapping[Replacement, int]]:
+    """Returns what may stand in places of a network, where it pays to replace its layers.
+
+    Returns:
+        The options, and the multiply-adds of each.
+    """
     if offer.library is None:
-        return []
-    found = [(place, offer.library.options(place)) for place in places(model, input_sizes, offer.grain)]
-    if offer.grain == "mixer":
-        return found
-    work = multiply_adds(model, input_sizes[0], [own for _, each in found for own in each])
-    kept = [
-        (place, [own for own in each if work.of_options[own] <= MOST_WORK * work.of_places[place.paths]])
-        for place, each in found
-        if work.of_places[place.paths] >= LEAST_SHARE * work.whole
-    ]
-    return [(place, each) for place, each in kept if each]
+        return [], {}
+    found = [own for place in places(model, input_sizes, offer.grain) for own in offer.library.options(place)]
+    work = multiply_adds(model, input_sizes[0], found)
+    if offer.grain == "stage":
+        replaced = {own: work.of_places[own.paths] for own in found}
+        found = [
+            own
+            for own in found
+            if replaced[own] >= LEAST_SHARE * work.whole and work.of_options[own] <= MOST_WORK * replaced[own]
+        ]
+    return found, work.of_options
+
+
+def _in_groups(narrow: Sequence[Narrowing], parts: Sequence[Sequence[str]]) -> tuple[tuple[Narrowing, ...], ...]:
+    """Returns inner channels in groups: those of a part of the network become narrower together."""
+    inner: dict[object, list[Narrowing]] = {}
+    for own in narrow:
+        inner.setdefault(_part_of(own.block, parts), []).append(own)
+    return tuple(map(tuple, inner.values()))
 
 
 def _standing(
@@ -169,7 +177,7 @@ def _standing(
         own = one.replacement
         together = own.paths if own.grain == "stage" else _part_of(own.paths[0].rpartition(".")[0], parts)
         bundles.setdefault(together, {}).setdefault(own.label, []).append(one)
-    places = []
+    stand = []
     for options in bundles.values():
         size = max(len(each) for each in options.values())
         costs = {
@@ -180,8 +188,8 @@ def _standing(
             for each in options.values()
             if len(each) == size
         }
-        places.append(tuple(option for option, cost in costs.items() if not _beaten(cost, costs.values())))
-    return tuple(places)
+        stand.append(tuple(option for option, cost in costs.items() if not _beaten(cost, costs.values())))
+    return tuple(stand)
 
 
 def _part_of(block: str, parts: Sequence[Sequence[str]]) -> object:

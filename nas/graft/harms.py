@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,12 +12,10 @@ import torch.nn.functional as F
 
 from ..architecture import Graft
 from ..data import ImageData, reduced
-from ..errors import RunError
-from ..folders.files import write_file
 from ..folders.library import LIBRARY
-from ..foreign_files import FIGURE, LINE, is_file, read_json
 from ..scoring.accuracy.training import estimate_batch_norms, normaliser
 from ..search.parent import Parent
+from .kept import read_kept, write_kept
 
 IMAGES = 256
 """Largest number of training images on which a loss is computed."""
@@ -47,14 +44,7 @@ class Harms:
 
     def __post_init__(self) -> None:
         for file in (self._file(False), self._file(True)):
-            self.known.update(self._kept(file))
-
-    def _kept(self, file: Path) -> dict[str, float]:
-        """Reads losses from a file; none if there is no file, or it is about another parent or other images."""
-        if not is_file(file, RunError):
-            return {}
-        data = read_json(file, "a list of losses", {"of": LINE, "losses": {str: FIGURE}}, RunError)
-        return dict(data["losses"]) if data["of"] == self.of else {}
+            self.known.update(read_kept(file, self.of, "losses"))
 
     def _file(self, ours: bool) -> Path:
         return (self.folder / LIBRARY if ours else self.folder) / FILE
@@ -72,8 +62,7 @@ class Harms:
         if graft.key not in self.known:
             loss = self._computed(graft)
             file = self._file(bool(graft.replaced))
-            losses = self._kept(file) | {graft.key: loss}
-            write_file(file, json.dumps({"of": self.of, "losses": losses}, indent=1) + "\n")
+            write_kept(file, self.of, "losses", read_kept(file, self.of, "losses") | {graft.key: loss})
             self.known[graft.key] = loss
         return self.known[graft.key]
 

@@ -65,11 +65,8 @@ class Library:
             fitting = _fitting(mixer, place)
             for depth, ratio in itertools.product(self.depths, self.mlp_ratios):
                 stage = Stage(fitting, depth, place.width, ratio, compression)
-                found.append(
-                    Replacement(
-                        *(place.paths, stage, place.width_in, place.stride, place.layout, place.prefix, place.grain)
-                    )
-                )
+                at = {name: getattr(place, name) for name in ("width_in", "stride", "layout", "prefix", "grain")}
+                found.append(Replacement(place.paths, stage, **at))
         return list(dict.fromkeys(found))
 
     @classmethod

@@ -130,24 +130,28 @@ def _check_same(trained: Trained, settings: TrainConfig, config: SearchConfig) -
     Raises:
         RunError: if it has another network, other weights, other images or other epochs.
     """
-    asked, data = trained.manifest.asked, trained.manifest.data
-    search = data.held["search"]
+    asked = trained.manifest.asked
     recipe = settings.recipe.settings if isinstance(settings.recipe, Auto) else ()
-    differing = [
-        name
-        for name, same in (
-            ("parent", asked.target == settings.target),
-            ("weights", asked.init == settings.init),
-            ("parent_epochs", list(asked.settings or ()) == list(recipe)),
-            ("data", same_data(config.data, data.name)),
-            ("max_images", search is not None and search[0] == config.max_images),
-            ("input_size", config.input_size in (None, data.side)),
-            ("seed", asked.seed == settings.seed),
-        )
-        if not same
-    ]
-    if differing:
+    same = {
+        "parent": asked.target == settings.target,
+        "weights": asked.init == settings.init,
+        "parent_epochs": list(asked.settings or ()) == list(recipe),
+        **_same_images(trained, config),
+        "seed": asked.seed == settings.seed,
+    }
+    if differing := [name for name, equal in same.items() if not equal]:
         raise RunError(f"{trained.path} is a parent with another `{differing[0]}`: give another `out`, or delete it")
+
+
+def _same_images(trained: Trained, config: SearchConfig) -> dict[str, bool]:
+    """Returns for each setting of a search's images whether a training had the same, and held out the same ones."""
+    data = trained.manifest.data
+    search = data.held["search"]
+    return {
+        "data": same_data(config.data, data.name),
+        "max_images": search is not None and search[0] == config.max_images,
+        "input_size": config.input_size in (None, data.side),
+    }
 
 
 def _fits(folder: Path, config: SearchConfig) -> bool:
@@ -157,11 +161,7 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
     trained = Trained.open(folder)
     if trained.result is None:
         raise RunError(f"{folder} is not fully trained: resume it with mixnas train {folder}")
-    data = trained.manifest.data
-    same_size = config.input_size is None or config.input_size == data.side
-    search = data.held["search"]
-    same_images = search is not None and search[0] == config.max_images and same_data(config.data, data.name)
-    return same_images and same_size
+    return all(_same_images(trained, config).values())
 
 
 def _copied(trained: Trained, out: Path) -> Trained:

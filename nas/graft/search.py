@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..architecture import key_of
 from ..data import load_data
 from ..defaults import GRAIN
 from ..errors import UsageError
@@ -20,7 +19,6 @@ from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
 from ..search.config import check_for_parent
-from ..search.parent import fingerprint
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
@@ -81,8 +79,7 @@ def graft(
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     device = config.train_device or config.device
-    of = key_of(f"{fingerprint(trained.load_model().state_dict())} {data.fingerprint} {data.input_size[1]}")
-    how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device, of)
+    how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how)
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)

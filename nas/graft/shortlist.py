@@ -7,15 +7,13 @@ search begins, and no figure of it is ever reported.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..architecture import Graft, Narrowing, Replacement, key_of
-from ..errors import RunError, TrialFailure
-from ..folders.files import write_file
-from ..foreign_files import LINE, POSITIVE, is_file, read_json
+from ..errors import TrialFailure
+from ..foreign_files import POSITIVE
 from ..machine.turns import exclusive
 from ..scoring.latency import (
     LatencyConfig,
@@ -27,6 +25,7 @@ from ..scoring.latency import (
 from ..space import Choice, GraftSpace
 from ..space.graft_space import SIZE, WIDTHS, combinations, fewer
 from .harms import Harms
+from .kept import read_kept, write_kept
 
 log = logging.getLogger(__name__)
 
@@ -202,9 +201,7 @@ def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyC
     """
     file, size = harms.folder / FILE, harms.data.input_size
     of = key_of(f"{harms.of} {at.label} {at.here().conditions} {SECONDS}")
-    shape = {"of": LINE, "ms": {str: POSITIVE}}
-    kept = read_json(file, "a list of times", shape, RunError) if is_file(file, RunError) else None
-    ms: dict[str, float] = dict(kept["ms"]) if kept is not None and kept["of"] == of else {}
+    ms = read_kept(file, of, "ms", POSITIVE)
     left = [path for path in paths if f"{graft.key} {path}" not in ms]
     model = harms.parent.assemble(graft).eval() if left else None
     for few in (left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)):
@@ -214,5 +211,5 @@ def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyC
             ready |= {WHOLE: prepare_model(model, size, at)} if WHOLE in few else {}
             found = measure_latencies(list(ready.values()), at, reference_ms(at)) if ready else []
         ms |= {f"{graft.key} {path}": latency.ms for path, latency in zip(ready, found, strict=True)}
-        write_file(file, json.dumps({"of": of, "ms": ms}, indent=1) + "\n")
+        write_kept(file, of, "ms", ms)
     return {path: ms[f"{graft.key} {path}"] for path in paths if f"{graft.key} {path}" in ms}

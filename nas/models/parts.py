@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from .watch import Call, run_once, watched
 from .widths import GATES
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -60,7 +59,7 @@ def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple
         model: the network. It is left as it was.
         input_size: (channels, height, width) of an image.
     """
-    groups, modules = _groups(model, _watched(model, input_size)), dict(model.named_modules())
+    groups, modules = _groups(model, run_once(watched(model, input_size))), dict(model.named_modules())
     # of a sequence that holds nothing else, the first block stays
     kept = ((found[1:] if len(found) == len(modules[parent]) else found) for parent, found in groups.items())
     return tuple(part for found in kept for part in _split(found))
@@ -78,49 +77,15 @@ def places(model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], grain:
         input_sizes: (channels, height, width) of the images that it may get.
         grain: `stage` or `mixer`.
     """
-    seen = [_watched(model, size) for size in input_sizes]
+    seen = [run_once(watched(model, size)) for size in input_sizes]
     groups = _groups(model, seen[0])
     prefixes = tuple(dict.fromkeys((0, int(getattr(model, "num_prefix_tokens", 0)))))
     chains = _mixers(model, groups) if grain == "mixer" else _sequences(model, groups, seen[0])
-    found = (_place(chain, seen, input_sizes, prefixes, grain) for chain in chains)
+    found = (_place(chain, seen, prefixes, grain) for chain in chains)
     return tuple(place for place in found if place is not None)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a module took and returned in a forward pass, if it ran once with one tensor each."""
-
-    taken: torch.Tensor
-    returned: torch.Tensor
-
-
-def _watched(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, _Call]:
-    """Returns what each module took and returned, in the order in which they ended."""
-    calls: dict[str, list[_Call | None]] = {}
-
-    def record(path: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = args[0] if args else None
-            tensors = isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)
-            calls.setdefault(path, []).append(_Call(given, output) if tensors else None)
-
-        return hook
-
-    with _eval(model), torch.inference_mode():
-        hooks = [
-            module.register_forward_hook(record(path), with_kwargs=True)
-            for path, module in model.named_modules()
-            if path
-        ]
-        try:
-            model(torch.zeros(1, *input_size))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return {path: each[0] for path, each in calls.items() if len(each) == 1 and each[0] is not None}
-
-
-def _groups(model: nn.Module, seen: Mapping[str, _Call]) -> dict[str, list[str]]:
+def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
     """Returns the sequences that hold blocks which return the shape of their input -> the paths of these blocks."""
     modules = dict(model.named_modules())
     listed = {
@@ -133,7 +98,7 @@ def _groups(model: nn.Module, seen: Mapping[str, _Call]) -> dict[str, list[str]]
         path
         for path, call in seen.items()
         if path in listed
-        and call.taken.shape == call.returned.shape
+        and _shapes(call)[0] == _shapes(call)[1]
         and sum(isinstance(layer, LAYERS) for layer in modules[path].modules()) >= 2
     ]
     blocks = [path for path in blocks if not _is_part(path, blocks, modules)]
@@ -143,6 +108,13 @@ def _groups(model: nn.Module, seen: Mapping[str, _Call]) -> dict[str, list[str]]
     return groups
 
 
+def _shapes(call: Call) -> tuple[torch.Size, torch.Size]:
+    """Returns the shapes of what a module took and returned."""
+    assert call.taken is not None
+    assert call.returned is not None
+    return call.taken.shape, call.returned.shape
+
+
 def _split(paths: Sequence[str]) -> list[tuple[str, ...]]:
     """Splits a long sequence of blocks into parts of nearly equal length."""
     count = 1 if len(paths) <= MAX_CHAIN else math.ceil(len(paths) / CHAIN)
@@ -150,7 +122,7 @@ def _split(paths: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(paths[a:b]) for a, b in itertools.pairwise(edges) if b > a]
 
 
-def _sequences(model: nn.Module, groups: Mapping[str, list[str]], seen: Mapping[str, _Call]) -> list[tuple[str, ...]]:
+def _sequences(model: nn.Module, groups: Mapping[str, list[str]], seen: Mapping[str, Call]) -> list[tuple[str, ...]]:
     """Returns the layers of each place of the grain `stage`."""
     modules = dict(model.named_modules())
     chains: list[tuple[str, ...]] = []
@@ -174,7 +146,7 @@ def _sequences(model: nn.Module, groups: Mapping[str, list[str]], seen: Mapping[
     return sorted(chains, key=lambda chain: order.index(chain[0]))
 
 
-def _in_sequence(chain: Sequence[str], seen: Mapping[str, _Call]) -> bool:
+def _in_sequence(chain: Sequence[str], seen: Mapping[str, Call]) -> bool:
     """Whether each block takes the very tensor that the one before it returned."""
     return all(seen[b].taken is seen[a].returned for a, b in itertools.pairwise(chain))
 
@@ -193,15 +165,14 @@ def _mixers(model: nn.Module, groups: Mapping[str, list[str]]) -> list[tuple[str
 
 def _place(
     chain: tuple[str, ...],
-    seen: Sequence[Mapping[str, _Call]],
-    input_sizes: Sequence[tuple[int, int, int]],
+    seen: Sequence[Mapping[str, Call]],
     prefixes: Sequence[int],
     grain: str,
 ) -> Place | None:
     """Returns a place, or None if what its layers take and return is no map of one layout and of stride 1 or 2."""
     if any(path not in calls for calls in seen for path in chain):
         return None
-    ends = [(calls[chain[0]].taken.shape, calls[chain[-1]].returned.shape) for calls in seen]
+    ends = [(_shapes(calls[chain[0]])[0], _shapes(calls[chain[-1]])[1]) for calls in seen]
     found = []
     for layout, prefix in (("nchw", 0), ("nhwc", 0), *(("tokens", prefix) for prefix in prefixes)):
         maps = [(_map(taken, layout, prefix), _map(returned, layout, prefix)) for taken, returned in ends]
@@ -242,15 +213,3 @@ def _is_part(path: str, blocks: Sequence[str], modules: Mapping[str, nn.Module])
 
 def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Puts a network in eval mode for a while."""
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..architecture import Narrowing, block_of
 from ..errors import UsageError
+from .watch import run_once, watched
 
 EACH_ALONE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh)
 GATES = ("SqueezeExcite", "SEModule")
@@ -70,43 +71,29 @@ def importances(layers: Sequence[nn.Module]) -> torch.Tensor:
 
 def _chains(model: nn.Module, input_size: tuple[int, int, int]) -> list[Narrowing]:
     """Follows tensors from layer to layer in a forward pass."""
-    modules, calls = dict(model.named_modules()), []
-
-    def record(path: str) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                calls.append((path, args[0], output))
-
-        return hook
-
-    training = {path: module.training for path, module in modules.items()}
-    hooks = [m.register_forward_hook(record(p)) for p, m in modules.items() if p and (_is_layer(m) or _is_alone(m))]
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, *input_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for path, module in modules.items():
-            module.training = training[path]
+    modules = dict(model.named_modules())
+    every = watched(model, input_size)
+    calls = [call for call in every if _is_layer(modules[call.path]) or _is_alone(modules[call.path])]
     gates = tuple(f"{path}." for path, module in modules.items() if _gate(module))
-    once = {path for path, _, _ in calls if sum(path == other for other, _, _ in calls) == 1}
+    once = run_once(every)
     found = []
-    for start, (path, _, tensor) in enumerate(calls):
+    for start, call in enumerate(calls):
+        path, tensor = call.path, call.returned
         if not _is_layer(modules[path]) or _width(modules[path]) < LEAST or path.startswith(gates):
             continue
         between: list[str] = []
-        for other, taken, returned in calls[start + 1 :]:
-            if taken is not tensor:
+        for later in calls[start + 1 :]:
+            other = later.path
+            if tensor is None or later.taken is not tensor:
                 continue
             if _is_layer(modules[other]):
                 spec = Narrowing(path, tuple(between), other, _width(modules[path]))
                 state = {own for own in (path, *between, other) if next(modules[own].parameters(), None) is not None}
-                if state <= once and "" != block_of(path) == block_of(other):
+                if state <= set(once) and "" != block_of(path) == block_of(other):
                     found.append(spec)
                 break
             between.append(other)
-            tensor = returned
+            tensor = later.returned
     return [spec for spec in found if _fits(_layers(model, spec))]
 
 
@@ -149,9 +136,8 @@ def _layers(model: nn.Module, spec: Narrowing) -> list[nn.Module]:
         UsageError: if the network has no such layers.
     """
     modules = dict(model.named_modules())
-    paths = (spec.producer, *spec.between, spec.consumer)
-    layers = [modules[path] for path in paths if path in modules]
-    if len(layers) < len(paths) or not _fits(layers):
+    layers = [modules[path] for path in spec.paths if path in modules]
+    if len(layers) < len(spec.paths) or not _fits(layers):
         raise UsageError(f"{type(model).__name__} has no inner channels between {spec.producer} and {spec.consumer}")
     return layers
 

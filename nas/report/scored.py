@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..architecture import MIXER_TYPES, Candidate, Graft, block_label, mixer_label
+from ..architecture import MIXER_TYPES, Candidate, Graft, block_label, stage_label
 from ..errors import UsageError
 from ..folders.run import Run
 from ..folders.tables import kind_of
@@ -96,10 +96,7 @@ def describe_stages(architecture: Candidate) -> list[str]:
     if isinstance(architecture, Graft):
         return architecture.lines
     return [
-        f"stage {i}: {mixer_label(s.mixer)} {s.depth}x{s.width}"
-        + (f" /{s.compression}" if s.compression > 1 else "")
-        + (f" mlp {s.mlp_ratio:g}" if s.mlp != "none" else "")
-        + ("" if block_label(s) == PLAIN_BLOCK else f" [{block_label(s)}]")
+        f"stage {i}: {stage_label(s)}" + ("" if block_label(s) == PLAIN_BLOCK else f" [{block_label(s)}]")
         for i, s in enumerate(architecture.stages, start=1)
     ]
 

@@ -67,8 +67,10 @@ class Cost:
         return bool(self.uncounted)
 
 
-def count_cost(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+def count_cost(model: nn.Module, input_size: tuple[int, ...]) -> Cost:
     """Counts `model` for one image of `input_size` (channels, height, width) in eval mode. The model is not changed.
+
+    A part of a network may take something else than an image: `input_size` is the shape of its input without the batch.
 
     On torch's meta device, only the shapes are followed and nothing is computed.
     """

@@ -192,10 +192,6 @@ class GraftSpace:
                 return label_of(option)
         return KEPT
 
-    def form(self, graft: Graft) -> str:
-        """Returns what a graft changes of the parent, one of `FORMS`."""
-        return form_of(graft, self.input_sizes[0])
-
     def canonical(self, choices: Mapping[str, Choice]) -> dict[str, Choice]:
         """Returns the choices that `encode` gives for the graft that `choices` decode to."""
         return self.encode(self.decode(choices)) if self.places or self.inner else dict(choices)
@@ -246,18 +242,18 @@ class GraftSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data from which `from_dict` builds an equal space."""
-        return {
+        data: dict[str, Any] = {
             "name": self.name,
             "description": self.description,
             "parent": self.parent if isinstance(self.parent, str) else self.parent.to_dict(),
             "parts": [list(part) for part in self.parts],
             "input_sizes": list(self.input_sizes),
-        } | self._more_to_dict()
-
-    def _more_to_dict(self) -> dict[str, Any]:
-        places = [[[own.to_dict() for own in option] for option in place] for place in self.places]
-        inner = [[own.to_dict() for own in group] for group in self.inner]
-        return ({"places": places} if places else {}) | ({"inner": inner} if inner else {})
+        }
+        if self.places:
+            data["places"] = [[[own.to_dict() for own in option] for option in place] for place in self.places]
+        if self.inner:
+            data["inner"] = [[own.to_dict() for own in group] for group in self.inner]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GraftSpace:
