@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from .. import defaults
 from ..architecture import GRAINS, Graft
 from ..errors import RunError, UsageError, unknown_name
-from ..folders.files import PARENT
+from ..folders.files import PARENT, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import is_file
 from ..search.config import SearchConfig
@@ -172,7 +171,6 @@ def _copied(trained: Trained, out: Path) -> Trained:
     """
     if is_training(out) and Trained.open(out).manifest.created != trained.manifest.created:
         raise RunError(f"{out} is a parent from elsewhere: give another `out`, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, WEIGHTS, RESULT):
-        shutil.copyfile(trained.path / name, out / name)
+        write_file(out / name, (trained.path / name).read_bytes())
     return Trained.open(out)

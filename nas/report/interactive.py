@@ -27,6 +27,7 @@ from .scored import (
     describe_stages,
     errors_of,
     kind_in_words,
+    star_labels,
     title_of,
     uses_log_scale,
     values_of,
@@ -160,10 +161,11 @@ def _stars(known: list[tuple[str, float, float]], window: tuple[float, float]) -
         y=[y for _, _, y in known],
         mode="markers+text",
         marker={"symbol": "star", "size": 13, "color": PAPER, "line": {"width": 1.2, "color": INK}},
-        text=[escape(name) for name, _, _ in known],
+        text=[escape(label) for label in star_labels(known)],
+        hovertext=[escape(name) for name, _, _ in known],
         textposition=["bottom left" if x > middle else "bottom right" for _, x, _ in known],
         textfont={"size": 10},
-        hovertemplate="<b>%{text}</b>, scored like the points<br>%{x:.3f}, %{y:.3f}<extra></extra>",
+        hovertemplate="<b>%{hovertext}</b>, scored like the points<br>%{x:.3f}, %{y:.3f}<extra></extra>",
     )
 
 

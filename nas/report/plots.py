@@ -33,6 +33,7 @@ from .scored import (
     far_off,
     kind_in_words,
     read_runs,
+    star_labels,
     title_of,
     uses_log_scale,
     values_of,
@@ -43,9 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP"
-MOST_NAMED, MOST_LINES = 5, 10
-"""Largest number of baselines whose names stand beside their stars. More get numbers, and the legend says the
-names. With more than `MOST_LINES` lines, the legend stands at the top and is smaller, so that it leaves the caption."""
+MOST_LINES = 10
+"""A legend with more lines stands at the top and is smaller, so that it does not cover the caption."""
 
 
 def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
@@ -142,10 +142,10 @@ def _draw(scored: Scored) -> Figure:
         }
         handles.append(Line2D([], [], label="baseline", **star))
         for run, _, _ in scored:
-            names = [name for name, _, _ in baselines_of(run, objectives[0], objectives[1])]
-            if len(names) > MOST_NAMED:
-                blank: dict[str, Any] = {"linestyle": "", "marker": ""}
-                handles += [Line2D([], [], label=f"{i} {name}", **blank) for i, name in enumerate(names, start=1)]
+            known = baselines_of(run, objectives[0], objectives[1])
+            numbers = [(label, name) for label, (name, _, _) in zip(star_labels(known), known, strict=True)]
+            blank: dict[str, Any] = {"linestyle": "", "marker": ""}
+            handles += [Line2D([], [], label=f"{n} {name}", **blank) for n, name in numbers if n != name]
     if len(handles) > MOST_LINES:
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="x-small")
     else:
@@ -157,13 +157,6 @@ def _draw(scored: Scored) -> Figure:
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure
-
-
-def _labelled(baselines: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """Returns baselines with their names, or with numbers where there are so many that names would cover each other."""
-    if len(baselines) <= MOST_NAMED:
-        return baselines
-    return [(str(number), x, y) for number, (_, x, y) in enumerate(baselines, start=1)]
 
 
 def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]) -> Figure:
@@ -240,7 +233,8 @@ def _draw_run(
             linewidths=1,
             zorder=3,
         )
-    for label, at_x, at_y in _labelled(baselines_of(run, x, y)):
+    known = baselines_of(run, x, y)
+    for label, (_, at_x, at_y) in zip(star_labels(known), known, strict=True):
         axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors=INK, linewidths=1, zorder=4)
         style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": INK}
         axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)

@@ -37,6 +37,8 @@ KINDS = (*MIXER_TYPES, *FORMS)
 MIXER_COLOURS = dict(zip(MIXER_TYPES, itertools.cycle(COLOURS), strict=False)) | dict(
     zip(FORMS, ("#999999", "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"), strict=True)
 )
+MOST_NAMED = 5
+"""Largest number of baselines whose names stand beside their stars."""
 INK, PAPER, WHISKER = "#333333", "#ffffff", "#9a9a9a"
 """Colours of outlines, hollow symbols and intervals; a page in another theme replaces them by its own."""
 
@@ -136,6 +138,12 @@ def baselines_of(run: Run, x: Objective, y: Objective) -> list[tuple[str, float,
         for name, scores in run.baselines().items()
         if (at_x := x.read(scores)) is not None and (at_y := y.read(scores)) is not None
     ]
+
+
+def star_labels(baselines: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Returns what stands beside the stars of baselines: their names, or numbers where names would cover each other."""
+    names = [name for name, _, _ in baselines]
+    return names if len(names) <= MOST_NAMED else [str(number) for number in range(1, len(names) + 1)]
 
 
 def axis_range(objective: Objective, scored: Scored) -> tuple[float, float]:

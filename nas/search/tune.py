@@ -55,7 +55,7 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     _score_rivals(study, evaluator, space.rivals(), tuner, trials)
     tuner.tune_all(_shortlist(run, trials, config.tune_count))
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
-        log.info("training %s from random weights for %d epochs, as a control", graft.key, config.tune_epochs)
+        log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)
         study.set_user_attr(CONTROL, {"key": graft.key, **tuner.from_random_weights(graft)})
 
 
@@ -71,7 +71,7 @@ class _Tuner:
         """Tunes grafts one after the other."""
         left = [graft for graft in grafts if graft.key not in self.done]
         for number, graft in enumerate(left, start=1):
-            log.info("tuning %s for %d epochs: %d of %d", graft.key, self._fidelity.epochs, number, len(left))
+            log.info("tuning %s, epochs %d: %d of %d", graft.key, self._fidelity.epochs, number, len(left))
             self.tune(graft)
 
     def tune(self, graft: Graft) -> Mapping[str, Any]:
