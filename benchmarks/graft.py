@@ -1,7 +1,7 @@
 """Measures what a search for cheaper forms of a pretrained network finds, against its rivals, over seeds.
 
     python benchmarks/graft.py --parent tf_efficientnet_lite0 --weights FILE --data DATA/trashnet/train.tar \\
-        --seeds 3 --out FOLDER                # resumes
+        --seeds 0,1,2 --out FOLDER            # resumes
 
 For each seed it runs `mixnas search --parent`. Then it tests the tuned networks on the test split beside the data,
 which no search has seen. It prints a table in Markdown: for each share of the parent's latency, the best point of the
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="train.tar, with test.tar beside it")
     parser.add_argument("--input-size", type=int, default=96)
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--parent-epochs", type=int, default=4)
     parser.add_argument("--tune-epochs", type=int, default=4)
@@ -56,7 +56,7 @@ def main() -> None:
     asked = parser.parse_args()
     print("| seed | within | network | latency, ms | held-out, % | test, % | test, against the parent |")
     print("|---|---|---|---:|---:|---:|---:|")
-    for seed in range(asked.seeds):
+    for seed in map(int, asked.seeds.split(",")):
         begun = time.monotonic()
         run = _search(asked, seed)
         for line in _rows(run, seed):

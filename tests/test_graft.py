@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -57,6 +58,7 @@ from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 from nas.search.parent import Parent
+from nas.search.race import winners
 from nas.space import FORMS, GraftSpace, space_from_dict
 from nas.space.graft_space import form_of
 from nas.targets import resolve
@@ -656,7 +658,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
         max_images=120,
         input_size=32,
         trials=4,
-        tune_epochs=1,
+        tune_epochs=2,
         tune_count=2,
         control=True,
         out=folder / "run",
@@ -720,6 +722,62 @@ def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:
     target = resolve(f"{run.path}@{trial.key}")
     assert target.input_size == trial.architecture.input_size
     assert target.weights == run.weights_file(trial.key)
+
+
+class _Interrupts(logging.Handler):
+    """Interrupts the program at a message with some words, once."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.done = words, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.done and self.words in record.getMessage():
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Run.open(shutil.copytree(run.path, tmp_path / "run"))
+    shutil.rmtree(copy.path / "tuned")
+    with copy.study() as study:
+        for name in ("raced", "tuned"):
+            study.set_user_attr(name, {})
+    log, handler = logging.getLogger("nas.search.tune"), _Interrupts("epochs 2: 1 of")
+    states: list[Path] = []
+    log.addHandler(handler)
+    caplog.set_level(logging.INFO, log.name)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search(local_config(copy))
+        states = copy.unfinished_tunings()
+        search(local_config(copy))
+    finally:
+        log.removeHandler(handler)
+    before, after = run.attributes["tuned"], copy.attributes["tuned"]
+    assert after
+    assert {copy.tuning_file(key) for key in after} <= set(states)
+    assert not copy.unfinished_tunings()
+    assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
+
+
+def test_a_graft_that_is_beaten_for_sure_is_tuned_for_the_first_epoch_only(run: Run) -> None:
+    trials = [t for t in run.trials(tuned=False, remeasured=False) if t.state == "complete"]
+    fastest = min(trials, key=lambda t: t.scores.latency_ms or 0.0)
+    count = run.manifest.data.num_holdout
+    entry = next(iter(run.attributes["tuned"].values()))
+
+    def raced(right_of_fastest: int) -> dict[str, dict]:
+        right = {t.key: 1 if t is not fastest else right_of_fastest for t in trials}
+        return {
+            key: entry | {"accuracy": 100 * n / count, "hits": np.packbits(np.arange(count) < n).tobytes().hex()}
+            for key, n in right.items()
+        }
+
+    assert [graft.key for graft in winners(run, trials, raced(count), 9)] == [fastest.key]
+    assert len(winners(run, trials, raced(2), 9)) == len(trials)  # one image more is no proof
 
 
 @table("control", [3, {"key": ["x"]}, {"key": "abc", "accuracy": 1.0}])

@@ -102,7 +102,7 @@ OF_PARENT = {
     type=int,
     default=defaults.TUNE_COUNT,
     section=PARENT,
-    help="Number of forms to tune; the whole front is always tuned.",
+    help="Number of forms to tune to the end; twice as many are tuned for one epoch first.",
 )
 @option(
     "--control/--no-control",

@@ -2,7 +2,7 @@
 
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Study attributes that `nas.search.remeasure` writes."""
-TUNED, CONTROL = "tuned", "control"
+RACED, TUNED, CONTROL = "raced", "tuned", "control"
 """Study attributes that `nas.search.tune` writes."""
 WHOLE = "whole"
 """Name of the whole network among its measured parts."""

@@ -41,8 +41,8 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     rivals, latency = run.baselines(), next((o for o in run.objectives if o.is_latency), None)
     if PARENT not in keys or PARENT not in rivals or latency is None:
         return []
-    hits_of = {key: _hits(run, key, entry) for key, entry in tuned.items() if "failure" not in entry}
-    whole, parent_ms = hits_of.get(keys[PARENT]), latency.read(rivals[PARENT])
+    right_of = {key: hits_of(run, key, entry) for key, entry in tuned.items() if "failure" not in entry}
+    whole, parent_ms = right_of.get(keys[PARENT]), latency.read(rivals[PARENT])
     if whole is None or parent_ms is None:
         return []
     as_fast = {name: ms for name in keys if name in rivals and (ms := latency.read(rivals[name])) is not None}
@@ -50,32 +50,32 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     for share in SHARES:
         within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= share * parent_ms]
         best = max(within, key=lambda t: t.scores.accuracy or 0.0, default=None)
-        if best is None or best.key not in hits_of:
+        if best is None or best.key not in right_of:
             lines.append(f"no point of the front takes at most {100 * share:.0f} % of the parent's latency")
             continue
-        plain = [name for name, ms in as_fast.items() if ms <= share * parent_ms and keys[name] in hits_of]
-        rival = max(plain, key=lambda n: (int(hits_of[keys[n]].sum()), keys[n] == best.key), default=None)
+        plain = [name for name, ms in as_fast.items() if ms <= share * parent_ms and keys[name] in right_of]
+        rival = max(plain, key=lambda n: (int(right_of[keys[n]].sum()), keys[n] == best.key), default=None)
         text = (
             f"at most {100 * share:.0f} % of the parent's latency: {best.key} is "
-            f"{_difference(hits_of[best.key], whole)} than the parent"
+            f"{_difference(right_of[best.key], whole)} than the parent"
         )
         if rival is None:
             text += "; no form that needs no search is as fast"
         elif keys[rival] == best.key:
             text += f"; it is the best form that needs no search ({rival})"
         else:
-            found = _difference(hits_of[best.key], hits_of[keys[rival]])
+            found = _difference(right_of[best.key], right_of[keys[rival]])
             text += f", and {found} than the best form that needs no search ({rival})"
         lines.append(text)
-    return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), hits_of)]
+    return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), right_of)]
 
 
-def _of_control(run: Run, control: Mapping[str, Any], hits_of: Mapping[str, np.ndarray]) -> list[str]:
+def _of_control(run: Run, control: Mapping[str, Any], right_of: Mapping[str, np.ndarray]) -> list[str]:
     """Returns a sentence that compares a graft with the same network from random weights, if there is a control."""
-    if control.get("key") not in hits_of or "failure" in control:
+    if control.get("key") not in right_of or "failure" in control:
         return []
     key = control["key"]
-    found = _difference(_hits(run, key, control), hits_of[key])
+    found = _difference(hits_of(run, key, control), right_of[key])
     return [f"from random weights, trained as long: {key} is {found} than with the parent's weights"]
 
 
@@ -113,7 +113,7 @@ def _difference(hits: np.ndarray, others: np.ndarray) -> str:
     return f"{abs(found.value):.1f} points {word} accurate (difference {format_ends(*found.ends, '+.1f')})"
 
 
-def _hits(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:
+def hits_of(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:
     """Returns which held-out images a tuned graft gets right, of shape (images,).
 
     Raises:

@@ -7,6 +7,7 @@
     weights/<key>.safetensors   proxy-trained weights of the front
     parent/                 the parent's training, in a search for grafts, with the layers of ours (`library`)
     tuned/<key>.safetensors     weights of tuned grafts
+    tuned/<key>.pt              state of an unfinished tuning
     exports/<key>/          networks that `export` wrote
     trained/<key>/          networks that `train` trained
 
@@ -35,7 +36,7 @@ from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
-from .attributes import BASELINES, REMEASURED, STAGES, TUNED
+from .attributes import BASELINES, RACED, REMEASURED, STAGES, TUNED
 from .files import reading_manifest, write_file
 from .manifest import FORMAT, Manifest
 from .shapes import RUN, STUDY
@@ -179,7 +180,7 @@ class Run:
                 raise RunError(f"trial {trial.number} of {self.path} is damaged: it is complete without its scores")
         attributes = self.attributes if remeasured or tuned else {}
         if tuned and (entries := attributes.get(TUNED)):
-            trials = [with_tuning(t, entries) for t in trials]
+            trials = [with_tuning(t, entries, attributes.get(RACED, {})) for t in trials]
         again = attributes.get(REMEASURED, {}) if remeasured else {}
         if not again:
             return trials
@@ -359,28 +360,30 @@ class Run:
 
     def weights_file(self, key: str) -> Path:
         """Path of the weights of a network: those of its tuning, else those that the proxy trained."""
-        tuned = self.path / "tuned" / f"{key}.safetensors"
-        return tuned if tuned.is_file() else self._proxy_weights(key)
+        tuned = self._weights(key, tuned=True)
+        return tuned if tuned.is_file() else self._weights(key)
 
-    def _proxy_weights(self, key: str) -> Path:
-        return self.path / "weights" / f"{key}.safetensors"
+    def _weights(self, key: str, tuned: bool = False) -> Path:
+        return self.path / ("tuned" if tuned else "weights") / f"{key}.safetensors"
 
-    def save_weights(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Writes weights that the proxy trained."""
+    def save_weights(self, key: str, weights: Mapping[str, torch.Tensor], tuned: bool = False) -> None:
+        """Writes the weights of a tuned graft, or those that the proxy trained."""
         from safetensors.torch import save
 
-        write_file(self._proxy_weights(key), save(dict(weights)))
+        write_file(self._weights(key, tuned), save(dict(weights)))
 
-    def save_tuned(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Writes weights of a tuned graft."""
-        from safetensors.torch import save
+    def tuning_file(self, key: str) -> Path:
+        """Path of the state of an unfinished tuning."""
+        return self.path / "tuned" / f"{key}.pt"
 
-        write_file(self.path / "tuned" / f"{key}.safetensors", save(dict(weights)))
+    def unfinished_tunings(self) -> list[Path]:
+        """Files with states of unfinished tunings."""
+        return sorted(self.path.glob("tuned/*.pt"))
 
     def drop_weights(self, keys: set[str]) -> None:
         """Deletes the weights of these architectures only: other files may belong to another worker's trial."""
         for key in keys:
-            self._proxy_weights(key).unlink(missing_ok=True)
+            self._weights(key).unlink(missing_ok=True)
 
 
 def is_run(path: Path) -> bool:

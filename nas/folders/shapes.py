@@ -109,6 +109,7 @@ STUDY = {
     "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
     "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
+    "raced?": {str: (_TUNED, _FAILURE)},
     "tuned?": {str: (_TUNED, _FAILURE)},
     "control?": ({"key": LINE, **_TUNED}, {"key": LINE, **_FAILURE}),
     "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},

@@ -79,19 +79,25 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     )
 
 
-def with_tuning(trial: Trial, tuned: Mapping[str, Any]) -> Trial:
-    """Returns a complete trial with its accuracy after tuning; a trial that was not tuned is pruned.
+def with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]) -> Trial:
+    """Returns a complete trial with its accuracy after tuning; a trial that was not tuned to the end is pruned.
 
     Args:
         trial: the trial.
         tuned: key -> entry, as `nas.search.tune` writes them.
+        raced: key -> entry of those that were tuned for the first epochs.
     """
     if trial.state != "complete":
         return trial
     entry = tuned.get(trial.key)
     if entry is None:
         scores = replace(trial.scores, accuracy=None, accuracy_std=None, accuracy_assembled=trial.scores.accuracy)
-        failure = "not tuned, because others looked better before tuning"
+        first = raced.get(trial.key, {}).get("epochs")
+        failure = (
+            "not tuned, because others looked better before tuning"
+            if first is None
+            else f"not tuned further, because others were better after epoch {first}"
+        )
         return replace(trial, state="pruned", scores=scores, failure=failure)
     if "failure" in entry:
         return replace(trial, state="failed", failure=one_line(entry["failure"]))

@@ -1,17 +1,18 @@
 """Tunes the best grafts of a search, and the parent's forms that need no search, all in the same way.
 
-Assembled accuracies only say which grafts to tune. A front is made of tuned networks alone. The results are attributes
-of the study, `tuned` (key -> accuracy, and which held-out images were right); the weights lie in the run folder. A
-killed search loses the one tuning that was under way.
+Assembled accuracies only say which grafts to tune for the first epoch, and their accuracies after it say which of these
+go on to the end. A front is made of networks alone that were tuned to the end. The results are attributes of the study,
+`raced` and `tuned` (key -> accuracy, and which held-out images were right); the weights lie in the run folder. A killed
+search goes on from the last state of the tuning that was under way, with the same results.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,29 +20,34 @@ import optuna
 from torch import nn
 
 from ..architecture import Graft
-from ..errors import TrialFailure
-from ..folders.attributes import BASELINES, CONTROL, TUNED
+from ..errors import RunError, TrialFailure
+from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED
+from ..folders.checkpoint import load_checkpoint, save_checkpoint
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
-from ..objectives.pareto import nondomination_ranks
-from ..scoring.accuracy import Estimate, Fidelity, train
+from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
 from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.accuracy.training import LEARNING_RATE, held_out_hits
 from ..scoring.memory import failing_without_memory
 from ..space import GraftSpace
 from .config import SearchConfig
 from .evaluate import Evaluator
+from .race import starters, winners
 
 log = logging.getLogger(__name__)
 
-OF_EACH_KIND = 2
-"""Number of grafts with layers of ours, and of those with narrower blocks, that are tuned at least."""
+FIRST_EPOCHS = 1
+"""Epochs after which the best are chosen."""
+WIDER = 2
+"""Number of grafts that are tuned for the first epochs, for each one that is tuned to the end."""
+MAX_STATES = 4 << 30
+"""Bytes of states of unfinished tunings that are kept. A tuning without a state begins again, with the same results."""
 
 
 def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace, config: SearchConfig) -> None:
-    """Scores and tunes the rivals, then tunes the shortlist of the search, until all of the front is tuned.
+    """Scores and tunes the rivals, then tunes the best of the search, until all of the front is tuned.
 
     Args:
         study: the study, which gets the results as attributes.
@@ -53,7 +59,12 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     tuner = _Tuner(study, run, evaluator, config.tune_epochs)
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
     _score_rivals(study, evaluator, space.rivals(), tuner, trials)
-    tuner.tune_all(_shortlist(run, trials, config.tune_count))
+    if config.tune_epochs > FIRST_EPOCHS:
+        tuner.race(starters(run, trials, WIDER * config.tune_count))
+        chosen = winners(run, trials, tuner.raced, config.tune_count)
+    else:
+        chosen = starters(run, trials, config.tune_count)
+    tuner.tune_all(chosen)
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
         log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)
         study.set_user_attr(CONTROL, {"key": graft.key, **tuner.from_random_weights(graft)})
@@ -65,22 +76,49 @@ class _Tuner:
     def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
         self._study, self._run, self._evaluator = study, run, evaluator
         self._fidelity = replace(evaluator.fidelity, epochs=epochs, max_seconds=None)
+        self.raced: dict[str, Any] = dict(study.user_attrs.get(RACED, {}))
         self.done: dict[str, Any] = dict(study.user_attrs.get(TUNED, {}))
 
+    def race(self, grafts: Sequence[Graft]) -> None:
+        """Tunes grafts for the first epochs, one after the other."""
+        left = [graft for graft in grafts if graft.key not in self.raced and graft.key not in self.done]
+        for number, graft in enumerate(left, start=1):
+            log.info("tuning %s, epochs %d: %d of %d", graft.key, FIRST_EPOCHS, number, len(left))
+            self._begin(graft)
+
     def tune_all(self, grafts: Sequence[Graft]) -> None:
-        """Tunes grafts one after the other."""
+        """Tunes grafts to the end, one after the other, and deletes the states of all others."""
         left = [graft for graft in grafts if graft.key not in self.done]
         for number, graft in enumerate(left, start=1):
             log.info("tuning %s, epochs %d: %d of %d", graft.key, self._fidelity.epochs, number, len(left))
             self.tune(graft)
+        for state in self._run.unfinished_tunings():
+            state.unlink()
 
     def tune(self, graft: Graft) -> Mapping[str, Any]:
-        """Tunes a graft; returns its entry of `tuned`, which holds a `failure` if it cannot be tuned."""
+        """Tunes a graft to the end; returns its entry of `tuned`, which holds a `failure` if it cannot be tuned."""
+        if self._fidelity.epochs > FIRST_EPOCHS and graft.key not in self.raced:
+            self._begin(graft)
         if graft.key not in self.done:
-            self.done[graft.key] = self._tuned(graft)
-            self._study.set_user_attr(TUNED, self.done)
+            self._finish(graft, self._tuned(graft, self._fidelity))
         entry: Mapping[str, Any] = self.done[graft.key]
         return entry
+
+    def _begin(self, graft: Graft) -> None:
+        """Tunes a graft for the first epochs, and records a failure as that of the whole tuning."""
+        if graft.key in self.done:
+            return
+        entry = self._tuned(graft, replace(self._fidelity, epochs=FIRST_EPOCHS))
+        if "failure" in entry:
+            self._finish(graft, entry)
+        else:
+            self.raced[graft.key] = entry
+            self._study.set_user_attr(RACED, self.raced)
+
+    def _finish(self, graft: Graft, entry: Mapping[str, Any]) -> None:
+        self.done[graft.key] = entry
+        self._study.set_user_attr(TUNED, self.done)
+        self._run.tuning_file(graft.key).unlink(missing_ok=True)
 
     def from_random_weights(self, graft: Graft) -> dict[str, Any]:
         """Trains a graft with random weights as long as the others are tuned, with the same teacher.
@@ -91,42 +129,67 @@ class _Tuner:
         assert tuning is not None
         fidelity = replace(self._fidelity, tuning=replace(tuning, learning_rate=LEARNING_RATE))
         at = self._evaluator.at(graft)
-        return self._entry(lambda: at.seeded(lambda: create_graft(graft, len(at.data.classes))), graft, fidelity, "")
+        return self._entry(lambda: at.seeded(lambda: create_graft(graft, len(at.data.classes))), graft, fidelity, False)
 
-    def _tuned(self, graft: Graft) -> dict[str, Any]:
+    def _tuned(self, graft: Graft, fidelity: Fidelity) -> dict[str, Any]:
         at = self._evaluator.at(graft)
-        return self._entry(lambda: at.build(graft), graft, self._fidelity, graft.key)
+        return self._entry(lambda: at.build(graft), graft, fidelity, True)
 
-    def _entry(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, name: str) -> dict[str, Any]:
-        """Trains a graft; returns what is recorded of it. Weights are kept under a name, if there is one."""
-        start = time.monotonic()
+    def _entry(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> dict[str, Any]:
+        """Trains a graft; returns what is recorded of it. States and final weights are kept, if wanted."""
         try:
-            estimate, hits = failing_without_memory(partial(self._train, build, graft, fidelity))
+            estimate, hits = failing_without_memory(partial(self._train, build, graft, fidelity, keeps))
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
         assert estimate.weights is not None
-        if name:
-            self._run.save_tuned(name, estimate.weights)
+        if keeps and fidelity.epochs == self._fidelity.epochs:
+            self._run.save_weights(graft.key, estimate.weights, tuned=True)
         accuracy = 100 * float(hits.mean())
         return {
             "accuracy": accuracy,
             "accuracy_std": accuracy_error(accuracy, len(hits)),
-            "epochs": self._fidelity.epochs,
+            "epochs": fidelity.epochs,
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
-            "seconds": time.monotonic() - start,
+            "seconds": estimate.curve[-1].seconds,
             "num_images": len(hits),
             "hits": np.packbits(hits).tobytes().hex(),
         }
 
-    def _train(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity) -> tuple[Estimate, np.ndarray]:
+    def _train(
+        self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool
+    ) -> tuple[Estimate, np.ndarray]:
         """Trains a graft; returns the estimate, and which held-out images are right, of shape (images,)."""
         at = self._evaluator.at(graft)
-        model = build()
+        model, data, file = build(), at.proxy_data or at.data, self._run.tuning_file(graft.key)
         with at.training():
-            estimate = train(model, at.proxy_data or at.data, fidelity, at.seed, at.device)
+            running = Training(model, data, fidelity.batch_size, at.seed, at.device, fidelity.chunks, fidelity.tuning)
+            if keeps:
+                _resume(running, file)
+
+            def keep(rung: Rung) -> None:
+                if keeps and rung.epoch < self._fidelity.epochs:
+                    self._save(file, running.state())
+
+            estimate = train(model, data, fidelity, at.seed, at.device, running, keep)
             assert estimate.weights is not None
             model.load_state_dict(estimate.weights)
             return estimate, held_out_hits(model.to(at.device), at.data, at.device).numpy()
+
+    def _save(self, file: Path, state: Mapping[str, Any]) -> None:
+        """Writes the state of a tuning, unless the states fill their space already."""
+        if sum(other.stat().st_size for other in self._run.unfinished_tunings() if other != file) < MAX_STATES:
+            save_checkpoint(file, state)
+
+
+def _resume(running: Training, file: Path) -> None:
+    """Restores the state of a tuning, if there is one."""
+    state = load_checkpoint(file)
+    if state is None:
+        return
+    try:
+        running.load(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to start over") from None
 
 
 def _score_rivals(
@@ -171,23 +234,3 @@ def _for_control(run: Run, space: GraftSpace) -> Graft | None:
         chosen = max(within, key=lambda t: t.scores.accuracy or 0.0) if within else min(points, key=lambda t: ms[t.key])
     assert isinstance(chosen.architecture, Graft)
     return chosen.architecture
-
-
-def _shortlist(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
-    """Returns the front before tuning, and the ranks behind it until there are `count` grafts.
-
-    Layers of ours and narrower blocks lose more before a tuning than dropped blocks do. So the best of them are tuned
-    even where they rank behind.
-    """
-    if not trials:
-        return []
-    losses = run.losses(list(trials))
-    ranks = nondomination_ranks(losses)
-    first = int((ranks == ranks.min()).sum())
-    order = sorted(range(len(trials)), key=lambda i: (ranks[i], *losses[i]))
-    grafts = [graft for i in order if isinstance(graft := trials[i].architecture, Graft)]
-    chosen, left = grafts[: max(count, first)], grafts[max(count, first) :]
-    for kind in ("narrowed", "replaced"):
-        missing = OF_EACH_KIND - sum(bool(getattr(graft, kind)) for graft in chosen)
-        chosen += [graft for graft in left if getattr(graft, kind) and graft not in chosen][: max(0, missing)]
-    return chosen
