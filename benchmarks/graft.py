@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import search_spaces
 from nas import SearchConfig
@@ -91,12 +92,14 @@ def _rows(run: Run, seed: int) -> list[str]:
     evaluator, _ = evaluator_of(run, local_config(run))
     rivals = {name: candidate_from_dict(e["graft"]) for name, e in run.attributes["baselines"].items() if "graft" in e}
     scores = run.baselines()
-    test = _test_images(run)
+    test = open_tests(run)
     hits: dict[str, np.ndarray] = {}
 
     def tested(form: Graft) -> np.ndarray:
         if form.key not in hits:
-            hits[form.key] = _hits(run, form, test, evaluator.data.mean, evaluator.data.std)
+            model = create_candidate(form, len(run.manifest.data.classes)).eval()
+            load_weights(model, run.weights_file(form.key))
+            hits[form.key] = hits_of(model, form.input_size, test, evaluator.data.mean, evaluator.data.std)
         return hits[form.key]
 
     whole, parent = rivals["parent"], scores["parent"]
@@ -122,7 +125,7 @@ def _row(seed: int, share: float | str, name: str, ms: float, held: float, hits:
     return f"| {seed} | {within} | {name} | {ms:.2f} | {held:.1f} | {100 * hits.mean():.1f} | {against} |"
 
 
-def _test_images(run: Run) -> Images:
+def open_tests(run: Run) -> Images:
     """Reads the test split beside the data of a run, in the size of the parent's images."""
     data = Path(run.manifest.config.data)
     source = open_test_set(str(data.with_name("test.tar")))
@@ -132,18 +135,14 @@ def _test_images(run: Run) -> Images:
     return Images(torch.from_numpy(pixels), torch.as_tensor(source.targets))
 
 
-def _hits(run: Run, form: Graft, test: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Returns which test images a tuned network gets right."""
-    model = create_candidate(form, len(run.manifest.data.classes))
-    load_weights(model, run.weights_file(form.key))
-    model.eval()
+def hits_of(model: nn.Module, side: int, test: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Returns which test images a network gets right that takes images of this side."""
     shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     found = []
     with torch.inference_mode():
         for pixels, labels in zip(test.pixels.split(64), test.labels.split(64), strict=True):
-            if form.input_size < pixels.shape[-1]:
-                size = (form.input_size,) * 2
-                pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+            if side < pixels.shape[-1]:
+                pixels = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
             found.append(model((pixels.float() / 255 - shift) / scale).argmax(1) == labels)
     return torch.cat(found).numpy()
 
