@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import re
@@ -46,6 +47,7 @@ from nas.graft import ParentConfig, graft
 from nas.graft.distil import Distillation, distil, multiply_adds
 from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
+from nas.graft.parent import train_parent
 from nas.graft.shortlist import shortlist
 from nas.models.create import create_candidate
 from nas.models.grafts import StandIn, create_graft
@@ -806,7 +808,8 @@ def test_a_form_is_exported_as_timm_loads_it(run: Run, tmp_path: Path) -> None:
         assert torch.allclose(model(images), mine(images), atol=1e-5)
     card = (folder / "README.md").read_text()
     assert PARENT in card
-    assert "`weights.safetensors`" in card
+    weights = run.path.parent / "weights.safetensors"
+    assert f"`weights.safetensors` (SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`)" in card
 
 
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:
@@ -855,6 +858,16 @@ def test_a_finished_parent_is_not_taken_for_another(
     parent = replace(_parent(run.path.parent / "weights.safetensors"), **of_parent)
     with pytest.raises(RunError, match=f"another `{word}`"):
         graft(parent, replace(config, **changes, out=out))
+
+
+def test_weights_are_told_apart_by_their_content(run: Run, config: SearchConfig, tmp_path: Path) -> None:
+    shutil.copytree(run.path / "parent", tmp_path / "run" / "parent")
+    moved = shutil.copy(run.path.parent / "weights.safetensors", tmp_path / "moved.safetensors")
+    config = replace(config, out=tmp_path / "run")
+    assert train_parent(_parent(moved), config).result is not None  # it is trained already
+    save_file(timm.create_model(PARENT).state_dict(), moved)
+    with pytest.raises(RunError, match="another `weights`"):
+        train_parent(_parent(moved), config)
 
 
 def test_a_form_is_no_parent(run: Run, config: SearchConfig, tmp_path: Path) -> None:

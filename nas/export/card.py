@@ -15,8 +15,7 @@ import timm
 from ..architecture import Graft, resolutions
 from ..data import split_kind
 from ..folders.files import PARENT
-from ..folders.run import Run
-from ..folders.training import Trained, is_training
+from ..folders.training import Trained, TrainingManifest, is_training
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
 from .formats import FORMATS
@@ -144,7 +143,7 @@ def _what(subject: Subject) -> str:
     if architecture is None:
         return f"timm's `{plain(subject.key)}`, trained on `{data}` at {height}x{width}.\n"
     if isinstance(architecture, Graft):
-        return _what_graft(architecture, data, subject.run)
+        return _what_graft(architecture, data, subject.run_path)
     found = f" found by mixnas in the space `{plain(subject.run.manifest.space_name)}`" if subject.run else ""
     rows = "\n".join(
         f"| {i} | {s.mixer.name} | {s.depth} | {s.width} | {s.compression} | {s.mlp_ratio:g} | {h}x{w} |"
@@ -160,25 +159,37 @@ def _what(subject: Subject) -> str:
 """
 
 
-def _what_graft(graft: Graft, data: str, run: Run | None) -> str:
-    """Names the parent, its weights and their licence, and what was changed of it."""
+def _initial(manifest: TrainingManifest) -> str:
+    """Names the file of a training's initial weights, with its hash if the training kept it."""
+    digest = f" (SHA-256 `{plain(manifest.init_sha256)}`)" if manifest.init_sha256 else ""
+    return f"`{plain(Path(manifest.init).name)}`{digest}"
+
+
+def _what_graft(graft: Graft, data: str, run_path: Path | None) -> str:
+    """Names the parent, its weights and their licence, and what was changed of it.
+
+    Args:
+        graft: the graft.
+        data: name of the data set.
+        run_path: folder of the run that holds the parent, if it is known.
+    """
     parent = f"timm's `{plain(graft.parent)}`" if isinstance(graft.parent, str) else "a network of mixnas"
     changes = "\n".join(f"- {line}" for line in graft.lines)
     return f"""A cheaper form of {parent}, found by mixnas and trained on `{data}`:
 
 {changes}
 
-All other layers, and the names of their weights, are those of {parent}. {_weights_of_parent(graft, run)}
+All other layers, and the names of their weights, are those of {parent}. {_weights_of_parent(graft, run_path)}
 """
 
 
-def _weights_of_parent(graft: Graft, run: Run | None) -> str:
+def _weights_of_parent(graft: Graft, run_path: Path | None) -> str:
     """Says which weights the parent's training began with, and the licence that timm states for its own."""
-    folder = None if run is None else run.path / PARENT
-    file = Trained.open(folder).manifest.init if folder is not None and is_training(folder) else ""
-    if file == "scratch":
+    folder = None if run_path is None else run_path / PARENT
+    manifest = Trained.open(folder).manifest if folder is not None and is_training(folder) else None
+    if manifest is not None and manifest.init == "scratch":
         return "The parent was trained from scratch."
-    began = f"The parent's training began with the weights `{plain(Path(file).name)}`. " if file else ""
+    began = f"The parent's training began with the weights {_initial(manifest)}. " if manifest is not None else ""
     config = timm.get_pretrained_cfg(graft.parent, allow_unregistered=True) if isinstance(graft.parent, str) else None
     stated = f"timm states the licence `{plain(config.license)}` for its own. " if config and config.license else ""
     return f"{began}{stated}The licence of the weights that it began with applies to these."
@@ -275,7 +286,7 @@ def _training(subject: Subject) -> str:
             f"The weights come from a full training: recipe `{plain(manifest.recipe['name'])}`, "
             f"{result.get('epochs', manifest.recipe['epochs'])} epochs on {data.num_train:,} images of "
             f"{height}x{width}, seed {manifest.seed}"
-            + ("" if manifest.init == "scratch" else f", starting from `{plain(Path(manifest.init).name)}`")
+            + ("" if manifest.init == "scratch" else f", starting from {_initial(manifest)}")
             + (f", taught by `{plain(manifest.asked.teacher)}`" if manifest.asked.teacher else "")
             + "."
         )

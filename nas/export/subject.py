@@ -76,6 +76,13 @@ class Subject:
         return self.trained.architecture if self.trained is not None else None
 
     @property
+    def run_path(self) -> Path | None:
+        """Folder of the run that it is a point of, even if only its training in that folder was named."""
+        if self.run is not None or self.trained is None:
+            return None if self.run is None else self.run.path
+        return _run_around(self.trained.path)
+
+    @property
     def weights(self) -> str:
         """`proxy` or `trained`."""
         return PROXY if self.trained is None else TRAINED
@@ -238,6 +245,11 @@ def _load(name: str, side: int | None, data_root: str | None, max_images: int, c
     return load_data(name, side, data_root, max_images, classes=classes)
 
 
+def _run_around(path: Path) -> Path | None:
+    """Returns the folder of a run, if `path` is one or a training in one."""
+    return next((p for p in (path, path.parent.parent) if is_run(p)), None)
+
+
 def timing(
     path: Path, device: str = "cpu", threads: int | None = None, seconds: float = LATENCY_SECONDS
 ) -> LatencyConfig:
@@ -254,6 +266,6 @@ def timing(
         UsageError: where a value is not allowed.
         RunError: where the run cannot be read.
     """
-    if threads is None and (run := next((p for p in (path, path.parent.parent) if is_run(p)), None)) is not None:
+    if threads is None and (run := _run_around(path)) is not None:
         threads = Run.open(run).latency[0].threads
     return LatencyConfig(device=device, threads=threads, max_seconds=seconds).here()

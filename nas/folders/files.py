@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,6 +108,19 @@ def held_folder(path: Path, what: str = "run", instead: str = "") -> Iterator[No
         yield
     finally:
         lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's content in hexadecimal, as `sha256sum` prints it.
+
+    Raises:
+        RunError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -45,6 +45,7 @@ _SHAPE = {
     "architecture": (dict, None),
     "model": (LINE, None),
     "init": str,
+    "init_sha256?": (LINE, None),
     "seed": COUNT,
     "created": LINE,
     "recipe": {"name": LINE, "epochs": COUNT},
@@ -109,6 +110,7 @@ class TrainingManifest(Record):
         architecture: the architecture as plain data; None for a timm model of another family.
         model: name of that timm model; None for an architecture.
         init: file of the initial weights, or `scratch`.
+        init_sha256: SHA-256 of that file when the training began, in hexadecimal; None for `scratch`.
         teacher: the teacher, as the user named it.
         seed: the random seed.
         recipe: the recipe as plain data, for `nas.training.recipes.Recipe`.
@@ -123,6 +125,7 @@ class TrainingManifest(Record):
     architecture: dict[str, Any] | None
     model: str | None
     init: str
+    init_sha256: str | None = None  # 0.1.0 kept none
     teacher: str | None = None
     seed: int
     recipe: Mapping[str, Any]

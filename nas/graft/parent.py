@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import defaults
 from ..architecture import GRAINS, Graft
 from ..errors import RunError, UsageError, unknown_name
-from ..folders.files import PARENT, write_file
+from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import is_file
 from ..search.config import SearchConfig
@@ -133,13 +133,21 @@ def _check_same(trained: Trained, settings: TrainConfig, config: SearchConfig) -
     recipe = settings.recipe.settings if isinstance(settings.recipe, Auto) else ()
     same = {
         "parent": asked.target == settings.target,
-        "weights": asked.init == settings.init,
+        "weights": _same_weights(trained, settings.init),
         "parent_epochs": list(asked.settings or ()) == list(recipe),
         **_same_images(trained, config),
         "seed": asked.seed == settings.seed,
     }
     if differing := [name for name, equal in same.items() if not equal]:
         raise RunError(f"{trained.path} is a parent with another `{differing[0]}`: give another `out`, or delete it")
+
+
+def _same_weights(trained: Trained, init: str) -> bool:
+    """Whether a training began with a file of this content, wherever it lies; or of this name, if no hash was kept."""
+    manifest = trained.manifest
+    if manifest.init_sha256 is None or init == "auto":
+        return manifest.asked.init == init
+    return manifest.init_sha256 == sha256_of(Path(init))
 
 
 def _same_images(trained: Trained, config: SearchConfig) -> dict[str, bool]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import RunError, UsageError
+from ..folders.files import sha256_of
 from ..folders.training import Asked, Trained, TrainingManifest
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..targets import Target
@@ -37,6 +38,7 @@ def manifest_of(
         "architecture": target.architecture.to_dict() if target.architecture is not None else None,
         "model": None if ours else target.model,
         "init": "scratch" if weights is None else str(weights),
+        "init_sha256": None if weights is None else sha256_of(weights),
         "teacher": config.teacher,
         "seed": config.seed,
         "recipe": recipe.to_dict(),
