@@ -157,6 +157,11 @@ CLASSES = option(
     section=IMAGES,
     help="Names of the class folders of --data, if it is not clear which they are.  [default: all]",
 )
+UNLABELLED = option(
+    "--unlabelled",
+    metavar="DIR",
+    help="Place of the images without labels on this machine, if the search has any.  [default: the search's]",
+)
 DATA_ROOT = option("--data-root", section=IMAGES, help="Folder of torch/NAME and hfds/NAME sets.")
 
 

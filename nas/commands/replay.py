@@ -10,7 +10,7 @@ import click
 
 from ..errors import NasError
 from .flags import FLAGS
-from .options import JSON, RUN, STORAGE, command, option
+from .options import JSON, RUN, STORAGE, UNLABELLED, command, option
 from .printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the run's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@UNLABELLED
 @option("--device", help="Device of this machine that measures and trains.  [default: the run's]")
 @option("--train-device", metavar="DEVICE", help="Device that trains networks.  [default: as --device]")
 @option("--command", metavar="PROGRAM", help="For --runtime command: the run's program. Giving it allows running it.")
@@ -41,6 +42,7 @@ def replay_command(
     latency: bool | None,
     data: str | None,
     data_root: str | None,
+    unlabelled: str | None,
     device: str | None,
     train_device: str | None,
     command: str | None,
@@ -58,8 +60,9 @@ def replay_command(
     from ..search.config import local_config
 
     run = Run.open(run_path)
-    place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device or device}
-    config = local_config(run, command, latency is not False, **place)
+    images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
+    devices = {"device": device, "train_device": train_device or device}
+    config = local_config(run, command, latency is not False, **images, **devices)
     bars: list[Bar] = []
     try:
         with contextlib.ExitStack() as stack:

@@ -38,6 +38,7 @@ OF_PARENT = {
     "library": "library",
     "grain": "grain",
     "distil_epochs": "distil_epochs",
+    "unlabelled": "unlabelled",
 }
 """Maps the options that are about the parent to the fields of `ParentConfig`."""
 
@@ -89,6 +90,12 @@ OF_PARENT = {
     default=defaults.DISTIL_EPOCHS,
     section=PARENT,
     help="Epochs for which layers of ours learn to answer like the layers that they replace.",
+)
+@option(
+    "--unlabelled",
+    metavar="DIR",
+    section=PARENT,
+    help="Folder or .tar of images without labels, on which the parent's answers are learnt too; at most --images.",
 )
 @option(
     "--tune-epochs",

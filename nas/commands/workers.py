@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import defaults
-from .options import command, option
+from .options import UNLABELLED, command, option
 
 
 @command("worker")
@@ -17,6 +17,7 @@ from .options import command, option
 @option("--study", metavar="NAME", required=True, help="Name of the study, which is the name of its run folder.")
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the search's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@UNLABELLED
 @option("--device", help="Device that measures, of the same kind as the search's.  [default: the search's]")
 @option("--train-device", metavar="DEVICE", help="Device of this machine that trains.  [default: the search's]")
 @option(
@@ -39,6 +40,7 @@ def worker_command(
     study: str,
     data: str | None,
     data_root: str | None,
+    unlabelled: str | None,
     device: str | None,
     train_device: str | None,
     only: str,
@@ -55,8 +57,8 @@ def worker_command(
     from ..search.study import join, work
 
     run = join(storage, study, out)
-    place = {"data": data, "data_root": data_root, "device": device, "train_device": train_device}
-    config = worker_config(run, storage, only, command, **place)
+    images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
+    config = worker_config(run, storage, only, command, device=device, train_device=train_device, **images)
     with Display() as display:
         work(run, config, SearchView(display).update)
     click.echo(f"{study} is done; its front is in the folder of the search that started it")

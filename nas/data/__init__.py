@@ -1,18 +1,20 @@
 """Data for image classification: the content of a folder, decoding of images, and data sets by name.
 
 `scan` and `splits` find classes and splits in a folder. `sources` opens a split by name, with `files` for folders and
-archives and `installed` for sets of other packages. `memory` decodes a split for a search, and `nas.training.batches`
-reads a split epoch by epoch.
+archives and `installed` for sets of other packages. `memory` decodes a split for a search, `unlabelled` adds images
+without labels, and `nas.training.batches` reads a split epoch by epoch.
 """
 
 from ..defaults import MAX_IMAGES
 from .decoding import BACKGROUND, UnreadableImage, decode, quiet
+from .files import open_unlabelled
 from .installed import DIGITS_TEST_SHARE
-from .listing import Listing, Opened, Source
+from .listing import NO_LABEL, Listing, Opened, Source
 from .memory import (
     NOT_MIRRORED,
     ImageData,
     Images,
+    Unlabelled,
     channel_statistics,
     load_data,
     native_size,
@@ -22,6 +24,7 @@ from .memory import (
 from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, match_classes, open_data_set, open_split, open_test_set
 from .splits import class_name, split_kind
+from .unlabelled import with_unlabelled
 
 __all__ = [
     "BACKGROUND",
@@ -30,12 +33,14 @@ __all__ = [
     "HOLDOUT_SHARE",
     "MAX_IMAGES",
     "NOT_MIRRORED",
+    "NO_LABEL",
     "SPLIT_SEED",
     "ImageData",
     "Images",
     "Listing",
     "Opened",
     "Source",
+    "Unlabelled",
     "UnreadableImage",
     "channel_statistics",
     "class_name",
@@ -46,10 +51,12 @@ __all__ = [
     "open_data_set",
     "open_split",
     "open_test_set",
+    "open_unlabelled",
     "quiet",
     "reduced",
     "scaled",
     "search_split",
     "split_kind",
     "stratified_split",
+    "with_unlabelled",
 ]

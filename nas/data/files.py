@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import DataError
 from .decoding import MAX_BYTES, UnreadableImage
-from .listing import Listing, Opened, Source, first_line
+from .listing import NO_LABEL, Listing, Opened, Source, first_line
 from .scan import File, Folder, is_hidden, readable, scan_archive, scan_folder
 from .splits import EVALUATION, TRAIN, Split, by_class, find_splits, inside, listed, split_kind
 
@@ -27,6 +27,8 @@ AGAIN, EVALUATED, LOOSE = (
     "images beside the class folders",
 )
 """Reasons for skipping an image, in addition to those of `nas.data.scan`."""
+OTHER_SETS = " (embedded: digits; on disk: torch/NAME, hfds/NAME)"
+"""Data sets that are neither a folder nor an archive, for messages."""
 
 
 def open_files(name: str, classes: Sequence[str]) -> Opened:
@@ -49,16 +51,43 @@ def open_files(name: str, classes: Sequence[str]) -> Opened:
     others = {split.name: sum(1 for _ in _distinct(split)) for split in splits if split.kind != TRAIN}
     tests = [split for kind in EVALUATION for split in splits if split.kind == kind]
     train = None
+    evaluated = {file.identity for split in tests for file in _distinct(split)}
     if train_split is not None:
-        evaluated = {file.identity for split in tests for file in _distinct(split)}
         train = _source(train_split, f"`data` = {readable(name)}", skipped, others, evaluated)
     labelled = [s for s in tests if any(train is None or label in train.classes for label, f in s.classes.items() if f)]
     if labelled:
         where = f"{base}/{labelled[0].name}"
         why_no_train = why_no_train if train is None else ""
-        return Opened(train, lambda: _source(labelled[0], where, Counter()), why_no_train, pointed_at=pointed_at)
+        test = partial(_source, labelled[0], where, Counter())
+        return Opened(train, test, why_no_train, pointed_at=pointed_at, evaluated=evaluated)
     why_no_test = f"{listed(s.name for s in tests)} has no folders of the training split's classes" if tests else ""
-    return Opened(train, None, why_no_train if train is None else "", why_no_test)
+    return Opened(train, None, why_no_train if train is None else "", why_no_test, evaluated=evaluated)
+
+
+def open_unlabelled(name: str) -> Source:
+    """Opens the images in a folder, an archive or a folder of an archive, whatever folders they lie in.
+
+    Each file comes once. The images have no labels, so all targets are `NO_LABEL`.
+
+    Raises:
+        DataError: if there are no images, or they cannot be read.
+    """
+    skipped: Counter[str] = Counter()
+    top = _open_place(name, skipped, "unlabelled").top
+    found = {file.identity: file for files_of in (Folder.all_files, Folder.own_files) for file in files_of(top)}
+    files = sorted(found.values(), key=lambda file: natural_key(file.name))
+    if not files:
+        why = ", ".join(f"{reason} ({count:,})" for reason, count in skipped.most_common())
+        raise DataError(f"`unlabelled` = {name}: no images found{f'; skipped: {why}' if why else ''}")
+    return Source(
+        np.full(len(files), NO_LABEL, dtype=np.int64),
+        (),
+        read=lambda i: read_file(files[i]),
+        name=lambda i: files[i].name,
+        listing=Listing((), (), skipped=dict(skipped.most_common())),
+        identity=lambda i: files[i].identity,
+        place=name,
+    )
 
 
 @dataclass(frozen=True)
@@ -76,16 +105,15 @@ class _Place:
     beside: Mapping[str, Callable[[], Folder]]
 
 
-def _open_place(name: str, skipped: Counter[str]) -> _Place:
-    path = Path(name).expanduser()
+def _open_place(name: str, skipped: Counter[str], argument: str = "data") -> _Place:
+    path, given = Path(name).expanduser(), f"`{argument}` = {name}"
+    others, content = ("", "") if argument != "data" else (OTHER_SETS, " of class folders")
     try:
         archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".tar" and p.is_file()), None)
         if archive is None and not path.exists():
-            raise DataError(
-                f"`data` = {name}: no such file or folder (embedded: digits; on disk: torch/NAME, hfds/NAME)"
-            )
+            raise DataError(f"{given}: no such file or folder{others}")
         if archive is None and not path.is_dir():
-            raise DataError(f"`data` = {name} is neither a folder nor a .tar of class folders: unpack other archives")
+            raise DataError(f"{given} is neither a folder nor a .tar{content}: unpack other archives")
         if archive is None or archive == path:
             real = Path(os.path.abspath(path))
             top = scan_folder(path, skipped) if archive is None else scan_archive(path, skipped)
@@ -93,13 +121,11 @@ def _open_place(name: str, skipped: Counter[str]) -> _Place:
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"`data` = {name} cannot be read ({first_line(error)})") from None
+        raise DataError(f"{given} cannot be read ({first_line(error)})") from None
     holder = folder = scan_archive(archive, skipped)
     for part in path.relative_to(archive).parts:
         if part not in folder.folders:
-            raise DataError(
-                f"`data` = {name}: {archive.name} holds no folder {part}; it holds {listed(folder.folders)}"
-            )
+            raise DataError(f"{given}: {archive.name} holds no folder {part}; it holds {listed(folder.folders)}")
         holder, folder = folder, folder.folders[part]
     beside = {n: partial(holder.folders.__getitem__, n) for n in holder.folders if n != path.name and split_kind(n)}
     return _Place(folder, path.name, beside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from ..errors import one_line
 from .decoding import UnreadableImage, decode
 from .scan import readable
 from .splits import listed
+
+NO_LABEL = -1
+"""Target of an image without a label."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Source:
     """A split that is not decoded yet.
 
     Args:
-        targets: class indices, int64 of shape (n,).
+        targets: class indices, int64 of shape (n,); `NO_LABEL` for images without labels.
         classes: class names in the order of the indices.
         read: returns the i-th image, encoded or opened by Pillow. Any thread and process may call it.
         name: returns the name of the i-th image.
@@ -107,6 +110,7 @@ class Opened:
         why_no_train: reason for a missing training split, otherwise empty.
         why_no_test: reason why an evaluation split cannot serve as a test, otherwise empty.
         pointed_at: whether the user pointed at the evaluation split itself.
+        evaluated: identities of all images in evaluation splits, as far as they are files.
     """
 
     train: Source | None
@@ -114,6 +118,7 @@ class Opened:
     why_no_train: str = ""
     why_no_test: str = ""
     pointed_at: bool = False
+    evaluated: Container[object] = ()
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from ..defaults import MAX_IMAGES
 from ..errors import DataError, UsageError
 from ..repeats import REPEATS
 from .decoding import UnreadableImage, quiet
-from .listing import Listing, Source
+from .listing import NO_LABEL, Listing, Source
 from .sampling import SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, open_split
 from .splits import listed
@@ -42,7 +42,7 @@ class Images:
 
     Args:
         pixels: uint8 of shape (n, 3, size, size).
-        labels: int64 of shape (n,).
+        labels: int64 of shape (n,); `NO_LABEL` for an image without a label.
     """
 
     pixels: torch.Tensor
@@ -50,6 +50,24 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """Decoded images without labels, none of which is in the training or the held-out part.
+
+    Args:
+        place: the folder or archive, as the user gave it.
+        pixels: uint8 of shape (n, 3, size, size).
+        fingerprint: short hash of every decoded pixel.
+    """
+
+    place: str
+    pixels: torch.Tensor
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +89,7 @@ class ImageData:
         fingerprint: short hash of every decoded pixel and label, training part first, so that it also differs between
             splits.
         listing: description of the files that were found.
+        unlabelled: images without labels, if the user gave any.
     """
 
     name: str
@@ -86,6 +105,15 @@ class ImageData:
     corrupt: tuple[str, ...]
     fingerprint: str
     listing: Listing
+    unlabelled: Unlabelled | None = None
+
+    def taught(self) -> Images:
+        """Returns the images on which a teacher answers: the training images, then those without labels."""
+        if self.unlabelled is None:
+            return self.train
+        none = torch.full((len(self.unlabelled),), NO_LABEL, dtype=self.train.labels.dtype)
+        pixels = torch.cat((self.train.pixels, self.unlabelled.pixels))
+        return Images(pixels, torch.cat((self.train.labels, none)))
 
 
 def load_data(
@@ -136,7 +164,7 @@ def _load(
     if len(ordered) == 0:
         raise DataError(f"{name}: no images found")
     size = input_size or native_size(source, np.sort(ordered))
-    pixels, corrupt = _decode(source, ordered, size)
+    pixels, corrupt = decode_squares(source, ordered, size)
     if corrupt:
         shown = (f"{source.name(i)} ({why})" for i, why in corrupt)
         log.warning("%s: %d images cannot be read, so they are skipped: %s", name, len(corrupt), listed(shown, 3, 120))
@@ -221,7 +249,7 @@ def native_size(source: Source, chosen: np.ndarray) -> int:
     return int(np.clip(round(float(np.median(sides)) / 32) * 32, 32, 224)) if sides else 224
 
 
-def _decode(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+def decode_squares(source: Source, chosen: np.ndarray, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
     """Decodes the central squares of the chosen images at `size`.
 
     Returns:

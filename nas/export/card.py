@@ -293,9 +293,11 @@ def _training(subject: Subject) -> str:
     assert subject.run is not None
     config = subject.run.manifest.config
     if isinstance(subject.architecture, Graft):
+        unlabelled = subject.run.manifest.conditions.unlabelled
+        more = f" and {unlabelled['images']:,} images without labels" if unlabelled else ""
         return (
             f"The weights are those of the parent, tuned in the search on {data.num_train:,} images of "
-            f"{height}x{width} with the parent as teacher, seed {config.seed}. The network is not fully trained."
+            f"{height}x{width}{more} with the parent as teacher, seed {config.seed}. The network is not fully trained."
         )
     return (
         f"The weights come from the search's short training ({config.epochs} epochs on {data.num_train:,} images "

@@ -82,11 +82,13 @@ class Conditions(Record):
         device: the machine that measured, for people.
         threads: CPU threads of a measured network.
         ensemble: the fitted ensemble of the proxy `ensemble`; None for another proxy.
+        unlabelled: number (`images`) and `fingerprint` of the images without labels; None if there are none.
     """
 
     device: str
     threads: int
     ensemble: Mapping[str, Any] | None = None
+    unlabelled: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Teaches layers of ours to answer like the parent's layers in whose place they may stand, all at once.
 
-The frozen parent sees augmented training images. Each option gets what its place takes there, and learns what its place
-returns. The seed and the number of a step determine all that is random in it, so a killed distillation resumes from
-its last checkpoint as if it had never stopped.
+The frozen parent sees augmented training images, and images without labels if there are any. Each option gets what its
+place takes there, and learns what its place returns. The seed and the number of a step determine all that is random in
+it, so a killed distillation resumes from its last checkpoint as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Distillation:
     """How options are taught.
 
     Args:
-        epochs: passes over the training images.
+        epochs: passes over the images.
         batch_size: images in a step.
         seed: random seed of initial weights and of the images of a step.
         device: device to train on.
-        of: hash of the parent's weights and of the images.
+        of: hash of the parent's weights and of the images, also of those without labels.
     """
 
     epochs: int
@@ -113,8 +113,9 @@ class _Work:
         with seeded(how.seed):
             self.layers = nn.ModuleList(StandIn(option) for option in options).to(self.device)
         self.optimizer = create_optimizer_v2(self.layers, opt="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.size = min(how.batch_size, len(data.train))
-        self.steps = len(data.train) // self.size
+        self.pixels = data.taught().pixels
+        self.size = min(how.batch_size, len(self.pixels))
+        self.steps = len(self.pixels) // self.size
         self.step, self.error = 0, 0.0
         self.normalise = normaliser(data, how.device)
         self._resume()
@@ -140,10 +141,10 @@ class _Work:
     def _teach(self, total: int) -> None:
         epoch, number = divmod(self.step, self.steps)
         seed = (self.how.seed * 1_000_003 + epoch) % 2**63
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(seed))
         index = order[number * self.size : (number + 1) * self.size]
         generator = torch.Generator(device=self.device).manual_seed((seed * 1_000_003 + number) % 2**63)
-        pixels = augmented(self.data.train.pixels[index].to(self.device), self.data.mirrored, generator)
+        pixels = augmented(self.pixels[index].to(self.device), self.data.mirrored, generator)
         share = min(1.0, (self.step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * self.step / total))
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * share

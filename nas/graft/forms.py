@@ -101,7 +101,8 @@ def space_of(
     if offered:
         count = len({own.paths for own in offered})
         log.info("teaching %d layers of ours to stand in %d places of the parent", len(offered), count)
-    taught = distil(model, offered, data, replace(offer.how, of=of), trained.path / LIBRARY, on_step)
+    seen = of if data.unlabelled is None else key_of(f"{of} {data.unlabelled.fingerprint}")
+    taught = distil(model, offered, data, replace(offer.how, of=seen), trained.path / LIBRARY, on_step)
     stand = _standing(taught, parts, work)
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))

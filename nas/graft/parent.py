@@ -40,6 +40,8 @@ class ParentConfig:
             file (`Library`).
         grain: what layers of ours replace: `stage` (whole blocks) or `mixer` (the token mixers inside them).
         distil_epochs: epochs for which layers of ours learn to answer like the layers that they replace.
+        unlabelled: folder or `.tar` of images without labels. Layers of ours, and the forms that are tuned, learn the
+            parent's answers on them too.
         proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
             of `SearchConfig.epochs` epochs).
     """
@@ -50,6 +52,7 @@ class ParentConfig:
     library: str = defaults.LIBRARY
     grain: str = defaults.GRAIN
     distil_epochs: int = defaults.DISTIL_EPOCHS
+    unlabelled: str | None = None
     proxy: str = defaults.GRAFT_PROXY
 
     def __post_init__(self) -> None:

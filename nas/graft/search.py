@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import load_data
+from ..data import open_unlabelled
 from ..defaults import GRAIN
 from ..errors import UsageError
 from ..folders.join import find_run
@@ -18,6 +18,7 @@ from ..machine.turns import exclusive
 from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
+from ..search.comparable import load_images
 from ..search.config import check_for_parent
 from ..search.progress import Progress
 from ..space import GraftSpace
@@ -67,15 +68,18 @@ def graft(
     out = config.out or search_folder(f"graft-{name}", config.data)
     if config.out is None:
         log.info("to resume after an interruption, repeat this with `out` = %s", out)
-    config = replace(config, out=out, latency=tuple(at.here() for at in config.latency))
+    latency = tuple(at.here() for at in config.latency)
+    config = replace(config, out=out, latency=latency, unlabelled=parent.unlabelled or config.unlabelled)
     if config.input_size is None and target.data.get("input_size"):
         config = replace(config, input_size=target.data["input_size"][1])
     if find_run(out):
         return _resumed(Run.open(out), name, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
+    if config.unlabelled is not None:
+        open_unlabelled(config.unlabelled)  # refuses a wrong folder before the parent is trained
     trained = train_parent(parent, config, on_step)
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    data = load_images(config)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     device = config.train_device or config.device
@@ -100,7 +104,8 @@ def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Prog
     if not isinstance(run.space, GraftSpace) or run.space.name != space_name(name):
         raise UsageError(f"{run.path} is a run with another `parent` or without one: give another `out`")
     if not isinstance(config.space, GraftSpace):
-        config = configure(config, run.path, trials=config.trials)
+        given = {} if config.unlabelled is None else {"unlabelled": config.unlabelled}
+        config = configure(config, run.path, trials=config.trials, **given)
     log.info("resuming %s with its own parent, library and budgets", run.path)
     return search(config, on_trial)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..data import ImageData, load_data, reduced
+from ..data import ImageData, Unlabelled, load_data, reduced, with_unlabelled
 from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
-from ..scoring.accuracy import ESTIMATORS, Fidelity, Tuning
+from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Tuning
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
@@ -45,7 +45,7 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     Raises:
         RunError: if the data is not the run's.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    data = load_images(config, unlabelled=ESTIMATORS[config.proxy].needs != PARENT)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
@@ -54,6 +54,22 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     evaluator = replace(evaluator, references=references_of(run, evaluator))
     conditions = training_conditions(config, evaluator)
     return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
+
+
+def load_images(config: SearchConfig, unlabelled: bool = True) -> ImageData:
+    """Loads the images of a search.
+
+    Args:
+        config: the configuration.
+        unlabelled: whether also to load those without labels, if the search has any. Only trainings need them.
+
+    Raises:
+        DataError, UsageError: if the images cannot be used.
+    """
+    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    if config.unlabelled is None or not unlabelled:
+        return data
+    return with_unlabelled(data, config.unlabelled, config.max_images, config.data_root, config.classes)
 
 
 def _parent(config: SearchConfig) -> Parent | None:
@@ -73,7 +89,11 @@ def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
 def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
     """Returns the settings that affect training scores, except measurement settings and the training device."""
     data, parent = evaluator.data, evaluator.parent
-    of_parent = {} if parent is None else {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs}
+    of_parent: dict[str, Any] = {}
+    if parent is not None:
+        of_parent = {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs}
+        if data.unlabelled is not None or config.unlabelled is None:  # else this process has no need of them
+            of_parent["unlabelled"] = _described(data.unlabelled)
     return {
         "space": config.space.to_dict(),
         "data": {"fingerprint": data.fingerprint, "images": len(data.train) + len(data.holdout)},
@@ -91,6 +111,10 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
         "seed": config.seed,
         **of_parent,
     }
+
+
+def _described(images: Unlabelled | None) -> dict[str, Any] | None:
+    return None if images is None else {"fingerprint": images.fingerprint, "images": len(images)}
 
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
@@ -118,7 +142,10 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     if parent is not None:
         data = parent.normalised(data)
     proxy_data = reduced(data, config.proxy_images, config.proxy_size)
-    tuning = None if parent is None else Tuning(parent.assemble(parent.whole).eval(), proxy_data)
+    tuning = None
+    if parent is not None:
+        taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
+        tuning = Tuning(parent.assemble(parent.whole).eval(), taught)
     return Evaluator(
         data=data,
         objectives=config.objectives,

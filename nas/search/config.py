@@ -45,7 +45,8 @@ class SearchConfig:
         data: a data set as `nas.data` names it.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: the class folders of a folder or an archive of images; empty to detect them.
-        max_images: use a stratified sample of at most this many training images.
+        max_images: use a stratified sample of at most this many training images, and as many without labels.
+        unlabelled: folder or `.tar` of images without labels, which join the training images where a parent answers.
         input_size: side of the images in pixels; None for the data's own.
         proxy: a row of `ESTIMATORS`, the source of `accuracy`.
         proxy_repeats: number of seeds over which the proxy's score is averaged.
@@ -95,6 +96,7 @@ class SearchConfig:
     data_root: str | None = None
     classes: tuple[str, ...] = ()
     max_images: int = defaults.MAX_IMAGES
+    unlabelled: str | None = None
     input_size: int | None = None
     proxy: str = defaults.PROXY
     proxy_repeats: int = defaults.PROXY_REPEATS
@@ -329,7 +331,7 @@ def local_config(run: Run, command: str | None = None, measures: bool = True, **
         run: the run.
         command: the run's program. Naming it here allows running it (`nas.consent`). None if the run has no program.
         measures: whether this process will time networks.
-        here: `data`, `data_root`, `device` and `train_device` on this machine; None keeps the run's.
+        here: `data`, `data_root`, `unlabelled`, `device` and `train_device` on this machine; None keeps the run's.
 
     Raises:
         UsageError: if the run names another program, or one that was not named here.

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from .. import consent
-from ..data import ImageData, load_data
+from ..data import ImageData
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import find_trust
@@ -37,6 +37,7 @@ from .cheap import known_beforehand
 from .comparable import (
     check_same,
     evaluator_of,
+    load_images,
     make_evaluator,
     measuring_conditions,
     references_of,
@@ -75,13 +76,15 @@ def search(
     consent.allow(config.command, config.storage)
     if config.only == TRAIN:
         raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
-    if config.control and not isinstance(config.space, GraftSpace):
-        raise UsageError("`control` is for a search with a `parent`: give one, or leave it out")
+    for name in ("control", "unlabelled"):
+        if getattr(config, name) and not isinstance(config.space, GraftSpace):
+            raise UsageError(f"`{name}` is for a search with a `parent`: give one, or leave it out")
     config = replace(
         config,
         latency=tuple(target.here() for target in config.latency),
         train_device=resolve_device(config.train_device) if config.train_device else None,
         data=_absolute(config.data),
+        unlabelled=None if config.unlabelled is None else _absolute(config.unlabelled),
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
         profile=_absolute_folder(config.profile),
@@ -96,10 +99,7 @@ def search(
         log.info(
             "This process only measures. It draws no candidate until a worker trains (mixnas worker --only train)."
         )
-    if images is None:
-        data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
-    else:
-        data = replace(images, name=config.data)
+    data = load_images(config) if images is None else replace(images, name=config.data)
     evaluator = make_evaluator(config, data)
     data = evaluator.data
     largest = config.space.largest()[0]
@@ -210,6 +210,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
         "early_stopping",
         "tune_count",
         "control",
+        "unlabelled",
         "timeout_minutes",
         "trial_timeout_minutes",
     )

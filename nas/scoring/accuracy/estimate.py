@@ -22,7 +22,8 @@ class Tuning:
 
     Args:
         teacher: trained network whose outputs it also learns, in eval mode.
-        data: images that the teacher sees: those of the training in the teacher's size, in the same order.
+        data: images that the teacher sees, in its size. Its training part is trained on. Images with the label
+            `NO_LABEL` have the teacher's outputs as their only target.
         learning_rate: highest learning rate for batches of 64.
         weight: weight of the teacher's outputs against that of the labels.
     """

@@ -22,7 +22,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...data import ImageData, Images
+from ...data import NO_LABEL, ImageData, Images
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
@@ -139,6 +139,7 @@ class Training:
         self.amp = multiplies_bf16(self.device)
         train_part = _on_device((tuning.data if tuning else data).train, device)
         self.pixels, self.labels = train_part.pixels, train_part.labels
+        self.unlabelled = bool((self.labels == NO_LABEL).any())
         self.normalise = normaliser(data, device)
         self.batch_size, self.chunks = min(batch_size, len(self.labels)), chunks
         self.format = training_format(model, self.device)
@@ -200,9 +201,15 @@ class Training:
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the loss against the labels and, in a tuning, against the teacher's outputs."""
+        """Returns the loss against the labels, where there are any, and, in a tuning, against the teacher's outputs."""
         logits = self.network(self._scaled(images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        if self.unlabelled:  # each image counts alike, so that the weight of a label does not depend on its batch
+            summed = F.cross_entropy(
+                logits, labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=LABEL_SMOOTHING
+            )
+            loss = summed / len(labels)
+        else:
+            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         if self.tuning is None or self.teacher is None:
             return loss
         with torch.no_grad():
