@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 from conftest import required
+from safetensors.torch import save_file
 from test_fleet import check
 
 from nas.folders.run import Run
@@ -186,6 +188,22 @@ def test_what_cannot_be_had_is_one_line(nodes, tmp_path):
         assert search.wait(120) in (1, 2)
         assert words in log.read_text()
         assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.long
+def test_forms_of_a_parent(nodes, tmp_path):
+    """The cluster scores them, and the search tunes them."""
+    weights, log = tmp_path / "weights.safetensors", tmp_path / "log"
+    save_file(timm.create_model("test_convnext").state_dict(), weights)
+    search = start(
+        *(nodes, tmp_path / "run", log, "--parent", "timm:test_convnext", "--weights", str(weights), "--images", "120"),
+        *("--parent-epochs", "1", "--library", "mini", "--distil-epochs", "1", "--input-size", "32", "--trials", "4"),
+        *("--latency-seconds", "0.1", "--tune-epochs", "1", "--tune-count", "1"),
+    )
+    assert search.wait(300) == 0, log.read_text()
+    run = Run.open(tmp_path / "run")
+    assert sum(t.state == "complete" for t in run.trials(tuned=False)) == 4
+    assert {t.key for t in run.front()} <= set(run.attributes["tuned"])
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 import timm
 import torch
 from conftest import table
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import search_spaces
 from nas.architecture import (
@@ -58,9 +59,11 @@ from nas.report.plots import plot
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
-from nas.search.config import local_config
+from nas.search.config import local_config, worker_config
+from nas.search.evaluate import TRAIN
 from nas.search.parent import Parent
 from nas.search.race import winners
+from nas.search.study import join, work
 from nas.space import FORMS, GraftSpace, space_from_dict
 from nas.space.graft_space import form_of
 from nas.targets import resolve
@@ -860,6 +863,37 @@ def test_a_finished_parent_is_not_taken_for_another(
         graft(parent, replace(config, **changes, out=out))
 
 
+def test_a_worker_with_its_own_folder_needs_a_copy_of_the_parent(
+    run: Run, config: SearchConfig, tmp_path: Path
+) -> None:
+    """As on another machine, which sees only the storage."""
+    url, out, elsewhere = f"sqlite:///{tmp_path}/study.sqlite", tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(run.path / "parent", out / "parent")
+    shared = replace(config, out=out, storage=url, trials=2, tune_count=1, tune_epochs=1, control=False)
+    lead = graft(_parent(run.path.parent / "weights.safetensors"), shared)
+    joined = join(url, "run", elsewhere)
+    here = replace(worker_config(joined, url), trials=len(lead.trials()) + 1)
+    with pytest.raises(RunError, match=f"{elsewhere} lacks the folder parent"):
+        work(joined, here)
+    shutil.copytree(out / "parent", elsewhere / "parent")
+    work(joined, here)
+    (last,) = lead.trials(tuned=False)[len(lead.trials()) - 1 :]
+    assert last.state == "complete"
+    assert here.out == elsewhere
+    file = elsewhere / "parent" / "model.safetensors"
+    save_file({name: t + 1 for name, t in load_file(file).items()}, file)
+    with pytest.raises(RunError, match="parent"):  # other weights give other scores
+        work(joined, here)
+
+
+def test_a_cluster_gets_the_parent_with_the_evaluator(run: Run) -> None:
+    evaluator, _ = evaluator_of(run, local_config(run))
+    carried = pickle.loads(pickle.dumps(replace(evaluator, parts=(TRAIN,))))
+    trial = next(t for t in run.trials(tuned=False) if t.state == "complete")
+    measured = replace(trial.scores, accuracy=None)
+    assert carried.evaluate(trial.architecture, measured=measured).scores.accuracy == trial.scores.accuracy
+
+
 def test_weights_are_told_apart_by_their_content(run: Run, config: SearchConfig, tmp_path: Path) -> None:
     shutil.copytree(run.path / "parent", tmp_path / "run" / "parent")
     moved = shutil.copy(run.path.parent / "weights.safetensors", tmp_path / "moved.safetensors")
@@ -888,7 +922,6 @@ def test_the_parent_holds_out_what_the_search_holds_out(run: Run) -> None:
         ({"baselines": ("resnet18",)}, "baselines"),
         ({"proxy": "params"}, "accuracy"),
         ({"proxy_size": 32}, "proxy_size"),
-        ({"engine": "ray", "workers": 2}, "machine"),
         ({"objectives": ("latency", "params")}, "accuracy"),
     ],
 )

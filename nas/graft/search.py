@@ -19,7 +19,7 @@ from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
 from ..search.comparable import load_images
-from ..search.config import check_for_parent
+from ..search.config import check_for_parent, check_lead
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
@@ -59,6 +59,7 @@ def graft(
     share = (shares or {}).get("latency")
     if share is not None and not 0 < share < math.inf:
         raise UsageError(f"a budget of {share}x the parent's latency: it must be above 0")
+    check_lead(config)
     check_for_parent(config, parent.proxy)
     offered = library(parent.library)
     if offered is None and parent.grain != GRAIN:

@@ -255,6 +255,16 @@ class SearchConfig:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
 
 
+def check_lead(config: SearchConfig) -> None:
+    """Refuses a search that would leave its measurements to others.
+
+    Raises:
+        UsageError: if it would only train.
+    """
+    if config.only == TRAIN:
+        raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
+
+
 def check_for_parent(config: SearchConfig, proxy: str) -> None:
     """Refuses what a search with a parent cannot do.
 
@@ -278,8 +288,6 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
     ):
         if given and not (name == "start" and isinstance(config.space, GraftSpace)):
             raise UsageError(f"`{name}` does not go with a `parent`, because {why}")
-    if config.engine != "local" or config.only != ALL:
-        raise UsageError("a search with a `parent` runs on this machine alone: leave `engine` and `only` out")
 
 
 def configure(

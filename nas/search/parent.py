@@ -15,7 +15,7 @@ from ..data import ImageData
 from ..errors import RunError
 from ..folders.files import PARENT
 from ..folders.library import LIBRARY, load_weights, weights_file
-from ..folders.training import Trained
+from ..folders.training import Trained, is_training
 from ..models import create_graft
 from ..models.grafts import StandIn
 from ..models.widths import narrow_layers
@@ -86,6 +86,11 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     Raises:
         RunError: if the run holds no trained parent, or layers of ours that the space offers are missing.
     """
+    if not is_training(run_path / PARENT):
+        raise RunError(
+            f"{run_path} lacks the folder {PARENT} of the search's run folder: copy it there, or give the search's run "
+            "folder as `out`, if this machine can read it"
+        )
     trained = Trained.open(run_path / PARENT)
     data = trained.manifest.data
     weights = trained.load_model().state_dict()

@@ -43,7 +43,7 @@ from .comparable import (
     references_of,
     training_conditions,
 )
-from .config import SearchConfig
+from .config import SearchConfig, check_lead
 from .evaluate import MEASURE, TRAIN, Evaluator
 from .progress import Progress
 from .samplers.problem import Problem
@@ -74,8 +74,7 @@ def search(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     consent.allow(config.command, config.storage)
-    if config.only == TRAIN:
-        raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
+    check_lead(config)
     for name in ("control", "unlabelled"):
         if getattr(config, name) and not isinstance(config.space, GraftSpace):
             raise UsageError(f"`{name}` is for a search with a `parent`: give one, or leave it out")

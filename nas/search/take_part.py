@@ -113,10 +113,10 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         run.write_tables()
         raise nothing_scored(state.ended, config, exhausted or infeasible)
     try:
-        # no worker scores baselines, so this process trains them too
+        evaluator = replace(evaluator, parts=PARTS)  # no worker tunes or scores baselines, so this process trains too
         if isinstance(config.space, GraftSpace):
             tune(state.study, run, evaluator, config.space, config)
-        finish(state.study, run, replace(evaluator, parts=PARTS), config.baselines)
+        finish(state.study, run, evaluator, config.baselines)
     finally:
         run.write_tables()
     if exhausted:
