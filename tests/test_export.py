@@ -32,7 +32,7 @@ from nas.data import load_data
 from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
-from nas.export.checks import check_batches, paired_interval
+from nas.export.checks import check_batches
 from nas.export.subject import Subject
 from nas.folders.manifest import Manifest
 from nas.folders.run import Run
@@ -631,15 +631,6 @@ def test_interval_of_a_share(count, of):
     share = share_of(count, of)
     assert (share["accuracy"], share["num_images"]) == (pytest.approx(100 * p), of)
     assert (share["low"], share["high"]) == pytest.approx((low, high), abs=1e-9)
-
-
-def test_interval_of_a_paired_change():
-    low, high = paired_interval(10, 10, 1000)
-    assert low == pytest.approx(-high)
-    low, high = paired_interval(30, 5, 1000)
-    assert 0 < low < 2.5 < high
-    low, high = paired_interval(0, 0, 1000)
-    assert low < 0 < high
 
 
 HADAMARDS = [f"hadamard {kind}" for kind in HADAMARD_KINDS]

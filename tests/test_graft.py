@@ -38,7 +38,7 @@ from nas.commands import main
 from nas.data import ImageData, load_data
 from nas.errors import RunError, UsageError
 from nas.export import export
-from nas.folders.graft_verdicts import graft_verdicts, paired_difference
+from nas.folders.graft_verdicts import graft_verdicts
 from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
 from nas.folders.shapes import STUDY
@@ -469,16 +469,6 @@ def test_the_space_of_a_parent_keeps_the_contract_of_spaces() -> None:
 def test_a_damaged_space_is_refused(change: dict) -> None:
     with pytest.raises(UsageError):
         space_from_dict(SPACE.to_dict() | change)
-
-
-def test_the_interval_of_a_paired_difference_is_that_of_the_four_counts() -> None:
-    hits, others = np.array([1, 1, 1, 0, 0, 1, 0, 1], bool), np.array([1, 0, 0, 1, 0, 1, 0, 0], bool)
-    only, lost, count = 3, 1, 8  # right in one network alone
-    share = (only - lost) / count
-    error = ((only + lost) / count - share**2) ** 0.5 / count**0.5
-    found = paired_difference(hits, others)
-    assert found.value == pytest.approx(100 * share)
-    assert found.ends == pytest.approx((100 * (share - 1.96 * error), 100 * (share + 1.96 * error)))
 
 
 # Our layers

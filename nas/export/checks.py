@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import NasError
+from ..objectives.paired import paired_difference
 from ..scoring.accuracy.trust import share_of
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -19,8 +20,6 @@ AT_ONCE = 64
 """Batch size of a comparison, unless the file has a fixed one."""
 ALLOWED_FLIPS = 1e-3
 """Share of the images whose class may change by rounding, because two of their logits are nearly equal."""
-Z = 1.96
-"""Quantile of the normal distribution for a 95 % interval."""
 
 
 def logits_of(call: Call, images: torch.Tensor, batch: int | None = None) -> torch.Tensor:
@@ -70,27 +69,10 @@ def compare(found: torch.Tensor, expected: torch.Tensor, labels: torch.Tensor | 
     }
     if labels is not None:
         right, right_before = found.argmax(1) == labels, expected.argmax(1) == labels
-        gained, lost = int((right & ~right_before).sum()), int((right_before & ~right).sum())
-        low, high = paired_interval(gained, lost, len(labels))
+        change = paired_difference(right.numpy(), right_before.numpy())
         figures |= {
             "top1": share_of(int(right.sum()), len(labels)),
             "top1_before": share_of(int(right_before.sum()), len(labels)),
-            "change": {"points": 100 * (gained - lost) / len(labels), "low": low, "high": high},
+            "change": {"points": change.value, "low": change.low, "high": change.high},
         }
     return figures
-
-
-def paired_interval(gained: int, lost: int, of: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a change in accuracy on the same images (Agresti and Min, 2005).
-
-    Args:
-        gained: number of images that are right only now.
-        lost: number of images that were right only before.
-        of: number of all images.
-
-    Returns:
-        The lower and the upper end, in percent points.
-    """
-    b, c, n = gained + 0.5, lost + 0.5, of + 2
-    middle, half = (b - c) / n, Z * math.sqrt(b + c - (b - c) ** 2 / n) / n
-    return 100 * (middle - half), 100 * (middle + half)

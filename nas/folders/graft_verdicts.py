@@ -9,7 +9,7 @@ import numpy as np
 
 from ..architecture import Graft, candidate_from_dict
 from ..errors import RunError
-from ..interval import Interval
+from ..objectives.paired import paired_difference, unpack
 from ..objectives.text import format_ends
 from ..space import GraftSpace
 from .attributes import BASELINES, CONTROL, TUNED
@@ -95,17 +95,6 @@ def _changes(run: Run, front: list[Trial]) -> list[str]:
     return [f"of {len(grafts)} point{'s' * (len(grafts) > 1)} of the front: {counts}"]
 
 
-def paired_difference(hits: np.ndarray, others: np.ndarray) -> Interval:
-    """Returns the difference of two accuracies on the same images, in percent points, with its 95 % interval.
-
-    Args:
-        hits: whether the first network was right, of shape (images,).
-        others: whether the second one was.
-    """
-    each = 100.0 * (hits.astype(float) - others.astype(float))
-    return Interval.around(float(each.mean()), float(each.std() / np.sqrt(len(each))))
-
-
 def _difference(hits: np.ndarray, others: np.ndarray) -> str:
     """Says how much more accurate the first network is than the second one, with the interval of the difference."""
     found = paired_difference(hits, others)
@@ -121,10 +110,8 @@ def hits_of(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:
     """
     count = entry["num_images"]
     try:
-        packed = np.frombuffer(bytes.fromhex(entry["hits"]), np.uint8)
+        if count == run.manifest.data.num_holdout:
+            return unpack(entry["hits"], count)
     except ValueError:
-        packed = np.empty(0, np.uint8)
-    if count != run.manifest.data.num_holdout or len(packed) != -(-count // 8):
-        raise RunError(f"the study of {run.path} is damaged (tuned.{key}.hits)")
-    bits: np.ndarray = np.unpackbits(packed, count=count).astype(bool)
-    return bits
+        pass
+    raise RunError(f"the study of {run.path} is damaged (tuned.{key}.hits)")

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..architecture import Graft
-from ..folders.graft_verdicts import hits_of, paired_difference
+from ..folders.graft_verdicts import hits_of
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
+from ..objectives.paired import paired_difference
 from ..objectives.pareto import nondomination_ranks
 
 OF_EACH_KIND = 2

@@ -27,6 +27,7 @@ from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
+from ..objectives.paired import pack
 from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
 from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.accuracy.training import LEARNING_RATE, held_out_hits
@@ -152,7 +153,7 @@ class _Tuner:
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
             "seconds": estimate.curve[-1].seconds,
             "num_images": len(hits),
-            "hits": np.packbits(hits).tobytes().hex(),
+            "hits": pack(hits),
         }
 
     def _train(
