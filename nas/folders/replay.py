@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RunError
@@ -65,5 +66,5 @@ def write_replay(file: Path, machine: str, rescored: Rescored, verdicts: Iterabl
     writer.writeheader()
     for ((trial, key), (scores, failure)), words in zip(rescored.items(), verdicts, strict=True):
         row = {"trial": trial, "key": key, "machine": machine, "failure": failure}
-        writer.writerow({**row, **words, "scores": json.dumps(scores.to_dict())})
+        writer.writerow({**row, **words, "scores": json.dumps(replace(scores, hits="").to_dict())})
     write_file(file, buffer.getvalue())

@@ -101,6 +101,7 @@ SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type 
     "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
     "uncounted?": [LINE],
     "form?": LINE,
+    "hits?": str,
     "curve?": [[COUNT, FIGURE]],
 }
 _FAILURE = {"failure": str}

@@ -13,7 +13,7 @@ from .trial import Trial
 if TYPE_CHECKING:
     from .run import Run
 
-UNLISTED = ("others", "curve", "uncounted", "form")
+UNLISTED = ("others", "curve", "uncounted", "form", "hits")
 """Fields of `Scores` that the tables leave out or show in another form."""
 
 
@@ -132,6 +132,7 @@ def _flat(run: Run, scores: Scores) -> dict[str, Any]:
     """Returns the scores by the column names of the tables."""
     named, data = columns(run), scores.to_dict()
     others = data.pop("others", {})
+    data.pop("hits", None)  # the study keeps them, and nobody reads them in a file
     further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
     flags = {"macs_at_least": True} if scores.uncounted else {}
     return {named.get(name, name): value for name, value in data.items()} | further | flags

@@ -91,7 +91,9 @@ def with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]
         return trial
     entry = tuned.get(trial.key)
     if entry is None:
-        scores = replace(trial.scores, accuracy=None, accuracy_std=None, accuracy_assembled=trial.scores.accuracy)
+        scores = replace(
+            trial.scores, accuracy=None, accuracy_std=None, hits="", accuracy_assembled=trial.scores.accuracy
+        )
         first = raced.get(trial.key, {}).get("epochs")
         failure = (
             "not tuned, because others looked better before tuning"
@@ -112,6 +114,7 @@ def tuned_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:
         accuracy_std=float(entry["accuracy_std"]),
         accuracy_assembled=scores.accuracy,
         curve=tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ())),
+        hits=entry["hits"],
     )
 
 

@@ -60,11 +60,15 @@ def compare_orders(first: Mapping[str, Interval], second: Mapping[str, Interval]
 
 
 def ties(figures: Mapping[str, Interval], most: int = 6) -> str:
-    """Lists the neighbours that cannot be told apart, `most` pairs at most, for people. Empty if there are none."""
+    """Lists the neighbours that cannot be told apart, as `list_pairs` does."""
     order = sorted(figures, key=lambda n: figures[n].value)
-    tied = [f"{a} and {b}" for a, b in pairwise(order) if figures[a].indistinct(figures[b])]
-    more = [f"{len(tied) - most} more"] if len(tied) > most else []
-    return ", ".join(tied[:most] + more)
+    return list_pairs([(a, b) for a, b in pairwise(order) if figures[a].indistinct(figures[b])], most)
+
+
+def list_pairs(pairs: Sequence[tuple[str, str]], most: int = 6) -> str:
+    """Lists pairs of names for people, `most` at most. Empty if there are none."""
+    more = [f"{len(pairs) - most} more"] if len(pairs) > most else []
+    return ", ".join([f"{a} and {b}" for a, b in pairs[:most]] + more)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

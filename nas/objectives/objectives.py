@@ -45,6 +45,8 @@ class Scores:
         accuracy_std: its standard error in percent points.
         accuracy_assembled: accuracy of a graft before it was tuned.
         curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
+        hits: which held-out images are right, as text of `nas.objectives.paired.pack`: of `accuracy`, or of the last
+            epoch of a stopped training. Empty if unknown.
         proxy: an untrained proxy's score, higher is better; its column is `proxy_NAME`.
         proxy_std: its standard error.
         scoring_seconds: seconds that the whole scoring took.
@@ -75,6 +77,7 @@ class Scores:
     accuracy_std: float | None = None
     accuracy_assembled: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    hits: str = field(default="", repr=False)
     proxy: float | None = None
     proxy_std: float | None = None
     scoring_seconds: float | None = None

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 MEASURE, TRAIN, ALL = "measure", "train", "all"
 MAX_TRIES = 3
 """Maximum number of tries for a training that runs out of memory. Each try needs less memory."""
+MOST_HITS = 50_000
+"""Keep which held-out images are right if there are at most this many. They take 12.5 kB of a trial then, and on more
+images the intervals of the accuracies are narrow without them."""
 PARTS = (MEASURE, TRAIN)
 """The parts of scoring that may be done in different places: latency and memory on the target, the proxy anywhere."""
 MEASURED = frozenset({"latency", "memory"})
@@ -246,10 +249,11 @@ class Evaluator:
         fidelity: Fidelity,
     ) -> Evaluation:
         estimator, data = ESTIMATORS[self.proxy], self.proxy_data or self.data
-        curve: list[tuple[int, float]] = []
+        rungs: list[Rung] = []
+        kept = len(data.holdout) <= MOST_HITS
 
         def on_rung(rung: Rung) -> None:
-            curve.append((rung.epoch, rung.accuracy))
+            rungs.append(rung)
             if judge is not None and rung.epoch < fidelity.epochs:
                 judge(scores, rung)
 
@@ -263,10 +267,12 @@ class Evaluator:
                     estimates.append(estimator.estimate(network, data, fidelity, seed, self.device, **watch))
                 except Stopped as stopped:
                     # drop the traceback, whose frames hold the training with all its tensors
-                    return Evaluation(replace(scores, curve=tuple(curve)), {}, stopped=stopped.with_traceback(None))
+                    scores = replace(scores, curve=_curve(rungs), hits=rungs[-1].hits if kept else "")
+                    return Evaluation(scores, {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
-            scores = replace(scores, accuracy=score, accuracy_std=std, curve=tuple(curve))
+            hits = estimates[0].hits if kept and self.repeats == 1 else ""
+            scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
         return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks)
@@ -309,6 +315,10 @@ def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:
 def _smaller(data: ImageData, side: int) -> ImageData:
     """Scales the images down once for all candidates of that size."""
     return reduced(data, input_size=side)
+
+
+def _curve(rungs: Sequence[Rung]) -> tuple[tuple[int, float], ...]:
+    return tuple((rung.epoch, rung.accuracy) for rung in rungs)
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from torch import nn
 
 from ...data import ImageData
+from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, accuracy_error
-from .training import estimate_batch_norms, top1
+from .training import estimate_batch_norms, held_out_hits, top1
 
 
 def assembled(
@@ -40,9 +41,11 @@ def assembled(
     start = time.perf_counter()
     network = copy.deepcopy(model).to(device).eval()
     estimate_batch_norms(network, data, fidelity.batch_size, seed, device)
-    score = top1(network, data, device)
+    hits = held_out_hits(network, data, device)
+    score = top1(hits)
     return Estimate(
         score=score,
         std=accuracy_error(score, len(data.holdout)),
         seconds=time.perf_counter() - start,
+        hits=pack(hits),
     )

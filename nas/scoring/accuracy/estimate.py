@@ -75,11 +75,13 @@ class Rung:
         epoch: epochs that are completed.
         accuracy: top-1 accuracy in percent on the held-out part.
         seconds: time of the training so far.
+        hits: which held-out images are right, as text of `nas.objectives.paired.pack`; empty if unknown.
     """
 
     epoch: int
     accuracy: float
     seconds: float = field(default=0.0, compare=False)
+    hits: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Estimate:
         seconds: time of the estimate.
         weights: trained weights by name, on the CPU. None if nothing was trained.
         curve: scores during the training.
+        hits: which held-out images are right at the end, as in `Rung`. Candidates are then compared image by image.
     """
 
     score: float
@@ -100,3 +103,4 @@ class Estimate:
     seconds: float
     weights: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     curve: tuple[Rung, ...] = ()
+    hits: str = field(default="", repr=False)

@@ -26,6 +26,7 @@ from ...data import NO_LABEL, ImageData, Images
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
+from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
 
 RECIPE = 2
@@ -89,9 +90,9 @@ def train(
         while running.epoch < epoch:
             running.run_epoch(deadline)
         network = running.averaged()
-        accuracy = top1(network, data, device)
+        hits = held_out_hits(network, data, device)
         before = running.curve[-1].seconds if running.curve else 0.0
-        rung = Rung(epoch, accuracy, before + time.perf_counter() - begun)
+        rung = Rung(epoch, top1(hits), before + time.perf_counter() - begun, pack(hits))
         running.curve += (rung,)
         if on_rung is not None:
             on_rung(rung)
@@ -102,6 +103,7 @@ def train(
         seconds=time.perf_counter() - start,
         weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
         curve=running.curve,
+        hits=running.curve[-1].hits,
     )
 
 
@@ -320,27 +322,17 @@ def normaliser(data: ImageData, device: str) -> Callable[[torch.Tensor], torch.T
     return lambda pixels: (pixels.float() - mean) / std
 
 
-def top1(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> float:
-    """Returns the percentage of held-out images whose highest logit is that of the right class.
+def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> torch.Tensor:
+    """Returns for each held-out image whether its highest logit is that of the right class.
 
     After few steps, a deep network with products may overflow on a rare image unlike those that its batch norms saw.
     Such an image counts as wrong.
-
-    Raises:
-        TrialFailure: `non_finite` if that happens for more than a tenth of the images.
-    """
-    hits = held_out_hits(model, data, device, batch_size)
-    return 100 * int(hits.sum()) / len(hits)
-
-
-def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> torch.Tensor:
-    """Returns for each held-out image whether its highest logit is that of the right class, as `top1` counts it.
 
     Returns:
         A bool tensor of shape (images,), on the CPU.
 
     Raises:
-        TrialFailure: as `top1`.
+        TrialFailure: `non_finite` if that happens for more than a tenth of the images.
     """
     held, normalise = _on_device(data.holdout, device), normaliser(data, device)
     model.eval()
@@ -356,3 +348,8 @@ def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: in
             "non_finite", f"the trained network gives {int(broken)} of {len(held)} images logits that are not finite"
         )
     return torch.cat(hits).cpu()
+
+
+def top1(hits: torch.Tensor) -> float:
+    """Returns the percentage of images that are right."""
+    return 100 * int(hits.sum()) / len(hits)
