@@ -15,6 +15,7 @@ import numpy as np
 
 from .architecture import Candidate
 from .counts import Pieces, count_pieces, part_in_words
+from .folders.hits import accuracy_difference
 from .folders.run import Run
 from .folders.trial import Trial
 from .interval import Interval
@@ -47,6 +48,8 @@ class Neighbour:
         measured: name of an objective -> measured score, as far as the trial got; empty if it was never tried.
         on_front: probability that it would be on the run's front; for a tried neighbour whether it is; None if unknown.
         gain: expected gain in the run's hypervolume as a share; for a tried neighbour what it adds; None if unknown.
+        paired: how much more accurate it is than the explained one on the same held-out images, in percent points; None
+            if one of the two has no accuracy, or if the run did not keep which images are right.
     """
 
     knob: str
@@ -58,6 +61,7 @@ class Neighbour:
     measured: Mapping[str, Interval] = field(default_factory=dict)
     on_front: float | None = None
     gain: float | None = None
+    paired: Interval | None = None
 
     @property
     def change(self) -> str:
@@ -111,6 +115,23 @@ class Explanation:
         if name in self.recorded:
             return self.recorded[name]
         return self.itself[name].value if name in self.itself else None
+
+    def change(self, name: str, scores: Mapping[str, Interval]) -> Interval | None:
+        """Returns the change of an objective from the architecture to these scores, with the interval of the score."""
+        score, origin = scores.get(name), self.origin(name)
+        if score is None or origin is None:
+            return None
+        return Interval(score.value - origin, score.low - origin, score.high - origin)
+
+    def measured_change(self, neighbour: Neighbour, objective: Objective) -> Interval | None:
+        """Returns the change to a neighbour as it was measured.
+
+        The interval of a change in accuracy is that of the difference on the same images, if the run kept which images
+        are right. Any other interval is that of the neighbour's score.
+        """
+        if objective.field == "accuracy" and neighbour.paired is not None:
+            return neighbour.paired
+        return self.change(objective.name, neighbour.measured)
 
     def hits(self) -> tuple[int, int]:
         """Counts the measured figures of neighbours that lie within their predicted interval, and all of them."""
@@ -167,6 +188,7 @@ class Explanation:
                     "predicted": {name: self._estimate(name, e) for name, e in n.predicted.items()},
                     "tried": n.tried,
                     "measured": {name: self._estimate(name, e) for name, e in n.measured.items()},
+                    "paired": None if n.paired is None else asdict(n.paired),
                     "on_front": n.on_front,
                     "gain": n.gain,
                     "architecture": n.architecture.to_dict(),
@@ -242,6 +264,7 @@ def explain(run: Run, key: str) -> Explanation:
             measured=_measured(score, run.objectives),
             on_front=float(score in front),
             gain=_share(run, score, front),
+            paired=accuracy_difference(run, score, trial),
         )
     inorder = [found[point] for point in changes]
     recorded = {name: e.value for name, e in (_measured(trial, run.objectives) | counts.of(trial.architecture)).items()}

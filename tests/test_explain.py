@@ -20,6 +20,7 @@ from nas.folders.manifest import Manifest
 from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.objectives.objectives import OBJECTIVES, Scores
+from nas.objectives.paired import difference_of_counts, pack
 from nas.scoring.cost import count_cost
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.table import distributions
@@ -272,6 +273,24 @@ def test_as_json(capsys, tmp_path):
     assert Architecture.from_dict(first["architecture"]).key == first["key"]
     predicted = first["predicted"]["latency"]
     assert predicted["change"] == pytest.approx(predicted["value"] - data["recorded"]["latency"])
+
+
+def test_a_measured_change_in_accuracy_is_compared_image_by_image(capsys, tmp_path):
+    here, near, rest = POINTS[0], SPACE.neighbours(POINTS[0])[0], some(12)
+    right = np.arange(359) < 300
+    others = {here.key: right, near.key: right ^ (np.arange(359) >= 350)}  # nine more images are right
+    changed = {
+        key: {"scores": replace(scores_of(a), accuracy=float(100 * hits.mean()), accuracy_std=2.0, hits=pack(hits))}
+        for a, (key, hits) in zip((here, near), others.items(), strict=True)
+    }
+    run = make_run(tmp_path / "run", list(dict.fromkeys([here, near, *rest])), changed=changed)
+    found = explain(run, here.key)
+    paired = {n.architecture.key: n.paired for n in found.neighbours if n.paired is not None}
+    assert paired == {near.key: difference_of_counts(9, 0, 359)}
+    _, out, _ = call(capsys, f"{run.path}@{here.key}")
+    low, high = (f"+{end:.2f}" for end in paired[near.key].ends)
+    assert f"+2.51 ({low} to {high})" in out
+    assert "on the same images" in out
 
 
 @pytest.mark.parametrize(

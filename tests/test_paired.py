@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from conftest import table
 from hypothesis import given
 from hypothesis import strategies as st
 
+import search_spaces
+from nas.data import load_data
+from nas.errors import RunError
+from nas.folders.hits import accuracy_difference, accuracy_verdict
+from nas.folders.run import Run
+from nas.folders.training import load_weights
+from nas.models import create_backbone
 from nas.objectives.paired import difference_of_counts, pack, paired_difference, unpack
+from nas.search import SearchConfig, search
+from nas.search.comparable import evaluator_of
+from nas.search.config import local_config
+from nas.search.early_stopping import Finished, Judge
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -52,3 +67,59 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says(count: int, 
     draws = np.random.default_rng(0).multinomial(count, [gained, lost, 1 - gained - lost], 4000)
     held = [difference_of_counts(int(a), int(b), count).holds(100 * (gained - lost)) for a, b, _ in draws]
     assert np.mean(held) > 0.935
+
+
+# In a run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("paired") / "run"
+    space = search_spaces.load("mini")
+    config = SearchConfig(space=space, data="digits", out=out, objectives=("params", "accuracy"), trials=4, epochs=1)
+    return search(replace(config, max_images=400, sampler="random"))
+
+
+def test_the_hits_of_a_candidate_are_those_of_its_weights(run: Run) -> None:
+    trial, count = run.front()[-1], run.manifest.data.num_holdout
+    data = load_data("digits", max_images=400)
+    model = create_backbone(trial.architecture, 10).eval()
+    load_weights(model, run.weights_file(trial.key))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
+    with torch.inference_mode():
+        right = model((data.holdout.pixels.float() / 255 - mean) / std).argmax(1) == data.holdout.labels
+    assert (unpack(trial.scores.hits, count) != right.numpy()).mean() < 0.03
+    for each in run.trials():
+        assert 100 * unpack(each.scores.hits, count).mean() == pytest.approx(each.scores.accuracy)
+
+
+def test_a_stopped_training_keeps_the_hits_of_its_last_epoch(run: Run) -> None:
+    evaluator, _ = evaluator_of(run, replace(local_config(run), epochs=3))
+    judge = Judge(run.objectives, (Finished((0.0,), {1: 0.0}, 100.0),) * 8)
+    scores = evaluator.evaluate(run.front()[0].architecture, judge).scores
+    assert [epoch for epoch, _ in scores.curve] == [1]
+    assert 100 * unpack(scores.hits, len(evaluator.data.holdout)).mean() == pytest.approx(scores.curve[-1][1])
+
+
+def test_no_file_of_the_run_shows_them(run: Run) -> None:
+    shown = [run.table(run.trials()), json.dumps(run.front_dict(run.front()))]
+    assert all(t.scores.hits and t.scores.hits not in text for t in run.trials() for text in shown)
+
+
+def test_the_front_says_which_accuracies_are_tied(run: Run) -> None:
+    front = run.trials()
+    order = sorted(front, key=lambda t: t.scores.accuracy)
+    text = accuracy_verdict(run, front)
+    halves = []
+    for less, more in pairwise(order):
+        found = accuracy_difference(run, more, less)
+        assert found.value == pytest.approx(more.scores.accuracy - less.scores.accuracy)
+        assert (f"{less.key} and {more.key}" in text) == found.holds(0)
+        halves.append(found.half_width)
+    assert f"±{max(halves):.1f} points or better" in text
+    # a run of an earlier release kept nothing
+    old = [replace(t, scores=replace(t.scores, hits="")) for t in front]
+    assert accuracy_verdict(run, old) == ""
+    damaged = replace(front[0], scores=replace(front[0].scores, hits="f0"))
+    with pytest.raises(RunError, match=r"trial 0\.hits"):
+        accuracy_difference(run, damaged, front[1])

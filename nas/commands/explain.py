@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,22 +59,25 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     of = f"{found.run.path}@{found.trial.key}"
     units = [f"{o.label}{f', {o.unit}' if o.unit else ''}>" for o in objectives]
     table = new_table("change", *units, "on the front>", title=f"What one change would do to {of}")
-    change = partial(_change, found, brief=columns < 50 + 24 * len(objectives))
+    change = partial(_change, brief=columns < 50 + 24 * len(objectives))
     now = (format_value(o, found.recorded[o.name]) if o.name in found.recorded else "" for o in objectives)
     table.add_row("as it is", *now)
     smoothed = any(not figure.is_exact for figure in found.itself.values())
     if smoothed:
-        table.add_row("  to the model", *(change(o, found.itself) for o in objectives))
+        table.add_row("  to the model", *(change(o, found.change(o.name, found.itself)) for o in objectives))
     table.add_section()
     for neighbour in found.neighbours[:limit]:
         chance = "" if neighbour.tried or neighbour.on_front is None else f"{100 * neighbour.on_front:.0f} %"
-        table.add_row(neighbour.change, *(change(o, neighbour.predicted) for o in objectives), chance)
+        cells = [change(o, found.change(o.name, neighbour.predicted)) for o in objectives]
+        table.add_row(neighbour.change, *cells, chance)
         if neighbour.tried:
-            cells = (change(o, neighbour.measured) for o in objectives)
+            cells = [change(o, found.measured_change(neighbour, o)) for o in objectives]
             table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")
     shown, all_of_them = min(limit, len(found.neighbours)), len(found.neighbours)
     told = [f"{shown} of {all_of_them} one-knob changes"] if shown < all_of_them else []
     told += ["changes are counted from `as it is`; in brackets or after ±: 95 % intervals"] if smoothed else []
+    paired = any(neighbour.paired is not None for neighbour in found.neighbours[:limit])
+    told += ["measured changes in accuracy: on the same images; another seed of the trainings may change more"] * paired
     told += [
         "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
     ] * smoothed
@@ -84,28 +87,24 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     _print_parts(found)
 
 
-def _change(found: Explanation, objective: Objective, scores: Mapping[str, Interval], brief: bool) -> str:
-    """Formats the difference between a score and the architecture's own, with its interval.
-
-    With `brief`, the interval is shown as half its width.
-    """
+def _change(objective: Objective, change: Interval | None, brief: bool) -> str:
+    """Formats a change of an objective, with its interval. With `brief`, the interval is shown as half its width."""
     from ..objectives.text import format_value
 
-    score, origin = scores.get(objective.name), found.origin(objective.name)
-    if score is None or origin is None:
+    if change is None:
         return ""
 
     def size(value: float) -> str:
         return format_value(objective, abs(value)).removesuffix(objective.unit).rstrip()
 
     def signed(value: float) -> str:
-        text = size(value - origin)
-        return text if not float(text.split()[0]) else ("-" if value < origin else "+") + text
+        text = size(value)
+        return text if not float(text.split()[0]) else ("-" if value < 0 else "+") + text
 
-    value, low, high = (signed(v) for v in (score.value, score.low, score.high))
-    if score.is_exact:
+    value, low, high = (signed(v) for v in (change.value, change.low, change.high))
+    if change.is_exact:
         return value
-    return f"{value} ±{size(score.half_width)}" if brief else f"{value} ({low} to {high})"
+    return f"{value} ±{size(change.half_width)}" if brief else f"{value} ({low} to {high})"
 
 
 def _print_parts(found: Explanation) -> None:

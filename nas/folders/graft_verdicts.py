@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..architecture import Graft, candidate_from_dict
-from ..errors import RunError
-from ..objectives.paired import paired_difference, unpack
+from ..objectives.paired import Hits, paired_difference
 from ..objectives.text import format_ends
 from ..space import GraftSpace
 from .attributes import BASELINES, CONTROL, TUNED
+from .hits import read_hits
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -41,7 +39,9 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     rivals, latency = run.baselines(), next((o for o in run.objectives if o.is_latency), None)
     if PARENT not in keys or PARENT not in rivals or latency is None:
         return []
-    right_of = {key: hits_of(run, key, entry) for key, entry in tuned.items() if "failure" not in entry}
+    right_of = {
+        key: read_hits(run, entry["hits"], f"tuned.{key}") for key, entry in tuned.items() if "failure" not in entry
+    }
     whole, parent_ms = right_of.get(keys[PARENT]), latency.read(rivals[PARENT])
     if whole is None or parent_ms is None:
         return []
@@ -70,12 +70,12 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), right_of)]
 
 
-def _of_control(run: Run, control: Mapping[str, Any], right_of: Mapping[str, np.ndarray]) -> list[str]:
+def _of_control(run: Run, control: Mapping[str, Any], right_of: Mapping[str, Hits]) -> list[str]:
     """Returns a sentence that compares a graft with the same network from random weights, if there is a control."""
     if control.get("key") not in right_of or "failure" in control:
         return []
     key = control["key"]
-    found = _difference(hits_of(run, key, control), right_of[key])
+    found = _difference(read_hits(run, control["hits"], "control"), right_of[key])
     return [f"from random weights, trained as long: {key} is {found} than with the parent's weights"]
 
 
@@ -95,23 +95,8 @@ def _changes(run: Run, front: list[Trial]) -> list[str]:
     return [f"of {len(grafts)} point{'s' * (len(grafts) > 1)} of the front: {counts}"]
 
 
-def _difference(hits: np.ndarray, others: np.ndarray) -> str:
+def _difference(hits: Hits, others: Hits) -> str:
     """Says how much more accurate the first network is than the second one, with the interval of the difference."""
     found = paired_difference(hits, others)
     word = "more" if found.value >= 0 else "less"
     return f"{abs(found.value):.1f} points {word} accurate (difference {format_ends(*found.ends, '+.1f')})"
-
-
-def hits_of(run: Run, key: str, entry: Mapping[str, Any]) -> np.ndarray:
-    """Returns which held-out images a tuned graft gets right, of shape (images,).
-
-    Raises:
-        RunError: if the entry is damaged.
-    """
-    count = entry["num_images"]
-    try:
-        if count == run.manifest.data.num_holdout:
-            return unpack(entry["hits"], count)
-    except ValueError:
-        pass
-    raise RunError(f"the study of {run.path} is damaged (tuned.{key}.hits)")

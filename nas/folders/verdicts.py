@@ -12,6 +12,7 @@ from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .graft_verdicts import graft_verdicts
+from .hits import accuracy_verdict
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ WIDE = 0.05
 """Warn when the relative half-width of a latency interval exceeds this."""
 
 
-def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout: int) -> list[str]:
+def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout: int, paired: str = "") -> list[str]:
     """Returns warnings about wide intervals of a front's scores.
 
     Args:
         objectives: objectives of the run.
         front: points of the front.
         num_holdout: number of images on which accuracy was measured.
+        paired: the verdict on accuracies that were compared image by image; empty if they were not.
     """
     lines = []
     for objective in (o for o in objectives if o.is_latency):
@@ -42,6 +44,8 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
                 "store it again on the idle machine (mixnas measure cas_vit_xs --refix), then start a new run"
             )
             lines.append(f"{objective.label}: intervals of the front reach ±{100 * widest:.0f} %; {advice}")
+    if paired:
+        return [*lines, paired]
     errors = [t.scores.accuracy_std for t in front if t.scores.accuracy_std is not None]
     if len(errors) > 1 and any(o.field == "accuracy" for o in objectives):
         apart = 1.96 * math.sqrt(2) * max(errors)
@@ -94,7 +98,7 @@ def verdicts(run: Run) -> list[str]:
             f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )
-    return lines + doubts(run.objectives, front, run.manifest.data.num_holdout)
+    return lines + doubts(run.objectives, front, run.manifest.data.num_holdout, accuracy_verdict(run, front))
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:

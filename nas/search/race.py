@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..architecture import Graft
-from ..folders.graft_verdicts import hits_of
+from ..folders.hits import read_hits
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
 from ..objectives.paired import paired_difference
@@ -48,7 +48,7 @@ def winners(run: Run, trials: Sequence[Trial], raced: Mapping[str, Any], count: 
     known = [replace(t, scores=tuned_scores(t.scores, raced[t.key])) for t in trials if t.key in raced]
     if not known:
         return []
-    hits = [hits_of(run, t.key, raced[t.key]) for t in known]
+    hits = [read_hits(run, t.scores.hits, f"raced.{t.key}") for t in known]
     others = run.losses(known)[:, [o.name != "accuracy" for o in run.objectives]]
     out = {
         loser.key

@@ -1,0 +1,72 @@
+"""Which held-out images the candidates of a run get right, and what follows for differences of their accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..errors import RunError
+from ..interval import Interval
+from ..objectives.agreement import list_pairs
+from ..objectives.objectives import OBJECTIVES, Scores
+from ..objectives.paired import Hits, paired_difference, unpack
+from .trial import Trial
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def read_hits(run: Run, packed: str, where: str) -> Hits:
+    """Returns the hits on the held-out images of a run from their text.
+
+    Args:
+        run: the run.
+        packed: the text.
+        where: where in the study the text stands, for an error.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    try:
+        return unpack(packed, run.manifest.data.num_holdout)
+    except ValueError:
+        raise RunError(f"the study of {run.path} is damaged ({where}.hits)") from None
+
+
+def accuracy_difference(run: Run, trial: Trial, other: Trial) -> Interval | None:
+    """Returns how much more accurate a candidate of a run is than another one, in percent points.
+
+    The 95 % interval covers the choice of images, not the random seeds of the trainings.
+
+    Returns:
+        None if the run did not keep which images are right, as before this release, or if one of the two has no
+        accuracy.
+    """
+    if not all(_is_known(each.scores) for each in (trial, other)):
+        return None
+    hits, others = (read_hits(run, each.scores.hits, f"trial {each.number}") for each in (trial, other))
+    return paired_difference(hits, others)
+
+
+def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
+    """Says how well the differences of accuracy between neighbours of a front are known, and which may be chance.
+
+    Empty without accuracy, for fewer than two points, or if the run did not keep which images are right.
+    """
+    order = sorted(front, key=lambda t: t.scores.accuracy or 0.0)
+    found = {(a.key, b.key): accuracy_difference(run, b, a) for a, b in pairwise(order)}
+    known = {pair: difference for pair, difference in found.items() if difference is not None}
+    if not known or len(known) < len(found) or not any(o.field == "accuracy" for o in run.objectives):
+        return ""
+    text = (
+        f"{OBJECTIVES['accuracy'].label}: differences between neighbours of this front are known to "
+        f"±{max(d.half_width for d in known.values()):.1f} points or better (95 %, both on the same "
+        f"{run.manifest.data.num_holdout:,} held-out images; another seed of the trainings may change more)"
+    )
+    tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
+    return f"{text}; statistically tied, so in either order: {tied}" if tied else text
+
+
+def _is_known(scores: Scores) -> bool:
+    return scores.accuracy is not None and bool(scores.hits)
