@@ -15,7 +15,7 @@ import nas.models  # noqa: F401 - registers `mixnas` with timm
 from nas.architecture import MIXER_TYPES, Additive, Architecture, Hadamard, Softmax, Stage
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
-from nas.scoring.accuracy import ESTIMATORS, PARENT, Ensemble, Estimate, Fidelity, Training, train
+from nas.scoring.accuracy import ESTIMATORS, PARENT, Ensemble, Estimate, Fidelity, Teacher, Training, Tuning, train
 from nas.scoring.accuracy.training import AVERAGING, held_out_hits
 from nas.scoring.cost import count_cost
 
@@ -282,6 +282,40 @@ def test_a_training_goes_on_exactly_where_it_was(few, drop, tmp_path):
     later = train(fresh, few, Fidelity(epochs=3, batch_size=32), 5, "cpu", going_on)
     assert later.curve == whole.curve
     assert all(torch.equal(whole.weights[key], later.weights[key]) for key in whole.weights)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_trainings_share_the_answers_of_their_teacher_and_are_the_same_as_alone(few, chunks):
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)) for _ in range(3)]
+    passes = []
+    networks[0].register_forward_hook(lambda *_: passes.append(1))
+
+    def taught(student: nn.Module, teacher: Teacher) -> Estimate:
+        tuning = Tuning(teacher, few, learning_rate=0.01)
+        return train(student, few, Fidelity(2, 32, chunks=chunks, tuning=tuning), 0, "cpu")
+
+    teacher = Teacher(networks[0], few.mean, few.std)
+    taught(networks[1], teacher)
+    steps = 2 * (len(few.train) // 32)
+    assert len(passes) == steps
+    shared = taught(networks[2], teacher)
+    assert len(passes) == steps
+    alone = taught(networks[2], Teacher(networks[0], few.mean, few.std))
+    assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in shared.weights)
+    labels_alone = train(networks[2], few, Fidelity(2, 32, chunks=chunks), 0, "cpu")
+    assert not torch.equal(shared.weights["1.weight"], labels_alone.weights["1.weight"])
+
+
+def test_a_teacher_sees_images_normalised_and_scaled_as_its_own():
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    model.register_forward_pre_hook(lambda _, taken: seen.append(taken[0]))
+    teacher = Teacher(model, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), side=8)
+    pixels = torch.full((2, 3, 4, 4), 51.0)
+    answer = teacher.answer(pixels, temperature=2.0)
+    wanted = torch.tensor([(0.2 - 0.5) / 0.1, (0.2 - 0.4) / 0.2, (0.2 - 0.3) / 0.3]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
+    torch.testing.assert_close(seen[0], wanted)
+    torch.testing.assert_close(answer, (model(wanted) / 2).log_softmax(1))
 
 
 def test_the_average_is_of_about_the_last_tenth(few):

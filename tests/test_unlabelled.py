@@ -26,8 +26,7 @@ from nas.graft import ParentConfig, graft
 from nas.graft.distil import Distillation, distil
 from nas.graft.options import LIBRARIES
 from nas.models.parts import places
-from nas.scoring.accuracy import Training, Tuning
-from nas.scoring.accuracy.training import LABEL_SMOOTHING
+from nas.scoring.accuracy.training import LABEL_SMOOTHING, loss_of, normaliser
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
@@ -123,17 +122,17 @@ def test_only_labelled_images_have_a_loss_on_labels(root: Path) -> None:
     assert (taught.labels == NO_LABEL).sum() == 20
     assert torch.equal(taught.pixels[: len(data.train)], data.train.pixels)
     model, teacher = (timm.create_model(PARENT, num_classes=2).eval() for _ in range(2))
-    tuning = Tuning(teacher, replace(data, train=taught))
-    training = Training(model, data, 64, 0, "cpu", tuning=tuning)
-    images = training.normalise(taught.pixels)
+    images = normaliser(data, "cpu")(taught.pixels)
     with torch.no_grad():
-        logits, expected = training.network.eval()(images), teacher(images).softmax(1)
+        logits, expected = model(images), teacher(images).softmax(1)
         smoothed = F.one_hot(data.train.labels, 2) * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / 2
         on_labels = -(smoothed * logits[: len(smoothed)].log_softmax(1)).sum() / len(images)
         on_answers = (expected * (expected.log() - logits.log_softmax(1))).sum() / len(images)
-        assert training._loss(images, taught.labels) == pytest.approx(0.5 * (on_labels + on_answers).item(), rel=1e-4)
+        loss = loss_of(logits, taught.labels, expected.log(), 0.5, unlabelled=True)
+        assert loss == pytest.approx(0.5 * (on_labels + on_answers).item(), rel=1e-4)
         answers = (expected * (expected.log() - logits.log_softmax(1)))[-20:].sum() / 20
-        assert training._loss(images[-20:], taught.labels[-20:]) == pytest.approx(0.5 * answers.item(), rel=1e-3)
+        loss = loss_of(logits[-20:], taught.labels[-20:], expected[-20:].log(), 0.5, unlabelled=True)
+        assert loss == pytest.approx(0.5 * answers.item(), rel=1e-3)
 
 
 def test_layers_are_taught_on_them_and_a_kill_changes_nothing(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
-from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Tuning
+from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
@@ -145,7 +145,7 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     tuning = None
     if parent is not None:
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
-        tuning = Tuning(parent.assemble(parent.whole).eval(), taught)
+        tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
     return Evaluator(
         data=data,
         objectives=config.objectives,

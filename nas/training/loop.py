@@ -33,12 +33,13 @@ from ..machine.devices import multiplies_bf16, seeded
 from ..machine.limits import training_threads
 from ..machine.turns import shared
 from ..memory_format import training_format
+from ..scoring.accuracy import Teacher
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
 from .augmentation import mixup
 from .batches import batch_size, check_shared, evaluation_batches, steps_per_epoch, training_batches
 from .images import Subset, TrainingData
-from .loss import Loss, Teacher
+from .loss import Loss
 from .optimizer import make_optimizer, make_scheduler
 from .processes import Placement
 from .randomness import restored_randomness, seed_all

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
-from torch import nn
 
+from ..scoring.accuracy import Teacher
 from .images import TrainingData
 from .recipes import Recipe
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A trained network that another network learns from.
-
-    Args:
-        model: the network, in eval mode.
-        mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
-        std: standard deviation of the channels, likewise.
-        side: side of its images in pixels; smaller images are scaled up to it. None takes them as they are.
-    """
-
-    model: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    side: int | None = None
 
 
 class Loss:
@@ -47,7 +29,7 @@ class Loss:
 
     def __init__(self, recipe: Recipe, data: TrainingData, teacher: Teacher | None, device: torch.device) -> None:
         self.mean, self.std = (_channels(values, device) * 255 for values in (data.mean, data.std))
-        self._recipe, self._teacher, self._device = recipe, teacher, device
+        self._recipe, self._teacher = recipe, teacher
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalises images on a scale of 0 to 255 by the mean and standard deviation of the data."""
@@ -67,12 +49,7 @@ class Loss:
         if self._teacher is None:
             return (loss + self._against_labels(taught, target)) / 2 if pair else loss
         temperature, weight = self._recipe.distill_temperature, self._recipe.distill_weight
-        with torch.no_grad():
-            seen = images * self.std + self.mean
-            mean, std = (_channels(values, self._device) for values in (self._teacher.mean, self._teacher.std))
-            if self._teacher.side is not None and images.shape[-1] < self._teacher.side:
-                seen = F.interpolate(seen, (self._teacher.side,) * 2, mode="bilinear", align_corners=False)
-            expected = (self._teacher.model((seen / 255 - mean) / std).float() / temperature).log_softmax(1)
+        expected = self._teacher.answer(images * self.std + self.mean, temperature)
         found = (taught.float() / temperature).log_softmax(1)
         distance = F.kl_div(found, expected, reduction="batchmean", log_target=True) * temperature**2
         return (1 - weight) * loss + weight * distance

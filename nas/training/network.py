@@ -19,12 +19,12 @@ from ..foreign_files import is_file
 from ..machine.devices import seeded
 from ..models import create_candidate
 from ..models.timm_models import create_network
+from ..scoring.accuracy import Teacher
 from ..targets import Target, resolve
 from .batches import batch_size
 from .config import TrainConfig
 from .images import TrainingData
 from .loop import scaled_side
-from .loss import Teacher
 from .processes import Processes
 from .recipes import Recipe
 

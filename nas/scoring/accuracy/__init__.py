@@ -14,10 +14,22 @@ from .assembled import assembled
 from .baselines import macs, params
 from .ensemble import Ensemble, ensemble
 from .estimate import Estimate, Fidelity, Rung, Tuning
+from .teacher import Teacher
 from .training import Training, train
 from .zero_cost import az, grad_norm, naswot, synflow, zico
 
-__all__ = ["ESTIMATORS", "Ensemble", "Estimate", "Estimator", "Fidelity", "Rung", "Training", "Tuning", "train"]
+__all__ = [
+    "ESTIMATORS",
+    "Ensemble",
+    "Estimate",
+    "Estimator",
+    "Fidelity",
+    "Rung",
+    "Teacher",
+    "Training",
+    "Tuning",
+    "train",
+]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...data import ImageData
 from ...defaults import EPOCHS, TRAIN_BATCH_SIZE
+from .teacher import Teacher
 
 TUNING_RATE = 1e-3
 
@@ -21,14 +21,14 @@ class Tuning:
     """How a network is trained on that has trained weights already.
 
     Args:
-        teacher: trained network whose outputs it also learns, in eval mode.
+        teacher: trained network whose outputs it also learns.
         data: images that the teacher sees, in its size. Its training part is trained on. Images with the label
             `NO_LABEL` have the teacher's outputs as their only target.
         learning_rate: highest learning rate for batches of 64.
         weight: weight of the teacher's outputs against that of the labels.
     """
 
-    teacher: nn.Module
+    teacher: Teacher
     data: ImageData
     learning_rate: float = TUNING_RATE
     weight: float = 0.5

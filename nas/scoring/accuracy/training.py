@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
+from .teacher import Teacher
 
 RECIPE = 2
 """Version of the recipe. Version 1 was a cosine over the requested epochs; version 2 can continue from any epoch and
@@ -149,7 +150,6 @@ class Training:
         self.average = [p.detach().clone() for p in self.network.parameters()]
         # Adam's rate scales with the square root of the batch size; the rate was chosen for 64
         self.tuning = tuning
-        self.teacher = None if tuning is None else copy.deepcopy(tuning.teacher).to(self.device).eval()
         self.rate = (tuning.learning_rate if tuning else LEARNING_RATE) * math.sqrt(self.batch_size / 64)
         self.optimizer = create_optimizer_v2(
             self.network, opt="adamw", lr=self.rate, weight_decay=WEIGHT_DECAY, fused=True
@@ -176,7 +176,7 @@ class Training:
         count = len(self.labels) // self.batch_size * self.batch_size
         order = torch.randperm(len(self.labels), generator=generator, device=self.device)
         parameters: list[torch.Tensor] = list(self.network.parameters())
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum, weight = torch.zeros((), device=self.device), self.tuning.weight if self.tuning else 0.0
         self.network.train()
         for index in order[:count].split(self.batch_size):
             if deadline is not None and time.perf_counter() > deadline:
@@ -186,12 +186,15 @@ class Training:
             self.step += 1
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
-            images = self.normalise(augmented(self.pixels[index], self.data.mirrored, generator))
-            images = images.contiguous(memory_format=self.format)
+            pixels = augmented(self.pixels[index], self.data.mirrored, generator)
+            answers = [None] * self.chunks if self.tuning is None else self._answers(self.tuning.teacher, pixels)
+            images = self.normalise(pixels).contiguous(memory_format=self.format)
             self.optimizer.zero_grad(set_to_none=True)
-            for part, labels in zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), strict=True):
+            parts = zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), answers, strict=False)
+            for part, labels, expected in parts:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    loss = self._loss(part, labels)
+                    logits = self.network(self._scaled(part))
+                    loss = loss_of(logits, labels, expected, weight, self.unlabelled)
                 loss = loss * (len(labels) / len(index))
                 loss.backward()
                 loss_sum += loss.detach()
@@ -202,22 +205,13 @@ class Training:
         if not math.isfinite(loss_sum.item()):  # once an epoch, because a check in every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 
-    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the loss against the labels, where there are any, and, in a tuning, against the teacher's outputs."""
-        logits = self.network(self._scaled(images))
-        if self.unlabelled:  # each image counts alike, so that the weight of a label does not depend on its batch
-            summed = F.cross_entropy(
-                logits, labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=LABEL_SMOOTHING
-            )
-            loss = summed / len(labels)
-        else:
-            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        if self.tuning is None or self.teacher is None:
-            return loss
-        with torch.no_grad():
-            expected = self.teacher(images).float().log_softmax(1)
-        distance = F.kl_div(logits.float().log_softmax(1), expected, reduction="batchmean", log_target=True)
-        return (1 - self.tuning.weight) * loss + self.tuning.weight * distance
+    def _answers(self, teacher: Teacher, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Returns the teacher's answers to the images of a step, in chunks.
+
+        All trainings with this seed and batch size see the same images, so they share the answers.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return teacher.answer(pixels, key=(self.seed, self.batch_size, self.step)).chunk(self.chunks)
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
         """Scales images down to the size of the network's images, where the teacher sees larger ones."""
@@ -255,6 +249,36 @@ class Training:
             torch._foreach_copy_(self.average, [t.to(self.device) for t in state["average"]])
         self.epoch, self.step = state["epoch"], state["step"]
         self.curve = tuple(Rung(*point) for point in state["curve"])
+
+
+def loss_of(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    answers: torch.Tensor | None = None,
+    weight: float = 0.0,
+    unlabelled: bool = False,
+) -> torch.Tensor:
+    """Returns the loss of a batch against its labels and, if there is a teacher, against the teacher's answers.
+
+    Args:
+        logits: outputs of the network, of shape (B, classes).
+        labels: class indices of shape (B,).
+        answers: logarithms of the teacher's probabilities, of shape (B, classes); None without a teacher.
+        weight: weight of the answers against that of the labels.
+        unlabelled: whether images may have no label (`NO_LABEL`). Each image then counts alike, so that the weight of a
+            label does not depend on the other images of its batch.
+    """
+    if unlabelled:
+        summed = F.cross_entropy(
+            logits, labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=LABEL_SMOOTHING
+        )
+        loss = summed / len(labels)
+    else:
+        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+    if answers is None:
+        return loss
+    distance = F.kl_div(logits.float().log_softmax(1), answers, reduction="batchmean", log_target=True)
+    return (1 - weight) * loss + weight * distance
 
 
 def estimate_batch_norms(network: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:

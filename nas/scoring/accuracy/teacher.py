@@ -1,0 +1,52 @@
+"""Teachers: trained networks whose outputs other networks learn."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MOST_BYTES = 512 << 20
+"""Bytes of answers that a teacher keeps. It computes all further ones each time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A trained network that other networks learn from.
+
+    Args:
+        model: the network, in eval mode. It is moved to the device of the images.
+        mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
+        std: standard deviation of the channels, likewise.
+        side: side of its images in pixels; smaller images are scaled up to it. None takes them as they are.
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    side: int | None = None
+    _kept: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def answer(self, pixels: torch.Tensor, temperature: float = 1.0, key: Hashable = None) -> torch.Tensor:
+        """Returns the logarithms of the teacher's class probabilities, float32 of shape (B, classes).
+
+        Args:
+            pixels: images of shape (B, C, side, side) on a scale of 0 to 255.
+            temperature: temperature of the softmax.
+            key: name of these images, the same in every training that sees them. Their answers are then kept, so that
+                the trainings of all candidates share one forward pass. None keeps nothing.
+        """
+        if key is not None and key in self._kept:
+            return self._kept[key].to(pixels.device)
+        with torch.no_grad():
+            model, images = self.model.to(pixels.device), pixels.float()
+            if self.side is not None and images.shape[-1] < self.side:
+                images = F.interpolate(images, (self.side,) * 2, mode="bilinear", align_corners=False)
+            mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
+            found: torch.Tensor = (model((images - mean) / std).float() / temperature).log_softmax(1)
+        if key is not None and sum(t.nbytes for t in self._kept.values()) + found.nbytes <= MOST_BYTES:
+            self._kept[key] = found
+        return found
