@@ -27,6 +27,7 @@ ORDER = (
     "nas.storage nas.counts",
     "nas.folders",
     "nas.targets",
+    "nas.teachers",
     "nas.search nas.calibration nas.profile",
     "nas.training nas.explain nas.measure nas.replay nas.report",
     "nas.export nas.graft",

@@ -202,6 +202,18 @@ OF_PARENT = {
     help="Number of seeds over which a proxy score is averaged.",
 )
 @option(
+    "--teacher",
+    metavar="TARGET",
+    section=ACCURACY,
+    help="Network whose outputs every candidate also learns: a trained or exported folder, or timm:NAME.",
+)
+@option(
+    "--teacher-weights",
+    metavar="FILE",
+    section=ACCURACY,
+    help="Weights of a teacher timm:NAME, a .safetensors file.",
+)
+@option(
     "--proxy-images",
     type=int,
     section=ACCURACY,

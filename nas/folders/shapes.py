@@ -49,6 +49,8 @@ CONFIG = {
     "seed": COUNT,
     "profile?": (str, None),
     "calibration?": (str, None),
+    "teacher?": (str, None),
+    "teacher_weights?": (str, None),
     "early_stopping?": bool,
     "until?": (FIGURE, None),
     "tune_epochs?": COUNT,

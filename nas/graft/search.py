@@ -18,8 +18,8 @@ from ..machine.turns import exclusive
 from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
+from ..search.checks import check_for_parent, check_lead
 from ..search.comparable import load_images
-from ..search.config import check_for_parent, check_lead
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step

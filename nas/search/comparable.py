@@ -20,12 +20,13 @@ from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
-from ..scoring.accuracy.training import RECIPE
+from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
 from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
+from ..teachers import load_teacher
 from .config import SearchConfig
 from .evaluate import ALL, PARTS, TRAIN, Evaluator
-from .parent import Parent, open_parent
+from .parent import Parent, fingerprint, open_parent
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
         "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
         "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
+        "teacher": None if evaluator.teacher is None else fingerprint(evaluator.teacher.model.state_dict()),
         "train_batch_size": config.train_batch_size,
         "seed": config.seed,
         **of_parent,
@@ -146,6 +148,8 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     if parent is not None:
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
         tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
+    elif config.teacher is not None:
+        tuning = Tuning(_teacher(config, proxy_data), learning_rate=LEARNING_RATE)
     return Evaluator(
         data=data,
         objectives=config.objectives,
@@ -170,6 +174,24 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
         training_threads=max(1, torch.get_num_threads() // config.workers),
         parent=parent,
     )
+
+
+def _teacher(config: SearchConfig, data: ImageData) -> Teacher:
+    """Loads the teacher of a search.
+
+    Raises:
+        UsageError: if there is none, or it does not know the classes or take the images.
+    """
+    assert config.teacher is not None
+    teacher = load_teacher(config.teacher, config.teacher_weights, data.classes, data.input_size)
+    try:
+        teacher.answer(data.train.pixels[:2])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise UsageError(
+            f"`teacher` = {config.teacher} does not take images of {data.input_size[1]} pixels ({why})"
+        ) from None
+    return teacher
 
 
 def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, ru
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
+from .checks import check_for_parent, check_for_teacher
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
 from .warm_start import starting_points
@@ -52,6 +53,9 @@ class SearchConfig:
         proxy_repeats: number of seeds over which the proxy's score is averaged.
         proxy_images: number of training images for the proxy, a stratified sample; None for all.
         proxy_size: side in pixels of the proxy's images, in training and validation; None for the input size.
+        teacher: a trained folder, an exported folder or `timm:NAME` whose outputs every candidate also learns in its
+            short training; None trains on the labels alone.
+        teacher_weights: a safetensors file with the weights of `timm:NAME`.
         profile: a folder of `mixnas profile`, made under the same conditions. The search then takes the latency on the
             first target from the profile's predictions before it measures, and has to learn only the accuracy.
         calibration: a folder of `mixnas calibrate`, which holds the ensemble of the proxy `ensemble`.
@@ -102,6 +106,8 @@ class SearchConfig:
     proxy_repeats: int = defaults.PROXY_REPEATS
     proxy_images: int | None = None
     proxy_size: int | None = None
+    teacher: str | None = None
+    teacher_weights: str | None = None
     profile: str | None = None
     calibration: str | None = None
     tune_epochs: int = defaults.TUNE_EPOCHS
@@ -169,6 +175,7 @@ class SearchConfig:
             check_for_parent(self, self.proxy)
         elif ESTIMATORS[self.proxy].needs == PARENT:
             raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
+        check_for_teacher(self)
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
             raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (
@@ -253,41 +260,6 @@ class SearchConfig:
             return cls(space=run.space, latency=run.latency, out=run.path, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{run.path / 'run.json'} is damaged ({error})") from None
-
-
-def check_lead(config: SearchConfig) -> None:
-    """Refuses a search that would leave its measurements to others.
-
-    Raises:
-        UsageError: if it would only train.
-    """
-    if config.only == TRAIN:
-        raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
-
-
-def check_for_parent(config: SearchConfig, proxy: str) -> None:
-    """Refuses what a search with a parent cannot do.
-
-    Args:
-        config: the configuration; its space may still be another one.
-        proxy: the source of accuracy before the tuning.
-
-    Raises:
-        UsageError: if a setting does not go with a parent.
-    """
-    if "accuracy" not in config.objectives or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
-        raise UsageError(
-            "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
-        )
-    for name, given, why in (
-        ("baselines", config.baselines, "the forms of the parent are the baselines"),
-        ("profile", config.profile, "a profile knows no parts of other networks"),
-        ("calibration", config.calibration, "it has another space"),
-        ("proxy_size", config.proxy_size, "the image size is a choice of the search"),
-        ("start", config.start, "the search begins with the parent's plain forms"),
-    ):
-        if given and not (name == "start" and isinstance(config.space, GraftSpace)):
-            raise UsageError(f"`{name}` does not go with a `parent`, because {why}")
 
 
 def configure(

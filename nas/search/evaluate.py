@@ -25,7 +25,7 @@ from ..machine.turns import device_id, exclusive, shared
 from ..models import Backbone, create_backbone
 from ..objectives.objectives import OBJECTIVES, Scores, latency_fields, other_entry
 from ..repeats import REPEATS
-from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher
 from ..scoring.cost import count_cost
 from ..scoring.latency import LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
@@ -106,6 +106,11 @@ class Evaluator:
     training_threads: int | None = None
     share_device: bool = False
     parent: Parent | None = None
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher of candidates that are trained from scratch, if there is one."""
+        return None if self.parent is not None or self.fidelity.tuning is None else self.fidelity.tuning.teacher
 
     def build(self, architecture: Candidate) -> nn.Module:
         """Builds the candidate's module for the data's classes.

@@ -34,6 +34,7 @@ from ..scoring.latency import reference_ms
 from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
 from .cheap import known_beforehand
+from .checks import check_lead
 from .comparable import (
     check_same,
     evaluator_of,
@@ -43,7 +44,7 @@ from .comparable import (
     references_of,
     training_conditions,
 )
-from .config import SearchConfig, check_lead
+from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
 from .progress import Progress
 from .samplers.problem import Problem
@@ -87,6 +88,8 @@ def search(
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
         profile=_absolute_folder(config.profile),
+        teacher=config.teacher if (config.teacher or "").startswith("timm:") else _absolute_folder(config.teacher),
+        teacher_weights=_absolute_folder(config.teacher_weights),
         out=search_folder(config.space.name, config.data) if config.out is None else config.out,
     )
     assert config.out is not None
@@ -226,8 +229,8 @@ def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any]
     """Returns the verdict on the run's proxy by its own calibration or one beside the run. None if none fits."""
     if isinstance(config.space, GraftSpace):
         return None
-    reduced_effort = config.proxy_images is not None or config.proxy_size is not None or config.proxy_repeats > 1
-    if "accuracy" not in config.objectives or reduced_effort:
+    otherwise = (config.proxy_images, config.proxy_size, config.teacher)
+    if "accuracy" not in config.objectives or config.proxy_repeats > 1 or any(given is not None for given in otherwise):
         return None
     beside = sorted(path.resolve().parent.glob(f"*/{CALIBRATION_FILE}"))
     places = [Path(config.calibration)] if config.calibration else [file.parent for file in beside]

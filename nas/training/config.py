@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import defaults
 from ..errors import UsageError
 from ..foreign_files import SIDE
+from ..teachers import check_teacher
 from .recipes import Auto, Recipe
 
 
@@ -64,7 +65,6 @@ class TrainConfig:
             raise UsageError(f"`input_size` = {self.input_size}: it must be from 1 to {SIDE[-1]}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"`seed` = {self.seed}: it must be from 0 to {2**32 - 1}")
-        if (self.teacher or "").startswith("timm:") != (self.teacher_weights is not None):
-            raise UsageError("`teacher` = timm:NAME and `teacher_weights` = FILE go together: nothing is downloaded")
+        check_teacher(self.teacher, self.teacher_weights)
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError("`tensorboard` = True needs TensorBoard: pip install 'mixnas[tensorboard]'")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..folders.training import Trained, is_training, load_weights
-from ..foreign_files import is_file
+from ..folders.training import load_weights
 from ..machine.devices import seeded
 from ..models import create_candidate
 from ..models.timm_models import create_network
 from ..scoring.accuracy import Teacher
-from ..targets import Target, resolve
+from ..targets import Target
+from ..teachers import load_teacher
 from .batches import batch_size
 from .config import TrainConfig
 from .images import TrainingData
@@ -128,46 +126,21 @@ def check_batch(model: nn.Module, data: TrainingData, recipe: Recipe, processes:
         ) from None
 
 
-def load_teacher(config: TrainConfig, recipe: Recipe, data: TrainingData, device: str, own_size: bool) -> Teacher:
-    """Loads the teacher that a training asks for.
+def teacher_of(config: TrainConfig, recipe: Recipe, data: TrainingData, own_size: bool) -> Teacher | None:
+    """Loads the teacher that a training asks for; None if it asks for none.
 
     Args:
         config: the settings.
         recipe: the recipe.
         data: the images.
-        device: device of the teacher.
         own_size: whether a trained teacher sees images in the size of its own training, scaled up if needed.
 
     Raises:
         UsageError: if there is no such teacher, or it has other classes or does not accept the images.
     """
-    name = config.teacher or ""
-    folder = Path(name)
-    known: Mapping[str, Any]
-    side: int | None = None
-    if is_training(folder):
-        trained = Trained.open(folder)
-        model, known = trained.load_model(), trained.manifest.data.recorded
-        side = trained.manifest.data.side if own_size else None
-    elif is_file(folder / "config.json", UsageError):
-        exported = resolve(name)
-        if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
-            raise UsageError(f"`teacher` = {name}: it is no exported folder with weights")
-        model, known = exported.build(), exported.data
-        load_weights(model, exported.weights)
-    elif name.startswith("timm:"):
-        assert config.teacher_weights is not None
-        model = create_network(name.removeprefix("timm:"), len(data.classes), data.input_size)
-        load_weights(model, Path(config.teacher_weights))
-        known = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True).to_dict()
-    else:
-        raise UsageError(f"`teacher` = {name}: give a trained folder, an exported folder or timm:NAME")
-    count = int(getattr(model, "num_classes", 0))
-    if count != len(data.classes):
-        raise UsageError(f"`teacher` = {name} knows {count} classes, the images have {len(data.classes)}")
-    if tuple(known.get("classes", data.classes)) != data.classes:
-        raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
-    if side is None:
-        check_sides(model, data, recipe, f"`teacher` = {name}")
-    model = model.eval().requires_grad_(False).to(device)
-    return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)
+    if not config.teacher:
+        return None
+    teacher = load_teacher(config.teacher, config.teacher_weights, data.classes, data.input_size, own_size)
+    if teacher.side is None:
+        check_sides(teacher.model, data, recipe, f"`teacher` = {config.teacher}")
+    return teacher

@@ -35,7 +35,7 @@ from .config import TrainConfig
 from .images import Held, TrainingData, open_data
 from .loop import Step, TrainingLoop
 from .manifest import as_begun, check_same, chosen_before, manifest_of
-from .network import build, check_batch, check_sides, fill, load_teacher
+from .network import build, check_batch, check_sides, fill, teacher_of
 from .processes import Placement, Processes, together
 from .recipes import Auto, Recipe
 
@@ -104,11 +104,7 @@ def _train(
                 fill(model, weights, other_classes)
         check_sides(model, data, recipe, "the network")
         check_batch(model, data, recipe, processes)
-        teacher = (
-            load_teacher(config, recipe, data, device, isinstance(target.architecture, Graft))
-            if config.teacher
-            else None
-        )
+        teacher = teacher_of(config, recipe, data, own_size=isinstance(target.architecture, Graft))
         if teacher is not None and isinstance(model, Backbone):
             model.set_distilled_training()
         workers = default_workers(processes.count) if config.workers is None else config.workers

@@ -18,18 +18,18 @@ TUNING_RATE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """How a network is trained on that has trained weights already.
+    """How a training learns from a teacher.
 
     Args:
         teacher: trained network whose outputs it also learns.
         data: images that the teacher sees, in its size. Its training part is trained on. Images with the label
-            `NO_LABEL` have the teacher's outputs as their only target.
-        learning_rate: highest learning rate for batches of 64.
+            `NO_LABEL` have the teacher's outputs as their only target. None for the images of the training.
+        learning_rate: highest learning rate for batches of 64. The default is for trained weights.
         weight: weight of the teacher's outputs against that of the labels.
     """
 
     teacher: Teacher
-    data: ImageData
+    data: ImageData | None = None
     learning_rate: float = TUNING_RATE
     weight: float = 0.5
 
@@ -45,7 +45,7 @@ class Fidelity:
         chunks: number of parts in which the images of a training step go through the network, one after the other. More
             parts need less memory, but batch norms then see smaller batches.
         ensemble: data of `Ensemble.to_dict`, for the estimator `ensemble`.
-        tuning: how a network with trained weights is trained on; None trains from scratch.
+        tuning: how the training learns from a teacher; None trains on the labels alone.
     """
 
     epochs: int = EPOCHS

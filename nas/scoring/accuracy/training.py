@@ -120,7 +120,7 @@ class Training:
         seed: random seed of the training.
         device: device to train on.
         chunks: number of parts in which the images of a step go through the network.
-        tuning: how the training goes on from trained weights; None trains from scratch.
+        tuning: how the training learns from a teacher; None trains on the labels alone.
 
     Attributes:
         network: the network with the weights of the last step.
@@ -140,7 +140,7 @@ class Training:
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.amp = multiplies_bf16(self.device)
-        train_part = _on_device((tuning.data if tuning else data).train, device)
+        train_part = _on_device((data if tuning is None or tuning.data is None else tuning.data).train, device)
         self.pixels, self.labels = train_part.pixels, train_part.labels
         self.unlabelled = bool((self.labels == NO_LABEL).any())
         self.normalise = normaliser(data, device)

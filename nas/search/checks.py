@@ -1,0 +1,61 @@
+"""What settings of a search do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..scoring.accuracy import ESTIMATORS
+from ..space import GraftSpace
+from ..teachers import check_teacher
+from .evaluate import TRAIN
+
+if TYPE_CHECKING:
+    from .config import SearchConfig
+
+
+def check_lead(config: SearchConfig) -> None:
+    """Refuses a search that would leave its measurements to others.
+
+    Raises:
+        UsageError: if it would only train.
+    """
+    if config.only == TRAIN:
+        raise UsageError("`only` = train is for workers: the search itself measures, so start it on the target device")
+
+
+def check_for_parent(config: SearchConfig, proxy: str) -> None:
+    """Refuses what a search with a parent cannot do.
+
+    Args:
+        config: the configuration; its space may still be another one.
+        proxy: the source of accuracy before the tuning.
+
+    Raises:
+        UsageError: if a setting does not go with a parent.
+    """
+    if "accuracy" not in config.objectives or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
+        raise UsageError(
+            "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
+        )
+    for name, given, why in (
+        ("baselines", config.baselines, "the forms of the parent are the baselines"),
+        ("profile", config.profile, "a profile knows no parts of other networks"),
+        ("calibration", config.calibration, "it has another space"),
+        ("proxy_size", config.proxy_size, "the image size is a choice of the search"),
+        ("teacher", config.teacher, "the parent is the teacher"),
+        ("start", config.start, "the search begins with the parent's plain forms"),
+    ):
+        if given and not (name == "start" and isinstance(config.space, GraftSpace)):
+            raise UsageError(f"`{name}` does not go with a `parent`, because {why}")
+
+
+def check_for_teacher(config: SearchConfig) -> None:
+    """Refuses a teacher that could not teach.
+
+    Raises:
+        UsageError: if the weights are missing, or the proxy trains nothing.
+    """
+    check_teacher(config.teacher, config.teacher_weights)
+    if config.teacher is not None and (config.proxy != "train" or "accuracy" not in config.objectives):
+        raise UsageError("a `teacher` needs the objective accuracy and `proxy` = train, because only a training learns")

@@ -1,0 +1,71 @@
+"""Loads a teacher: a trained folder, an exported folder or a timm model with weights from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from .errors import UsageError
+from .folders.training import Trained, is_training, load_weights
+from .foreign_files import is_file
+from .models.timm_models import check_network_name, create_network
+from .scoring.accuracy import Teacher
+from .targets import resolve
+
+
+def check_teacher(teacher: str | None, weights: str | None) -> None:
+    """Refuses a teacher whose weights would have to be downloaded, and weights without a teacher.
+
+    Raises:
+        UsageError: if only one of the two is given.
+    """
+    if (teacher or "").startswith("timm:") != (weights is not None):
+        raise UsageError("`teacher` = timm:NAME and `teacher_weights` = FILE go together: nothing is downloaded")
+
+
+def load_teacher(
+    name: str, weights: str | None, classes: Sequence[str], input_size: tuple[int, int, int], own_size: bool = True
+) -> Teacher:
+    """Loads a teacher for images of these classes.
+
+    Args:
+        name: a trained folder, an exported folder or `timm:NAME`.
+        weights: a safetensors file with the weights of `timm:NAME`.
+        classes: class names of the images, in the order of the labels.
+        input_size: (channels, height, width) of the images.
+        own_size: whether a trained teacher sees images in the size of its own training, scaled up if needed.
+
+    Raises:
+        UsageError: if there is no such teacher, or it has other classes.
+    """
+    folder = Path(name)
+    known: Mapping[str, Any]
+    side: int | None = None
+    if is_training(folder):
+        trained = Trained.open(folder)
+        model, known = trained.load_model(), trained.manifest.data.recorded
+        side = trained.manifest.data.side if own_size else None
+    elif is_file(folder / "config.json", UsageError):
+        exported = resolve(name)
+        if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
+            raise UsageError(f"`teacher` = {name}: it is no exported folder with weights")
+        model, known = exported.build(), exported.data
+        load_weights(model, exported.weights)
+    elif name.startswith("timm:"):
+        assert weights is not None
+        check_network_name(name.removeprefix("timm:"))
+        model = create_network(name.removeprefix("timm:"), len(classes), input_size)
+        load_weights(model, Path(weights))
+        known = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True).to_dict()
+    else:
+        raise UsageError(f"`teacher` = {name}: give a trained folder, an exported folder or timm:NAME")
+    count = int(getattr(model, "num_classes", 0))
+    if count != len(classes):
+        raise UsageError(f"`teacher` = {name} knows {count} classes, the images have {len(classes)}")
+    if tuple(known.get("classes", classes)) != tuple(classes):
+        raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
+    model = model.eval().requires_grad_(False)
+    return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)
