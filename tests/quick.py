@@ -12,7 +12,7 @@ import hypothesis
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from nas.calibration import work as calibration
+from nas.calibration import steps as calibration
 from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import remeasure
 

@@ -352,7 +352,7 @@ def test_a_profile_from_the_command_line(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_calibration_from_the_command_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
     arguments = ["calibrate", "--images", "240", "--count", "10", "--epochs", "2", "--repeats", "3", "--device", "cpu"]
     arguments += ["--train-batch-size", "32", "--out", str(tmp_path / "c")]
     code, out, err = call(capsys, *arguments)
@@ -368,7 +368,7 @@ def test_a_calibration_from_the_command_line(capsys, tmp_path, monkeypatch):
     assert json.loads(out, parse_constant=refuse)["count"] == 10
     code, _, err = call(capsys, *arguments, "--space", "small")
     assert code == 1
-    assert "another space" in err
+    assert "another --space (mini, not small): leave it out" in err
 
 
 def test_describe_parts_sum_to_the_whole(capsys):

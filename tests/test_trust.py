@@ -21,8 +21,8 @@ from test_search import TINY
 
 import search_spaces
 from nas.calibration.report import low_epochs, noiseless, trust_report
-from nas.calibration.work import CalibrationConfig, calibrate
-from nas.errors import RunError, UsageError
+from nas.calibration.work import CalibrationConfig, calibrate, configure
+from nas.errors import DataError, RunError, UsageError
 from nas.folders.calibration import Calibration, find_trust, format_curve, parse_curve
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
@@ -207,7 +207,7 @@ def config(**changes) -> CalibrationConfig:
 def calibrated(tmp_path_factory) -> Calibration:
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nas.calibration.work.POOL", 1)
+        patch.setattr("nas.calibration.steps.POOL", 1)
         made = calibrate(config(), tmp_path_factory.mktemp("results") / "calibration", lambda *at: steps.append(at[:2]))
     assert steps == [(i, 40) for i in range(1, 41)], "every step is told"
     return made
@@ -240,7 +240,7 @@ def test_a_calibration_has_truths_scores_and_a_report(calibrated):
 def test_nothing_is_done_twice_and_more_extends_it(calibrated, tmp_path, monkeypatch):
     path = tmp_path / "copy"
     shutil.copytree(calibrated.path, path)
-    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
     before = {name: (path / f"{name}.csv").read_text() for name in ("pool", "truths", "scores")}
     calibrate(config(), path)
     assert {name: (path / f"{name}.csv").read_text() for name in before} == before
@@ -257,7 +257,7 @@ def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
     """Where the table lacks a training whose checkpoint is there, the result is that of one that was not killed."""
     path = tmp_path / "copy"
     shutil.copytree(calibrated.path, path)
-    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
     found = Calibration.open(path)
     rows = found.rows("truths")
     found.write("truths", rows[:-2])
@@ -269,10 +269,52 @@ def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
 
 
 def test_another_data_set_is_refused(calibrated):
-    with pytest.raises(RunError, match="another data"):
+    with pytest.raises(RunError, match="another `data`"):
         calibrate(config(max_images=90), calibrated.path)
     with pytest.raises(RunError, match="10 truths of 64 epochs are needed, known are 10 of 1, 10 of 2"):
         trust_report(calibrated, 64)
+
+
+def test_a_resumed_calibration_keeps_its_options(calibrated):
+    given = configure(CalibrationConfig(MINI), calibrated.path)
+    assert replace(given, data_root=None) == config(), "every option that matters"
+    assert configure(CalibrationConfig(MINI), calibrated.path, count=12, epochs=3) == config(count=12, epochs=3)
+    assert configure(CalibrationConfig(MINI), calibrated.path, seed=0, input_size=16) == config()
+    for name, value in {"space": MINI, "seed": 1, "batch_size": 16, "input_size": 32, "max_images": 90}.items():
+        with pytest.raises(RunError, match=f"another `{name}`"):
+            configure(CalibrationConfig(MINI), calibrated.path, **{name: value})
+
+
+def moved(calibrated: Calibration, path, **changes) -> Calibration:
+    """A copy as another machine, on which the images lie elsewhere, would have it."""
+    shutil.copytree(calibrated.path, path)
+    recorded = calibrated.manifest.to_dict()
+    return Calibration.open(path).changed(options=recorded["options"] | changes, machine="another machine")
+
+
+def test_a_calibration_of_another_machine_is_extended(calibrated, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
+    found = moved(calibrated, tmp_path / "copy")
+    more = calibrate(configure(CalibrationConfig(MINI), found.path, count=11), found.path)
+    assert more.truths().items() > calibrated.truths().items()
+    assert len(more.manifest.machines) == 2
+    assert [record.message for record in caplog.records if "begun elsewhere" in record.message]
+    assert more.report()["verdict"][-1].startswith(
+        "seconds are means over different machines or threads: another machine, "
+    )
+    caplog.clear()
+    again = calibrate(configure(CalibrationConfig(MINI), found.path), found.path)
+    assert again.manifest == more.manifest
+    assert not [record for record in caplog.records if "begun elsewhere" in record.message], "it is said once"
+
+
+def test_a_calibration_is_reported_without_its_images(calibrated, tmp_path):
+    found = moved(calibrated, tmp_path / "copy", data="/no/such/photos")
+    (found.path / "report.json").unlink()
+    settings = configure(CalibrationConfig(MINI), found.path)
+    assert calibrate(settings, found.path).report() == calibrated.report()
+    with pytest.raises(DataError, match="/no/such/photos"):
+        calibrate(replace(settings, count=11), found.path)
 
 
 @table("options", [{"count": 3}, {"epochs": 1}, {"repeats": 2}, {"repeats": 41}, {"count": MINI.size + 1}])
@@ -464,7 +506,7 @@ def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, mo
             for i in range(40 if part == "train" else 3):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     sys.addaudithook(watch)
-    monkeypatch.setattr("nas.calibration.work.POOL", 1)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
     data = str(tmp_path / "images")
     watching = True
     try:

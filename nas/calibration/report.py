@@ -20,13 +20,19 @@ from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
 
 FEWEST = 10
 """Fewest truths for a report."""
-LOW_SHARE = 4
+LOW_SHARE, LOW_SHARE_OF_GRAFTS = 4, 2
 """Divisor of the epochs of a truth. A second training that is not repeated in full ends at the last rung within this
 share."""
 CHEAP_SHARE = 0.1
 """An estimator is cheap if it takes at most this share of the time of a truth."""
 BANDS = ("fast", "middle", "slow")
+ADDITIVE, ASSEMBLED = "additive", "assembled"
+"""Estimators of grafts: the sum of the harms of single changes, and the search's own score without training."""
+NAMES = (*ESTIMATORS, ADDITIVE)
 BASELINES = ("params", "macs")
+BASELINES_OF_GRAFTS = (*BASELINES, ADDITIVE, ASSEMBLED)
+TRAINED, TUNED = "train@", "tuned@"
+"""Beginnings of the names of short trainings, and of short tunings. The number of epochs follows."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,11 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     keys = sorted(final, key=lambda key: latency[key])  # by latency: bands are thirds of this order
     truths = np.array([final[key].accuracy for key in keys])
     truth_seconds = float(np.mean([final[key].seconds for key in keys]))
-    columns = _columns(found, keys, {e: rungs[first + 1].get(e, {}) for e in Fidelity(low_epochs(epochs)).rungs})
-    cheap = {name: c for name, c in columns.items() if c.seconds <= CHEAP_SHARE * truth_seconds}
-    ensemble, columns["ensemble"] = _ensemble(cheap, truths, CHEAP_SHARE * truth_seconds)
-    # only an estimator with a score for every architecture can be chosen
-    cheap = {name: column for name, column in {**cheap, "ensemble": columns["ensemble"]}.items() if column.complete}
-    rows = [_row(name, column, columns, truths, truth_seconds) for name, column in columns.items()]
+    short = Fidelity(low_epochs(epochs, found.of_grafts)).rungs
+    columns = _columns(found, keys, {e: rungs[first + 1].get(e, {}) for e in short})
+    ensemble, cheap = _choosable(columns, truths, CHEAP_SHARE * truth_seconds, found.of_grafts)
+    baselines = [name for name in (BASELINES_OF_GRAFTS if found.of_grafts else BASELINES) if name in columns]
+    rows = [_row(name, column, columns, baselines, truths, truth_seconds) for name, column in columns.items()]
     rows.sort(key=lambda row: row["kendall"]["value"] if row["kendall"] else -math.inf, reverse=True)
     repeated = [key for key in keys if key in again]
     other, once = (np.array([part[key].accuracy for key in repeated]) for part in (again, final))
@@ -88,16 +93,25 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
         "ceiling": _agreement(other, once)
         | {"count": len(repeated), "std": float((other - once).std(ddof=1) / math.sqrt(2))},
         "rows": rows,
-        "choice": _choice(cheap, {name: columns[name] for name in BASELINES if name in columns}, truths),
-        "ensemble": ensemble.to_dict(),
+        "choice": _choice(cheap, {name: columns[name] for name in baselines}, truths),
+        "ensemble": ensemble.to_dict() if ensemble else {},
     }
     report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(cheap[name].scores, truths)))
-    return report | {"verdict": _verdict(report)}
+    verdict = [*_verdict(report, "forms" if found.of_grafts else "architectures"), *_of_tunings(report)]
+    if len(machines := found.manifest.machines) > 1:
+        verdict.append(f"seconds are means over different machines or threads: {'; '.join(machines)}")
+    return report | {"verdict": verdict}
 
 
-def low_epochs(epochs: int) -> int:
-    """Returns the epochs of a second training that is not repeated in full."""
-    return max(e for e in (1, *Fidelity(epochs).rungs) if e == 1 or e <= epochs // LOW_SHARE)
+def low_epochs(epochs: int, of_grafts: bool = False) -> int:
+    """Returns the epochs of a second training that is not repeated in full.
+
+    Args:
+        epochs: epochs of a truth.
+        of_grafts: whether grafts are tuned.
+    """
+    share = LOW_SHARE_OF_GRAFTS if of_grafts else LOW_SHARE
+    return max(e for e in (1, *Fidelity(epochs).rungs) if e == 1 or e <= epochs // share)
 
 
 def _rungs(found: Calibration, seed: int) -> dict[int, dict[str, Rung]]:
@@ -109,6 +123,29 @@ def _rungs(found: Calibration, seed: int) -> dict[int, dict[str, Rung]]:
     return rungs
 
 
+def _choosable(
+    columns: dict[str, _Column], truths: np.ndarray, budget: float, of_grafts: bool
+) -> tuple[Ensemble | None, dict[str, _Column]]:
+    """Returns the estimators that may be recommended, and an ensemble of them, which becomes a column too.
+
+    Only an estimator with a score for every architecture may be recommended. A search for grafts can use neither an
+    ensemble nor a sum of harms, and its own score without training always takes part.
+
+    Args:
+        columns: all estimators; the ensemble is added.
+        truths: the truths.
+        budget: most seconds of an estimator.
+        of_grafts: whether grafts were tuned.
+    """
+    cheap = {name: column for name, column in columns.items() if column.seconds <= budget}
+    if of_grafts:
+        allowed = {**cheap, **{name: column for name, column in columns.items() if name == ASSEMBLED}}
+        return None, {name: c for name, c in allowed.items() if c.complete and name != ADDITIVE}
+    ensemble, columns["ensemble"] = _ensemble(cheap, truths, budget)
+    cheap["ensemble"] = columns["ensemble"]
+    return ensemble, {name: column for name, column in cheap.items() if column.complete}
+
+
 def _columns(
     found: Calibration, keys: Sequence[str], trainings: Mapping[int, Mapping[str, Rung]]
 ) -> dict[str, _Column]:
@@ -117,8 +154,8 @@ def _columns(
     A short training counts as an estimator. It has another seed than the truth, as it would in a search.
     """
     columns = {}
-    rows = found.rows("scores")
-    for name in ESTIMATORS:
+    rows, training = found.rows("scores"), TUNED if found.of_grafts else TRAINED
+    for name in NAMES:
         mine = {row["key"]: row for row in rows if row["estimator"] == name and not row["failure"]}
         if mine:
             scores = [float(mine[key]["score"]) if key in mine else math.nan for key in keys]
@@ -126,7 +163,9 @@ def _columns(
     for epochs, rungs in trainings.items():
         if rungs:
             scores = [rungs[key].accuracy if key in rungs else math.nan for key in keys]
-            columns[f"train@{epochs}"] = _Column(np.array(scores), float(np.mean([r.seconds for r in rungs.values()])))
+            columns[f"{training}{epochs}"] = _Column(
+                np.array(scores), float(np.mean([r.seconds for r in rungs.values()]))
+            )
     return columns
 
 
@@ -138,7 +177,7 @@ def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -
     """
     whole: dict[str, _Column] = {}
     for name, column in sorted(cheap.items(), key=lambda item: item[1].seconds):
-        others = {n: c for n, c in whole.items() if not (name.startswith("train@") and n.startswith("train@"))}
+        others = {n: c for n, c in whole.items() if not (name.startswith(TRAINED) and n.startswith(TRAINED))}
         if column.complete and column.seconds + sum(c.seconds for c in others.values()) <= budget:
             whole = {**others, name: column}
     members, scores = list(whole), np.stack([column.scores for column in whole.values()], axis=1)
@@ -153,7 +192,12 @@ def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -
 
 
 def _row(
-    name: str, column: _Column, columns: Mapping[str, _Column], truths: np.ndarray, truth_seconds: float
+    name: str,
+    column: _Column,
+    columns: Mapping[str, _Column],
+    baselines: Sequence[str],
+    truths: np.ndarray,
+    truth_seconds: float,
 ) -> dict[str, Any]:
     scores, known = _both(column.scores, truths)
     row: dict[str, Any] = {"estimator": name, "count": len(known), "seconds": column.seconds}
@@ -164,9 +208,7 @@ def _row(
         for band, part in zip(BANDS, np.array_split(np.arange(len(truths)), len(BANDS)), strict=True)
     }
     row["against"] = {
-        other: _plain(_difference(column.scores, columns[other].scores, truths))
-        for other in BASELINES
-        if other != name and other in columns
+        other: _plain(_difference(column.scores, columns[other].scores, truths)) for other in baselines if other != name
     }
     return row
 
@@ -230,16 +272,22 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return asdict(Interval(float(known.mean()), float(low), float(high)))
 
 
-def _verdict(report: Mapping[str, Any]) -> list[str]:
+def _verdict(report: Mapping[str, Any], what: str) -> list[str]:
+    """Returns the recommendation, the noise of the truths, and comparisons with the baselines, as lines.
+
+    Args:
+        report: the report.
+        what: what is ordered, in the plural.
+    """
     name, choice = report["recommended"], report["choice"]
     row = next(row for row in report["rows"] if row["estimator"] == name)
     again = report["ceiling"]["kendall"]
     lines = [
         f"recommended: {name}, Kendall {format_figure(Interval.of(row['kendall']))} at "
         f"{100 * row['share_of_truth']:.1f} % "
-        f"of a truth's time; chosen on some architectures and tested on the others, it is "
+        f"of a truth's time; chosen on some {what} and tested on the others, it is "
         f"{choice['kendall']['value']:.2f}",
-        f"truth against truth with another seed ({report['ceiling']['count']} architectures): "
+        f"truth against truth with another seed ({report['ceiling']['count']} {what}): "
         f"{format_figure(Interval.of(again))}"
         + (f"; a score without noise could reach about {noiseless(again['value']):.2f}" if _above_0(again) else ""),
     ]
@@ -251,9 +299,9 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         whole = Interval(**plain)
         difference = Interval(middle, middle - (whole.value - whole.low), middle + (whole.high - whole.value))
         if difference.low > 0:
-            lines.append(f"it orders architectures better than {other} does: by {format_figure(difference)}")
+            lines.append(f"it orders {what} better than {other} does: by {format_figure(difference)}")
         elif difference.high < 0:
-            lines.append(f"it orders architectures worse than {other} does: by {format_figure(difference)}")
+            lines.append(f"it orders {what} worse than {other} does: by {format_figure(difference)}")
         else:
             width, value = difference.half_width, abs(middle)
             needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
@@ -262,7 +310,24 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
             )
             lines.append(f"it is not shown to be better than {other}: {format_figure(difference)}; {advice}")
     if name in BASELINES:
-        lines.append("no cheap estimator orders architectures better than counting does")
+        lines.append(f"no cheap estimator orders {what} better than counting does")
+    return lines
+
+
+def _of_tunings(report: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each short tuning of grafts: whether it orders them better than no tuning does."""
+    plain = next((row for row in report["rows"] if row["estimator"] == ASSEMBLED), None)
+    tunings = [row for row in report["rows"] if row["estimator"].startswith(TUNED)]
+    lines = []
+    for row in sorted(tunings, key=lambda row: float(row["seconds"])):
+        if plain is None or row["estimator"] == report["recommended"] or row["against"].get(ASSEMBLED) is None:
+            continue
+        difference, times = Interval(**row["against"][ASSEMBLED]), row["seconds"] / max(plain["seconds"], 1e-9)
+        does = "orders" if difference.low > 0 else "is not shown to order"
+        lines.append(
+            f"{row['estimator']} {does} forms better than {ASSEMBLED} does: by {format_figure(difference)}, for "
+            f"{times:.1f} times its seconds"
+        )
     return lines
 
 

@@ -1,12 +1,13 @@
-"""Draws architectures stratified by latency, trains them and scores them; a later call resumes or extends this."""
+"""Calibrates the accuracy estimators on a space and a data set; a later call resumes or extends this."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,27 @@ import torch
 from torch import nn
 
 from .. import defaults
-from ..architecture import Architecture
-from ..data import ImageData, load_data
-from ..errors import RunError, TrialFailure, UsageError
-from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, format_curve
-from ..folders.checkpoint import save_checkpoint
+from ..architecture import Architecture, Candidate
+from ..data import ImageData, absolute, load_data
+from ..errors import DataError, RunError, UsageError
+from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, is_calibration, on_machine
 from ..folders.files import locked_folder, write_file
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device, seeded
-from ..machine.limits import training_threads
-from ..machine.turns import exclusive
 from ..models import create_backbone
 from ..results import calibration_folder
-from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Training, train
+from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Tuning
 from ..scoring.accuracy.training import RECIPE
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
-from ..scoring.memory import failing_without_memory
-from ..space import SearchSpace
-from .report import FEWEST, low_epochs, trust_report
+from ..space import SearchSpace, space_from_dict
+from . import steps
+from .report import trust_report
+from .steps import Effort, OnStep, Steps
 
-POOL = 3
-"""Number of random architectures that are timed for each one that is trained."""
-TIMING: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2}
-"""Conditions under which they are timed. They are coarse: the latencies only need to spread the architectures."""
+log = logging.getLogger(__name__)
+
+FIXED = ("space", "max_images", "input_size", "batch_size", "seed")
+"""Options that stay those of the first call. The images stay too, but they may lie elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,13 @@ class CalibrationConfig:
     share_device: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("count", FEWEST), ("epochs", 2), ("repeats", 3), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{name} is {value}: it must be at least {least}")
-        if self.count > self.space.size:
-            raise UsageError(
-                f"space {self.space.name} has {self.space.size} architectures, but {self.count} are asked for"
-            )
-        if self.repeats > self.count:
-            raise UsageError(f"{self.repeats} repeats of {self.count} architectures: ask for {self.count} at most")
+        self.effort.check(self.space.name, self.space.size)
+
+    @property
+    def effort(self) -> Effort:
+        """How much the calibration does."""
+        names = ("count", "epochs", "repeats", "batch_size", "seed", "device", "share_device")
+        return Effort(**{name: getattr(self, name) for name in names})
 
     @property
     def folder(self) -> Path:
@@ -92,13 +88,51 @@ class CalibrationConfig:
         return calibration_folder(self.space.name, self.data)
 
 
-OnStep = Callable[[int, int, str], None]
+def configure(new: CalibrationConfig, out: Path | None = None, **changes: Any) -> CalibrationConfig:
+    """Returns the settings of a new or a resumed calibration, with changes.
+
+    Args:
+        new: the settings to which changes of a new calibration apply. An existing one has its own settings.
+        out: the folder of the calibration; None for that of the settings.
+        changes: fields of `CalibrationConfig`.
+
+    Raises:
+        UsageError: if a value is not allowed.
+        RunError: if the folder is damaged, or has other settings than those that are asked for.
+    """
+    path = out or replace(new, **changes).folder
+    if not is_calibration(path):
+        return replace(new, **changes)
+    found = Calibration.open(path)
+    if not isinstance(found.space, SearchSpace):
+        raise RunError(f"{path} is a calibration of the forms of a pretrained network: give another `out`")
+    manifest = found.manifest
+    stored = {"space": found.space, "batch_size": manifest.batch_size, "seed": manifest.seed, **manifest.options}
+    stored |= {"classes": tuple(stored["classes"])} if "classes" in stored else {}
+    check_given(path, stored, changes)
+    return replace(new, **stored | changes)
+
+
+def check_given(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks options that are given for an existing calibration against its own.
+
+    Raises:
+        RunError: if one of those that stay differs.
+    """
+    for name in FIXED:
+        if name in given and name in stored and given[name] is not None and given[name] != stored[name]:
+            its, asked = (getattr(value, "name", value) for value in (stored[name], given[name]))
+            words = f"{its}, not {asked}" if its != asked else f"{its} is declared differently"
+            raise RunError(
+                f"{path} is a calibration with another `{name}` ({words}): leave it out, or give another `out`"
+            )
 
 
 def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnStep | None = None) -> Calibration:
     """Trains and scores architectures, and compares the two.
 
-    Finished work is not repeated, and a killed training resumes at its last rung.
+    Finished work is not repeated, and a killed training resumes at its last rung. A calibration that another machine
+    began is extended too.
 
     Args:
         config: the settings; those of an existing folder may differ in `count`, `epochs` and `repeats` only.
@@ -107,205 +141,162 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
 
     Raises:
         RunError: if the folder has a calibration with other settings, or cannot be written.
-        DataError: if the data set cannot be used.
+        DataError: if the data set cannot be used, unless nothing is left to be trained.
         UsageError: if the images are too small for the space.
     """
     config, path = replace(config, device=resolve_device(config.device)), out or config.folder
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    try:
+        data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    except DataError as error:
+        return reported_again(path, config.effort, error)
     reduction = config.space.largest()[0].reduction
     if data.input_size[1] < reduction:
         raise UsageError(f"images of {data.input_size[1]} pixels are too small: {reduction} or more are needed")
+    options = {
+        "data": absolute(config.data),
+        "data_root": None if config.data_root is None else absolute(config.data_root),
+        "classes": list(config.classes),
+        "max_images": config.max_images,
+        "input_size": data.input_size[1],
+    }
     with locked_folder(path, FILE, "calibration"):
-        found = _open_or_create(config, path, data)
-        work = _Work(config, found, data, on_step or (lambda *_: None))
-        work.run()
-        report = trust_report(found, config.epochs)
-        write_file(path / "report.json", json.dumps(report, indent=2) + "\n")
+        recorded = {"space": config.space.to_dict(), "options": options}
+        found = open_or_create(path, config.effort, data, Path(config.data).name, recorded)
+        Steps(_Networks(config, data, found.manifest.reference_ms), config.effort, found, on_step).run()
+        return write_report(found, config.epochs)
+
+
+def write_report(found: Calibration, epochs: int) -> Calibration:
+    """Compares what a calibration holds with its truths of some epochs, and writes `report.json`."""
+    report = trust_report(found, epochs)
+    write_file(found.path / "report.json", json.dumps(report, indent=2) + "\n")
     return found
 
 
-class _Work:
-    """The steps of one call, in an order that makes the results useful if the call is interrupted."""
+def reported_again(path: Path, effort: Effort, error: Exception) -> Calibration:
+    """Reports an existing calibration whose images, or whose run, are not on this machine.
 
-    def __init__(self, config: CalibrationConfig, found: Calibration, data: ImageData, on_step: OnStep) -> None:
-        self.config, self.found, self.data, self.on_step = config, found, data, on_step
-        self.low_epochs = low_epochs(config.epochs)
-        self.truths = found.rows("truths")
-        self.scores = found.rows("scores")
-        self.names = [name for name, row in ESTIMATORS.items() if not row.trained and not row.needs]
+    Args:
+        path: its folder.
+        effort: what is asked for.
+        error: why nothing can be trained.
 
-    def run(self) -> None:
-        self.total = POOL * self.config.count + self.config.count * 3
-        self.done = 0
-        chosen = self._choose()
-        twice = {chosen[int(i)].key for i in np.linspace(0, len(chosen) - 1, self.config.repeats)}
-        for architecture in _spread(chosen):
-            seed = self.config.seed
-            self._train(architecture, seed, self.config.epochs)
-            self._score(architecture, seed)
-            self._train(architecture, seed + 1, self.config.epochs if architecture.key in twice else self.low_epochs)
+    Raises:
+        Exception: `error`, if there is no such calibration, or something is left to be trained.
+    """
+    if not is_calibration(path):
+        raise error
+    found = Calibration.open(path)
+    reached = [s for (_, s), curve in found.truths().items() if any(rung.epoch == effort.epochs for rung in curve)]
+    complete, seed = Counter(reached), found.manifest.seed
+    if complete[seed] < effort.count or complete[seed + 1] < effort.repeats:
+        raise error
+    log.warning("%s is reported as it is, because nothing can be trained here: %s", path, error)
+    with locked_folder(path, FILE, "calibration"):
+        return write_report(found, effort.epochs)
 
-    def _step(self, note: str) -> None:
-        self.done += 1
-        self.on_step(self.done, self.total, note)
 
-    def _choose(self) -> list[Architecture]:
-        """Chooses architectures from the pool, sorted by latency, one for each of `count` equal parts.
+@dataclass(frozen=True)
+class _Networks:
+    """The architectures of a space, which are trained from scratch."""
 
-        Architectures that are already trained are always among them.
-        """
-        pool = self._pool()
-        failed = {row["key"] for row in self.truths if row["failure"]}
-        timed = [row for row in pool if not row["failure"] and row["key"] not in failed]
-        timed.sort(key=lambda row: float(row["latency_ms"]))
-        if len(timed) < self.config.count:
-            raise RunError(f"only {len(timed)} of {len(pool)} architectures can be measured and trained here")
-        trained = {row["key"] for row in self.truths}
-        picked: set[str] = set()
-        bins = np.array_split(np.arange(len(timed)), self.config.count)
-        for members in bins:
-            keys = [timed[i]["key"] for i in members]
-            picked.update(k for k in keys if k in trained)
-            if not picked & set(keys):
-                first = min(members, key=lambda i: int(timed[i]["number"]))
-                picked.add(timed[first]["key"])
-        order = {row["key"]: row["architecture"] for row in timed}
-        return [Architecture.from_json(text) for key, text in order.items() if key in picked]
+    config: CalibrationConfig
+    data: ImageData
+    reference_ms: float
+    tuning: Tuning | None = None
+    keeps_checkpoints: bool = True
 
-    def _pool(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = list(self.found.rows("pool"))
-        known = {row["key"] for row in rows}
-        at = LatencyConfig(device=self.config.device, **TIMING)
-        fixed = self.found.manifest.reference_ms
-        wanted = min(POOL * self.config.count, self.config.space.size)
-        rng = np.random.default_rng([self.config.seed, 0x63616C])
-        drawn: set[str] = set()
-        while len(drawn) < wanted:
-            architecture = self.config.space.sample(rng)
-            if architecture.key in drawn:
-                continue
-            drawn.add(architecture.key)
-            if architecture.key not in known:
-                row: dict[str, Any] = {"key": architecture.key, "architecture": architecture.to_json(), "failure": ""}
-                try:
-                    model = self._build(architecture, 0)
-                    latency = failing_without_memory(partial(measure_latency, model, self.data.input_size, at, fixed))
-                    row |= {"latency_ms": f"{latency.ms:.6g}", "latency_low_ms": f"{latency.low_ms:.6g}"}
-                    row |= {"latency_high_ms": f"{latency.high_ms:.6g}"}
-                except TrialFailure as failure:
-                    row["failure"] = str(failure)
-                rows.append(row)
-                self.found.write("pool", rows)
-            self._step("latency")
-        return [row | {"number": i} for i, row in enumerate(rows)]
+    @cached_property
+    def estimators(self) -> tuple[str, ...]:
+        return tuple(name for name, row in ESTIMATORS.items() if not row.trained and not row.needs)
 
-    def _build(self, architecture: Architecture, seed: int) -> nn.Module:
+    @property
+    def size(self) -> int:
+        return self.config.space.size
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        return self.config.space.sample(rng)
+
+    def build(self, candidate: Candidate, seed: int) -> nn.Module:
+        assert isinstance(candidate, Architecture)
         with seeded(seed):
-            return create_backbone(architecture, len(self.data.classes))
+            return create_backbone(candidate, len(self.data.classes))
 
-    def _train(self, architecture: Architecture, seed: int, epochs: int) -> None:
-        key = architecture.key
-        known = next((r for r in self.truths if (r["key"], r["seed"]) == (key, str(seed))), None)
-        if known is None or (not known["failure"] and int(known["epochs"]) < epochs):
-            row = {"key": key, "architecture": architecture.to_json(), "seed": str(seed), "epochs": str(epochs)}
-            try:
-                row |= failing_without_memory(partial(self._trained, architecture, seed, epochs)) | {"failure": ""}
-            except TrialFailure as failure:
-                row["failure"] = f"{failure.reason}: {failure}"
-            if known is not None:
-                self.truths.remove(known)
-            self.truths.append(row)
-            self.found.write("truths", self.truths)
-        self._step(f"training {key}")
+    def images(self, candidate: Candidate) -> ImageData:
+        return self.data
 
-    def _trained(self, architecture: Architecture, seed: int, epochs: int) -> dict[str, str]:
-        config, checkpoint = self.config, self.found.path / "checkpoints" / f"{architecture.key}-{seed}.pt"
-        fidelity = Fidelity(epochs, config.batch_size)
-        training = Training(self._build(architecture, seed), self.data, config.batch_size, seed, config.device)
-        if checkpoint.is_file():
-            training.load(_load(checkpoint))
-        with self._turn(), training_threads(config.device):
-            estimate = train(
-                training.network,
-                self.data,
-                fidelity,
-                seed,
-                config.device,
-                training,
-                lambda _: save_checkpoint(checkpoint, training.state()),
-            )
-        return {
-            "score": f"{estimate.score:.6g}",
-            "std": f"{estimate.std:.6g}",
-            "curve": format_curve(estimate.curve),
-            "seconds": f"{estimate.curve[-1].seconds:.3f}",
-        }
+    def latency(self, candidate: Candidate) -> Mapping[str, float]:
+        at = LatencyConfig(device=self.config.device, **steps.TIMING)
+        return vars(measure_latency(self.build(candidate, 0), self.data.input_size, at, self.reference_ms))
 
-    def _score(self, architecture: Architecture, seed: int) -> None:
-        done = {(row["key"], row["estimator"]) for row in self.scores}
-        model = None
-        for name in self.names:
-            if (architecture.key, name) in done:
-                continue
-            model = model or self._build(architecture, seed)
-            row = {"key": architecture.key, "estimator": name, "seed": str(seed), "failure": ""}
-            try:
-                estimate = failing_without_memory(partial(self._estimate, name, model, seed))
-                row |= {"score": repr(estimate.score), "seconds": f"{estimate.seconds:.4f}"}
-            except TrialFailure as failure:
-                row["failure"] = str(failure)
-            self.scores.append(row)
-        if model is not None:
-            self.found.write("scores", self.scores)
-        self._step(f"scores of {architecture.key}")
-
-    def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.config.share_device else exclusive(self.config.device)
-
-    def _estimate(self, name: str, model: nn.Module, seed: int) -> Estimate:
+    def estimate(self, name: str, candidate: Candidate, model: nn.Module, seed: int) -> Estimate:
         fidelity = Fidelity(batch_size=self.config.batch_size)
-        with self._turn(), training_threads(self.config.device):
-            return ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
+        return ESTIMATORS[name].estimate(model, self.data, fidelity, seed, self.config.device)
 
 
-def _spread(items: Sequence[Architecture]) -> Iterator[Architecture]:
-    """Yields all architectures in an order whose every prefix is spread over the whole range."""
-    order = np.random.default_rng(0).permutation(len(items))
-    yield from (items[int(i)] for i in order)
+def open_or_create(
+    path: Path, effort: Effort, data: ImageData, data_name: str, recorded: Mapping[str, Any]
+) -> Calibration:
+    """Opens a calibration to extend it, or begins one.
+
+    Another machine, or another number of threads, is no obstacle: accuracies do not depend on it. It is recorded,
+    because seconds and latencies do.
+
+    Args:
+        path: the folder.
+        effort: how much is to be done.
+        data: the images.
+        data_name: a short name of the images.
+        recorded: fields of the manifest: `space`, `options` without those of the effort, and `graft` for grafts.
+
+    Raises:
+        RunError: if the folder is damaged, or its accuracies would not be comparable.
+    """
+    options = recorded["options"] | {"count": effort.count, "epochs": effort.epochs, "repeats": effort.repeats}
+    of_data = {"fingerprint": data.fingerprint, "input_size": list(data.input_size)}
+    if not is_calibration(path):
+        manifest = {
+            "format": FORMAT,
+            **recorded,
+            "options": options,
+            "data": {"name": data_name, **of_data},
+            "machine": machine_name(effort.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": effort.batch_size,
+            "training_recipe": RECIPE,
+            "seed": effort.seed,
+            "listing": data.listing.to_dict(),
+            "reference_ms": reference_ms(LatencyConfig(device=effort.device)),
+            "conditions": describe_machine(effort.device),
+            "software": describe_software(),
+        }
+        return Calibration.create(path, CalibrationManifest.from_dict(json.loads(json.dumps(manifest))))
+    found = Calibration.open(path)
+    its = found.manifest
+    given = {"space": space_from_dict(recorded["space"]), "batch_size": effort.batch_size, "seed": effort.seed}
+    check_given(path, {"space": found.space, "batch_size": its.batch_size, "seed": its.seed}, given)
+    for name, now in of_data.items():
+        if its.data.get(name) != now:
+            what = "`data`" if name == "fingerprint" else "`input_size`"
+            raise RunError(f"{path} is a calibration with another {what}: give that one, or another `out`")
+    if its.training_recipe != RECIPE:
+        raise RunError(f"{path} is a calibration of a release with another training: give another `out`")
+    if recorded.get("graft", {}).get("parent") != (its.graft or {}).get("parent"):
+        raise RunError(f"{path} is a calibration with other weights of the parent: give another `out`")
+    here = on_machine(machine_name(effort.device), torch.get_num_threads())
+    return found.changed(options=options, **_also(found, here))
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception as error:
-        raise RunError(
-            f"{path} is damaged ({type(error).__name__}): delete it, and its training starts again"
-        ) from None
-
-
-def _open_or_create(config: CalibrationConfig, path: Path, data: ImageData) -> Calibration:
-    same = {
-        "space": config.space.to_dict(),
-        "data": {"name": Path(config.data).name, "fingerprint": data.fingerprint, "input_size": list(data.input_size)},
-        "machine": machine_name(config.device),
-        "batch_size": config.batch_size,
-        "training_recipe": RECIPE,
-        "threads": torch.get_num_threads(),
-        "seed": config.seed,
-    }
-    same = json.loads(json.dumps(same))
-    if (path / FILE).is_file():
-        found = Calibration.open(path)
-        for name, value in same.items():
-            if found.manifest.recorded.get(name) != value:
-                raise RunError(f"{path} is a calibration with another {name}: give another `out`")
-        return found
-    recorded = same | {
-        "format": FORMAT,
-        "listing": data.listing.to_dict(),
-        "reference_ms": reference_ms(LatencyConfig(device=config.device)),
-        "conditions": describe_machine(config.device),
-        "software": describe_software(),
-    }
-    return Calibration.create(path, CalibrationManifest.from_dict(recorded))
+def _also(found: Calibration, here: str) -> dict[str, Any]:
+    """Returns the machines of a calibration if this one is new to it. Says so in a line."""
+    machines = found.manifest.machines
+    if here in machines:
+        return {}
+    log.warning(
+        "%s was begun elsewhere (%s; this is %s). Accuracies stay comparable. Seconds become means over both, "
+        "and latencies are relative to the reference network of each.",
+        found.path,
+        machines[0],
+        here,
+    )
+    return {"also": [*found.manifest.also, here]}

@@ -22,7 +22,7 @@ from .memory import (
     scaled,
 )
 from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
-from .sources import EMBEDDED, match_classes, open_data_set, open_split, open_test_set
+from .sources import EMBEDDED, absolute, match_classes, open_data_set, open_split, open_test_set
 from .splits import class_name, split_kind
 from .unlabelled import with_unlabelled
 
@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "Unlabelled",
     "UnreadableImage",
+    "absolute",
     "channel_statistics",
     "class_name",
     "decode",

@@ -7,6 +7,7 @@ splits, a `.tar` of such a folder (`photos.tar/train` is a folder in it), `torch
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from .installed import digits, hugging_face, torchvision
 from .listing import Opened, Source
 
 EMBEDDED = "digits"
+
+
+def absolute(name: str) -> str:
+    """Makes the path of a data set absolute. Names of embedded and installed data sets stay as they are."""
+    embedded = name == EMBEDDED or name.lower().startswith(("torch/", "hfds/"))
+    # keep symbolic links: the files beside a link show which split it is
+    return name if embedded else os.path.abspath(Path(name).expanduser())
 
 
 def open_data_set(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Opened:

@@ -1,6 +1,6 @@
 """The folder of a calibration. Only this module reads and writes it.
 
-calibration.json    space, data and machine
+calibration.json    space, data, machine and options
 pool.csv            random architectures with their latency, from which the architectures to train are chosen
 truths.csv          trainings: architecture, seed, epochs, learning curve
 scores.csv          score of each architecture by each estimator
@@ -16,21 +16,23 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import NasError, RunError
-from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, read_json, read_text
+from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, is_file, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
-from ..space import SearchSpace, Space
+from ..space import GraftSpace, Space, space_from_dict
 from .files import reading_manifest, write_file
 from .manifest import Record
 from .shapes import STATISTIC
 
 FORMAT = 1
 FILE = "calibration.json"
+FOLDER = "calibration"
+"""Folder of the calibration of a run, in the folder of a search for grafts."""
 COLUMNS = {
     "pool": ("key", "architecture", "latency_ms", "latency_low_ms", "latency_high_ms", "failure"),
     "truths": ("key", "architecture", "seed", "epochs", "score", "std", "curve", "seconds", "failure"),
@@ -43,6 +45,20 @@ MANIFEST = {
     "batch_size": COUNT,
     "training_recipe": COUNT,
     "data": {"name": str, "fingerprint": LINE},
+    "options?": {
+        "data": str,
+        "data_root": (str, None),
+        "classes": [LINE],
+        "max_images": COUNT,
+        "input_size": SIDE,
+        "count": COUNT,
+        "epochs": COUNT,
+        "repeats": COUNT,
+    },
+    "graft?": {"run": str, "parent": LINE},
+    "machine?": LINE,
+    "threads?": COUNT,
+    "also?": [LINE],
 }
 REPORT = {
     "epochs": COUNT,
@@ -64,6 +80,11 @@ class CalibrationManifest(Record):
         batch_size: images per training step.
         training_recipe: version of the short training.
         data: name and fingerprint of the images.
+        options: what the last call was asked for, so that a resume needs no options. Earlier releases wrote none.
+        graft: for a calibration of grafts, its run and the hash of the parent's weights.
+        machine: the machine on which it was begun.
+        threads: its number of threads.
+        also: machines on which it was extended.
     """
 
     space: Mapping[str, Any]
@@ -72,6 +93,16 @@ class CalibrationManifest(Record):
     batch_size: int
     training_recipe: int
     data: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    graft: Mapping[str, Any] | None = None
+    machine: str = ""
+    threads: int = 0
+    also: Sequence[str] = ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """The machines on which it was begun and extended, as text."""
+        return (on_machine(self.machine, self.threads), *self.also)
 
     @property
     def data_name(self) -> str:
@@ -82,6 +113,20 @@ class CalibrationManifest(Record):
     def fingerprint(self) -> str:
         """Short hash that tells data sets apart."""
         return str(self.data["fingerprint"])
+
+
+def on_machine(name: str, threads: int) -> str:
+    """Returns a machine and the number of its threads as text."""
+    return f"{name}, threads: {threads}"
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a folder holds a calibration's manifest.
+
+    Raises:
+        RunError: if the folder cannot be read.
+    """
+    return is_file(path / FILE, RunError)
 
 
 @dataclass(frozen=True)
@@ -115,9 +160,19 @@ class Calibration:
         return cls.open(path)
 
     @property
-    def space(self) -> SearchSpace:
+    def space(self) -> Space:
         """The space whose architectures were trained."""
-        return SearchSpace.from_dict(self.manifest.space)
+        return space_from_dict(self.manifest.space)
+
+    @property
+    def of_grafts(self) -> bool:
+        """Whether forms of a pretrained network were tuned, instead of architectures trained from scratch."""
+        return isinstance(self.space, GraftSpace)
+
+    def changed(self, **values: Any) -> Calibration:
+        """Changes fields of `calibration.json`."""
+        manifest = self.manifest.changed(**values)
+        return self if manifest == self.manifest else Calibration.create(self.path, manifest)
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """Returns a table's rows as text. The list is empty if the table does not exist yet."""
@@ -155,7 +210,7 @@ class Calibration:
         """
         file = self.path / "report.json"
         if not file.exists():
-            raise RunError(f"{self.path} has no report yet: resume it with mixnas calibrate --out {self.path}")
+            raise RunError(f"{self.path} has no report yet: resume it with mixnas calibrate {self.path}")
         report: dict[str, Any] = read_json(file, "a report", REPORT, RunError)
         return report
 
@@ -168,7 +223,7 @@ class Calibration:
         try:
             return Ensemble.from_dict(self.report()["ensemble"])
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise RunError(f"{self.path} has no ensemble: resume it with mixnas calibrate --out {self.path}") from None
+            raise RunError(f"{self.path} has no ensemble: resume it with mixnas calibrate {self.path}") from None
 
 
 def _check_row(row: Mapping[str, str | None], columns: Sequence[str]) -> None:
@@ -213,7 +268,8 @@ def find_trust(
         training) added. If several calibrations fit, the one with the most trainings counts. None if no calibration
         has the same space, data and recipe and knows the proxy.
     """
-    name = f"train@{epochs}" if proxy == "train" else proxy
+    trained = "tuned" if isinstance(space, GraftSpace) else "train"
+    name = f"{trained}@{epochs}" if proxy == "train" else proxy
     best: dict[str, Any] | None = None
     for path in places:
         try:

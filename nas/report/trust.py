@@ -33,8 +33,9 @@ def plot_trust(found: Calibration) -> list[Path]:
         axes.axvspan(ceiling["low"], min(ceiling["high"], 1.0), color="0.92", zorder=0)
         axes.axvline(ceiling["value"], color="0.5", linestyle="--", linewidth=1, label="truth, another seed")
     axes.axvline(0, color="0.7", linewidth=0.8)
+    whole = "all forms" if found.of_grafts else "all architectures"
     for place, row in enumerate(rows):
-        _point(axes, row["kendall"], place, OVERALL_COLOUR, "all architectures" if place == 0 else None)
+        _point(axes, row["kendall"], place, OVERALL_COLOUR, whole if place == 0 else None)
         for colour, (band, value) in zip(BAND_COLOURS, row["bands"].items(), strict=True):
             if value is not None:
                 label = f"the {band} third" if place == 0 else None
@@ -44,7 +45,7 @@ def plot_trust(found: Calibration) -> list[Path]:
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         if row["estimator"] == report["recommended"]:
             tick.set_fontweight("bold")
-    axes.set_xlim(left=max(-1.0, -0.05 + min(-0.1, *(_low(row["kendall"]) for row in rows))), right=1.0)
+    axes.set_xlim(left=max(-1.0, -0.05 + min(-0.1, *(_low(row) for row in rows))), right=1.0)
     axes.set_xlabel("Kendall correlation with the truth (95 % interval)")
     space, data = found.space.name, found.manifest.data_name
     axes.set_title(
@@ -65,5 +66,7 @@ def _point(axes: Any, value: Mapping[str, float] | None, place: int, colour: str
         axes.errorbar(value["value"], place, xerr=reach, fmt="o", color=colour, capsize=3, markersize=6, label=label)
 
 
-def _low(value: Mapping[str, float] | None) -> float:
-    return 0.0 if value is None else value["low"]
+def _low(row: Mapping[str, Any]) -> float:
+    """Returns the lowest figure of an estimator that is drawn."""
+    bands = [float(value["value"]) for value in row["bands"].values() if value is not None]
+    return min(0.0, *bands, *([] if row["kendall"] is None else [float(row["kendall"]["low"])]))

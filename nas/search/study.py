@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +14,10 @@ from typing import Any
 import optuna
 
 from .. import consent
-from ..data import ImageData
+from ..data import ImageData, absolute
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
+from ..folders.calibration import FOLDER as CALIBRATION_FOLDER
 from ..folders.calibration import find_trust
 from ..folders.files import locked_folder
 from ..folders.join import find_run, join_run, remove_unfinished_study
@@ -83,8 +83,8 @@ def search(
         config,
         latency=tuple(target.here() for target in config.latency),
         train_device=resolve_device(config.train_device) if config.train_device else None,
-        data=_absolute(config.data),
-        unlabelled=None if config.unlabelled is None else _absolute(config.unlabelled),
+        data=absolute(config.data),
+        unlabelled=None if config.unlabelled is None else absolute(config.unlabelled),
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
         profile=_absolute_folder(config.profile),
@@ -184,13 +184,6 @@ def work(
         return take_part(state, run, config, evaluator, on_trial, lead=False, parent=parent)
 
 
-def _absolute(data: str) -> str:
-    """Makes a path absolute. Names of embedded and installed data sets stay as they are."""
-    embedded = data == "digits" or data.lower().startswith(("torch/", "hfds/"))
-    # keep symbolic links: the files beside a link show which split it is
-    return data if embedded else os.path.abspath(Path(data).expanduser())
-
-
 def _absolute_folder(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
@@ -227,13 +220,14 @@ def _update(run: Run, config: SearchConfig) -> Run:
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
     """Returns the verdict on the run's proxy by its own calibration or one beside the run. None if none fits."""
-    if isinstance(config.space, GraftSpace):
-        return None
     otherwise = (config.proxy_images, config.proxy_size, config.teacher)
     if "accuracy" not in config.objectives or config.proxy_repeats > 1 or any(given is not None for given in otherwise):
         return None
-    beside = sorted(path.resolve().parent.glob(f"*/{CALIBRATION_FILE}"))
-    places = [Path(config.calibration)] if config.calibration else [file.parent for file in beside]
+    if isinstance(config.space, GraftSpace):
+        places = [path / CALIBRATION_FOLDER]  # one of another run may have another parent
+    else:
+        beside = sorted(path.resolve().parent.glob(f"*/{CALIBRATION_FILE}"))
+        places = [Path(config.calibration)] if config.calibration else [file.parent for file in beside]
     return find_trust(config.space, fingerprint, config.proxy, config.epochs, config.train_batch_size, places)
 
 
