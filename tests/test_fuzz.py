@@ -312,6 +312,7 @@ READINGS = [
     ("measure", f"{{run}}@{FRONT[1]}", "--device", "cpu"),
 ]
 BEGINNINGS = [
+    ("calibrate", "{run}"),
     ("profile", "--run", "{run}", "--held-out", "1", "--minutes", "0", "--device", "cpu", "--out", "{run}/p"),
     ("search", "--out", "{run}", "--trials", "33"),
 ]

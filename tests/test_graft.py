@@ -19,6 +19,7 @@ import timm
 import torch
 from conftest import table
 from safetensors.torch import load_file, save_file
+from scipy.stats import kendalltau
 
 import search_spaces
 from nas.architecture import (
@@ -35,9 +36,10 @@ from nas.architecture import (
     candidate_from_json,
 )
 from nas.commands import main
-from nas.data import ImageData, load_data
+from nas.data import ImageData, load_data, reduced
 from nas.errors import RunError, UsageError
 from nas.export import export
+from nas.folders.calibration import Calibration
 from nas.folders.graft_verdicts import graft_verdicts
 from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
@@ -45,6 +47,7 @@ from nas.folders.shapes import STUDY
 from nas.folders.training import Trained, load_weights
 from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
+from nas.graft.calibrate import GraftCalibration, calibrate_grafts, configure
 from nas.graft.distil import Distillation, distil, multiply_adds
 from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
@@ -56,6 +59,9 @@ from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.models.widths import importances, inner_channels, narrow_layers
 from nas.report.plots import plot
+from nas.report.trust import plot_trust
+from nas.scoring.accuracy import train
+from nas.scoring.accuracy.training import estimate_batch_norms
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
@@ -892,6 +898,135 @@ def test_weights_are_told_apart_by_their_content(run: Run, config: SearchConfig,
     save_file(timm.create_model(PARENT).state_dict(), moved)
     with pytest.raises(RunError, match="another `weights`"):
         train_parent(_parent(moved), config)
+
+
+def calibration(run: Run, **changes: int) -> GraftCalibration:
+    return GraftCalibration(run.path, **{"count": 10, "epochs": 2, "repeats": 3} | changes)
+
+
+@pytest.fixture(scope="module")
+def calibrated(run: Run) -> Calibration:
+    """A finished calibration of the forms of a run."""
+    steps: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.calibration.steps.POOL", 1)
+        found = calibrate_grafts(calibration(run), on_step=lambda *at: steps.append(at[:2]))
+    assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1][0] == steps[-1][1] >= 40
+    return found
+
+
+def test_a_calibration_tunes_forms_within_the_budget_as_the_search_does(run: Run, calibrated: Calibration) -> None:
+    space, rows, curves = run.space, calibrated.rows("truths"), calibrated.truths()
+    assert isinstance(space, GraftSpace)
+    assert sorted(len(curve) for curve in curves.values()) == [1] * 7 + [2] * 13
+    pool = [row for row in calibrated.rows("pool") if not row["failure"]]
+    assert {row["key"] for row in rows} <= {row["key"] for row in pool}
+    assert all(float(row["latency_ms"]) <= 1.00001 * run.manifest.config.budgets["latency"] for row in pool)
+    evaluator, _ = evaluator_of(run, local_config(run))
+    for row in (next(row for row in rows if row["seed"] == seed) for seed in ("0", "1")):
+        graft = candidate_from_json(row["architecture"])
+        assert space.decode(space.encode(graft)) == graft
+        for epochs in {1, int(row["epochs"])}:  # a short tuning is the beginning of a long one
+            fidelity = replace(evaluator.fidelity, epochs=epochs)
+            at = evaluator.at(graft)
+            alone = train(evaluator.build(graft), at.data, fidelity, int(row["seed"]), "cpu")
+            found = {rung.epoch: rung.accuracy for rung in curves[row["key"], int(row["seed"])]}
+            assert found[epochs] == pytest.approx(alone.score, abs=1e-4)
+    assert not list((calibrated.path / "checkpoints").iterdir())
+
+
+def test_the_estimators_of_grafts_are_sums_and_assembled_networks(run: Run, calibrated: Calibration) -> None:
+    space, (mean, std) = run.space, (run.manifest.data.mean, run.manifest.data.std)
+    assert isinstance(space, GraftSpace)
+    evaluator, _ = evaluator_of(run, local_config(run))
+    parent = evaluator.parent
+    assert parent is not None
+    grafts = {row["key"]: candidate_from_json(row["architecture"]) for row in calibrated.rows("pool")}
+    scores = {(row["estimator"], row["key"]): float(row["score"]) for row in calibrated.rows("scores")}
+    final = {key: curve[-1].accuracy for (key, seed), curve in calibrated.truths().items() if seed == 0}
+
+    def loss(graft: Graft) -> float:
+        data = reduced(evaluator.data, input_size=graft.input_size)
+        pixels = (data.train.pixels.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        network = parent.assemble(graft).eval()
+        estimate_batch_norms(network, data, 64, 0, "cpu")
+        with torch.inference_mode():
+            logits = network(pixels)
+        return torch.nn.functional.cross_entropy(logits, data.train.labels).item()
+
+    first = space.encode(space.whole)
+    changes = {key: space.encode(grafts[key]).items() - first.items() for key in final}
+    key = max(final, key=lambda key: len(changes[key]))
+    harms = [loss(space.decode(first | {name: choice})) - loss(space.whole) for name, choice in changes[key]]
+    assert len(harms) > 1
+    assert -sum(harms) == pytest.approx(scores["additive", key], rel=1e-3, abs=1e-4)
+    for key in final:
+        expected = replace(evaluator, objectives=("accuracy",), budgets={}).evaluate(grafts[key])
+        assert scores["assembled", key] == pytest.approx(expected.scores.accuracy)
+    report = calibrated.report()
+    assert {row["estimator"] for row in report["rows"]} == {"additive", "assembled", "params", "macs", "tuned@1"}
+    for row in (row for row in report["rows"] if row["estimator"] in ("additive", "assembled")):
+        mine = [scores[row["estimator"], key] for key in final]
+        assert row["kendall"]["value"] == pytest.approx(kendalltau(mine, list(final.values())).statistic)
+    assert report["recommended"] != "additive"
+    assert any(line.startswith("tuned@1 ") for line in report["verdict"]) or report["recommended"] == "tuned@1"
+    assert {file.name for file in plot_trust(calibrated)} == {"trust.png", "trust.svg"}
+
+
+def test_a_resumed_search_says_how_far_its_scores_can_be_trusted(run: Run, calibrated: Calibration) -> None:
+    more = search(local_config(run))
+    row = next(row for row in calibrated.report()["rows"] if row["estimator"] == "assembled")
+    assert more.manifest.trust is not None
+    assert more.manifest.trust["kendall"] == row["kendall"]
+    assert more.verdicts()[0].startswith("proxy assembled: Kendall")
+
+
+def test_a_killed_calibration_of_grafts_resumes(run: Run, calibrated: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    found = Calibration.open(path)
+    before = {name: found.rows(name) for name in ("pool", "truths", "scores")}
+    found.write("truths", before["truths"][:-1])
+    found.write("scores", before["scores"][:-2])
+    config, folder = configure(path)
+    assert (config, folder) == (calibration(run), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.calibration.steps.POOL", 1)
+        calibrate_grafts(config, folder)
+    assert found.rows("pool") == before["pool"]
+    assert found.truths() == calibrated.truths()
+    assert [row["score"] for row in found.rows("scores")] == [row["score"] for row in before["scores"]]
+
+
+def test_a_calibration_of_grafts_is_reported_without_its_run(run: Run, calibrated: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    graft_of = calibrated.manifest.to_dict()["graft"]
+    Calibration.open(path).changed(graft=graft_of | {"run": str(tmp_path / "gone")})
+    config, folder = configure(path)
+    assert calibrate_grafts(config, folder).report() == calibrated.report()
+    with pytest.raises(RunError, match="gone"):
+        calibrate_grafts(replace(config, count=11), folder)
+
+
+def test_what_cannot_be_calibrated_is_one_line(
+    run: Run, calibrated: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"objectives": ("macs", "params"), "sampler": "random", "trials": 1, "max_images": 40}
+    other = search(SearchConfig(search_spaces.load("mini"), **options, out=tmp_path / "plain"))
+    for arguments, word in (
+        ([str(other.path)], "without a"),
+        ([str(tmp_path)], "neither a run nor a calibration"),
+        ([str(run.path), "--space", "mini"], "--space is that of the run"),
+        ([str(run.path), "--count", "2"], "count is 2"),
+        ([str(run.path), "--count", "11", "--data", "/no/such"], "/no/such"),
+        ([str(calibrated.path), "--out", str(tmp_path / "other")], "leave --out out"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["calibrate", *arguments])
+        assert ended.value.code in (1, 2)
+        assert word in capsys.readouterr().err
 
 
 def test_a_form_is_no_parent(run: Run, config: SearchConfig, tmp_path: Path) -> None:

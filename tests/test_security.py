@@ -275,6 +275,7 @@ def command_lines(them: Stranger) -> list[list[str]]:
         *(["dashboard", run] for run in runs[1:]),
         ["profile", "--out", str(them.folder / "profile"), "--minutes", "0", *cpu],
         ["calibrate", "--out", str(them.folder / "calibration"), "--count", "40", *cpu],
+        *(["calibrate", folder, "--count", "11", *cpu] for folder in (str(them.folder / "calibration"), *runs)),
         ["search", "--profile", str(them.folder / "profile"), *cpu, "--trials", "1", "--out", "new"],
         ["doctor", "--data", str(them.folder / "images")],
         ["serve-storage", "--storage", f"postgresql://me:{SECRET}@127.0.0.1/x"],

@@ -4,10 +4,12 @@ The pretrained network is fitted to the user's classes (`parent`). Its forms are
 dropped, in the order of their harm (`harms`), inner channels that can go, and places for layers of ours (`options`),
 which are taught to answer like the layers that they replace (`distil`). A shortlist says where the search begins
 (`shortlist`). Then `nas.search` searches the forms of the parent as it searches any space. It scores
-assembled networks by forward passes, and tunes the best with the parent as teacher (`nas.search.tune`).
+assembled networks by forward passes, and tunes the best with the parent as teacher (`nas.search.tune`). How far these
+scores can be trusted is measured by long tunings (`calibrate`).
 """
 
+from .calibrate import GraftCalibration, calibrate_grafts
 from .parent import ParentConfig
 from .search import graft
 
-__all__ = ["ParentConfig", "graft"]
+__all__ = ["GraftCalibration", "ParentConfig", "calibrate_grafts", "graft"]

@@ -15,6 +15,7 @@ from ..data import ImageData, reduced
 from ..folders.library import LIBRARY
 from ..scoring.accuracy.training import estimate_batch_norms, normaliser
 from ..search.parent import Parent
+from ..space import GraftSpace
 from .kept import read_kept, write_kept
 
 IMAGES = 256
@@ -65,6 +66,12 @@ class Harms:
             write_kept(file, self.of, "losses", read_kept(file, self.of, "losses") | {graft.key: loss})
             self.known[graft.key] = loss
         return self.known[graft.key]
+
+    def summed(self, space: GraftSpace, graft: Graft) -> float:
+        """Returns the sum of the harms that the changes of a graft have one by one; 0 for the parent itself."""
+        first, choices = space.encode(space.whole), space.encode(graft)
+        changes = [{**first, name: choice} for name, choice in choices.items() if choice != first[name]]
+        return sum(self.loss(space.decode(change)) - self.loss(space.whole) for change in changes)
 
     def _computed(self, graft: Graft) -> float:
         data = self._images

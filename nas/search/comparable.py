@@ -34,7 +34,7 @@ LATENCY_PROTOCOL = 2
 """Version of the latency protocol. 1 was a median of plain passes; 2 is the ratio to a reference network."""
 
 
-def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, Any]]:
+def evaluator_of(run: Run, config: SearchConfig, tunes: bool = False) -> tuple[Evaluator, dict[str, Any]]:
     """Returns the evaluator of a run in this process, and its conditions.
 
     A process that only trains has only the conditions of training.
@@ -42,11 +42,12 @@ def evaluator_of(run: Run, config: SearchConfig) -> tuple[Evaluator, dict[str, A
     Args:
         run: the run.
         config: configuration of the run, with the data and the device of this process.
+        tunes: whether this process tunes grafts, and so needs the images without labels.
 
     Raises:
         RunError: if the data is not the run's.
     """
-    data = load_images(config, unlabelled=ESTIMATORS[config.proxy].needs != PARENT)
+    data = load_images(config, unlabelled=tunes or ESTIMATORS[config.proxy].needs != PARENT)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
