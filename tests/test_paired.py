@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import search_spaces
-from nas.data import load_data
-from nas.errors import RunError
+from nas.data import Images, load_data, rotated
+from nas.errors import RunError, UsageError
 from nas.folders.hits import accuracy_difference, accuracy_verdict
 from nas.folders.run import Run
 from nas.folders.training import load_weights
@@ -123,3 +124,65 @@ def test_the_front_says_which_accuracies_are_tied(run: Run) -> None:
     damaged = replace(front[0], scores=replace(front[0].scores, hits="f0"))
     with pytest.raises(RunError, match=r"trial 0\.hits"):
         accuracy_difference(run, damaged, front[1])
+
+
+# Cross-fitting
+
+
+def test_each_image_is_held_out_once() -> None:
+    data = load_data("digits", max_images=200)
+    folds = list(rotated(data))
+    assert folds[0] is data
+    everything = sorted(image(data.train) + image(data.holdout))
+    assert all(sorted(image(fold.train) + image(fold.holdout)) == everything for fold in folds)
+    assert sorted(found for fold in folds for found in image(fold.holdout)) == everything
+    for fold in folds:  # each class is spread evenly
+        counts = fold.holdout.labels.bincount(minlength=10)
+        assert ((counts - data.holdout.labels.bincount(minlength=10)).abs() <= 1).all()
+
+
+def image(images: Images) -> list[tuple[int, bytes]]:
+    return [(int(y), x.numpy().tobytes()) for x, y in zip(images.pixels, images.labels, strict=True)]
+
+
+def test_a_cross_fitting_scores_all_images(run: Run, tmp_path: Path) -> None:
+    config = replace(local_config(run), cross_fit=True, out=tmp_path / "run", trials=2)
+    once, found = {t.key: t.scores for t in run.trials()}, search(config)
+    data, held = found.manifest.data, found.manifest.data.num_holdout
+    count = data.num_train + held
+    for trial in found.trials():
+        hits = unpack(trial.scores.hits, count)
+        assert 100 * hits.mean() == pytest.approx(trial.scores.accuracy)
+        assert trial.scores.accuracy_std == pytest.approx(100 * hits.std() / math.sqrt(count))
+        # the first part is that of any search
+        assert pack(hits[:held]) == once[trial.key].hits
+        assert trial.scores.curve == once[trial.key].curve
+    first, second = found.trials()
+    assert accuracy_difference(found, first, second).half_width < accuracy_difference(run, *run.trials()[:2]).half_width
+    assert f"the same {count} held-out images" in accuracy_verdict(found, found.trials())
+    with pytest.raises(RunError, match="cross_fit"):
+        search(replace(config, cross_fit=False, trials=3))
+
+
+def test_only_candidates_that_may_reach_the_front_are_trained_on_further_parts(run: Run) -> None:
+    evaluator, _ = evaluator_of(run, replace(local_config(run), cross_fit=True, epochs=1))
+    judge = Judge(run.objectives, (Finished((0.0,), {1: 0.0}, 100.0),) * 8)
+    scores = evaluator.evaluate(run.front()[0].architecture, judge).scores
+    assert scores.accuracy is None
+    assert len(unpack(scores.hits, len(evaluator.data.holdout))) == len(evaluator.data.holdout)
+
+
+REFUSED = [
+    {"proxy": "params"},
+    {"objectives": ("params", "macs")},
+    {"proxy_repeats": 2},
+    {"proxy_images": 100},
+    {"teacher": "somewhere"},
+]
+
+
+@table("changes", REFUSED)
+def test_what_does_not_go_with_a_cross_fitting_is_refused(changes: dict) -> None:
+    config = SearchConfig(search_spaces.load("mini"), objectives=("params", "accuracy"))
+    with pytest.raises(UsageError, match="`cross_fit`"):
+        replace(config, cross_fit=True, **changes)

@@ -202,6 +202,12 @@ OF_PARENT = {
     help="Number of seeds over which a proxy score is averaged.",
 )
 @option(
+    "--cross-fit/--no-cross-fit",
+    default=False,
+    section=ACCURACY,
+    help="Hold out each quarter of the images in turn: narrower intervals on small sets, up to four trainings each.",
+)
+@option(
     "--teacher",
     metavar="TARGET",
     section=ACCURACY,

@@ -19,9 +19,10 @@ from .memory import (
     load_data,
     native_size,
     reduced,
+    rotated,
     scaled,
 )
-from .sampling import HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
+from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
 from .sources import EMBEDDED, absolute, match_classes, open_data_set, open_split, open_test_set
 from .splits import class_name, split_kind
 from .unlabelled import with_unlabelled
@@ -30,6 +31,7 @@ __all__ = [
     "BACKGROUND",
     "DIGITS_TEST_SHARE",
     "EMBEDDED",
+    "FOLDS",
     "HOLDOUT_SHARE",
     "MAX_IMAGES",
     "NOT_MIRRORED",
@@ -55,6 +57,7 @@ __all__ = [
     "open_unlabelled",
     "quiet",
     "reduced",
+    "rotated",
     "scaled",
     "search_split",
     "split_kind",

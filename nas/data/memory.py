@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +25,7 @@ from ..errors import DataError, UsageError
 from ..repeats import REPEATS
 from .decoding import UnreadableImage, quiet
 from .listing import NO_LABEL, Listing, Source
-from .sampling import SPLIT_SEED, search_split, stratified_split
+from .sampling import FOLDS, SPLIT_SEED, search_split, stratified_parts, stratified_split
 from .sources import EMBEDDED, open_split
 from .splits import listed
 
@@ -201,6 +201,25 @@ def _load(
 
 
 _load_embedded = lru_cache(maxsize=4)(_load)
+
+
+def rotated(data: ImageData, seed: int = SPLIT_SEED) -> Iterator[ImageData]:
+    """Yields the data, then the same images with other parts held out, so that each image is held out once.
+
+    Args:
+        data: the data. Its training part is divided; each division takes memory of its own while it is used.
+        seed: random seed of the division.
+    """
+    yield data
+    parts = stratified_parts(data.train.labels.numpy(), FOLDS - 1, np.random.default_rng(seed))
+    for part in range(FOLDS - 1):
+        held, rest = (torch.from_numpy(np.flatnonzero(where)) for where in (parts == part, parts != part))
+        train, holdout = ([own.pixels, own.labels] for own in (data.train, data.holdout))
+        yield replace(
+            data,
+            train=Images(*(torch.cat([own[rest], other]) for own, other in zip(train, holdout, strict=True))),
+            holdout=Images(*(own[held] for own in train)),
+        )
 
 
 def reduced(data: ImageData, images: int | None = None, input_size: int | None = None, seed: int = 0) -> ImageData:

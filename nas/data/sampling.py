@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 HOLDOUT_SHARE = 0.25
+FOLDS = round(1 / HOLDOUT_SHARE)
+"""Number of parts that a cross-fitting holds out in turn."""
 SPLIT_SEED = 0
 """Random seed of the held-out part of every search, independent of the seed of the search."""
 
@@ -43,3 +45,12 @@ def stratified_split(
     inside = np.zeros(len(targets), dtype=bool)
     inside[taken] = True
     return np.flatnonzero(inside), np.flatnonzero(~inside)
+
+
+def stratified_parts(targets: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns the part of each image, from 0 to `count` - 1. Each class is spread evenly over the parts at random."""
+    parts = np.empty(len(targets), dtype=np.int64)
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        parts[members] = np.arange(len(members)) % count
+    return parts

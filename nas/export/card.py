@@ -18,6 +18,7 @@ from ..folders.files import PARENT
 from ..folders.training import Trained, TrainingManifest, is_training
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
+from ..scoring.accuracy.estimate import accuracy_error
 from .formats import FORMATS
 from .subject import Subject
 
@@ -132,9 +133,12 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
     scores, data = subject.trial.scores, subject.data
     if scores.accuracy is None:
         return {}
-    half = 1.96 * (scores.accuracy_std or 0.0)
-    interval = {"low": scores.accuracy - half, "high": scores.accuracy + half}
-    return {"holdout": {"accuracy": scores.accuracy, "num_images": data.num_holdout, **interval}}
+    accuracy, error = scores.accuracy, scores.accuracy_std or 0.0
+    if subject.run is not None and subject.run.manifest.config.cross_fit:  # the weights are those of its first training
+        accuracy = scores.curve[-1][1]
+        error = accuracy_error(accuracy, data.num_holdout)
+    interval = {"low": accuracy - 1.96 * error, "high": accuracy + 1.96 * error}
+    return {"holdout": {"accuracy": accuracy, "num_images": data.num_holdout, **interval}}
 
 
 def _what(subject: Subject) -> str:

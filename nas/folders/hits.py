@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .run import Run
 
 
+def num_scored(run: Run) -> int:
+    """Returns the number of images on which a run measures accuracy: the held-out ones, or all of a cross-fitting."""
+    data = run.manifest.data
+    return data.num_holdout + (data.num_train if run.manifest.config.cross_fit else 0)
+
+
 def read_hits(run: Run, packed: str, where: str) -> Hits:
     """Returns the hits on the held-out images of a run from their text.
 
@@ -29,7 +35,7 @@ def read_hits(run: Run, packed: str, where: str) -> Hits:
         RunError: if it is damaged.
     """
     try:
-        return unpack(packed, run.manifest.data.num_holdout)
+        return unpack(packed, num_scored(run))
     except ValueError:
         raise RunError(f"the study of {run.path} is damaged ({where}.hits)") from None
 
@@ -62,7 +68,7 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     text = (
         f"{OBJECTIVES['accuracy'].label}: differences between neighbours of this front are known to "
         f"±{max(d.half_width for d in known.values()):.1f} points or better (95 %, both on the same "
-        f"{run.manifest.data.num_holdout:,} held-out images; another seed of the trainings may change more)"
+        f"{num_scored(run):,} held-out images; another seed of the trainings may change more)"
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
     return f"{text}; statistically tied, so in either order: {tied}" if tied else text

@@ -70,6 +70,7 @@ class StoredConfig(Record):
     classes: Sequence[str] = ()
     max_images: int = MAX_IMAGES
     trials: int = 0
+    cross_fit: bool = False
     calibration: str | None = None
     command: str | None = None
 

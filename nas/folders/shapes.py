@@ -48,6 +48,7 @@ CONFIG = {
     "epochs": COUNT,
     "seed": COUNT,
     "profile?": (str, None),
+    "cross_fit?": bool,
     "calibration?": (str, None),
     "teacher?": (str, None),
     "teacher_weights?": (str, None),

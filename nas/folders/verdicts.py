@@ -12,7 +12,7 @@ from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .graft_verdicts import graft_verdicts
-from .hits import accuracy_verdict
+from .hits import accuracy_verdict, num_scored
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def verdicts(run: Run) -> list[str]:
             f"{target}: {held.held} of {held.pairs} neighbouring pairs of the front have the same order there"
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )
-    return lines + doubts(run.objectives, front, run.manifest.data.num_holdout, accuracy_verdict(run, front))
+    return lines + doubts(run.objectives, front, num_scored(run), accuracy_verdict(run, front))
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:

@@ -245,7 +245,7 @@ def _score(evaluator: Evaluator, trial: Trial, wanted: tuple[str, ...]) -> tuple
     alike = replace(evaluator, objectives=wanted, budgets={})
     if trial.stopped:  # a shorter training equals the beginning of a longer one
         epochs = trial.scores.curve[-1][0]
-        alike = replace(alike, fidelity=replace(alike.fidelity, epochs=epochs), repeats=1)
+        alike = replace(alike, fidelity=replace(alike.fidelity, epochs=epochs), repeats=1, cross_fit=False)
     try:
         return alike.evaluate(trial.architecture).scores, ""
     except TrialFailure as failure:

@@ -42,6 +42,7 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
         ("baselines", config.baselines, "the forms of the parent are the baselines"),
         ("profile", config.profile, "a profile knows no parts of other networks"),
         ("calibration", config.calibration, "it has another space"),
+        ("cross_fit", config.cross_fit, "its weights have seen all images but the held-out ones"),
         ("proxy_size", config.proxy_size, "the image size is a choice of the search"),
         ("teacher", config.teacher, "the parent is the teacher"),
         ("start", config.start, "the search begins with the parent's plain forms"),
@@ -59,3 +60,21 @@ def check_for_teacher(config: SearchConfig) -> None:
     check_teacher(config.teacher, config.teacher_weights)
     if config.teacher is not None and (config.proxy != "train" or "accuracy" not in config.objectives):
         raise UsageError("a `teacher` needs the objective accuracy and `proxy` = train, because only a training learns")
+
+
+def check_for_cross_fit(config: SearchConfig) -> None:
+    """Refuses what does not go with cross-fitting.
+
+    Raises:
+        UsageError: if a setting does not go with it.
+    """
+    if not config.cross_fit:
+        return
+    if config.proxy != "train" or "accuracy" not in config.objectives:
+        raise UsageError("`cross_fit` needs the objective accuracy and `proxy` = train, because it trains on each part")
+    if config.teacher is not None:
+        raise UsageError("`cross_fit` does not go with a `teacher`, which has seen images that are held out later")
+    if config.proxy_repeats > 1 or config.proxy_images is not None:
+        raise UsageError(
+            "`cross_fit` trains with several seeds on all images: leave `proxy_repeats` and `proxy_images` out"
+        )

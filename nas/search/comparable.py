@@ -104,6 +104,7 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
         "budgets": dict(config.budgets),
         "proxy": config.proxy,
         "proxy_repeats": config.proxy_repeats,
+        "cross_fit": config.cross_fit,
         "proxy_images": config.proxy_images,
         "proxy_size": config.proxy_size,
         "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
@@ -167,6 +168,7 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
         ),
         seed=config.seed,
         repeats=config.proxy_repeats,
+        cross_fit=config.cross_fit,
         proxy_data=proxy_data,
         device=config.train_device or config.device,
         parts=PARTS if config.only == ALL else (config.only,),
@@ -224,7 +226,7 @@ def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:
 
 def changed_conditions(run: Run, conditions: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the conditions that differ from those at the run's creation: name -> (then, now)."""
-    before = {"folded": False, "also": [], "proxy_repeats": 1, **run.manifest.conditions.recorded}
+    before = {"folded": False, "also": [], "proxy_repeats": 1, "cross_fit": False, **run.manifest.conditions.recorded}
     changed = {}
     for name, value in conditions.items():
         if name == "space" and before.get(name) and _space(before[name]) == space_from_dict(value):

@@ -21,7 +21,7 @@ from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, ru
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
-from .checks import check_for_parent, check_for_teacher
+from .checks import check_for_cross_fit, check_for_parent, check_for_teacher
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
 from .warm_start import starting_points
@@ -51,6 +51,8 @@ class SearchConfig:
         input_size: side of the images in pixels; None for the data's own.
         proxy: a row of `ESTIMATORS`, the source of `accuracy`.
         proxy_repeats: number of seeds over which the proxy's score is averaged.
+        cross_fit: whether each quarter of the images is held out in turn, so that accuracy is measured on all images. A
+            candidate then has up to four trainings. Only for the proxy `train`.
         proxy_images: number of training images for the proxy, a stratified sample; None for all.
         proxy_size: side in pixels of the proxy's images, in training and validation; None for the input size.
         teacher: a trained folder, an exported folder or `timm:NAME` whose outputs every candidate also learns in its
@@ -104,6 +106,7 @@ class SearchConfig:
     input_size: int | None = None
     proxy: str = defaults.PROXY
     proxy_repeats: int = defaults.PROXY_REPEATS
+    cross_fit: bool = False
     proxy_images: int | None = None
     proxy_size: int | None = None
     teacher: str | None = None
@@ -176,6 +179,7 @@ class SearchConfig:
         elif ESTIMATORS[self.proxy].needs == PARENT:
             raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
         check_for_teacher(self)
+        check_for_cross_fit(self)
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
             raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..architecture import Candidate, Graft
-from ..data import ImageData, reduced
+from ..data import FOLDS, ImageData, reduced, rotated
 from ..errors import TrialFailure, UsageError
 from ..folding import Fused, fuse_branches
 from ..machine.devices import seeded
@@ -24,8 +25,10 @@ from ..machine.limits import training_threads
 from ..machine.turns import device_id, exclusive, shared
 from ..models import Backbone, create_backbone
 from ..objectives.objectives import OBJECTIVES, Scores, latency_fields, other_entry
+from ..objectives.paired import pack, unpack
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher
+from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.cost import count_cost
 from ..scoring.latency import LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
@@ -81,6 +84,7 @@ class Evaluator:
         fidelity: effort of the proxy.
         seed: random seed of initial weights and training.
         repeats: number of consecutive seeds over which the proxy score is averaged.
+        cross_fit: whether each part of the images is held out in turn, in a training of its own.
         proxy_data: images for the proxy; None for `data`.
         device: device that trains networks.
         parts: those of `PARTS` that this process does.
@@ -99,6 +103,7 @@ class Evaluator:
     fidelity: Fidelity
     seed: int
     repeats: int = 1
+    cross_fit: bool = False
     proxy_data: ImageData | None = None
     device: str = "cpu"
     parts: tuple[str, ...] = PARTS
@@ -255,28 +260,32 @@ class Evaluator:
     ) -> Evaluation:
         estimator, data = ESTIMATORS[self.proxy], self.proxy_data or self.data
         rungs: list[Rung] = []
-        kept = len(data.holdout) <= MOST_HITS
+        kept = len(data.holdout) * (FOLDS if self.cross_fit else 1) <= MOST_HITS
 
         def on_rung(rung: Rung) -> None:
             rungs.append(rung)
-            if judge is not None and rung.epoch < fidelity.epochs:
+            if judge is not None and (rung.epoch < fidelity.epochs or self.cross_fit):
                 judge(scores, rung)
 
-        estimates = []
+        estimates, scored = [], []
         with self.training() if estimator.works else nullcontext():
-            for repeat in range(self.repeats):
+            for repeat, part in enumerate(rotated(data) if self.cross_fit else [data] * self.repeats):
                 network = self.seeded(create, repeat) if repeat else model
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
                 seed = self.seed + repeat
                 try:
-                    estimates.append(estimator.estimate(network, data, fidelity, seed, self.device, **watch))
+                    estimates.append(estimator.estimate(network, part, fidelity, seed, self.device, **watch))
+                    scored.append(len(part.holdout))
                 except Stopped as stopped:
                     # drop the traceback, whose frames hold the training with all its tensors
                     scores = replace(scores, curve=_curve(rungs), hits=rungs[-1].hits if kept else "")
                     return Evaluation(scores, {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
-            hits = estimates[0].hits if kept and self.repeats == 1 else ""
+            hits = estimates[0].hits if self.repeats == 1 else ""
+            if self.cross_fit:
+                score, std, hits = _together([e.hits for e in estimates], scored)
+            hits = hits if kept else ""
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
@@ -324,6 +333,13 @@ def _smaller(data: ImageData, side: int) -> ImageData:
 
 def _curve(rungs: Sequence[Rung]) -> tuple[tuple[int, float], ...]:
     return tuple((rung.epoch, rung.accuracy) for rung in rungs)
+
+
+def _together(hits: Sequence[str], counts: Sequence[int]) -> tuple[float, float, str]:
+    """Returns accuracy, its standard error and hits on all images, from the hits on parts of so many images."""
+    right = np.concatenate([unpack(packed, count) for packed, count in zip(hits, counts, strict=True)])
+    accuracy = 100 * float(right.mean())
+    return accuracy, accuracy_error(accuracy, len(right)), pack(right)
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:

@@ -220,7 +220,7 @@ def _update(run: Run, config: SearchConfig) -> Run:
 
 def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any] | None:
     """Returns the verdict on the run's proxy by its own calibration or one beside the run. None if none fits."""
-    otherwise = (config.proxy_images, config.proxy_size, config.teacher)
+    otherwise = (config.proxy_images, config.proxy_size, config.teacher, config.cross_fit or None)
     if "accuracy" not in config.objectives or config.proxy_repeats > 1 or any(given is not None for given in otherwise):
         return None
     if isinstance(config.space, GraftSpace):

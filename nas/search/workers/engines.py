@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ...data import FOLDS
 from ..evaluate import MAX_TRIES, Evaluator
 from .executors import Executor, Here
 from .isolated import IsolatedEvaluator
@@ -21,7 +22,8 @@ def hang_seconds(config: SearchConfig) -> float | None:
     """Returns the seconds after which the scoring of a candidate counts as hung; None where there is no limit."""
     if config.trial_timeout_minutes is None:
         return None
-    training = 60 * config.trial_timeout_minutes * config.proxy_repeats * MAX_TRIES
+    trainings = FOLDS if config.cross_fit else config.proxy_repeats
+    training = 60 * config.trial_timeout_minutes * trainings * MAX_TRIES
     measuring = sum(target.max_seconds + target.command_timeout for target in config.latency)
     return HANG_FACTOR * (training + measuring)
 
