@@ -118,6 +118,7 @@ def test_the_front_says_which_accuracies_are_tied(run: Run) -> None:
         assert (f"{less.key} and {more.key}" in text) == found.holds(0)
         halves.append(found.half_width)
     assert f"±{max(halves):.1f} points or better" in text
+    assert ("`cross_fit`" in text) == (max(halves) > 2)
     # a run of an earlier release kept nothing
     old = [replace(t, scores=replace(t.scores, hits="")) for t in front]
     assert accuracy_verdict(run, old) == ""
@@ -160,6 +161,7 @@ def test_a_cross_fitting_scores_all_images(run: Run, tmp_path: Path) -> None:
     first, second = found.trials()
     assert accuracy_difference(found, first, second).half_width < accuracy_difference(run, *run.trials()[:2]).half_width
     assert f"the same {count} held-out images" in accuracy_verdict(found, found.trials())
+    assert "`cross_fit`" not in accuracy_verdict(found, found.trials())
     with pytest.raises(RunError, match="cross_fit"):
         search(replace(config, cross_fit=False, trials=3))
 

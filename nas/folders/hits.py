@@ -11,10 +11,14 @@ from ..interval import Interval
 from ..objectives.agreement import list_pairs
 from ..objectives.objectives import OBJECTIVES, Scores
 from ..objectives.paired import Hits, paired_difference, unpack
+from ..space import GraftSpace
 from .trial import Trial
 
 if TYPE_CHECKING:
     from .run import Run
+
+WIDE = 2.0
+"""Advise cross-fitting when half of an interval is wider than this, in percent points."""
 
 
 def num_scored(run: Run) -> int:
@@ -65,13 +69,16 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     known = {pair: difference for pair, difference in found.items() if difference is not None}
     if not known or len(known) < len(found) or not any(o.field == "accuracy" for o in run.objectives):
         return ""
+    widest, config = max(d.half_width for d in known.values()), run.manifest.config
     text = (
         f"{OBJECTIVES['accuracy'].label}: differences between neighbours of this front are known to "
-        f"±{max(d.half_width for d in known.values()):.1f} points or better (95 %, both on the same "
+        f"±{widest:.1f} points or better (95 %, both on the same "
         f"{num_scored(run):,} held-out images; another seed of the trainings may change more)"
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
-    return f"{text}; statistically tied, so in either order: {tied}" if tied else text
+    text += f"; statistically tied, so in either order: {tied}" if tied else ""
+    could = config.proxy == "train" and not config.cross_fit and not isinstance(run.space, GraftSpace)
+    return f"{text}; a new run with `cross_fit` knows them better" if could and widest > WIDE else text
 
 
 def _is_known(scores: Scores) -> bool:
