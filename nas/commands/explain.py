@@ -77,7 +77,9 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     told = [f"{shown} of {all_of_them} one-knob changes"] if shown < all_of_them else []
     told += ["changes are counted from `as it is`; in brackets or after ±: 95 % intervals"] if smoothed else []
     paired = any(neighbour.paired is not None for neighbour in found.neighbours[:limit])
-    told += ["measured changes in accuracy: on the same images; another seed of the trainings may change more"] * paired
+    told += [
+        "measured changes in accuracy: on the same images; the seeds of the trainings add to their intervals"
+    ] * paired
     told += [
         "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
     ] * smoothed

@@ -73,7 +73,7 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     text = (
         f"{OBJECTIVES['accuracy'].label}: differences between neighbours of this front are known to "
         f"±{widest:.1f} points or better (95 %, both on the same "
-        f"{num_scored(run):,} held-out images; another seed of the trainings may change more)"
+        f"{num_scored(run):,} held-out images; the seeds of the trainings add to it)"
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
     text += f"; statistically tied, so in either order: {tied}" if tied else ""

@@ -2,7 +2,7 @@
 
 Both accuracies then share the luck of the draw: most images are right in both networks or wrong in both. Only the
 others count, so the interval of the difference is narrower than the two accuracies suggest. It covers the choice of
-images alone. Another random seed of the trainings may change a difference by more.
+images alone. The random seeds of the trainings add to the error.
 """
 
 from __future__ import annotations
