@@ -31,13 +31,61 @@ GRAINS = ("stage", "mixer")
 
 
 @dataclass(frozen=True)
+class Donation:
+    """Layers of another pretrained network, with a linear map of the channels before and after them.
+
+    Args:
+        donor: name of a timm model.
+        layers: paths of its layers, which run one after the other.
+        input_size: side in pixels of the images that it is built for.
+        width_in: number of channels that its layers get.
+        width_out: number of channels that its layers return.
+        width: number of channels after the second map.
+    """
+
+    donor: str
+    layers: tuple[str, ...]
+    input_size: int
+    width_in: int
+    width_out: int
+    width: int
+
+    def __post_init__(self) -> None:
+        plain = isinstance(self.donor, str) and len(self.donor) <= MAX_NAME
+        if not plain or not self.donor.replace(".", "").replace("_", "").replace("-", "").isalnum():
+            raise UsageError(f"a donor is {str(self.donor)[:40]!r}: the name of a timm model is needed")
+        _check_paths(self.layers, "takes", "donated")
+        if not self.layers:
+            raise UsageError("a donor gives at least one layer")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        set_int(self, "input_size", 1, MAX_SIDE)
+        for name in ("width_in", "width_out", "width"):
+            set_int(self, name, 1, MAX_WIDTH)
+
+    @property
+    def label(self) -> str:
+        """The donor and its layers: `tf_efficientnet_lite0 blocks.4`."""
+        return f"{self.donor} {' to '.join(dict.fromkeys((self.layers[0], self.layers[-1])))}"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Donation:
+        """Builds a donation from plain data.
+
+        Raises:
+            UsageError: if a field is unknown, is missing or has a value that is not allowed.
+        """
+        names = tuple(cls.__dataclass_fields__)
+        return cls(**check_mapping(data, "a donation", names, names))
+
+
+@dataclass(frozen=True)
 class Replacement:
-    """Layers of ours in the place of layers of the parent.
+    """Layers of ours, or of another network, in the place of layers of the parent.
 
     Args:
         paths: paths of the parent's layers that go, such as `blocks.5`. Ours stand in the place of the first; each of
             the others returns its input.
-        stage: our blocks. Their width is the number of channels that they return.
+        stage: our blocks, or the layers of another network. Their width is the number of channels that they return.
         width_in: number of channels that they get; 0 means as many as they return.
         stride: 1, or 2 if they halve the map.
         layout: order of the dimensions of what they get and return, one of `LAYOUTS`.
@@ -46,7 +94,7 @@ class Replacement:
     """
 
     paths: tuple[str, ...]
-    stage: Stage
+    stage: Stage | Donation
     width_in: int = 0
     stride: int = 1
     layout: str = "nchw"
@@ -56,7 +104,7 @@ class Replacement:
     def __post_init__(self) -> None:
         _check_paths(self.paths, "replaces", "replaced")
         object.__setattr__(self, "paths", tuple(self.paths))
-        if not self.paths or len(set(self.paths)) != len(self.paths) or not isinstance(self.stage, Stage):
+        if not self.paths or len(set(self.paths)) != len(self.paths) or not isinstance(self.stage, Stage | Donation):
             raise UsageError("a replacement needs a stage and different paths")
         set_int(self, "width_in", 0, MAX_WIDTH)
         set_int(self, "stride", 1, 2)
@@ -68,7 +116,7 @@ class Replacement:
         if self.layout != "tokens":
             object.__setattr__(self, "prefix", 0)
         if self.grain == "mixer":
-            if self.width_in or self.stride > 1:
+            if self.width_in or self.stride > 1 or isinstance(self.stage, Donation):
                 raise UsageError("a mixer returns a map of the shape that it gets")
             bare = Stage(self.stage.mixer, 1, self.stage.width, 4.0, self.stage.compression, "none", mlp="none")
             object.__setattr__(self, "stage", bare)
@@ -76,14 +124,25 @@ class Replacement:
     @property
     def label(self) -> str:
         """What stands there, without the place: `hadamard 2x112 /4 mlp 2`."""
+        if isinstance(self.stage, Donation):
+            return self.stage.label
         if self.grain == "stage":
             return stage_label(self.stage)
         compression = self.stage.compression
         return f"{mixer_label(self.stage.mixer)}{f' /{compression}' if compression > 1 else ''}"
 
+    @property
+    def kind(self) -> str:
+        """The mixer or the donor: `hadamard`, `tf_efficientnet_lite0`."""
+        return self.stage.donor if isinstance(self.stage, Donation) else self.stage.mixer.name
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, without defaults."""
-        return non_defaults(self) | {"paths": list(self.paths), "stage": stage_to_dict(self.stage)}
+        if isinstance(self.stage, Donation):
+            stage = asdict(self.stage) | {"layers": list(self.stage.layers)}
+        else:
+            stage = stage_to_dict(self.stage)
+        return non_defaults(self) | {"paths": list(self.paths), "stage": stage}
 
     def to_json(self) -> str:
         """Returns canonical JSON, with sorted keys and without spaces."""
@@ -98,7 +157,9 @@ class Replacement:
         """
         names = tuple(cls.__dataclass_fields__)
         values = check_mapping(data, "a replacement", names, ("paths", "stage"))
-        return cls(**values | {"stage": stage_from_dict(values["stage"])})
+        stage = values["stage"]
+        given = isinstance(stage, Mapping) and "donor" in stage
+        return cls(**values | {"stage": Donation.from_dict(stage) if given else stage_from_dict(stage)})
 
 
 @dataclass(frozen=True)
@@ -228,6 +289,11 @@ class Graft:
     def reduction(self) -> int:
         """Side of the smallest images that it takes: nothing is known before its parent is built, so 1."""
         return 1
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        """Names of the other networks whose layers stand in it, sorted."""
+        return tuple(sorted({own.stage.donor for own in self.replaced if isinstance(own.stage, Donation)}))
 
     def without(self) -> dict[str, tuple[str, ...]]:
         """Returns the names of the dropped blocks by the sequence that they belong to, such as `blocks.5`."""

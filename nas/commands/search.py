@@ -39,6 +39,7 @@ OF_PARENT = {
     "grain": "grain",
     "distil_epochs": "distil_epochs",
     "unlabelled": "unlabelled",
+    "donor": "donors",
 }
 """Maps the options that are about the parent to the fields of `ParentConfig`."""
 
@@ -83,6 +84,21 @@ OF_PARENT = {
     default=defaults.GRAIN,
     section=PARENT,
     help="What layers of ours replace: stage (whole blocks) or mixer (the token mixers inside blocks).",
+)
+@option(
+    "--donor",
+    multiple=True,
+    metavar="timm:NAME",
+    section=PARENT,
+    help="Another pretrained network whose parts are offered in places of the parent; repeatable.",
+)
+@option(
+    "--donor-weights",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=PARENT,
+    help="Pretrained weights of a --donor, a .safetensors file; repeatable, in the order of --donor.",
 )
 @option(
     "--distil-epochs",
@@ -298,8 +314,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     from ..training.display import TrainingView
 
     given = typed(context, options)
-    parent = given.pop("parent", None)
-    of_parent = {field: given.pop(name) for name, field in OF_PARENT.items() if name in given}
+    parent, of_parent = given.pop("parent", None), _of_parent(given)
     given_budgets, shares = given.pop("budgets", ({}, {}))
     if parent is not None and "space" in given:
         raise UsageError("--space and --parent exclude each other: the space is that of the parent's forms")
@@ -343,3 +358,14 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     if front:
         target = shlex.quote(f"{run.path}@{run.bend(front).key}")  # often a good choice
         click.echo(f"  {program()} train {target}\n  {program()} export {path} --all")
+
+
+def _of_parent(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options that are about the parent out of those that the user gave, as fields of `ParentConfig`."""
+    from ..graft import Donor
+
+    found = {field: given.pop(name) for name, field in OF_PARENT.items() if name in given}
+    files = given.pop("donor_weights", ())
+    if len(files) != len(found.get("donors", ())):
+        raise UsageError("--donor and --donor-weights need each other: give a file for each network, in the same order")
+    return found | ({"donors": tuple(map(Donor, found["donors"], files))} if files else {})

@@ -15,6 +15,7 @@ import timm
 from ..architecture import Graft, resolutions
 from ..data import split_kind
 from ..folders.files import PARENT
+from ..folders.library import DONOR, LIBRARY, load_taught
 from ..folders.training import Trained, TrainingManifest, is_training
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
@@ -184,7 +185,7 @@ def _what_graft(graft: Graft, data: str, run_path: Path | None) -> str:
 {changes}
 
 All other layers, and the names of their weights, are those of {parent}. {_weights_of_parent(graft, run_path)}
-"""
+{_weights_of_donors(graft, run_path)}"""
 
 
 def _weights_of_parent(graft: Graft, run_path: Path | None) -> str:
@@ -197,6 +198,22 @@ def _weights_of_parent(graft: Graft, run_path: Path | None) -> str:
     config = timm.get_pretrained_cfg(graft.parent, allow_unregistered=True) if isinstance(graft.parent, str) else None
     stated = f"timm states the licence `{plain(config.license)}` for its own. " if config and config.license else ""
     return f"{began}{stated}The licence of the weights that it began with applies to these."
+
+
+def _weights_of_donors(graft: Graft, run_path: Path | None) -> str:
+    """Says which weights the layers of other networks began with, and the licences that timm states for its own."""
+    found = load_taught(run_path / PARENT / LIBRARY) if run_path is not None and graft.donors else None
+    text = ""
+    for name in graft.donors:
+        digest = found[1].get(f"{DONOR}{name}") if found is not None else None
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        stated = f"timm states the licence `{plain(config.license)}` for its own. " if config and config.license else ""
+        began = f" with the SHA-256 `{plain(str(digest))}`" if digest else ""
+        text += (
+            f"\nThe layers of timm's `{plain(name)}` began with weights{began}. {stated}The licence of these weights "
+            "applies too.\n"
+        )
+    return text
 
 
 def _use(subject: Subject, package: str) -> str:

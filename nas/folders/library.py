@@ -20,6 +20,8 @@ from ..foreign_files import COUNT, FIGURE, LINE, is_file, read_json
 from .files import write_file
 
 LIBRARY, RESULT = "library", "library.json"
+DONOR = "donor "
+"""Beginning of an entry of `how` with the SHA-256 of a donor's weights; the donor's name follows."""
 FORMAT = 1
 """Format of `RESULT`."""
 

@@ -2,14 +2,15 @@
 
 The pretrained network is fitted to the user's classes (`parent`). Its forms are found (`forms`): blocks that can be
 dropped, in the order of their harm (`harms`), inner channels that can go, and places for layers of ours (`options`),
-which are taught to answer like the layers that they replace (`distil`). A shortlist says where the search begins
-(`shortlist`). Then `nas.search` searches the forms of the parent as it searches any space. It scores
-assembled networks by forward passes, and tunes the best with the parent as teacher (`nas.search.tune`). How far these
-scores can be trusted is measured by long tunings (`calibrate`).
+which are taught to answer like the layers that they replace (`distil`), as are parts of other networks (`donors`). A
+shortlist says where the search begins (`shortlist`). Then `nas.search` searches the forms of the parent as it searches
+any space. It scores assembled networks by forward passes, and tunes the best with the parent as teacher
+(`nas.search.tune`). How far these scores can be trusted is measured by long tunings (`calibrate`).
 """
 
 from .calibrate import GraftCalibration, calibrate_grafts
+from .donors import Donor
 from .parent import ParentConfig
 from .search import graft
 
-__all__ = ["GraftCalibration", "ParentConfig", "calibrate_grafts", "graft"]
+__all__ = ["Donor", "GraftCalibration", "ParentConfig", "calibrate_grafts", "graft"]

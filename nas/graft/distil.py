@@ -13,8 +13,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -24,7 +25,7 @@ from ..architecture import Replacement
 from ..data import ImageData
 from ..errors import NasError, RunError
 from ..folders.checkpoint import load_checkpoint, save_checkpoint
-from ..folders.library import Taught, load_taught, save_taught, save_weights
+from ..folders.library import DONOR, Taught, load_taught, save_taught, save_weights
 from ..machine.devices import multiplies_bf16, seeded
 from ..models.grafts import StandIn, replace_layers
 from ..models.watch import run_once, watched, watching
@@ -51,6 +52,7 @@ class Distillation:
         seed: random seed of initial weights and of the images of a step.
         device: device to train on.
         of: hash of the parent's weights and of the images, also of those without labels.
+        donors: name of a network that gives layers -> SHA-256 of its weights.
     """
 
     epochs: int
@@ -58,11 +60,13 @@ class Distillation:
     seed: int
     device: str
     of: str = ""
+    donors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recorded(self) -> dict[str, int | str]:
         """What decides the weights."""
-        return {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed, "of": self.of}
+        own: dict[str, int | str] = {"epochs": self.epochs, "batch_size": self.batch_size, "seed": self.seed}
+        return own | {"of": self.of} | {f"{DONOR}{name}": digest for name, digest in self.donors.items()}
 
 
 def distil(
@@ -72,6 +76,7 @@ def distil(
     how: Distillation,
     folder: Path,
     on_step: Callable[[Step], None] | None = None,
+    initial: Mapping[Replacement, Mapping[str, torch.Tensor]] = MappingProxyType({}),
 ) -> tuple[Taught, ...]:
     """Teaches options to answer like the layers of a network; resumes what was interrupted.
 
@@ -82,6 +87,7 @@ def distil(
         how: epochs, batch size, seed and device.
         folder: where weights, errors and checkpoints are kept.
         on_step: called with the progress after each step.
+        initial: weights that layers begin with, by their names in them. All others begin with random weights.
 
     Raises:
         RunError: if the folder is damaged.
@@ -95,7 +101,7 @@ def distil(
         if recorded == how.recorded and [one.replacement for one in taught] == list(options):
             return taught
         shutil.rmtree(folder)  # it holds other layers, or these layers after another teaching
-    work = _Work(model, options, data, how, folder)
+    work = _Work(model, options, data, how, folder, initial)
     work.run(on_step)
     return work.finish()
 
@@ -104,7 +110,13 @@ class _Work:
     """A distillation under way."""
 
     def __init__(
-        self, model: nn.Module, options: Sequence[Replacement], data: ImageData, how: Distillation, folder: Path
+        self,
+        model: nn.Module,
+        options: Sequence[Replacement],
+        data: ImageData,
+        how: Distillation,
+        folder: Path,
+        initial: Mapping[Replacement, Mapping[str, torch.Tensor]],
     ) -> None:
         self.data, self.how, self.folder = data, how, folder
         self.device = torch.device(how.device)
@@ -112,6 +124,8 @@ class _Work:
         self.options = tuple(options)
         with seeded(how.seed):
             self.layers = nn.ModuleList(StandIn(option) for option in options).to(self.device)
+        for option, layer in zip(options, self.layers, strict=True):
+            layer.load_state_dict({**layer.state_dict(), **initial.get(option, {})})
         self.optimizer = create_optimizer_v2(self.layers, opt="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.pixels = data.taught().pixels
         self.size = min(how.batch_size, len(self.pixels))

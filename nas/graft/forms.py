@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from ..search.parent import Parent
 from ..space import GraftSpace, Option
 from ..training.loop import Step
 from .distil import Distillation, distil, multiply_adds
+from .donors import Donor
 from .harms import Harms
 from .options import Library
 from .shortlist import shortlist
@@ -43,11 +45,13 @@ class Offer:
         library: layers of ours; None offers none.
         grain: what they replace: `stage` or `mixer`.
         how: how they are taught.
+        donors: other networks whose parts are offered too, and taught in the same way.
     """
 
     library: Library | None
     grain: str
     how: Distillation
+    donors: tuple[Donor, ...] = ()
 
 
 def space_of(
@@ -98,11 +102,7 @@ def space_of(
     of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
     harms = Harms(of_parent, data, offer.how.device, trained.path, of)
     parts = tuple(_ordered(group, harms) for group in groups)
-    if offered:
-        count = len({own.paths for own in offered})
-        log.info("teaching %d layers of ours to stand in %d places of the parent", len(offered), count)
-    seen = of if data.unlabelled is None else key_of(f"{of} {data.unlabelled.fingerprint}")
-    taught = distil(model, offered, data, replace(offer.how, of=seen), trained.path / LIBRARY, on_step)
+    taught = _taught(model, offered, data, replace(offer, how=replace(offer.how, of=of)), trained.path, on_step)
     stand = _standing(taught, parts, work)
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
@@ -139,9 +139,11 @@ def _offered(
     Returns:
         The options, and the multiply-adds of each.
     """
-    if offer.library is None:
+    if offer.library is None and not offer.donors:
         return [], {}
-    found = [own for place in places(model, input_sizes, offer.grain) for own in offer.library.options(place)]
+    where = places(model, input_sizes, offer.grain)
+    found = [own for place in where for own in (offer.library.options(place) if offer.library else [])]
+    found += [own for donor in offer.donors for own in donor.options(model, where, [size[1] for size in input_sizes])]
     work = multiply_adds(model, input_sizes[0], found)
     if offer.grain == "stage":
         replaced = {own: work.of_places[own.paths] for own in found}
@@ -151,6 +153,25 @@ def _offered(
             if replaced[own] >= LEAST_SHARE * work.whole and work.of_options[own] <= MOST_WORK * replaced[own]
         ]
     return found, work.of_options
+
+
+def _taught(
+    model: nn.Module,
+    offered: Sequence[Replacement],
+    data: ImageData,
+    offer: Offer,
+    folder: Path,
+    on_step: Callable[[Step], None] | None,
+) -> tuple[Taught, ...]:
+    """Teaches layers to answer like those of the parent; those of donors begin with the donors' weights."""
+    if not offered:
+        return ()
+    places_of = {own.paths for own in offered}
+    log.info("teaching %d layers of ours to stand in %d places of the parent", len(offered), len(places_of))
+    of = offer.how.of if data.unlabelled is None else key_of(f"{offer.how.of} {data.unlabelled.fingerprint}")
+    how = replace(offer.how, of=of, donors={donor.name: donor.sha256 for donor in offer.donors})
+    initial = {own: given for donor in offer.donors for own, given in donor.initial(offered).items()}
+    return distil(model, offered, data, how, folder / LIBRARY, on_step, initial)
 
 
 def _in_groups(narrow: Sequence[Narrowing], parts: Sequence[Sequence[str]]) -> tuple[tuple[Narrowing, ...], ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import defaults
 from ..architecture import GRAINS, Graft
+from ..data import open_unlabelled
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
@@ -19,6 +20,7 @@ from ..training.config import TrainConfig
 from ..training.loop import Step
 from ..training.recipes import Auto
 from ..training.work import same_data, train
+from .donors import Donor
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class ParentConfig:
         distil_epochs: epochs for which layers of ours learn to answer like the layers that they replace.
         unlabelled: folder or `.tar` of images without labels. Layers of ours, and the forms that are tuned, learn the
             parent's answers on them too.
+        donors: other pretrained networks, whose parts are offered in places of the parent.
         proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
             of `SearchConfig.epochs` epochs).
     """
@@ -53,6 +56,7 @@ class ParentConfig:
     grain: str = defaults.GRAIN
     distil_epochs: int = defaults.DISTIL_EPOCHS
     unlabelled: str | None = None
+    donors: tuple[Donor, ...] = ()
     proxy: str = defaults.GRAFT_PROXY
 
     def __post_init__(self) -> None:
@@ -61,6 +65,11 @@ class ParentConfig:
         if not 1 <= self.distil_epochs <= MAX_DISTIL_EPOCHS:
             raise UsageError(f"`distil_epochs` = {self.distil_epochs}: 1 to {MAX_DISTIL_EPOCHS:,} are allowed")
 
+        if self.donors and self.grain != defaults.GRAIN:
+            raise UsageError(f"`donor` does not go with `grain` = {self.grain}, because a donor gives whole blocks")
+        if len({donor.name for donor in self.donors}) < len(self.donors):
+            raise UsageError("`donor` names a network twice")
+
     def resolved(self) -> Target:
         """Finds the network.
 
@@ -68,6 +77,8 @@ class ParentConfig:
             UsageError: if there is no such network, it has no weights, or it is a graft itself.
         """
         target = resolve(self.target)
+        for donor in self.donors:
+            donor.check()
         if self.weights is not None and not is_file(self.weights, UsageError):
             raise UsageError(f"`weights` = {self.weights}: there is no such file")
         if self.weights is None and target.weights is None:
@@ -96,6 +107,8 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
         NasError: if the training fails.
     """
     assert config.out is not None
+    if config.unlabelled is not None:
+        open_unlabelled(config.unlabelled)  # a wrong folder is refused now, and not after the training
     out, target = config.out / PARENT, parent.resolved()
     if parent.weights is None and target.folder is not None:
         if _fits(target.folder, config):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import open_unlabelled
 from ..defaults import GRAIN
 from ..errors import UsageError
 from ..folders.join import find_run
@@ -54,11 +53,7 @@ def graft(
         UsageError: if a value is not allowed, or the parent cannot be made cheaper.
         As `nas.search.search` and `nas.training.train`.
     """
-    if unknown := sorted(set(shares or {}) - {"latency"}):
-        raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
-    share = (shares or {}).get("latency")
-    if share is not None and not 0 < share < math.inf:
-        raise UsageError(f"a budget of {share}x the parent's latency: it must be above 0")
+    share = _checked(shares or {})
     check_lead(config)
     check_for_parent(config, parent.proxy)
     offered = library(parent.library)
@@ -77,15 +72,13 @@ def graft(
         return _resumed(Run.open(out), name, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
-    if config.unlabelled is not None:
-        open_unlabelled(config.unlabelled)  # refuses a wrong folder before the parent is trained
     trained = train_parent(parent, config, on_step)
     data = load_images(config)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     device = config.train_device or config.device
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
-    offer = Offer(offered, parent.grain, how)
+    offer = Offer(offered, parent.grain, how, parent.donors)
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)
     if share is not None:
@@ -98,6 +91,16 @@ def graft(
         on_trial,
         images=data,
     )
+
+
+def _checked(shares: Mapping[str, float]) -> float | None:
+    """Returns the largest latency as a share of the parent's; None if there is no such budget."""
+    if unknown := sorted(set(shares) - {"latency"}):
+        raise UsageError(f"a budget as a share of the parent is for latency only, not for {unknown[0]}")
+    share = shares.get("latency")
+    if share is not None and not 0 < share < math.inf:
+        raise UsageError(f"a budget of {share}x the parent's latency: it must be above 0")
+    return share
 
 
 def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:

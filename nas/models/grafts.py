@@ -11,7 +11,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ..architecture import Graft, Replacement, candidate_from_json
+from ..architecture import Donation, Graft, Replacement, candidate_from_json
 from ..errors import UsageError
 from .backbone import create_backbone
 from .blocks import Block, build_norm
@@ -30,8 +30,42 @@ class Skip(nn.Module):
         return x
 
 
+class Donated(nn.Module):
+    """Layers of another network, with a linear map of the channels before and after them.
+
+    Two networks have no channel in common even where their numbers of channels are equal, so the maps are always there.
+
+    Args:
+        spec: the layers.
+        width_in: number of channels before the first map.
+        layout: order of the dimensions of the maps.
+    """
+
+    def __init__(self, spec: Donation, width_in: int, layout: str) -> None:
+        super().__init__()
+        donor = create_network(check_network_name(spec.donor), 1, (3, spec.input_size, spec.input_size))
+        modules = dict(donor.named_modules())
+        if missing := [path for path in spec.layers if path not in modules]:
+            raise UsageError(f"{spec.donor} has no layer {missing[0]}")
+        if layout == "nchw":
+            first = nn.Conv2d(width_in, spec.width_in, 1, bias=False)
+            self.before: nn.Module = nn.Sequential(first, build_norm("bn", spec.width_in))
+            self.after: nn.Module = nn.Conv2d(spec.width_out, spec.width, 1)
+        else:
+            self.before = nn.Linear(width_in, spec.width_in)
+            self.after = nn.Linear(spec.width_out, spec.width)
+        self.layers = nn.ModuleList(modules[path] for path in spec.layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps a map to a map in the same layout."""
+        x = self.before(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.after(x)
+
+
 class StandIn(nn.Module):
-    """Our blocks, or one of our mixers, in the place of layers of another network.
+    """Our blocks, one of our mixers, or layers of a donor, in the place of layers of another network.
 
     Args:
         spec: what stands there, and the layout of the maps that it takes and returns.
@@ -42,18 +76,22 @@ class StandIn(nn.Module):
         stage, width_in = spec.stage, spec.width_in or spec.stage.width
         self.layout, self.prefix = spec.layout, spec.prefix
         self.reduce: nn.Module = nn.Identity()
+        if isinstance(stage, Donation):
+            self.layout = "any"  # a donor's layers take the layout of the place, and halve the map themselves
+            self.blocks: nn.Module = Donated(stage, width_in, spec.layout)
+            return
         if spec.stride > 1 or spec.width_in:
             kernel_size = 3 if spec.stride > 1 else 1
             convolution = nn.Conv2d(width_in, stage.width, kernel_size, spec.stride, padding=kernel_size // 2)
             self.reduce = nn.Sequential(convolution, build_norm("bn", stage.width))
         if spec.grain == "mixer":
-            self.blocks: nn.Module = build_mixer(stage.width, stage.mixer, stage.compression)
+            self.blocks = build_mixer(stage.width, stage.mixer, stage.compression)
         else:
             self.blocks = nn.Sequential(*(Block(stage, "bn") for _ in range(stage.depth)))
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Maps a map to a map in the same layout. Further arguments, such as the size of the map, are ignored."""
-        if self.layout == "nchw":
+        if self.layout in ("nchw", "any"):
             return self.blocks(self.reduce(x))
         if self.layout == "nhwc":
             return self.blocks(self.reduce(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

@@ -114,7 +114,7 @@ def _of_graft(graft: Graft, kind: str) -> list[tuple[Any, ...]]:
     first: dict[str, Replacement] = {}
     for own in graft.replaced:
         first.setdefault(own.label, own)
-    tags += [f"{own.paths[0]} {own.stage.mixer.name}" for own in first.values()]
+    tags += [f"{own.paths[0]} {own.kind}" for own in first.values()]
     tags += [f"{sequence} narrower" for sequence in dict.fromkeys(own.sequence for own in graft.narrowed)]
     return [(kind, "", tag, line, 1, 0, 1, "", "", "", line) for tag, line in zip(tags, graft.lines, strict=True)]
 

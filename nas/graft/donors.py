@@ -1,0 +1,137 @@
+"""Donors: other pretrained networks, whose parts may stand in places of a parent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..architecture import Donation, Replacement
+from ..errors import RunError, UsageError
+from ..folders.files import sha256_of
+from ..foreign_files import is_file
+from ..models.grafts import StandIn
+from ..models.parts import Place, places
+from ..models.timm_models import check_network_name, create_network
+from ..models.watch import Call, run_once, watched
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A pretrained network whose parts may stand in places of a parent.
+
+    Args:
+        target: a timm model (`timm:NAME`).
+        weights: a safetensors file with its weights.
+    """
+
+    target: str
+    weights: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the timm model.
+
+        Raises:
+            UsageError: if there is no such model.
+        """
+        if not self.target.startswith("timm:"):
+            raise UsageError(f"`donor` = {self.target}: give timm:NAME")
+        return check_network_name(self.target)
+
+    def check(self) -> None:
+        """Refuses a network or a file that does not exist.
+
+        Raises:
+            UsageError: if there is no such network or file.
+        """
+        if not is_file(self.weights, UsageError):
+            raise UsageError(f"`donor_weights` = {self.weights}: there is no such file, which {self.name} needs")
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file with the weights."""
+        return sha256_of(self.weights)
+
+    def options(self, model: nn.Module, found: Sequence[Place], sides: Sequence[int]) -> list[Replacement]:
+        """Returns what it can give to places of a parent: parts with the same layout, the same stride and the same map.
+
+        Args:
+            model: the parent.
+            found: places of the parent.
+            sides: sides of the images that the parent may get, the largest first.
+        """
+        sizes = [(3, side, side) for side in sides]
+        try:
+            own = places(create_network(self.name, 1, sizes[0]).eval(), sizes, "stage")
+        except (AssertionError, RuntimeError, ValueError, UsageError) as error:
+            why = str(error).partition("\n")[0][:200]
+            log.warning("%s gives no layers, because it does not take the parent's images (%s)", self.name, why)
+            return []
+        alike = ("side", "stride", "layout", "prefix")
+        offered = [
+            Replacement(
+                place.paths,
+                Donation(self.name, part.paths, sides[0], part.width_in, part.width, place.width),
+                place.width_in,
+                place.stride,
+                place.layout,
+                place.prefix,
+            )
+            for place in found
+            for part in own
+            if all(getattr(place, name) == getattr(part, name) for name in alike)
+        ]
+        seen = [run_once(watched(model, size)) for size in sizes]
+        fitting = [option for option in offered if all(_fits(option, calls) for calls in seen)]
+        if not fitting:
+            log.warning("%s gives no layers, because none of its parts has the map of a place of the parent", self.name)
+        return fitting
+
+    def initial(self, options: Sequence[Replacement]) -> dict[Replacement, dict[str, torch.Tensor]]:
+        """Returns its weights for those of `options` that hold layers of it, by their names in the stand-in.
+
+        Raises:
+            RunError: if the file is damaged, or does not hold the weights of these layers.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights: Mapping[str, torch.Tensor] = load_file(self.weights)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read {self.weights} ({error})") from None
+        found = {}
+        for option in options:
+            if isinstance(option.stage, Donation) and option.stage.donor == self.name:
+                found[option] = self._of(option, option.stage, weights)
+        return found
+
+    def _of(self, option: Replacement, given: Donation, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        wanted, found = StandIn(option).state_dict(), {}
+        for number, path in enumerate(given.layers):
+            start = f"blocks.layers.{number}."
+            for name in (name for name in wanted if name.startswith(start)):
+                there = f"{path}.{name.removeprefix(start)}"
+                if there not in weights or weights[there].shape != wanted[name].shape:
+                    raise RunError(f"{self.weights} does not hold the weights of {self.name}: {there} is missing")
+                found[name] = weights[there]
+        return found
+
+
+def _fits(option: Replacement, seen: Mapping[str, Call]) -> bool:
+    """Whether layers take and return what the parent's layers in their place did in a forward pass."""
+    taken, returned = seen[option.paths[0]].taken, seen[option.paths[-1]].returned
+    assert taken is not None
+    assert returned is not None
+    try:
+        with torch.inference_mode():
+            return bool(StandIn(option).eval()(taken).shape == returned.shape)
+    except (AssertionError, RuntimeError, TypeError, ValueError):
+        return False

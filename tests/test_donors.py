@@ -1,0 +1,142 @@
+"""Parts of other pretrained networks in places of a parent."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import table
+from safetensors.torch import save_file
+
+import search_spaces
+from nas.architecture import Donation, Graft, Replacement, candidate_from_json
+from nas.commands import main
+from nas.errors import RunError, UsageError
+from nas.export import export
+from nas.graft import Donor, ParentConfig, graft
+from nas.models.grafts import StandIn, create_graft
+from nas.models.parts import places
+from nas.models.watch import run_once, watched
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig
+
+PARENT, DONOR = "test_convnext2", "test_convnext"
+GIVEN = Replacement(("stages.1.blocks",), Donation(DONOR, ("stages.1.blocks",), 32, 32, 32, 64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of some networks."""
+    folder = tmp_path_factory.mktemp("donors")
+    for seed, name in enumerate((PARENT, DONOR, "test_vit2")):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    return folder
+
+
+def donor(folder: Path, name: str = DONOR) -> Donor:
+    return Donor(f"timm:{name}", folder / f"{name}.safetensors")
+
+
+def test_a_graft_with_layers_of_a_donor_survives_json_and_says_so() -> None:
+    given = Graft(PARENT, 32, replaced=(GIVEN,))
+    assert candidate_from_json(given.to_json()) == given
+    assert given.lines == ["images: 32 px", "test_convnext stages.1.blocks in stages.1.blocks"]
+    assert given.donors == (DONOR,)
+    assert len({graft.key for graft in (given, Graft(PARENT, 32))}) == 2
+
+
+@table(
+    "change, word",
+    [
+        ({"donor": "a/b"}, "name of a timm model"),
+        ({"donor": 3}, "name of a timm model"),
+        ({"layers": []}, "at least one layer"),
+        ({"layers": ["<b>"]}, "path of a module"),
+        ({"width": 0}, "width"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_damaged_donations_are_refused(change: dict, word: str) -> None:
+    data = GIVEN.to_dict()
+    with pytest.raises(UsageError, match=word):
+        Replacement.from_dict(data | {"stage": data["stage"] | change})
+    with pytest.raises(UsageError):
+        replace(GIVEN, grain="mixer", width_in=0)
+
+
+def test_a_donor_that_has_no_such_layer_is_refused() -> None:
+    for stage in (replace(GIVEN.stage, donor="nothing"), replace(GIVEN.stage, layers=("stages.9",))):
+        with pytest.raises(UsageError):
+            create_graft(Graft(PARENT, 32, replaced=(replace(GIVEN, stage=stage),)))
+
+
+@table("parent, name, side", [(PARENT, DONOR, 64), ("test_vit4", "test_vit2", 160)])
+def test_a_donors_layers_fit_and_begin_with_its_weights(folder: Path, parent: str, name: str, side: int) -> None:
+    model, other = timm.create_model(parent).eval(), donor(folder, name)
+    options = other.options(model, places(model, [(3, side, side)], "stage"), [side])
+    assert options
+    assert len({option.paths for option in options}) > 1
+    torch.manual_seed([PARENT, DONOR, "test_vit2"].index(name))
+    whole = timm.create_model(name).eval()
+    taken = run_once(watched(model, (3, side, side)))
+    for option, weights in other.initial(options).items():
+        assert isinstance(option.stage, Donation)
+        layers = StandIn(option).eval()
+        layers.load_state_dict(layers.state_dict() | weights)
+        x = torch.randn_like(taken[option.paths[0]].taken)
+        expected = layers.blocks.before(x)
+        for path in option.stage.layers:
+            expected = whole.get_submodule(path)(expected)
+        assert torch.equal(layers(x), layers.blocks.after(expected))
+        assert layers(x).shape == taken[option.paths[-1]].returned.shape
+
+
+def test_a_network_with_other_maps_gives_nothing(folder: Path) -> None:
+    model = timm.create_model(PARENT).eval()
+    assert donor(folder, "test_vit2").options(model, places(model, [(3, 64, 64)], "stage"), [64]) == []
+
+
+def test_wrong_weights_are_one_line(folder: Path) -> None:
+    model = timm.create_model(PARENT).eval()
+    wrong = Donor(f"timm:{DONOR}", folder / "test_vit2.safetensors")
+    options = wrong.options(model, places(model, [(3, 64, 64)], "stage"), [64])
+    with pytest.raises(RunError, match=r"does not hold the weights of test_convnext: stages\..* is missing"):
+        wrong.initial(options)
+    parent = ParentConfig(f"timm:{PARENT}", folder / f"{PARENT}.safetensors")
+    for target, word in ((DONOR, "give timm:NAME"), ("timm:nothing", "nothing"), (f"timm:{DONOR}", "no such file")):
+        with pytest.raises(UsageError, match=word):
+            replace(parent, donors=(Donor(target, folder / "none"),)).resolved()
+
+
+def test_the_command_wants_a_file_for_each_donor(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--donor", f"timm:{DONOR}"], ["--donor-weights", "x"]):
+        with pytest.raises(SystemExit):
+            main(["search", "--parent", f"timm:{PARENT}", "--weights", "x", *arguments])
+        assert "need each other" in capsys.readouterr().err
+
+
+def test_a_search_offers_teaches_tunes_and_exports_them(folder: Path, tmp_path: Path) -> None:
+    config = SearchConfig(
+        search_spaces.load("mini"),
+        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.05),),
+        max_images=120,
+        input_size=32,
+        trials=14,  # more than the search begins with
+        tune_epochs=1,
+        tune_count=1,
+        out=tmp_path / "run",
+    )
+    weights = folder / f"{PARENT}.safetensors"
+    given = ParentConfig(f"timm:{PARENT}", weights, 1, "none", distil_epochs=1, donors=(donor(folder),))
+    run = graft(given, config)
+    assert {own.stage.donor for own in run.space.replacements} == {DONOR}
+    trial = next(t for t in run.trials() if t.state == "complete" and t.architecture.donors)
+    card = (export(run, trial.key, tmp_path / "out") / "README.md").read_text()
+    digest = hashlib.sha256((folder / f"{DONOR}.safetensors").read_bytes()).hexdigest()
+    assert f"The layers of timm's `{DONOR}` began with weights with the SHA-256 `{digest}`." in card
+    assert f"{DONOR} stages." in card
