@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,15 @@ def _print(run: Run, networks: dict[str, tuple[nn.Module, int, float | None]], e
         print(f"| {name} | {latency.ms:.2f} | {accuracy:.1f} | {100 * hits.mean():.1f} | {against} |")
 
 
-def _torch_pruning(parent: nn.Module, evaluator: Evaluator, share: float) -> nn.Module:
-    """Prunes by group magnitude over the whole network, with the ratio at which the multiply-adds fit."""
+def _torch_pruning(parent: nn.Module, evaluator: Evaluator, share: float, everywhere: bool = True) -> nn.Module:
+    """Prunes by group magnitude with the ratio at which the multiply-adds fit, which is that of every layer or of all.
+
+    Args:
+        parent: the network.
+        evaluator: evaluator of the run.
+        share: largest share of the parent's multiply-adds.
+        everywhere: whether layers compete with each other, so that some lose more channels than others.
+    """
     import torch_pruning as tp
 
     size = evaluator.data.input_size
@@ -116,7 +124,7 @@ def _torch_pruning(parent: nn.Module, evaluator: Evaluator, share: float) -> nn.
             model,
             images,
             importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
+            global_pruning=everywhere,
             pruning_ratio=ratio,
             max_pruning_ratio=0.9,
             ignored_layers=[head],
@@ -216,6 +224,7 @@ def _padded(conv: Conv2dSame, side: tuple[int, int]) -> nn.Module:
 
 TOOLS: dict[str, Callable[[nn.Module, Evaluator, float], nn.Module]] = {
     "torch-pruning": _torch_pruning,
+    "torch-pruning-uniform": partial(_torch_pruning, everywhere=False),
     "fastnas": _fastnas,
 }
 

@@ -90,8 +90,6 @@ class Donor:
         ]
         seen = [run_once(watched(model, size)) for size in sizes]
         fitting = [option for option in offered if all(_fits(option, calls) for calls in seen)]
-        if not fitting:
-            log.warning("%s gives no layers, because none of its parts has the map of a place of the parent", self.name)
         return fitting
 
     def initial(self, options: Sequence[Replacement]) -> dict[Replacement, dict[str, torch.Tensor]]:

@@ -152,6 +152,12 @@ def _offered(
             for own in found
             if replaced[own] >= LEAST_SHARE * work.whole and work.of_options[own] <= MOST_WORK * replaced[own]
         ]
+    for donor in offer.donors:
+        given = {own.paths for own in found if own.kind == donor.name}
+        if given:
+            log.info("%s gives layers to %d places of the parent", donor.name, len(given))
+        else:
+            log.warning("%s gives no layers: none fit that need less work than the parent's", donor.name)
     return found, work.of_options
 
 
