@@ -36,7 +36,7 @@ from nas.folders.training import load_weights
 from nas.machine.turns import exclusive
 from nas.models.create import create_candidate
 from nas.scoring.accuracy import train
-from nas.scoring.accuracy.training import top1
+from nas.scoring.accuracy.training import held_out_hits, top1
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import measure_latencies, prepare_model, reference_ms
 from nas.search.comparable import evaluator_of
@@ -165,7 +165,7 @@ def _fastnas(parent: nn.Module, evaluator: Evaluator, share: float) -> nn.Module
         config={
             "data_loader": list(batches())[:16],
             "collect_func": lambda batch: batch,
-            "score_func": lambda network: top1(network, judged, "cpu"),
+            "score_func": lambda network: top1(held_out_hits(network, judged, "cpu")),
             "checkpoint": str(Path(tempfile.gettempdir()) / f"fastnas-{evaluator.parent.fingerprint}.pth"),
             "verbose": False,
         },

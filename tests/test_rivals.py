@@ -287,7 +287,7 @@ def test_a_lower_bound_is_shown_as_one_and_not_compared_further_than_it_bears(ru
     assert "inverting (\\u2265 MACs)" in page
     told = {name: entry["dominated_by"] for name, entry in baselines.items() if entry["dominated_by"] is not None}
     beaten = [name for name, keys in told.items() if keys]
-    assert f"the front dominates {len(beaten)} of 4 baselines: {', '.join(beaten)}" in page
+    assert f"the front dominates {len(beaten)} of 4 baselines: {'; '.join(beaten)}" in page
     assert "baselines that cannot be compared: idle_and_inverting (MACs are a lower bound)" in page
     assert "could not be scored: breaking" in page
     report_page = report([run], tmp_path / "report.html").read_text()

@@ -89,8 +89,7 @@ class Donor:
             if all(getattr(place, name) == getattr(part, name) for name in alike)
         ]
         seen = [run_once(watched(model, size)) for size in sizes]
-        fitting = [option for option in offered if all(_fits(option, calls) for calls in seen)]
-        return fitting
+        return [option for option in offered if all(_fits(option, calls) for calls in seen)]
 
     def initial(self, options: Sequence[Replacement]) -> dict[Replacement, dict[str, torch.Tensor]]:
         """Returns its weights for those of `options` that hold layers of it, by their names in the stand-in.

@@ -16,7 +16,7 @@ from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_value
 from ..scoring.latency.config import CONDITIONS
-from ..space import FORMS
+from ..space import FORMS, GraftSpace
 from ..streams import encodable
 
 log = logging.getLogger(__name__)
@@ -149,17 +149,21 @@ def star_labels(baselines: Sequence[tuple[str, float, float]]) -> list[str]:
 def axis_range(objective: Objective, scored: Scored) -> tuple[float, float]:
     """Chooses the range of an axis.
 
-    It shows all architectures, the intervals of the front, and baselines that are near enough to leave them room.
+    It shows all architectures, the intervals of the front, and baselines that are near enough to leave them room. The
+    parent of grafts and its plain forms are always shown.
     """
     own = values_of(objective, [t for _, trials, _ in scored for t in trials])
     intervals = [objective.interval(t.scores) for _, _, front in scored for t in front]
     own += [end for interval in intervals if interval is not None for end in interval.ends]
     low, high = min(own), max(own)
     reach = high - low or abs(high) or 1.0
-    beside = [
-        value for run, _, _ in scored for s in run.baselines().values() if (value := objective.read(s)) is not None
+    near = [
+        value
+        for run, _, _ in scored
+        for scores in run.baselines().values()
+        if (value := objective.read(scores)) is not None
+        and (isinstance(run.space, GraftSpace) or low - reach <= value <= high + reach)
     ]
-    near = [value for value in beside if low - reach <= value <= high + reach]
     low, high = min([low, *near]), max([high, *near])
     margin = 0.07 * (high - low or abs(high) or 1.0)
     return low - margin, high + margin
@@ -188,13 +192,13 @@ def caption_of(scored: Scored) -> str:
     certain = [name for name in compared if beaten[name]]
     lines = []
     if compared:
-        lines = [f"the front dominates {len(certain)} of {len(compared)} baselines: {', '.join(certain) or 'none'}"]
+        lines = [f"the front dominates {len(certain)} of {len(compared)} baselines: {'; '.join(certain) or 'none'}"]
     if doubtful := [f"{n} ({', '.join(run.unknowns(baselines[n]))})" for n, keys in beaten.items() if keys is None]:
-        lines.append(f"baselines that cannot be compared: {', '.join(doubtful)}")
+        lines.append(f"baselines that cannot be compared: {'; '.join(doubtful)}")
     if failed:
-        lines.append(f"baselines that could not be scored: {', '.join(failed)}")
+        lines.append(f"baselines that could not be scored: {'; '.join(failed)}")
     if far := far_off(scored):
-        lines.append(f"baselines outside the picture: {', '.join(far)}")
+        lines.append(f"baselines outside the picture: {'; '.join(far)}")
     return "\n".join((lines if baselines or failed else []) + run.verdicts())
 
 
