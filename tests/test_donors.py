@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import search_spaces
 from nas.architecture import Donation, Graft, Replacement, candidate_from_json
 from nas.commands import main
-from nas.errors import RunError, UsageError
+from nas.errors import UsageError
 from nas.export import export
 from nas.graft import Donor, ParentConfig, graft
 from nas.models.grafts import StandIn, create_graft
@@ -101,16 +101,39 @@ def test_a_network_with_other_maps_gives_nothing(folder: Path) -> None:
     assert donor(folder, "test_vit2").options(model, places(model, [(3, 64, 64)], "stage"), [64]) == []
 
 
-def test_wrong_weights_are_one_line(folder: Path) -> None:
+@table(
+    "target, file, word",
+    [
+        (DONOR, "none", "give timm:NAME"),
+        ("timm:nothing", "none", "nothing"),
+        (f"timm:{DONOR}", "none", "no such file"),
+        (f"timm:{DONOR}", "text", "no .safetensors file"),
+        (f"timm:{DONOR}", "test_vit2.safetensors", "does not hold the weights of test_convnext: stem.* is missing"),
+    ],
+)
+def test_wrong_weights_are_one_line_before_the_parent_is_trained(
+    folder: Path, target: str, file: str, word: str
+) -> None:
+    (folder / "text").write_text("text")
+    given = {"weights": folder / f"{PARENT}.safetensors", "donors": (Donor(target, folder / file),)}
+    with pytest.raises(UsageError, match=word) as raised:
+        ParentConfig(f"timm:{PARENT}", **given).resolved()
+    assert "\n" not in str(raised.value)
+
+
+def test_parts_whose_weights_have_another_shape_give_nothing(folder: Path) -> None:
+    """As those of a Swin at another image size, whose tables of positions are larger."""
+    weights = timm.create_model(DONOR).state_dict()
+    weights["stages.1.blocks.0.gamma"] = torch.zeros(3)
+    save_file(weights, folder / "other.safetensors")
     model = timm.create_model(PARENT).eval()
-    wrong = Donor(f"timm:{DONOR}", folder / "test_vit2.safetensors")
-    options = wrong.options(model, places(model, [(3, 64, 64)], "stage"), [64])
-    with pytest.raises(RunError, match=r"does not hold the weights of test_convnext: stages\..* is missing"):
-        wrong.initial(options)
-    parent = ParentConfig(f"timm:{PARENT}", folder / f"{PARENT}.safetensors")
-    for target, word in ((DONOR, "give timm:NAME"), ("timm:nothing", "nothing"), (f"timm:{DONOR}", "no such file")):
-        with pytest.raises(UsageError, match=word):
-            replace(parent, donors=(Donor(target, folder / "none"),)).resolved()
+    where = places(model, [(3, 64, 64)], "stage")
+    given, less = (
+        {o.stage.layers for o in Donor(f"timm:{DONOR}", folder / name).options(model, where, [64])}
+        for name in (f"{DONOR}.safetensors", "other.safetensors")
+    )
+    assert given - less == {layers for layers in given if "stages.1.blocks" in layers or "stages.1" in layers}
+    assert less < given
 
 
 def test_the_command_wants_a_file_for_each_donor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,9 +217,10 @@ entries = st.dictionaries(
 )
 others = st.dictionaries(st.text(max_size=20), entries, max_size=2)
 curves = st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), max_size=9).map(tuple)
-measured = dict.fromkeys(sorted(FIELDS - {"others", "curve", "uncounted", "form"}), numbers)
+measured = dict.fromkeys(sorted(FIELDS - {"others", "curve", "uncounted", "form", "hits"}), numbers)
 uncounted = st.lists(st.text(max_size=20), max_size=2).map(tuple)
-scores = st.builds(Scores, **measured, others=others, curve=curves, uncounted=uncounted, form=st.text(max_size=20))
+texts = dict.fromkeys(("form", "hits"), st.text(max_size=20))
+scores = st.builds(Scores, **measured, **texts, others=others, curve=curves, uncounted=uncounted)
 
 
 @given(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
+from nas.training.config import TrainConfig
+from nas.training.recipes import Auto
+from nas.training.work import train as train_fully
 
 NAME = "test_convnext"
 
@@ -84,13 +88,28 @@ def test_it_is_resumed_with_the_same_teacher_only(run: Run, weights: Path, tmp_p
         search(replace(other, teacher=None, teacher_weights=None))
 
 
+def test_a_teacher_that_was_moved_is_found_from_then_on(run: Run, weights: Path, tmp_path: Path) -> None:
+    copy = Run.open(shutil.copytree(run.path, tmp_path / "run"))
+    moved = shutil.copy(weights, tmp_path / "moved.safetensors")
+    found = search(replace(local_config(copy), teacher_weights=str(moved), trials=len(copy.trials())))
+    assert local_config(found).teacher_weights == str(moved)
+
+
+def test_a_teacher_that_saw_the_held_out_images_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = TrainConfig(f"timm:{NAME}", Auto(("epochs=1",)), "digits", init="scratch", out=tmp_path / "teacher")
+    train_fully(settings)
+    config = _config(tmp_path, tmp_path / "run")
+    search(replace(config, teacher=str(tmp_path / "teacher"), teacher_weights=None))
+    assert "was trained on images that this search holds out" in caplog.text
+
+
 @table(
     "changes, word",
     [
         ({"teacher_weights": None}, "go together"),
         ({"teacher": "nowhere", "teacher_weights": None}, "give a trained folder"),
         ({"teacher": "timm:nothing"}, "nothing"),
-        ({"data": "digits", "input_size": 32, "teacher": "timm:test_vit"}, "teacher|weights|fit"),
+        ({"teacher": "timm:test_vit"}, "does not hold the weights of this network"),
         ({"proxy": "params"}, "`proxy` = train"),
     ],
 )

@@ -162,6 +162,16 @@ UNLABELLED = option(
     metavar="DIR",
     help="Place of the images without labels on this machine, if the search has any.  [default: the search's]",
 )
+TEACHER = option(
+    "--teacher",
+    metavar="TARGET",
+    help="Place of the teacher on this machine, if the search has one.  [default: the search's]",
+)
+TEACHER_WEIGHTS = option(
+    "--teacher-weights",
+    metavar="FILE",
+    help="Place of the weights of a teacher timm:NAME on this machine.  [default: the search's]",
+)
 DATA_ROOT = option("--data-root", section=IMAGES, help="Folder of torch/NAME and hfds/NAME sets.")
 
 

@@ -10,7 +10,7 @@ import click
 
 from ..errors import NasError
 from .flags import FLAGS
-from .options import JSON, RUN, STORAGE, UNLABELLED, command, option
+from .options import JSON, RUN, STORAGE, TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
 from .printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the run's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
 @UNLABELLED
+@TEACHER
+@TEACHER_WEIGHTS
 @option("--device", help="Device of this machine that measures and trains.  [default: the run's]")
 @option("--train-device", metavar="DEVICE", help="Device that trains networks.  [default: as --device]")
 @option("--command", metavar="PROGRAM", help="For --runtime command: the run's program. Giving it allows running it.")
@@ -43,6 +45,8 @@ def replay_command(
     data: str | None,
     data_root: str | None,
     unlabelled: str | None,
+    teacher: str | None,
+    teacher_weights: str | None,
     device: str | None,
     train_device: str | None,
     command: str | None,
@@ -61,8 +65,9 @@ def replay_command(
 
     run = Run.open(run_path)
     images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
+    taught = {"teacher": teacher, "teacher_weights": teacher_weights}
     devices = {"device": device, "train_device": train_device or device}
-    config = local_config(run, command, latency is not False, **images, **devices)
+    config = local_config(run, command, latency is not False, **images, **taught, **devices)
     bars: list[Bar] = []
     try:
         with contextlib.ExitStack() as stack:

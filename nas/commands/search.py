@@ -314,6 +314,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     from ..training.display import TrainingView
 
     given = typed(context, options)
+    of_run = {"unlabelled": given.pop("unlabelled")} if "parent" not in given and "unlabelled" in given else {}
     parent, of_parent = given.pop("parent", None), _of_parent(given)
     given_budgets, shares = given.pop("budgets", ({}, {}))
     if parent is not None and "space" in given:
@@ -327,7 +328,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
         raise UsageError(f"{what} is about the parent: name it by --parent, or leave both out to resume a run")
     if "space" in given:
         given["space"] = search_spaces.load(given["space"])
-    config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given)
+    config = configure(SearchConfig(search_spaces.load(SPACE)), out, **given, **of_run)
     display = Display()
     view = SearchView(display)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import defaults
-from .options import UNLABELLED, command, option
+from .options import TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
 
 
 @command("worker")
@@ -18,6 +18,8 @@ from .options import UNLABELLED, command, option
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the search's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
 @UNLABELLED
+@TEACHER
+@TEACHER_WEIGHTS
 @option("--device", help="Device that measures, of the same kind as the search's.  [default: the search's]")
 @option("--train-device", metavar="DEVICE", help="Device of this machine that trains.  [default: the search's]")
 @option(
@@ -41,6 +43,8 @@ def worker_command(
     data: str | None,
     data_root: str | None,
     unlabelled: str | None,
+    teacher: str | None,
+    teacher_weights: str | None,
     device: str | None,
     train_device: str | None,
     only: str,
@@ -58,7 +62,8 @@ def worker_command(
 
     run = join(storage, study, out)
     images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
-    config = worker_config(run, storage, only, command, device=device, train_device=train_device, **images)
+    taught = {"teacher": teacher, "teacher_weights": teacher_weights}
+    config = worker_config(run, storage, only, command, device=device, train_device=train_device, **images, **taught)
     with Display() as display:
         work(run, config, SearchView(display).update)
     click.echo(f"{study} is done; its front is in the folder of the search that started it")

@@ -23,7 +23,7 @@ from .memory import (
     scaled,
 )
 from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
-from .sources import EMBEDDED, absolute, match_classes, open_data_set, open_split, open_test_set
+from .sources import EMBEDDED, absolute, match_classes, open_data_set, open_split, open_test_set, same_data
 from .splits import class_name, split_kind
 from .unlabelled import with_unlabelled
 
@@ -58,6 +58,7 @@ __all__ = [
     "quiet",
     "reduced",
     "rotated",
+    "same_data",
     "scaled",
     "search_split",
     "split_kind",

@@ -28,6 +28,11 @@ def absolute(name: str) -> str:
     return name if embedded else os.path.abspath(Path(name).expanduser())
 
 
+def same_data(name: str | None, other: str) -> bool:
+    """Whether two names mean the same data set, however the path is spelled."""
+    return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def open_data_set(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Opened:
     """Opens a data set with its training split and its test split, if it has one, without decoding images.
 

@@ -17,6 +17,7 @@ from ..data import split_kind
 from ..folders.files import PARENT
 from ..folders.library import DONOR, LIBRARY, load_taught
 from ..folders.training import Trained, TrainingManifest, is_training
+from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
 from ..scoring.accuracy.estimate import accuracy_error
@@ -138,8 +139,8 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
     if subject.run is not None and subject.run.manifest.config.cross_fit:  # the weights are those of its first training
         accuracy = scores.curve[-1][1]
         error = accuracy_error(accuracy, data.num_holdout)
-    interval = {"low": accuracy - 1.96 * error, "high": accuracy + 1.96 * error}
-    return {"holdout": {"accuracy": accuracy, "num_images": data.num_holdout, **interval}}
+    low, high = Interval.around(accuracy, error).ends
+    return {"holdout": {"accuracy": accuracy, "num_images": data.num_holdout, "low": low, "high": high}}
 
 
 def _what(subject: Subject) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..architecture import Candidate, candidate_from_dict
+from ..data import HOLDOUT_SHARE, SPLIT_SEED, same_data
 from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
@@ -200,6 +201,17 @@ class Trained:
             return None
         result: dict[str, Any] = read_json(file, "a training's result", TRAINED, RunError)
         return result
+
+    def spared(self, data: str, max_images: int) -> bool:
+        """Whether it held out all images that a search holds out.
+
+        Args:
+            data: name of the search's data set.
+            max_images: largest number of images that the search takes.
+        """
+        held = self.manifest.data.held
+        same = same_data(data, self.manifest.data.name) and held["search"] == [max_images, SPLIT_SEED]
+        return same and float(held["share"]) >= HOLDOUT_SHARE
 
     def build(self, **kwargs: Any) -> nn.Module:
         """Builds the network with untrained weights.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
@@ -46,13 +47,37 @@ class Donor:
         return check_network_name(self.target)
 
     def check(self) -> None:
-        """Refuses a network or a file that does not exist.
+        """Refuses a network that does not exist, and a file that does not hold its weights.
 
         Raises:
-            UsageError: if there is no such network or file.
+            UsageError: if there is no such network or file, or the file is damaged or lacks a layer.
         """
         if not is_file(self.weights, UsageError):
             raise UsageError(f"`donor_weights` = {self.weights}: there is no such file, which {self.name} needs")
+        held = self._shapes()
+        network = timm.create_model(self.name)
+        heads = network.default_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+        if missing := [
+            name for name, _ in network.named_parameters() if name not in held and not name.startswith(heads)
+        ]:
+            raise UsageError(
+                f"`donor_weights` = {self.weights} does not hold the weights of {self.name}: {missing[0]} is missing"
+            )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the names and shapes of the weights, without reading them.
+
+        Raises:
+            UsageError: if the file is damaged or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.weights, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"`donor_weights` = {self.weights} is no .safetensors file ({error})") from None
 
     @property
     def sha256(self) -> str:
@@ -61,6 +86,8 @@ class Donor:
 
     def options(self, model: nn.Module, found: Sequence[Place], sides: Sequence[int]) -> list[Replacement]:
         """Returns what it can give to places of a parent: parts with the same layout, the same stride and the same map.
+
+        Parts whose weights have another shape at the parent's image size (tables of positions) are left out.
 
         Args:
             model: the parent.
@@ -89,37 +116,40 @@ class Donor:
             if all(getattr(place, name) == getattr(part, name) for name in alike)
         ]
         seen = [run_once(watched(model, size)) for size in sizes]
-        return [option for option in offered if all(_fits(option, calls) for calls in seen)]
+        held = self._shapes()
+        return [
+            option
+            for option in offered
+            if all(_fits(option, calls) for calls in seen)
+            and all(held.get(there) == tuple(tensor.shape) for there, tensor in _donated(option).values())
+        ]
 
     def initial(self, options: Sequence[Replacement]) -> dict[Replacement, dict[str, torch.Tensor]]:
         """Returns its weights for those of `options` that hold layers of it, by their names in the stand-in.
 
         Raises:
-            RunError: if the file is damaged, or does not hold the weights of these layers.
+            RunError: if the file is damaged, or was changed since `options` was called.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        mine = [o for o in options if isinstance(o.stage, Donation) and o.stage.donor == self.name]
         try:
             weights: Mapping[str, torch.Tensor] = load_file(self.weights)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot read {self.weights} ({error})") from None
-        found = {}
-        for option in options:
-            if isinstance(option.stage, Donation) and option.stage.donor == self.name:
-                found[option] = self._of(option, option.stage, weights)
-        return found
+            return {o: {name: weights[there] for name, (there, _) in _donated(o).items()} for o in mine}
+        except (KeyError, OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the weights of {self.name} from {self.weights} ({error})") from None
 
-    def _of(self, option: Replacement, given: Donation, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        wanted, found = StandIn(option).state_dict(), {}
-        for number, path in enumerate(given.layers):
-            start = f"blocks.layers.{number}."
-            for name in (name for name in wanted if name.startswith(start)):
-                there = f"{path}.{name.removeprefix(start)}"
-                if there not in weights or weights[there].shape != wanted[name].shape:
-                    raise RunError(f"{self.weights} does not hold the weights of {self.name}: {there} is missing")
-                found[name] = weights[there]
-        return found
+
+def _donated(option: Replacement) -> dict[str, tuple[str, torch.Tensor]]:
+    """Returns the names of the weights that a donor gives -> their names in the donor, and a tensor of the shape."""
+    assert isinstance(option.stage, Donation)
+    wanted, found = StandIn(option).state_dict(), {}
+    for number, path in enumerate(option.stage.layers):
+        start = f"blocks.layers.{number}."
+        for name in (name for name in wanted if name.startswith(start)):
+            found[name] = (f"{path}.{name.removeprefix(start)}", wanted[name])
+    return found
 
 
 def _fits(option: Replacement, seen: Mapping[str, Call]) -> bool:

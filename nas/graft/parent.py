@@ -9,17 +9,18 @@ from pathlib import Path
 
 from .. import defaults
 from ..architecture import GRAINS, Graft
-from ..data import open_unlabelled
+from ..data import same_data
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import is_file
+from ..search.comparable import load_images
 from ..search.config import SearchConfig
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
 from ..training.loop import Step
 from ..training.recipes import Auto
-from ..training.work import same_data, train
+from ..training.work import train
 from .donors import Donor
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
     """
     assert config.out is not None
     if config.unlabelled is not None:
-        open_unlabelled(config.unlabelled)  # a wrong folder is refused now, and not after the training
+        load_images(config)  # what cannot be used is refused now, and not after the training
     out, target = config.out / PARENT, parent.resolved()
     if parent.weights is None and target.folder is not None:
         if _fits(target.folder, config):
@@ -169,10 +170,9 @@ def _same_weights(trained: Trained, init: str) -> bool:
 def _same_images(trained: Trained, config: SearchConfig) -> dict[str, bool]:
     """Returns for each setting of a search's images whether a training had the same, and held out the same ones."""
     data = trained.manifest.data
-    search = data.held["search"]
     return {
         "data": same_data(config.data, data.name),
-        "max_images": search is not None and search[0] == config.max_images,
+        "max_images": trained.spared(config.data, config.max_images),
         "input_size": config.input_size in (None, data.side),
     }
 

@@ -18,6 +18,7 @@ from ..data import ImageData, Unlabelled, load_data, reduced, with_unlabelled
 from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
+from ..folders.training import Trained, is_training
 from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
@@ -25,7 +26,7 @@ from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
 from ..teachers import load_teacher
 from .config import SearchConfig
-from .evaluate import ALL, PARTS, TRAIN, Evaluator
+from .evaluate import ALL, MEASURE, PARTS, TRAIN, Evaluator
 from .parent import Parent, fingerprint, open_parent
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def evaluator_of(run: Run, config: SearchConfig, tunes: bool = False) -> tuple[E
         raise RunError(
             f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right data by `data`"
         )
-    evaluator = make_evaluator(config, data)
+    evaluator = make_evaluator(config, data, teaches=config.only != MEASURE)
     evaluator = replace(evaluator, references=references_of(run, evaluator))
     conditions = training_conditions(config, evaluator)
     return evaluator, conditions if config.only == TRAIN else conditions | measuring_conditions(config)
@@ -110,11 +111,18 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
         "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
         "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
-        "teacher": None if evaluator.teacher is None else fingerprint(evaluator.teacher.model.state_dict()),
         "train_batch_size": config.train_batch_size,
         "seed": config.seed,
         **of_parent,
+        **_of_teacher(config, evaluator),
     }
+
+
+def _of_teacher(config: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
+    """Returns the condition that trainings have the same teacher; none for a process that has no need of it."""
+    if evaluator.teacher is None:
+        return {} if config.teacher is not None else {"teacher": None}
+    return {"teacher": fingerprint(evaluator.teacher.model.state_dict())}
 
 
 def _described(images: Unlabelled | None) -> dict[str, Any] | None:
@@ -134,10 +142,15 @@ def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
     }
 
 
-def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
+def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) -> Evaluator:
     """Returns the evaluator of this process, still without the reference latencies of its targets.
 
     In a search for grafts, its data is normalised as the parent's images.
+
+    Args:
+        config: configuration of the search.
+        data: its images.
+        teaches: whether to load the teacher, if the search has one. Only trainings need it.
 
     Raises:
         RunError, UsageError: if the calibration or the parent does not fit.
@@ -150,7 +163,7 @@ def make_evaluator(config: SearchConfig, data: ImageData) -> Evaluator:
     if parent is not None:
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
         tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
-    elif config.teacher is not None:
+    elif config.teacher is not None and teaches:
         tuning = Tuning(_teacher(config, proxy_data), learning_rate=LEARNING_RATE)
     return Evaluator(
         data=data,
@@ -187,6 +200,13 @@ def _teacher(config: SearchConfig, data: ImageData) -> Teacher:
     """
     assert config.teacher is not None
     teacher = load_teacher(config.teacher, config.teacher_weights, data.classes, data.input_size)
+    folder = Path(config.teacher)
+    if is_training(folder) and not Trained.open(folder).spared(config.data, config.max_images):
+        log.warning(
+            "%s was trained on images that this search holds out, so all accuracies come out too high. The folder "
+            "`parent` of a search with a `parent` on these images leaves them out",
+            config.teacher,
+        )
     try:
         teacher.answer(data.train.pixels[:2])
     except (AssertionError, RuntimeError, ValueError) as error:

@@ -63,8 +63,8 @@ class SearchConfig:
         calibration: a folder of `mixnas calibrate`, which holds the ensemble of the proxy `ensemble`.
         tune_epochs: epochs for which the best grafts are tuned after the search, and the parent's forms with them. Only
             for a `GraftSpace`.
-        tune_count: number of grafts that are tuned to the end, or more if the front after the first epoch has more.
-            Twice as many are tuned for the first epoch.
+        tune_count: largest number of grafts that are tuned to the end, or more if the front after the first epoch has
+            more. Twice as many are tuned for the first epoch.
         control: whether a graft of the front is also trained from random weights, as long as it was tuned.
         early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
         epochs: epochs of the short training.
@@ -315,7 +315,8 @@ def local_config(run: Run, command: str | None = None, measures: bool = True, **
         run: the run.
         command: the run's program. Naming it here allows running it (`nas.consent`). None if the run has no program.
         measures: whether this process will time networks.
-        here: `data`, `data_root`, `unlabelled`, `device` and `train_device` on this machine; None keeps the run's.
+        here: `data`, `data_root`, `unlabelled`, `teacher`, `teacher_weights`, `device` and `train_device` on this
+            machine; None keeps the run's.
 
     Raises:
         UsageError: if the run names another program, or one that was not named here.

@@ -34,7 +34,7 @@ def starters(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
 
 
 def winners(run: Run, trials: Sequence[Trial], raced: Mapping[str, Any], count: int) -> list[Graft]:
-    """Returns the front after the first epochs of tuning, and the ranks behind it until there are `count` grafts.
+    """Returns the front after the first epochs of tuning, and the ranks behind it: at most `count` grafts or the front.
 
     A graft is out if another one is no worse in all other objectives and its accuracy is higher for sure: the 95 %
     interval of the difference on the same images lies above 0.

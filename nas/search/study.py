@@ -206,6 +206,8 @@ def _update(run: Run, config: SearchConfig) -> Run:
         "tune_count",
         "control",
         "unlabelled",
+        "teacher",
+        "teacher_weights",
         "timeout_minutes",
         "trial_timeout_minutes",
     )

@@ -16,7 +16,7 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import SPLIT_SEED
+from ..data import SPLIT_SEED, same_data
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.run import Run
@@ -225,11 +225,6 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
         "%s may have been trained on the images that are held out now: its training data is unknown", target.name
     )
     return held
-
-
-def same_data(name: str | None, other: str) -> bool:
-    """Whether two names mean the same data set, however the path is spelled."""
-    return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _initial(config: TrainConfig, target: Target) -> Path | None:
