@@ -13,6 +13,14 @@ MOST_BYTES = 512 << 20
 """Bytes of answers that a teacher keeps. It computes all further ones each time."""
 
 
+@dataclass
+class _Kept:
+    """Answers by the name of their images, and their size."""
+
+    answers: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Teacher:
     """A trained network that other networks learn from.
@@ -28,7 +36,7 @@ class Teacher:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int | None = None
-    _kept: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False)
 
     def answer(self, pixels: torch.Tensor, temperature: float = 1.0, key: Hashable = None) -> torch.Tensor:
         """Returns the logarithms of the teacher's class probabilities, float32 of shape (B, classes).
@@ -39,14 +47,15 @@ class Teacher:
             key: name of these images, the same in every training that sees them. Their answers are then kept, so that
                 the trainings of all candidates share one forward pass. None keeps nothing.
         """
-        if key is not None and key in self._kept:
-            return self._kept[key].to(pixels.device)
+        if key is not None and key in self._kept.answers:
+            return self._kept.answers[key].to(pixels.device)
         with torch.no_grad():
             model, images = self.model.to(pixels.device), pixels.float()
             if self.side is not None and images.shape[-1] < self.side:
                 images = F.interpolate(images, (self.side,) * 2, mode="bilinear", align_corners=False)
             mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
             found: torch.Tensor = (model((images - mean) / std).float() / temperature).log_softmax(1)
-        if key is not None and sum(t.nbytes for t in self._kept.values()) + found.nbytes <= MOST_BYTES:
-            self._kept[key] = found
+        if key is not None and self._kept.num_bytes + found.nbytes <= MOST_BYTES:
+            self._kept.answers[key] = found
+            self._kept.num_bytes += found.nbytes
         return found
