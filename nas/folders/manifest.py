@@ -71,6 +71,8 @@ class StoredConfig(Record):
     max_images: int = MAX_IMAGES
     trials: int = 0
     cross_fit: bool = False
+    proxy_images: int | None = None
+    teacher: str | None = None
     calibration: str | None = None
     command: str | None = None
 

@@ -49,6 +49,7 @@ CONFIG = {
     "seed": COUNT,
     "profile?": (str, None),
     "cross_fit?": bool,
+    "proxy_images?": (COUNT, None),
     "calibration?": (str, None),
     "teacher?": (str, None),
     "teacher_weights?": (str, None),
