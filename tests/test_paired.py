@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from nas.folders.run import Run
 from nas.folders.training import load_weights
 from nas.models import create_backbone
 from nas.objectives.paired import difference_of_counts, pack, paired_difference, unpack
+from nas.scoring.accuracy import Fidelity, train
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
@@ -118,7 +120,8 @@ def test_the_front_says_which_accuracies_are_tied(run: Run) -> None:
         assert (f"{less.key} and {more.key}" in text) == found.holds(0)
         halves.append(found.half_width)
     assert f"±{max(halves):.1f} points or better" in text
-    assert ("`cross_fit`" in text) == (max(halves) > 2)
+    assert max(halves) > 2
+    assert "`cross_fit`" in text
     # a run of an earlier release kept nothing
     old = [replace(t, scores=replace(t.scores, hits="")) for t in front]
     assert accuracy_verdict(run, old) == ""
@@ -130,9 +133,20 @@ def test_the_front_says_which_accuracies_are_tied(run: Run) -> None:
 # Cross-fitting
 
 
+@table("changes", [{"teacher": "somewhere", "teacher_weights": "w.safetensors"}, {"proxy_images": 100}])
+def test_it_is_not_advised_where_it_is_refused(run: Run, tmp_path: Path, changes: dict) -> None:
+    copy = Path(shutil.copytree(run.path, tmp_path / next(iter(changes))))
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["config"] |= changes
+    (copy / "run.json").write_text(json.dumps(manifest))
+    text = accuracy_verdict(Run.open(copy), Run.open(copy).trials())
+    assert "points or better" in text
+    assert "`cross_fit`" not in text
+
+
 def test_each_image_is_held_out_once() -> None:
     data = load_data("digits", max_images=200)
-    folds = list(rotated(data))
+    folds = rotated(data)
     assert folds[0] is data
     everything = sorted(image(data.train) + image(data.holdout))
     assert all(sorted(image(fold.train) + image(fold.holdout)) == everything for fold in folds)
@@ -142,8 +156,35 @@ def test_each_image_is_held_out_once() -> None:
         assert ((counts - data.holdout.labels.bincount(minlength=10)).abs() <= 1).all()
 
 
+def plain(images: Images) -> Images:
+    return Images(images.pixels, images.labels)
+
+
 def image(images: Images) -> list[tuple[int, bytes]]:
     return [(int(y), x.numpy().tobytes()) for x, y in zip(images.pixels, images.labels, strict=True)]
+
+
+def test_parts_of_rare_classes_are_even() -> None:
+    data = load_data("digits", max_images=30)
+    assert len(data.train) == 20  # two of each class
+    assert [len(fold.holdout) for fold in rotated(data)[1:]] == [7, 7, 6]
+    few = Images(data.train.pixels[:2], data.train.labels[:2])
+    with pytest.raises(UsageError, match=r"`cross_fit` .* 3 parts, but there are 2"):
+        rotated(replace(data, train=few))
+
+
+def test_all_candidates_train_on_the_same_parts_of_one_block() -> None:
+    data = load_data("digits", max_images=200)
+    folds = rotated(data)
+    assert rotated(data) is folds
+    parts = [part for fold in folds[1:] for part in (fold.train, fold.holdout)]
+    assert len({part.block.pixels.data_ptr() for part in parts}) == 1
+    fold = folds[2]
+    copy = replace(fold, train=plain(fold.train), holdout=plain(fold.holdout))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10), torch.nn.BatchNorm1d(10))
+    shared, alone = (train(model, each, Fidelity(2, 32), 0, "cpu") for each in (fold, copy))
+    assert shared.hits == alone.hits
+    assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in shared.weights)
 
 
 def test_a_cross_fitting_scores_all_images(run: Run, tmp_path: Path) -> None:

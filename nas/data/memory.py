@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -50,6 +50,35 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the pixels of the images in these rows."""
+        return self.pixels[rows]
+
+
+class Part(Images):
+    """Images in some rows of a block, which several parts share.
+
+    Args:
+        block: all images.
+        rows: rows of the images in the block.
+    """
+
+    block: Images
+    rows: torch.Tensor
+
+    def __init__(self, block: Images, rows: torch.Tensor) -> None:
+        for name, value in (("block", block), ("rows", rows), ("labels", block.labels[rows])):
+            object.__setattr__(self, name, value)  # it is frozen
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """A copy of the pixels. `read` copies only the rows that are needed."""
+        return self.block.pixels[self.rows]
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the pixels of the images in these rows."""
+        return self.block.pixels[self.rows[rows]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,23 +232,35 @@ def _load(
 _load_embedded = lru_cache(maxsize=4)(_load)
 
 
-def rotated(data: ImageData, seed: int = SPLIT_SEED) -> Iterator[ImageData]:
-    """Yields the data, then the same images with other parts held out, so that each image is held out once.
+@lru_cache(maxsize=1)
+def rotated(data: ImageData, seed: int = SPLIT_SEED) -> tuple[ImageData, ...]:
+    """Returns the data, then the same images with other parts held out, so that each image is held out once.
+
+    The last result is kept for the next candidate.
 
     Args:
-        data: the data. Its training part is divided; each division takes memory of its own while it is used.
+        data: the data. Its training part is divided. All divisions together take the memory of one copy of the images.
         seed: random seed of the division.
+
+    Raises:
+        UsageError: if there are too few training images.
     """
-    yield data
-    parts = stratified_parts(data.train.labels.numpy(), FOLDS - 1, np.random.default_rng(seed))
-    for part in range(FOLDS - 1):
-        held, rest = (torch.from_numpy(np.flatnonzero(where)) for where in (parts == part, parts != part))
-        train, holdout = ([own.pixels, own.labels] for own in (data.train, data.holdout))
-        yield replace(
-            data,
-            train=Images(*(torch.cat([own[rest], other]) for own, other in zip(train, holdout, strict=True))),
-            holdout=Images(*(own[held] for own in train)),
+    count = len(data.train)
+    if count < FOLDS - 1:
+        raise UsageError(
+            f"`cross_fit` divides the training images into {FOLDS - 1} parts, but there are {count}: "
+            "add images, or leave `cross_fit` out"
         )
+    parts = stratified_parts(data.train.labels.numpy(), FOLDS - 1, np.random.default_rng(seed))
+    pixels, labels = zip(*((own.pixels, own.labels) for own in (data.train, data.holdout)), strict=True)
+    block = Images(torch.cat(pixels), torch.cat(labels))
+    others = np.arange(count, len(block))
+    folds = [data]
+    for part in range(FOLDS - 1):
+        held, rest = (np.flatnonzero(where) for where in (parts == part, parts != part))
+        train, holdout = (Part(block, torch.from_numpy(rows)) for rows in (np.concatenate((rest, others)), held))
+        folds.append(replace(data, train=train, holdout=holdout))
+    return tuple(folds)
 
 
 def reduced(data: ImageData, images: int | None = None, input_size: int | None = None, seed: int = 0) -> ImageData:

@@ -48,9 +48,13 @@ def stratified_split(
 
 
 def stratified_parts(targets: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the part of each image, from 0 to `count` - 1. Each class is spread evenly over the parts at random."""
-    parts = np.empty(len(targets), dtype=np.int64)
+    """Returns the part of each image, from 0 to `count` - 1. Each class is spread evenly over the parts at random.
+
+    Each class begins at the part after the last one of the class before, so the parts differ by one image at most.
+    """
+    parts, first = np.empty(len(targets), dtype=np.int64), 0
     for label in np.unique(targets):
         members = rng.permutation(np.flatnonzero(targets == label))
-        parts[members] = np.arange(len(members)) % count
+        parts[members] = (first + np.arange(len(members))) % count
+        first += len(members)
     return parts

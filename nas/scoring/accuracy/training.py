@@ -22,7 +22,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...data import NO_LABEL, ImageData, Images
+from ...data import NO_LABEL, ImageData, Images, Part
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
@@ -91,20 +91,20 @@ def train(
         while running.epoch < epoch:
             running.run_epoch(deadline)
         network = running.averaged()
-        hits = held_out_hits(network, data, device)
+        right = held_out_hits(network, data, device)
         before = running.curve[-1].seconds if running.curve else 0.0
-        rung = Rung(epoch, top1(hits), before + time.perf_counter() - begun, pack(hits))
+        rung = Rung(epoch, top1(right), before + time.perf_counter() - begun, pack(right))
         running.curve += (rung,)
         if on_rung is not None:
             on_rung(rung)
-    score = running.curve[-1].accuracy
+    score, hits = running.curve[-1].accuracy, running.curve[-1].hits
     return Estimate(
         score=score,
         std=accuracy_error(score, len(data.holdout)),
         seconds=time.perf_counter() - start,
         weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
         curve=running.curve,
-        hits=running.curve[-1].hits,
+        hits=hits or pack(held_out_hits(network, data, device)),  # a state of an earlier version has none
     )
 
 
@@ -140,8 +140,8 @@ class Training:
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.amp = multiplies_bf16(self.device)
-        train_part = _on_device((data if tuning is None or tuning.data is None else tuning.data).train, device)
-        self.pixels, self.labels = train_part.pixels, train_part.labels
+        self.images = _on_device((data if tuning is None or tuning.data is None else tuning.data).train, device)
+        self.labels = self.images.labels
         self.unlabelled = bool((self.labels == NO_LABEL).any())
         self.normalise = normaliser(data, device)
         self.batch_size, self.chunks = min(batch_size, len(self.labels)), chunks
@@ -186,7 +186,7 @@ class Training:
             self.step += 1
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
-            pixels = augmented(self.pixels[index], self.data.mirrored, generator)
+            pixels = augmented(self.images.read(index), self.data.mirrored, generator)
             answers = [None] * self.chunks if self.tuning is None else self._answers(self.tuning.teacher, pixels)
             images = self.normalise(pixels).contiguous(memory_format=self.format)
             self.optimizer.zero_grad(set_to_none=True)
@@ -235,7 +235,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "curve": [[rung.epoch, rung.accuracy, rung.seconds] for rung in self.curve],
+            "curve": [[rung.epoch, rung.accuracy, rung.seconds, rung.hits] for rung in self.curve],
             "network": self.network.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
@@ -306,7 +306,7 @@ def estimate_batch_norms(network: nn.Module, data: ImageData, batch_size: int, s
     with torch.inference_mode():
         for index in order[: STATISTICS_BATCHES * batch_size].split(batch_size):
             if len(index) == batch_size:
-                network(normalise(part.pixels[index.to(device)]))
+                network(normalise(part.read(index.to(device))))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum
@@ -333,8 +333,15 @@ def augmented(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) 
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=4)
 def _on_device(images: Images, device: str) -> Images:
+    """Moves images to a device. Parts of one block share it there too."""
+    if isinstance(images, Part):
+        return Part(_moved(images.block, device), images.rows.to(device))
+    return _moved(images, device)
+
+
+@lru_cache(maxsize=4)
+def _moved(images: Images, device: str) -> Images:
     """Moves images to a device. The cache keeps them there from one training to the next."""
     return Images(images.pixels.to(device), images.labels.to(device))
 
@@ -362,8 +369,9 @@ def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: in
     model.eval()
     hits, broken = [], torch.zeros((), dtype=torch.int64, device=device)
     with torch.inference_mode():
-        for pixels, labels in zip(held.pixels.split(batch_size), held.labels.split(batch_size), strict=True):
-            logits = model(normalise(pixels).contiguous(memory_format=torch.channels_last))
+        for rows in torch.arange(len(held), device=device).split(batch_size):
+            labels = held.labels[rows]
+            logits = model(normalise(held.read(rows)).contiguous(memory_format=torch.channels_last))
             finite = logits.isfinite().all(1)
             broken += (~finite).sum()
             hits.append((logits.argmax(1) == labels) & finite)
