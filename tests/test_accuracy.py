@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny_architecture
+from conftest import table, tiny_architecture
 from torch import nn
 
 import nas.models  # noqa: F401 - registers `mixnas` with timm
@@ -284,6 +284,23 @@ def test_a_training_goes_on_exactly_where_it_was(few, drop, tmp_path):
     assert all(torch.equal(whole.weights[key], later.weights[key]) for key in whole.weights)
 
 
+@table("old", [False, True])
+def test_a_training_resumed_at_its_last_epoch_still_knows_which_images_are_right(few, old):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    begun = Training(model, few, 32, 5, "cpu")
+    whole = train(model, few, Fidelity(epochs=2, batch_size=32), 5, "cpu", begun)
+    assert whole.hits
+    state = begun.state()
+    if old:  # states of earlier versions did not hold them
+        state["curve"] = [point[:3] for point in state["curve"]]
+    resumed = Training(model, few, 32, 5, "cpu")
+    resumed.load(state)
+    passes = []
+    resumed.network.register_forward_hook(lambda *_: passes.append(1))  # the averaged network is a copy with its hooks
+    assert train(model, few, Fidelity(epochs=2, batch_size=32), 5, "cpu", resumed).hits == whole.hits
+    assert bool(passes) == old
+
+
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_trainings_share_the_answers_of_their_teacher_and_are_the_same_as_alone(few, chunks):
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)) for _ in range(3)]
@@ -304,6 +321,16 @@ def test_trainings_share_the_answers_of_their_teacher_and_are_the_same_as_alone(
     assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in shared.weights)
     labels_alone = train(networks[2], few, Fidelity(2, 32, chunks=chunks), 0, "cpu")
     assert not torch.equal(shared.weights["1.weight"], labels_alone.weights["1.weight"])
+
+
+def test_a_teacher_keeps_answers_until_they_fill_their_space(monkeypatch):
+    monkeypatch.setattr("nas.scoring.accuracy.teacher.MOST_BYTES", 2 * 4 * 10 * 4)  # two batches of four answers
+    model, passes = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10)), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    teacher = Teacher(model, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    for key in (0, 0, 1, 2, 0, 1, 2):
+        teacher.answer(torch.full((4, 3, 4, 4), 51.0), key=key)
+    assert len(passes) == 4  # 0, 1, and 2 twice
 
 
 def test_a_teacher_sees_images_normalised_and_scaled_as_its_own():

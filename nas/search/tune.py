@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from torch import nn
 
@@ -27,10 +26,8 @@ from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
-from ..objectives.paired import pack
 from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
-from ..scoring.accuracy.estimate import accuracy_error
-from ..scoring.accuracy.training import LEARNING_RATE, held_out_hits
+from ..scoring.accuracy.training import LEARNING_RATE
 from ..scoring.memory import failing_without_memory
 from ..space import GraftSpace
 from .config import SearchConfig
@@ -139,27 +136,23 @@ class _Tuner:
     def _entry(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> dict[str, Any]:
         """Trains a graft; returns what is recorded of it. States and final weights are kept, if wanted."""
         try:
-            estimate, hits = failing_without_memory(partial(self._train, build, graft, fidelity, keeps))
+            estimate = failing_without_memory(partial(self._train, build, graft, fidelity, keeps))
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
         assert estimate.weights is not None
         if keeps and fidelity.epochs == self._fidelity.epochs:
             self._run.save_weights(graft.key, estimate.weights, tuned=True)
-        accuracy = 100 * float(hits.mean())
         return {
-            "accuracy": accuracy,
-            "accuracy_std": accuracy_error(accuracy, len(hits)),
+            "accuracy": estimate.score,
+            "accuracy_std": estimate.std,
             "epochs": fidelity.epochs,
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
             "seconds": estimate.curve[-1].seconds,
-            "num_images": len(hits),
-            "hits": pack(hits),
+            "num_images": len(self._evaluator.data.holdout),
+            "hits": estimate.hits,
         }
 
-    def _train(
-        self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool
-    ) -> tuple[Estimate, np.ndarray]:
-        """Trains a graft; returns the estimate, and which held-out images are right, of shape (images,)."""
+    def _train(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> Estimate:
         at = self._evaluator.at(graft)
         model, data, file = build(), at.proxy_data or at.data, self._run.tuning_file(graft.key)
         with at.training():
@@ -171,10 +164,7 @@ class _Tuner:
                 if keeps and rung.epoch < self._fidelity.epochs:
                     self._save(file, running.state())
 
-            estimate = train(model, data, fidelity, at.seed, at.device, running, keep)
-            assert estimate.weights is not None
-            model.load_state_dict(estimate.weights)
-            return estimate, held_out_hits(model.to(at.device), at.data, at.device).numpy()
+            return train(model, data, fidelity, at.seed, at.device, running, keep)
 
     def _save(self, file: Path, state: Mapping[str, Any]) -> None:
         """Writes the state of a tuning, unless the states fill their space already."""
