@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -9,6 +10,7 @@ import logging
 import pickle
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +62,7 @@ from nas.models.presets import PRESETS
 from nas.models.widths import importances, inner_channels, narrow_layers
 from nas.report.plots import plot
 from nas.report.trust import plot_trust
-from nas.scoring.accuracy import train
+from nas.scoring.accuracy import Training, train
 from nas.scoring.accuracy.training import estimate_batch_norms
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
@@ -738,14 +740,44 @@ class _Interrupts(logging.Handler):
             raise KeyboardInterrupt
 
 
+def _forget_tunings(run: Run) -> None:
+    """Deletes the results of all tunings from a study, which has no call for that."""
+    with contextlib.closing(sqlite3.connect(run.path / "study.db")) as database, database:
+        database.execute("DELETE FROM study_user_attributes WHERE key LIKE 'raced:%' OR key LIKE 'tuned:%'")
+
+
+def test_each_tuning_is_an_attribute_of_its_own_and_old_runs_still_open(run: Run, tmp_path: Path) -> None:
+    """MySQL keeps 65,535 bytes of an attribute: one for all tunings would end a search with many held-out images."""
+    with run.study() as study:
+        names = set(study.user_attrs)
+    before = run.attributes
+    for name in ("raced", "tuned"):
+        assert name not in names
+        assert before[name]
+        assert {f"{name}:{key}" for key in before[name]} <= names
+    old = Run.open(shutil.copytree(run.path, tmp_path / "run"))
+    _forget_tunings(old)
+    with old.study() as study:
+        for name in ("raced", "tuned"):
+            study.set_user_attr(name, before[name])
+    assert old.trials() == run.trials()
+    assert old.verdicts() == run.verdicts()
+    key = next(iter(before["tuned"]))
+    with old.study() as study:  # a resumed search adds to them
+        study.set_user_attr(f"tuned:{key}", before["tuned"][key] | {"accuracy": 1.5})
+    assert old.attributes["tuned"] == before["tuned"] | {key: before["tuned"][key] | {"accuracy": 1.5}}
+    with old.study() as study:
+        study.set_user_attr(f"tuned:{key}", 3)
+    with pytest.raises(RunError, match="tuned"):
+        old.trials()
+
+
 def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Run.open(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(copy.path / "tuned")
-    with copy.study() as study:
-        for name in ("raced", "tuned"):
-            study.set_user_attr(name, {})
+    _forget_tunings(copy)
     log, handler = logging.getLogger("nas.search.tune"), _Interrupts("epochs 2: 1 of")
     states: list[Path] = []
     log.addHandler(handler)
@@ -754,12 +786,16 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
         with pytest.raises(KeyboardInterrupt):
             search(local_config(copy))
         states = copy.unfinished_tunings()
+        epochs: list[int] = []
+        run_epoch = Training.run_epoch
+        monkeypatch.setattr(Training, "run_epoch", lambda self, *given: epochs.append(1) or run_epoch(self, *given))
         search(local_config(copy))
     finally:
         log.removeHandler(handler)
     before, after = run.attributes["tuned"], copy.attributes["tuned"]
     assert after
     assert {copy.tuning_file(key) for key in after} <= set(states)
+    assert len(epochs) == len(after)  # the first of the two epochs is not repeated
     assert not copy.unfinished_tunings()
     assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
 

@@ -29,17 +29,17 @@ import optuna
 
 from .. import consent
 from ..errors import RunError, UsageError, one_line
-from ..foreign_files import check, is_file
+from ..foreign_files import is_file
 from ..objectives.objectives import Objective, Scores, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
 from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
-from .attributes import BASELINES, RACED, REMEASURED, STAGES, TUNED
+from .attributes import BASELINES, RACED, REMEASURED, STAGES, TUNED, gathered
 from .files import reading_manifest, write_file
 from .manifest import FORMAT, Manifest
-from .shapes import RUN, STUDY
+from .shapes import RUN
 from .tables import columns, front_dict, table
 from .trial import Trial, read_trial, remeasured_scores, remeasured_trial, with_tuning
 from .verdicts import to_scale, verdicts
@@ -192,8 +192,7 @@ class Run:
         """Attributes of the study."""
         with self._study() as (storage, study_id), damage_reported(self.path):
             attributes = dict(storage.get_study_user_attrs(study_id))
-        check(attributes, STUDY, f"the study of {self.path}", RunError)
-        return attributes
+        return gathered(attributes, f"the study of {self.path}")
 
     @contextlib.contextmanager
     def _study(self) -> Iterator[tuple[optuna.storages.BaseStorage, int]]:

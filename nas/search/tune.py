@@ -2,8 +2,8 @@
 
 Assembled accuracies only say which grafts to tune for the first epoch, and their accuracies after it say which of these
 go on to the end. A front is made of networks alone that were tuned to the end. The results are attributes of the study,
-`raced` and `tuned` (key -> accuracy, and which held-out images were right); the weights lie in the run folder. A killed
-search goes on from the last state of the tuning that was under way, with the same results.
+`raced:KEY` and `tuned:KEY` (accuracy, and which held-out images were right); the weights lie in the run folder. A
+killed search goes on from the last state of the tuning that was under way, with the same results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..architecture import Graft
 from ..errors import RunError, TrialFailure
-from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED
+from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, entry_name
 from ..folders.checkpoint import load_checkpoint, save_checkpoint
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
@@ -74,8 +74,9 @@ class _Tuner:
     def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
         self._study, self._run, self._evaluator = study, run, evaluator
         self._fidelity = replace(evaluator.fidelity, epochs=epochs, max_seconds=None)
-        self.raced: dict[str, Any] = dict(study.user_attrs.get(RACED, {}))
-        self.done: dict[str, Any] = dict(study.user_attrs.get(TUNED, {}))
+        attributes = run.attributes
+        self.raced: dict[str, Any] = dict(attributes.get(RACED, {}))
+        self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
 
     def race(self, grafts: Sequence[Graft]) -> None:
         """Tunes grafts for the first epochs, one after the other."""
@@ -111,11 +112,11 @@ class _Tuner:
             self._finish(graft, entry)
         else:
             self.raced[graft.key] = entry
-            self._study.set_user_attr(RACED, self.raced)
+            self._study.set_user_attr(entry_name(RACED, graft.key), entry)
 
     def _finish(self, graft: Graft, entry: Mapping[str, Any]) -> None:
         self.done[graft.key] = entry
-        self._study.set_user_attr(TUNED, self.done)
+        self._study.set_user_attr(entry_name(TUNED, graft.key), entry)
         self._run.tuning_file(graft.key).unlink(missing_ok=True)
 
     def from_random_weights(self, graft: Graft) -> dict[str, Any]:
