@@ -772,9 +772,11 @@ def test_each_tuning_is_an_attribute_of_its_own_and_old_runs_still_open(run: Run
         old.trials()
 
 
+@pytest.mark.parametrize("epoch", [1, 9])
 def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
+    """A state after more epochs than the tuning is ignored: the study may have been restored from a backup."""
     copy = Run.open(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(copy.path / "tuned")
     _forget_tunings(copy)
@@ -789,13 +791,15 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
         epochs: list[int] = []
         run_epoch = Training.run_epoch
         monkeypatch.setattr(Training, "run_epoch", lambda self, *given: epochs.append(1) or run_epoch(self, *given))
+        for state in states:
+            torch.save(torch.load(state, weights_only=True) | {"epoch": epoch}, state)
         search(local_config(copy))
     finally:
         log.removeHandler(handler)
     before, after = run.attributes["tuned"], copy.attributes["tuned"]
     assert after
     assert {copy.tuning_file(key) for key in after} <= set(states)
-    assert len(epochs) == len(after)  # the first of the two epochs is not repeated
+    assert len(epochs) == (len(after) if epoch == 1 else 2 * len(after))  # else the first epoch is not repeated
     assert not copy.unfinished_tunings()
     assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
 

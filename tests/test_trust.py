@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
+import torch
 from conftest import table
 from PIL import Image
 from scipy.stats import kendalltau, linregress, spearmanr, t
@@ -266,6 +267,37 @@ def test_a_killed_training_goes_on(calibrated, tmp_path, monkeypatch):
     assert {
         (r["key"], r["seed"]): (r["score"], [c.accuracy for c in parse_curve(r["curve"])]) for r in found.rows("truths")
     } == again
+
+
+def test_a_checkpoint_that_is_further_than_the_training_is_ignored(calibrated, tmp_path, monkeypatch):
+    """As after a kill and a resume with fewer epochs: here that of the truth, with the seed of the short training."""
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
+    found = Calibration.open(path)
+    rows = found.rows("truths")
+    short = next(row for row in rows if row["epochs"] == "1")
+    found.write("truths", [row for row in rows if row != short])
+    checkpoint = path / "checkpoints" / f"{short['key']}-1.pt"
+    shutil.copy(checkpoint.with_name(f"{short['key']}-0.pt"), checkpoint)
+    calibrate(config(), path)
+    assert {(row["key"], row["seed"], row["score"]) for row in found.rows("truths")} == {
+        (row["key"], row["seed"], row["score"]) for row in rows
+    }
+
+
+@pytest.mark.parametrize("change", [{"average": None}, {"step": 0}, {"curve": []}, {"network": {}}, None])
+def test_a_damaged_checkpoint_of_a_calibration_is_one_line(calibrated, tmp_path, monkeypatch, change):
+    path = tmp_path / "copy"
+    shutil.copytree(calibrated.path, path)
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
+    found = Calibration.open(path)
+    *rows, last = found.rows("truths")
+    found.write("truths", rows)
+    checkpoint = path / "checkpoints" / f"{last['key']}-{last['seed']}.pt"
+    torch.save({} if change is None else torch.load(checkpoint, weights_only=True) | change, checkpoint)
+    with pytest.raises(RunError, match=rf"{checkpoint.name} is damaged \(.*Error\): delete it to start over"):
+        calibrate(config(), path)
 
 
 def test_another_data_set_is_refused(calibrated):

@@ -20,7 +20,7 @@ from ..architecture import Candidate, candidate_from_json
 from ..data import ImageData
 from ..errors import RunError, TrialFailure, UsageError
 from ..folders.calibration import Calibration, format_curve
-from ..folders.checkpoint import load_checkpoint, save_checkpoint
+from ..folders.checkpoint import resume, save_checkpoint
 from ..machine.limits import training_threads
 from ..machine.turns import exclusive
 from ..scoring.accuracy import Estimate, Fidelity, Training, Tuning, train
@@ -219,8 +219,7 @@ class Steps:
         effort, checkpoint = self.effort, self._checkpoint(candidate, seed)
         model, data = self.subject.build(candidate, seed), self.subject.images(candidate)
         training = Training(model, data, effort.batch_size, seed, effort.device, tuning=self.subject.tuning)
-        if (state := load_checkpoint(checkpoint)) is not None:
-            training.load(state)
+        resume(checkpoint, lambda state: training.load(state, epochs))
         with self._turn(), training_threads(effort.device):
             estimate = train(
                 training.network,

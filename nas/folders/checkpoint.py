@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from ..errors import RunError
 from ..foreign_files import is_file
+from ..scoring.memory import is_out_of_memory
 from .files import write_file
 
 
@@ -37,3 +38,24 @@ def load_checkpoint(file: Path) -> dict[str, Any] | None:
         why = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise RunError(f"{file} is damaged ({why}): delete it to start over") from None
     return state
+
+
+def resume(file: Path, load: Callable[[dict[str, Any]], None]) -> None:
+    """Restores unfinished work from its checkpoint, if there is one.
+
+    Args:
+        file: the checkpoint.
+        load: function that takes over a state. It may ignore a state that is of no use.
+
+    Raises:
+        RunError: if the file is damaged, or holds the state of other work.
+    """
+    state = load_checkpoint(file)
+    if state is None:
+        return
+    try:
+        load(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to start over") from None

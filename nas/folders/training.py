@@ -27,7 +27,7 @@ from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import resume, save_checkpoint
 from .files import reading_manifest, write_file
 from .manifest import Data, Record, nested
 from .shapes import DATA, MACHINE, TRAINED
@@ -253,13 +253,13 @@ class Trained:
         """Writes the state from which the training can resume."""
         save_checkpoint(self.path / CHECKPOINT, state)
 
-    def checkpoint(self) -> dict[str, Any] | None:
-        """Reads the state from which the training resumes. None if it has not been started.
+    def resume(self, load: Callable[[dict[str, Any]], None]) -> None:
+        """Hands the state from which the training can resume to a function. Does nothing if it has not been started.
 
         Raises:
-            RunError: if the file is damaged.
+            RunError: if the file is damaged, or is the checkpoint of another training.
         """
-        return load_checkpoint(self.path / CHECKPOINT)
+        resume(self.path / CHECKPOINT, load)
 
 
 def is_training(path: Path) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -23,8 +24,8 @@ from torch import nn
 
 from ..architecture import Replacement
 from ..data import ImageData
-from ..errors import NasError, RunError
-from ..folders.checkpoint import load_checkpoint, save_checkpoint
+from ..errors import NasError
+from ..folders.checkpoint import resume, save_checkpoint
 from ..folders.library import DONOR, Taught, load_taught, save_taught, save_weights
 from ..machine.devices import multiplies_bf16, seeded
 from ..models.grafts import StandIn, replace_layers
@@ -132,7 +133,7 @@ class _Work:
         self.steps = len(self.pixels) // self.size
         self.step, self.error = 0, 0.0
         self.normalise = normaliser(data, how.device)
-        self._resume()
+        resume(folder / STATE, self._load)
 
     def run(self, on_step: Callable[[Step], None] | None) -> None:
         """Teaches to the end."""
@@ -218,20 +219,13 @@ class _Work:
         }
         save_checkpoint(self.folder / STATE, state)
 
-    def _resume(self) -> None:
-        file = self.folder / STATE
-        state = load_checkpoint(file)
-        if state is None:
-            return
-        try:
-            same = state["options"] == [option.to_json() for option in self.options]
-            if not same or state["how"] != self.how.recorded:
-                return  # a checkpoint of other layers, or of another teaching: begin again
-            self.layers.load_state_dict(state["layers"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = int(state["step"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to start over") from None
+    def _load(self, state: dict[str, Any]) -> None:
+        same = state["options"] == [option.to_json() for option in self.options]
+        if not same or state["how"] != self.how.recorded:
+            return  # a checkpoint of other layers, or of another teaching: begin again
+        self.layers.load_state_dict(state["layers"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import optuna
 from torch import nn
 
 from ..architecture import Graft
-from ..errors import RunError, TrialFailure
+from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, entry_name
-from ..folders.checkpoint import load_checkpoint, save_checkpoint
+from ..folders.checkpoint import resume, save_checkpoint
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
@@ -159,7 +159,7 @@ class _Tuner:
         with at.training():
             running = Training(model, data, fidelity.batch_size, at.seed, at.device, fidelity.chunks, fidelity.tuning)
             if keeps:
-                _resume(running, file)
+                resume(file, lambda state: running.load(state, fidelity.epochs))
 
             def keep(rung: Rung) -> None:
                 if keeps and rung.epoch < self._fidelity.epochs:
@@ -171,17 +171,6 @@ class _Tuner:
         """Writes the state of a tuning, unless the states fill their space already."""
         if sum(other.stat().st_size for other in self._run.unfinished_tunings() if other != file) < MAX_STATES:
             save_checkpoint(file, state)
-
-
-def _resume(running: Training, file: Path) -> None:
-    """Restores the state of a tuning, if there is one."""
-    state = load_checkpoint(file)
-    if state is None:
-        return
-    try:
-        running.load(state)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}): delete it to start over") from None
 
 
 def _score_rivals(

@@ -26,9 +26,9 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
-from ..errors import NasError, RunError, UsageError
+from ..errors import NasError, UsageError
 from ..folders.files import write_file
-from ..folders.training import CHECKPOINT, LOG, Trained
+from ..folders.training import LOG, Trained
 from ..machine.devices import multiplies_bf16, seeded
 from ..machine.limits import training_threads
 from ..machine.turns import shared
@@ -126,7 +126,7 @@ class TrainingLoop:
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
         self._epoch_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._resume()
+        trained.resume(self._load)
         self.running = self.network
         if self.processes.count > 1:
             on = [self.device] if self.device.type == "cuda" else None
@@ -348,22 +348,6 @@ class TrainingLoop:
                 for name, value in row.items():
                     if name not in ("epoch", "step"):
                         board.add_scalar(name, value, int(row["epoch"]))
-
-    def _resume(self) -> None:
-        """Loads the checkpoint, if the folder has one.
-
-        Raises:
-            RunError: if the checkpoint is damaged.
-        """
-        state = self.trained.checkpoint()
-        if state is None:
-            return
-        try:
-            self._load(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.trained.path / CHECKPOINT} is damaged ({type(error).__name__}): delete it to begin again"
-            ) from None
 
     def _load(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])

@@ -241,14 +241,27 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores the state of another training with the same arguments."""
+    def load(self, state: dict[str, Any], most_epochs: int | None = None) -> None:
+        """Restores the state of another training with the same arguments.
+
+        Args:
+            state: what `state` returned.
+            most_epochs: ignore a state after more epochs than these; None for any number.
+
+        Raises:
+            ValueError: if its curve does not end at its epoch. A damaged state raises further errors.
+        """
+        if most_epochs is not None and state["epoch"] > most_epochs:
+            return
+        curve = tuple(Rung(*point) for point in state["curve"])
+        if not 0 < curve[-1].epoch == state["epoch"] <= state["step"]:
+            raise ValueError("its epoch, its step and its curve do not fit")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             torch._foreach_copy_(self.average, [t.to(self.device) for t in state["average"]])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.curve = tuple(Rung(*point) for point in state["curve"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self.curve = curve
 
 
 def loss_of(
