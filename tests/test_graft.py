@@ -1039,6 +1039,17 @@ def test_a_killed_calibration_of_grafts_resumes(run: Run, calibrated: Calibratio
     assert [row["score"] for row in found.rows("scores")] == [row["score"] for row in before["scores"]]
 
 
+def test_a_form_of_another_parent_in_a_calibration_is_refused(calibrated: Calibration, tmp_path: Path) -> None:
+    shutil.copy(calibrated.path / "calibration.json", tmp_path)
+    found, row = Calibration.open(tmp_path), calibrated.rows("pool")[0]
+    whole, deeper = calibrated.space.largest()[0], replace(OURS, stage=replace(HADAMARD, depth=3))
+    assert isinstance(whole, Graft)
+    for form in (replace(whole, parent="test_vit"), replace(whole, replaced=(deeper,))):
+        found.write("pool", [row | {"key": form.key, "architecture": form.to_json()}])
+        with pytest.raises(RunError, match=r"pool\.csv is damaged: line 2: .* is not in space"):
+            found.rows("pool")
+
+
 def test_a_calibration_of_grafts_is_reported_without_its_run(run: Run, calibrated: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "copy"
     shutil.copytree(calibrated.path, path)

@@ -21,6 +21,7 @@ from sklearn.linear_model import Ridge
 from test_search import TINY
 
 import search_spaces
+from nas.architecture import Graft
 from nas.calibration.report import low_epochs, noiseless, trust_report
 from nas.calibration.work import CalibrationConfig, calibrate, configure
 from nas.errors import DataError, RunError, UsageError
@@ -384,6 +385,23 @@ def test_a_damaged_calibration_is_refused(tmp_path, content):
         Calibration.open(tmp_path)
     with pytest.raises(RunError, match="not a calibration"):
         Calibration.open(tmp_path / "missing")
+
+
+@table("name", ["pool", "truths"])
+def test_a_table_with_a_candidate_of_another_space_is_refused(tmp_path, calibrated, name):
+    shutil.copy(calibrated.path / "calibration.json", tmp_path)
+    found = Calibration.open(tmp_path)
+    first, *_, second = calibrated.rows(name)
+    graft = Graft("mobilenetv2_035", 64, ("blocks.1.1",))
+    other = MINI.largest()[0]
+    for candidate in (graft, other):
+        found.write(name, [first, second | {"key": candidate.key, "architecture": candidate.to_json()}])
+        with pytest.raises(RunError, match=rf"{name}.csv is damaged: line 3: .*{candidate.key} .*is not in space"):
+            found.rows(name)
+    for change in ({"architecture": "{}"}, {"key": "abc"}, {"architecture": second["architecture"]}):
+        found.write(name, [first | change, second])
+        with pytest.raises(RunError, match=rf"{name}.csv is damaged: line 2: "):
+            found.rows(name)
 
 
 def test_a_score_may_be_no_number(tmp_path, calibrated):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..architecture import candidate_from_json
 from ..errors import NasError, RunError
 from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, is_file, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
@@ -175,15 +176,22 @@ class Calibration:
         return self if manifest == self.manifest else Calibration.create(self.path, manifest)
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """Returns a table's rows as text. The list is empty if the table does not exist yet."""
+        """Returns a table's rows as text. The list is empty if the table does not exist yet.
+
+        Raises:
+            RunError: if the table is damaged, or holds a candidate that is not in the space.
+        """
         file = self.path / f"{name}.csv"
         if not file.exists():
             return []
         reader = csv.DictReader(io.StringIO(read_text(file, MAX_TABLE_BYTES, RunError)), strict=True)
+        space, rows = self.space, []
         try:
-            rows = list(reader)
-            for row in rows:
+            for row in reader:
                 _check_row(row, COLUMNS[name])
+                if "architecture" in row:
+                    _check_candidate(row, space)
+                rows.append(row)
         except (csv.Error, ValueError) as error:
             raise RunError(f"{file} is damaged: line {reader.line_num}: {error}") from None
         return rows
@@ -237,6 +245,14 @@ def _check_row(row: Mapping[str, str | None], columns: Sequence[str]) -> None:
         if not math.isfinite(float(known.get(name, 0))) and name != "score":
             raise ValueError(f"{name} is {known[name]}: it must be a number")
     parse_curve(known.get("curve", ""))
+
+
+def _check_candidate(row: Mapping[str, str], space: Space) -> None:
+    """Raises ValueError if the architecture of a row is not in a space, or has another key."""
+    candidate = candidate_from_json(row["architecture"])
+    space.encode(candidate)
+    if candidate.key != row["key"]:
+        raise ValueError(f"key is {row['key']}: that of the architecture is {candidate.key}")
 
 
 def format_curve(curve: Sequence[Rung]) -> str:
