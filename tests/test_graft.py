@@ -1030,13 +1030,45 @@ def test_a_killed_calibration_of_grafts_resumes(run: Run, calibrated: Calibratio
     found.write("truths", before["truths"][:-1])
     found.write("scores", before["scores"][:-2])
     config, folder = configure(path)
-    assert (config, folder) == (calibration(run), path)
+    assert (config, folder) == (replace(calibration(run), data="digits"), path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nas.calibration.steps.POOL", 1)
         calibrate_grafts(config, folder)
     assert found.rows("pool") == before["pool"]
     assert found.truths() == calibrated.truths()
     assert [row["score"] for row in found.rows("scores")] == [row["score"] for row in before["scores"]]
+
+
+@table(
+    "name, other, word",
+    [
+        ("parent", "abc", "other weights of the parent"),
+        ("unlabelled", {"fingerprint": "abc", "images": 12}, "other images without labels"),
+        ("proxy_images", 60, "another `proxy_images`"),
+    ],
+)
+def test_a_run_with_other_tunings_does_not_extend_a_calibration(
+    run: Run, calibrated: Calibration, tmp_path_factory: pytest.TempPathFactory, name: str, other: object, word: str
+) -> None:
+    path = tmp_path_factory.mktemp("other")
+    shutil.copytree(calibrated.path, path, dirs_exist_ok=True)
+    graft_of = calibrated.manifest.to_dict()["graft"]
+    Calibration.open(path).changed(graft=graft_of | {name: other})
+    with pytest.raises(RunError, match=word):
+        calibrate_grafts(calibration(run), path)
+
+
+def test_an_interrupted_calibration_says_how_to_resume_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nas.graft.calibrate.calibrate_grafts", interrupted)
+    given = ["--device", "cpu", "--command", "run it"]
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(run.path), "--out", str(tmp_path), *given, "--count", "12"])
+    assert f"calibrate {tmp_path} --device cpu --command 'run it'\n" in capsys.readouterr().err
 
 
 def test_a_form_of_another_parent_in_a_calibration_is_refused(calibrated: Calibration, tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 import search_spaces
 from nas.data import NO_LABEL, ImageData, load_data, with_unlabelled
 from nas.errors import DataError, RunError, UsageError
+from nas.folders.calibration import Calibration
 from nas.folders.run import Run
 from nas.graft import ParentConfig, graft
+from nas.graft.calibrate import calibrate_grafts, configure
 from nas.graft.distil import Distillation, distil
 from nas.graft.options import LIBRARIES
 from nas.models.parts import places
@@ -209,6 +211,20 @@ def test_only_a_process_that_trains_needs_them(run: Run) -> None:
     assert "unlabelled" not in conditions
     with pytest.raises(DataError, match="`unlabelled` = /no/such"):
         evaluator_of(run, replace(config, proxy="train"))
+
+
+def test_a_calibration_of_the_run_keeps_them(run: Run, root: Path, tmp_path: Path) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    elsewhere = str(root / "new")  # the same images, named otherwise
+    config, path = configure(run.path, tmp_path / "calibration", unlabelled=elsewhere, data=str(root / "photos"))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_grafts(config, path, killed)
+    graft_of = Calibration.open(path).manifest.graft
+    assert graft_of is not None
+    assert graft_of["unlabelled"] == run.manifest.conditions.unlabelled
+    assert configure(path) == (config, path)
 
 
 def test_they_need_a_parent_and_are_found_before_it_is_trained(

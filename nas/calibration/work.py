@@ -37,6 +37,12 @@ log = logging.getLogger(__name__)
 
 FIXED = ("space", "max_images", "input_size", "batch_size", "seed")
 """Options that stay those of the first call. The images stay too, but they may lie elsewhere."""
+OF_GRAFTS = {
+    "parent": "other weights of the parent",
+    "unlabelled": "other images without labels",
+    "proxy_images": "another `proxy_images`",
+}
+"""What must be that of the first call in a calibration of grafts, as a message names it."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +287,9 @@ def open_or_create(
             raise RunError(f"{path} is a calibration with another {what}: give that one, or another `out`")
     if its.training_recipe != RECIPE:
         raise RunError(f"{path} is a calibration of a release with another training: give another `out`")
-    if recorded.get("graft", {}).get("parent") != (its.graft or {}).get("parent"):
-        raise RunError(f"{path} is a calibration with other weights of the parent: give another `out`")
+    for name, what in OF_GRAFTS.items():
+        if recorded.get("graft", {}).get(name) != (its.graft or {}).get(name):
+            raise RunError(f"{path} is a calibration with {what}: give another `out`")
     here = on_machine(machine_name(effort.device), torch.get_num_threads())
     return found.changed(options=options, **_also(found, here))
 

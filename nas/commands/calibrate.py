@@ -72,6 +72,7 @@ def calibrate_command(
     from ..report.trust import plot_trust
 
     given = typed(context, options)
+    again = "".join(f" --{name} {shlex.quote(given[name])}" for name in ("device", "command") if name in given)
     if folder is None and out is not None and is_calibration(out):
         folder = out
     begin, path = _of_space(out, given) if folder is None else _of_folder(folder, out, given)
@@ -80,7 +81,7 @@ def calibrate_command(
             bar = display.bar("calibrating", 1.0)
             found = begin(path, lambda done, total, note: bar.update(done / total, note))
     except (KeyboardInterrupt, SystemExit):
-        click.echo(f"interrupted; to resume: {program()} calibrate {shlex.quote(str(path))}", err=True)
+        click.echo(f"interrupted; to resume: {program()} calibrate {shlex.quote(str(path))}{again}", err=True)
         raise
     report = found.report()
     files = plot_trust(found)

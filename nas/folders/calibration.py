@@ -55,8 +55,14 @@ MANIFEST = {
         "count": COUNT,
         "epochs": COUNT,
         "repeats": COUNT,
+        "unlabelled?": (str, None),
     },
-    "graft?": {"run": str, "parent": LINE},
+    "graft?": {
+        "run": str,
+        "parent": LINE,
+        "unlabelled?": ({"fingerprint": LINE, "images": COUNT}, None),
+        "proxy_images?": (COUNT, None),
+    },
     "machine?": LINE,
     "threads?": COUNT,
     "also?": [LINE],
@@ -82,7 +88,8 @@ class CalibrationManifest(Record):
         training_recipe: version of the short training.
         data: name and fingerprint of the images.
         options: what the last call was asked for, so that a resume needs no options. Earlier releases wrote none.
-        graft: for a calibration of grafts, its run and the hash of the parent's weights.
+        graft: for a calibration of grafts, its run, the hash of the parent's weights, and the run's images without
+            labels and `proxy_images`.
         machine: the machine on which it was begun.
         threads: its number of threads.
         also: machines on which it was extended.

@@ -21,7 +21,7 @@ from ..architecture import Candidate, Graft, key_of
 from ..calibration import steps
 from ..calibration.report import ADDITIVE, ASSEMBLED, BASELINES
 from ..calibration.steps import Effort, OnStep, Steps
-from ..calibration.work import open_or_create, reported_again, write_report
+from ..calibration.work import OF_GRAFTS, open_or_create, reported_again, write_report
 from ..data import ImageData, absolute
 from ..errors import DataError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE, FOLDER, Calibration, is_calibration
@@ -37,6 +37,8 @@ from .harms import Harms
 
 HARMS = "harms"
 """Folder of the losses of single changes in the folder of a calibration."""
+STORED = ("count", "epochs", "repeats", "data", "data_root", "unlabelled")
+"""Settings that a calibration keeps for the next call."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class GraftCalibration:
 
     Args:
         run: the folder of a search with a parent.
-        data: the images, if they lie elsewhere than the run says.
+        data: the images, if they lie elsewhere than the run says. A resumed calibration has them where it had them
+            last, and those of the next two arguments too.
         data_root: folder of the `torch/NAME` and `hfds/NAME` data sets, likewise.
         unlabelled: images without labels, likewise.
         device: device that tunes and times; None for those of the run.
@@ -92,7 +95,7 @@ def configure(folder: Path, out: Path | None = None, **changes: Any) -> tuple[Gr
     stored: dict[str, Any] = {}
     if is_calibration(path):
         manifest = Calibration.open(path).manifest
-        stored = {name: manifest.options[name] for name in ("count", "epochs", "repeats") if name in manifest.options}
+        stored = {name: manifest.options[name] for name in STORED if name in manifest.options}
         recorded = Path((manifest.graft or {}).get("run", path.parent))
         run = run or (path.parent if is_run(path.parent) else recorded)
     return GraftCalibration(run or path.parent, **stored | changes), path
@@ -132,28 +135,28 @@ def calibrate_grafts(config: GraftCalibration, out: Path | None = None, on_step:
         effort = replace(effort, batch_size=settings.train_batch_size, seed=settings.seed, device=device)
         effort.check(run.space.name, run.space.size)
         evaluator, _ = evaluator_of(run, settings, tunes=True)
-        check_same(run, training_conditions(settings, evaluator))
+        conditions = training_conditions(settings, evaluator)
+        check_same(run, conditions)
     except (DataError, RunError) as error:
         return reported_again(path, effort, error)
     with locked_folder(path, FILE, "calibration"):
-        found = open_or_create(
-            path, effort, evaluator.data, Path(settings.data).name, _recorded(run, settings, evaluator)
-        )
+        recorded = _recorded(run, settings, evaluator.data, conditions)
+        found = open_or_create(path, effort, evaluator.data, Path(settings.data).name, recorded)
         Steps(_Grafts(run.space, evaluator, found.path), effort, found, on_step).run()
         return write_report(found, config.epochs)
 
 
-def _recorded(run: Run, settings: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
+def _recorded(run: Run, settings: SearchConfig, data: ImageData, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of the manifest that are about the run."""
-    assert evaluator.parent is not None
     options = {
         "data": absolute(settings.data),
-        "data_root": settings.data_root,
+        "data_root": settings.data_root and absolute(settings.data_root),
+        "unlabelled": settings.unlabelled and absolute(settings.unlabelled),
         "classes": list(settings.classes),
         "max_images": settings.max_images,
-        "input_size": evaluator.data.input_size[1],
+        "input_size": data.input_size[1],
     }
-    graft = {"run": str(run.path.resolve()), "parent": evaluator.parent.fingerprint}
+    graft = {"run": str(run.path.resolve()), **{name: conditions[name] for name in OF_GRAFTS}}
     return {"space": run.space.to_dict(), "options": options, "graft": graft}
 
 
