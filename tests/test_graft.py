@@ -1020,6 +1020,9 @@ def test_a_resumed_search_says_how_far_its_scores_can_be_trusted(run: Run, calib
     assert more.manifest.trust is not None
     assert more.manifest.trust["kendall"] == row["kendall"]
     assert more.verdicts()[0].startswith("proxy assembled: Kendall")
+    assert "; 10 forms, " in more.verdicts()[0]
+    with pytest.raises(RunError, match="which has no ensemble"):
+        calibrated.ensemble()
 
 
 def test_a_killed_calibration_of_grafts_resumes(run: Run, calibrated: Calibration, tmp_path: Path) -> None:
@@ -1103,6 +1106,8 @@ def test_what_cannot_be_calibrated_is_one_line(
         ([str(tmp_path)], "neither a run nor a calibration"),
         ([str(run.path), "--space", "mini"], "--space is that of the run"),
         ([str(run.path), "--count", "2"], "count is 2"),
+        ([str(run.path), "--count", str(10**9)], " forms, but 1000000000 are asked for"),
+        ([str(run.path), "--count", "10", "--repeats", "11"], "11 repeats of 10 forms"),
         ([str(run.path), "--count", "11", "--data", "/no/such"], "/no/such"),
         ([str(calibrated.path), "--out", str(tmp_path / "other")], "leave --out out"),
     ):

@@ -97,7 +97,7 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
         "ensemble": ensemble.to_dict() if ensemble else {},
     }
     report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(cheap[name].scores, truths)))
-    verdict = [*_verdict(report, "forms" if found.of_grafts else "architectures"), *_of_tunings(report)]
+    verdict = [*_verdict(report, found.candidates), *_of_tunings(report)]
     if len(machines := found.manifest.machines) > 1:
         verdict.append(f"seconds are means over different machines or threads: {'; '.join(machines)}")
     return report | {"verdict": verdict}

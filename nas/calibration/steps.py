@@ -25,6 +25,7 @@ from ..machine.limits import training_threads
 from ..machine.turns import exclusive
 from ..scoring.accuracy import Estimate, Fidelity, Training, Tuning, train
 from ..scoring.memory import failing_without_memory
+from ..space import Space, candidates_of
 from .report import FEWEST, low_epochs
 
 POOL = 3
@@ -98,7 +99,7 @@ class Effort:
     device: str = "cpu"
     share_device: bool = False
 
-    def check(self, space: str, size: int) -> None:
+    def check(self, space: Space) -> None:
         """Checks the numbers against each other and against the number of candidates in a space.
 
         Raises:
@@ -108,10 +109,11 @@ class Effort:
             value = getattr(self, name)
             if value < least:
                 raise UsageError(f"{name} is {value}: it must be at least {least}")
-        if self.count > size:
-            raise UsageError(f"space {space} has {size} architectures, but {self.count} are asked for")
+        what = candidates_of(space)
+        if self.count > space.size:
+            raise UsageError(f"space {space.name} has {space.size} {what}, but {self.count} are asked for")
         if self.repeats > self.count:
-            raise UsageError(f"{self.repeats} repeats of {self.count} architectures: ask for {self.count} at most")
+            raise UsageError(f"{self.repeats} repeats of {self.count} {what}: ask for {self.count} at most")
 
 
 class Steps:
@@ -154,7 +156,8 @@ class Steps:
         timed = self._usable(pool)
         timed.sort(key=lambda row: float(row["latency_ms"]))
         if len(timed) < count:
-            raise RunError(f"only {len(timed)} of {len(pool)} architectures can be measured and trained here")
+            what = self.found.candidates
+            raise RunError(f"only {len(timed)} of {len(pool)} {what} can be measured and trained here")
         trained = {row["key"] for row in self.truths}
         picked: set[str] = set()
         for members in np.array_split(np.arange(len(timed)), count):

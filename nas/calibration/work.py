@@ -80,7 +80,7 @@ class CalibrationConfig:
     share_device: bool = False
 
     def __post_init__(self) -> None:
-        self.effort.check(self.space.name, self.space.size)
+        self.effort.check(self.space)
 
     @property
     def effort(self) -> Effort:

@@ -25,7 +25,7 @@ from ..errors import NasError, RunError
 from ..foreign_files import COUNT, LINE, MAX_TABLE_BYTES, POSITIVE, SIDE, is_file, read_json, read_text
 from ..scoring.accuracy import Ensemble, Rung
 from ..scoring.accuracy.training import RECIPE
-from ..space import GraftSpace, Space, space_from_dict
+from ..space import GraftSpace, Space, candidates_of, space_from_dict
 from .files import reading_manifest, write_file
 from .manifest import Record
 from .shapes import STATISTIC
@@ -177,6 +177,11 @@ class Calibration:
         """Whether forms of a pretrained network were tuned, instead of architectures trained from scratch."""
         return isinstance(self.space, GraftSpace)
 
+    @property
+    def candidates(self) -> str:
+        """What was trained, in the plural, for messages."""
+        return candidates_of(self.space)
+
     def changed(self, **values: Any) -> Calibration:
         """Changes fields of `calibration.json`."""
         manifest = self.manifest.changed(**values)
@@ -233,8 +238,10 @@ class Calibration:
         """Returns the ensemble that was fitted to all of its trainings.
 
         Raises:
-            RunError: if there is no ensemble yet, or the report is damaged.
+            RunError: if there is no ensemble yet, the report is damaged, or grafts were tuned.
         """
+        if self.of_grafts:
+            raise RunError(f"{self.path} is a calibration of a run with a `parent`, which has no ensemble")
         try:
             return Ensemble.from_dict(self.report()["ensemble"])
         except (KeyError, TypeError, ValueError, OverflowError):

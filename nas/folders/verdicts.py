@@ -10,6 +10,7 @@ from ..interval import Interval
 from ..objectives.agreement import compare_orders, rank_correlation, ties
 from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
+from ..space import candidates_of
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .graft_verdicts import graft_verdicts
 from .hits import accuracy_verdict, num_scored
@@ -56,12 +57,17 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
     return lines
 
 
-def trust_in_words(told: Mapping[str, Any]) -> str:
-    """Formats a calibration's verdict on a run's proxy as one line."""
+def trust_in_words(told: Mapping[str, Any], what: str = "architectures") -> str:
+    """Formats a calibration's verdict on a run's proxy as one line.
+
+    Args:
+        told: the verdict, see `find_trust`.
+        what: what was calibrated, in the plural.
+    """
     kendall, ceiling = (format_figure(Interval.of(told[name])) for name in ("kendall", "ceiling"))
     return (
         f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
-        f"seed {ceiling}; {told['count']} architectures, {told['calibration']}"
+        f"seed {ceiling}; {told['count']} {what}, {told['calibration']}"
     )
 
 
@@ -74,7 +80,7 @@ def verdicts(run: Run) -> list[str]:
     """See `Run.verdicts`. Each target and each further runtime has a line on the order of its latencies."""
     attributes, front = run.attributes, run.front()
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
-    lines = [trust_in_words(told)] if (told := run.manifest.trust) else []
+    lines = [trust_in_words(told, candidates_of(run.space))] if (told := run.manifest.trust) else []
     lines += graft_verdicts(run, front, attributes)
     for objective in (o for o in run.objectives if o.is_latency):
         target = objective.target or (run.targets[0] if run.targets else "")

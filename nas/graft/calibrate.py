@@ -133,7 +133,7 @@ def calibrate_grafts(config: GraftCalibration, out: Path | None = None, on_step:
         settings = replace(local_config(run, config.command, **here), workers=1, share_device=config.share_device)
         device = resolve_device(settings.train_device or settings.device)
         effort = replace(effort, batch_size=settings.train_batch_size, seed=settings.seed, device=device)
-        effort.check(run.space.name, run.space.size)
+        effort.check(run.space)
         evaluator, _ = evaluator_of(run, settings, tunes=True)
         conditions = training_conditions(settings, evaluator)
         check_same(run, conditions)

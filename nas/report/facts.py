@@ -31,6 +31,7 @@ from ..foreign_files import is_file, read_json
 from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES, Objective, Scores
 from ..objectives.text import format_figure, format_interval, format_value
+from ..space import candidates_of
 from .scored import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
@@ -360,6 +361,7 @@ def trust(run: Run) -> dict[str, Any]:
             "ceiling": format_figure(Interval.of(told["ceiling"])),
             "epochs": told["epochs"],
             "count": told["count"],
+            "what": candidates_of(run.space),
             "calibration": told["calibration"],
         },
         "verdicts": [line for line in run.verdicts() if not line.startswith("proxy ")],

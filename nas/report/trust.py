@@ -33,7 +33,7 @@ def plot_trust(found: Calibration) -> list[Path]:
         axes.axvspan(ceiling["low"], min(ceiling["high"], 1.0), color="0.92", zorder=0)
         axes.axvline(ceiling["value"], color="0.5", linestyle="--", linewidth=1, label="truth, another seed")
     axes.axvline(0, color="0.7", linewidth=0.8)
-    whole = "all forms" if found.of_grafts else "all architectures"
+    whole = f"all {found.candidates}"
     for place, row in enumerate(rows):
         _point(axes, row["kendall"], place, OVERALL_COLOUR, whole if place == 0 else None)
         for colour, (band, value) in zip(BAND_COLOURS, row["bands"].items(), strict=True):

@@ -8,8 +8,18 @@ and settings without effect are brought to one form (`nas.architecture`). So equ
 counts distinct networks.
 """
 
-from .graft_space import FORMS, GraftSpace, Option, Space, space_from_dict
+from .graft_space import FORMS, GraftSpace, Option, Space, candidates_of, space_from_dict
 from .search_space import SearchSpace
 from .stage_choices import Choice, StageChoices
 
-__all__ = ["FORMS", "Choice", "GraftSpace", "Option", "SearchSpace", "Space", "StageChoices", "space_from_dict"]
+__all__ = [
+    "FORMS",
+    "Choice",
+    "GraftSpace",
+    "Option",
+    "SearchSpace",
+    "Space",
+    "StageChoices",
+    "candidates_of",
+    "space_from_dict",
+]

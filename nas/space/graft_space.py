@@ -324,6 +324,11 @@ Space = SearchSpace | GraftSpace
 """A space that a search may search."""
 
 
+def candidates_of(space: Space) -> str:
+    """Returns the word for candidates of a space, in the plural, for messages."""
+    return "forms" if isinstance(space, GraftSpace) else "architectures"
+
+
 def space_from_dict(data: Mapping[str, Any]) -> Space:
     """Builds a search space or a graft space from the data of its `to_dict`.
 
