@@ -143,6 +143,7 @@ def test_the_command_wants_a_file_for_each_donor(capsys: pytest.CaptureFixture[s
         assert "need each other" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_offers_teaches_tunes_and_exports_them(folder: Path, tmp_path: Path) -> None:
     config = SearchConfig(
         search_spaces.load("mini"),

@@ -899,6 +899,7 @@ def test_a_finished_parent_is_not_taken_for_another(
         graft(parent, replace(config, **changes, out=out))
 
 
+@pytest.mark.slow
 def test_a_worker_with_its_own_folder_needs_a_copy_of_the_parent(
     run: Run, config: SearchConfig, tmp_path: Path
 ) -> None:
