@@ -11,7 +11,7 @@ from ..interval import Interval
 from ..objectives.agreement import list_pairs
 from ..objectives.objectives import OBJECTIVES, Scores
 from ..objectives.paired import Hits, paired_difference, unpack
-from ..space import GraftSpace
+from ..space import has_grafts
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
     text += f"; statistically tied, so in either order: {tied}" if tied else ""
-    could = config.proxy == "train" and not config.cross_fit and not isinstance(run.space, GraftSpace)
+    could = config.proxy == "train" and not config.cross_fit and not has_grafts(run.manifest.space)
     could = could and config.teacher is None and config.proxy_images is None  # as `check_for_cross_fit` has it
     return f"{text}; a new run with `cross_fit` knows them better" if could and widest > WIDE else text
 

@@ -80,7 +80,7 @@ def verdicts(run: Run) -> list[str]:
     """See `Run.verdicts`. Each target and each further runtime has a line on the order of its latencies."""
     attributes, front = run.attributes, run.front()
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
-    lines = [trust_in_words(told, candidates_of(run.space))] if (told := run.manifest.trust) else []
+    lines = [trust_in_words(told, candidates_of(run.manifest.space))] if (told := run.manifest.trust) else []
     lines += graft_verdicts(run, front, attributes)
     for objective in (o for o in run.objectives if o.is_latency):
         target = objective.target or (run.targets[0] if run.targets else "")

@@ -361,7 +361,7 @@ def trust(run: Run) -> dict[str, Any]:
             "ceiling": format_figure(Interval.of(told["ceiling"])),
             "epochs": told["epochs"],
             "count": told["count"],
-            "what": candidates_of(run.space),
+            "what": candidates_of(run.manifest.space),
             "calibration": told["calibration"],
         },
         "verdicts": [line for line in run.verdicts() if not line.startswith("proxy ")],

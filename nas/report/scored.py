@@ -16,7 +16,7 @@ from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_value
 from ..scoring.latency.config import CONDITIONS
-from ..space import FORMS, GraftSpace
+from ..space import FORMS, has_grafts
 from ..streams import encodable
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def axis_range(objective: Objective, scored: Scored) -> tuple[float, float]:
         for run, _, _ in scored
         for scores in run.baselines().values()
         if (value := objective.read(scores)) is not None
-        and (isinstance(run.space, GraftSpace) or low - reach <= value <= high + reach)
+        and (has_grafts(run.manifest.space) or low - reach <= value <= high + reach)
     ]
     low, high = min([low, *near]), max([high, *near])
     margin = 0.07 * (high - low or abs(high) or 1.0)

@@ -8,7 +8,7 @@ and settings without effect are brought to one form (`nas.architecture`). So equ
 counts distinct networks.
 """
 
-from .graft_space import FORMS, GraftSpace, Option, Space, candidates_of, space_from_dict
+from .graft_space import FORMS, GraftSpace, Option, Space, candidates_of, has_grafts, space_from_dict
 from .search_space import SearchSpace
 from .stage_choices import Choice, StageChoices
 
@@ -21,5 +21,6 @@ __all__ = [
     "Space",
     "StageChoices",
     "candidates_of",
+    "has_grafts",
     "space_from_dict",
 ]

@@ -324,9 +324,14 @@ Space = SearchSpace | GraftSpace
 """A space that a search may search."""
 
 
-def candidates_of(space: Space) -> str:
-    """Returns the word for candidates of a space, in the plural, for messages."""
-    return "forms" if isinstance(space, GraftSpace) else "architectures"
+def has_grafts(space: Space | Mapping[str, Any]) -> bool:
+    """Whether the candidates of a space are grafts. Of plain data, nothing else is read."""
+    return "parent" in space if isinstance(space, Mapping) else isinstance(space, GraftSpace)
+
+
+def candidates_of(space: Space | Mapping[str, Any]) -> str:
+    """Returns the word for candidates of a space or of its plain data, in the plural, for messages."""
+    return "forms" if has_grafts(space) else "architectures"
 
 
 def space_from_dict(data: Mapping[str, Any]) -> Space:
@@ -335,5 +340,5 @@ def space_from_dict(data: Mapping[str, Any]) -> Space:
     Raises:
         UsageError: if the data describes neither.
     """
-    grafts = isinstance(data, Mapping) and "parent" in data
+    grafts = isinstance(data, Mapping) and has_grafts(data)
     return GraftSpace.from_dict(data) if grafts else SearchSpace.from_dict(data)
