@@ -285,7 +285,9 @@ class TrainingLoop:
             for tensor in model.state_dict().values():
                 distributed.broadcast(tensor, 0)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        ranks = (self.processes.rank, self.processes.count, self.place.workers)
+        # a reader that is forked beside the threads of gloo, between two sums over all processes, may hang for ever
+        workers = 0 if self.processes.count > 1 and self.device.type == "cpu" else self.place.workers
+        ranks = (self.processes.rank, self.processes.count, workers)
         size, pin = min(EVALUATION_BATCH, self.size // self.processes.count), self.device.type == "cuda"
         with torch.inference_mode():
             for pixels, labels in evaluation_batches(part, self.data, size, *ranks, pin):
