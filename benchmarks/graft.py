@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tune-epochs", type=int, default=4)
     parser.add_argument("--library", default="default")
     parser.add_argument("--grain", default="stage")
+    parser.add_argument("--proxy", default="train", help="train (one epoch of tuning) or assembled")
     parser.add_argument("--budget", type=float, default=0.75, help="largest latency as a share of the parent's")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
@@ -82,7 +83,12 @@ def _search(asked: argparse.Namespace, seed: int) -> Run:
         out=out,
     )
     parent = ParentConfig(
-        f"timm:{asked.parent}", asked.weights, asked.parent_epochs, library=asked.library, grain=asked.grain
+        f"timm:{asked.parent}",
+        asked.weights,
+        asked.parent_epochs,
+        library=asked.library,
+        grain=asked.grain,
+        proxy=asked.proxy,
     )
     return graft(parent, config, {"latency": asked.budget})
 

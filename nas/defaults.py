@@ -24,7 +24,8 @@ EPOCHS = 4
 TRAIN_BATCH_SIZE = 64
 
 # Grafts: the tuning of what was assembled
-GRAFT_PROXY = "assembled"
+GRAFT_PROXY = "train"
+GRAFT_EPOCHS = 1
 LIBRARY = "default"
 GRAIN = "stage"
 DISTIL_EPOCHS = 4

@@ -678,7 +678,7 @@ def run(config: SearchConfig) -> Run:
 
 
 def _parent(weights: Path) -> ParentConfig:
-    return ParentConfig(f"timm:{PARENT}", weights, epochs=1, library="mini", distil_epochs=1)
+    return ParentConfig(f"timm:{PARENT}", weights, 1, library="mini", distil_epochs=1, proxy="assembled")
 
 
 def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) -> None:

@@ -206,11 +206,19 @@ def test_a_run_records_them_and_is_resumed_with_the_same_ones(run: Run, root: Pa
 
 def test_only_a_process_that_trains_needs_them(run: Run) -> None:
     config = local_config(run, unlabelled="/no/such")
-    evaluator, conditions = evaluator_of(run, config)
+    evaluator, conditions = evaluator_of(run, replace(config, proxy="assembled"))
     assert evaluator.data.unlabelled is None
     assert "unlabelled" not in conditions
     with pytest.raises(DataError, match="`unlabelled` = /no/such"):
-        evaluator_of(run, replace(config, proxy="train"))
+        evaluator_of(run, config)
+
+
+def test_the_search_scores_the_first_epoch_of_what_it_tunes(run: Run) -> None:
+    assert (run.manifest.config.proxy, run.manifest.config.epochs) == ("train", 1)
+    scored = {t.key: t.scores.accuracy for t in run.trials(tuned=False) if t.state == "complete"}
+    tuned = run.attributes["tuned"]
+    assert set(scored) & set(tuned)
+    assert all(tuned[key]["curve"][0] == [1, scored[key]] for key in set(scored) & set(tuned))
 
 
 def test_a_calibration_of_the_run_keeps_them(run: Run, root: Path, tmp_path: Path) -> None:

@@ -194,9 +194,15 @@ OF_PARENT = {
     default=defaults.PROXY,
     section=ACCURACY,
     help="Source of accuracy: train, or a proxy that only ranks (params, macs, zico, ensemble, …; docs/proxies.md). "
-    "With --parent: assembled (no training) or train.",
+    "With --parent: train (a short tuning) or assembled (no training).",
 )
-@option("--epochs", type=int, default=defaults.EPOCHS, section=ACCURACY, help="Epochs of the short training.")
+@option(
+    "--epochs",
+    type=int,
+    default=defaults.EPOCHS,
+    section=ACCURACY,
+    help="Epochs of the short training; 1 with --parent, unless you say otherwise.",
+)
 @option(
     "--early-stopping/--no-early-stopping",
     default=True,
@@ -319,8 +325,9 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
     given_budgets, shares = given.pop("budgets", ({}, {}))
     if parent is not None and "space" in given:
         raise UsageError("--space and --parent exclude each other: the space is that of the parent's forms")
-    if parent is not None and "proxy" in given:
-        of_parent["proxy"] = given.pop("proxy")
+    for name, field in (("proxy", "proxy"), ("epochs", "proxy_epochs")):
+        if parent is not None and name in given:
+            of_parent[field] = given.pop(name)
     given |= {"budgets": given_budgets} if given_budgets else {}
     if parent is None and (of_parent or shares):
         named = (f"--{name.replace('_', '-')}" for name, field in OF_PARENT.items() if field in of_parent)

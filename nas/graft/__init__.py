@@ -4,7 +4,7 @@ The pretrained network is fitted to the user's classes (`parent`). Its forms are
 dropped, in the order of their harm (`harms`), inner channels that can go, and places for layers of ours (`options`),
 which are taught to answer like the layers that they replace (`distil`), as are parts of other networks (`donors`). A
 shortlist says where the search begins (`shortlist`). Then `nas.search` searches the forms of the parent as it searches
-any space. It scores assembled networks by forward passes, and tunes the best with the parent as teacher
+any space. It scores them by a short tuning with the parent as teacher, and tunes the best to the end
 (`nas.search.tune`). How far these scores can be trusted is measured by long tunings (`calibrate`).
 """
 

@@ -46,8 +46,9 @@ class ParentConfig:
         unlabelled: folder or `.tar` of images without labels. Layers of ours, and the forms that are tuned, learn the
             parent's answers on them too.
         donors: other pretrained networks, whose parts are offered in places of the parent.
-        proxy: source of a form's accuracy before the best are tuned: `assembled` (forward passes) or `train` (a tuning
-            of `SearchConfig.epochs` epochs).
+        proxy: source of a form's accuracy before the best are tuned to the end: `train` (a tuning of `proxy_epochs`
+            epochs) or `assembled` (forward passes).
+        proxy_epochs: epochs of that tuning.
     """
 
     target: str
@@ -59,6 +60,7 @@ class ParentConfig:
     unlabelled: str | None = None
     donors: tuple[Donor, ...] = ()
     proxy: str = defaults.GRAFT_PROXY
+    proxy_epochs: int = defaults.GRAFT_EPOCHS
 
     def __post_init__(self) -> None:
         if self.grain not in GRAINS:

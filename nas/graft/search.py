@@ -41,7 +41,7 @@ def graft(
 
     Args:
         parent: the pretrained network.
-        config: the configuration of the search. Its space and its proxy are ignored.
+        config: the configuration of the search. Its space, its proxy and the epochs of that are ignored.
         shares: `latency` -> largest latency as a share of the parent's, as a budget of the search.
         on_trial: called at the start of the search and after every trial.
         on_step: called after each step of the parent's training, and then of the teaching of our layers.
@@ -87,7 +87,15 @@ def graft(
         log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
     start = tuple(dict.fromkeys((*space.rivals().values(), *hopeful)))
     return search(
-        replace(config, space=space, budgets=budgets, proxy=parent.proxy, start=start, input_size=data.input_size[1]),
+        replace(
+            config,
+            space=space,
+            budgets=budgets,
+            proxy=parent.proxy,
+            epochs=parent.proxy_epochs,
+            start=start,
+            input_size=data.input_size[1],
+        ),
         on_trial,
         images=data,
     )

@@ -43,7 +43,7 @@ class Scores:
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
-        accuracy_assembled: accuracy of a graft before it was tuned.
+        accuracy_assembled: accuracy of a graft in the search, before it was tuned to the end.
         curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
         hits: which held-out images are right, as text of `nas.objectives.paired.pack`: of `accuracy`, or of the last
             epoch of a stopped training. Empty if unknown.

@@ -58,14 +58,33 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
     _score_rivals(study, evaluator, space.rivals(), tuner, trials)
     if config.tune_epochs > FIRST_EPOCHS:
-        tuner.race(starters(run, trials, WIDER * config.tune_count))
-        chosen = winners(run, trials, tuner.raced, config.tune_count)
+        raced = _first_epochs(run, trials, config)
+        if not raced:
+            tuner.race(starters(run, trials, WIDER * config.tune_count))
+            raced = tuner.raced
+        chosen = winners(run, trials, raced, config.tune_count)
     else:
         chosen = starters(run, trials, config.tune_count)
     tuner.tune_all(chosen)
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
         log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)
         study.set_user_attr(CONTROL, {"key": graft.key, **tuner.from_random_weights(graft)})
+
+
+def _first_epochs(run: Run, trials: Sequence[Trial], config: SearchConfig) -> dict[str, Any]:
+    """Returns the scores of a search as entries of `raced`, if they are tunings of the first epochs; else none."""
+    if config.proxy != "train" or config.epochs != FIRST_EPOCHS or not all(t.scores.hits for t in trials):
+        return {}
+    return {
+        t.key: {
+            "accuracy": t.scores.accuracy,
+            "accuracy_std": t.scores.accuracy_std,
+            "epochs": FIRST_EPOCHS,
+            "num_images": run.manifest.data.num_holdout,
+            "hits": t.scores.hits,
+        }
+        for t in trials
+    }
 
 
 class _Tuner:
