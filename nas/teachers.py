@@ -56,10 +56,10 @@ def load_teacher(
         load_weights(model, exported.weights)
     elif name.startswith("timm:"):
         assert weights is not None
-        check_network_name(name.removeprefix("timm:"))
-        model = create_network(name.removeprefix("timm:"), len(classes), input_size)
+        network = check_network_name(name)
+        model = create_network(network, len(classes), input_size)
         load_weights(model, Path(weights))
-        known = timm.get_pretrained_cfg(name.removeprefix("timm:"), allow_unregistered=True).to_dict()
+        known = timm.get_pretrained_cfg(network, allow_unregistered=True).to_dict()
     else:
         raise UsageError(f"`teacher` = {name}: give a trained folder, an exported folder or timm:NAME")
     count = int(getattr(model, "num_classes", 0))

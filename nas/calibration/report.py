@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..defaults import GRAFT_EPOCHS
 from ..errors import RunError
 from ..folders.calibration import Calibration
 from ..interval import Interval
@@ -27,12 +28,14 @@ CHEAP_SHARE = 0.1
 """An estimator is cheap if it takes at most this share of the time of a truth."""
 BANDS = ("fast", "middle", "slow")
 ADDITIVE, ASSEMBLED = "additive", "assembled"
-"""Estimators of grafts: the sum of the harms of single changes, and the search's own score without training."""
+"""Estimators of grafts: the sum of the harms of single changes, and the accuracy of what was assembled."""
 NAMES = (*ESTIMATORS, ADDITIVE)
 BASELINES = ("params", "macs")
 BASELINES_OF_GRAFTS = (*BASELINES, ADDITIVE, ASSEMBLED)
 TRAINED, TUNED = "train@", "tuned@"
 """Beginnings of the names of short trainings, and of short tunings. The number of epochs follows."""
+SCORES_OF_GRAFTS = (ASSEMBLED, f"{TUNED}{GRAFT_EPOCHS}")
+"""What a search for grafts scores by: without training, and by default."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _choosable(
     """Returns the estimators that may be recommended, and an ensemble of them, which becomes a column too.
 
     Only an estimator with a score for every architecture may be recommended. A search for grafts can use neither an
-    ensemble nor a sum of harms, and its own score without training always takes part.
+    ensemble nor a sum of harms, and its own two scores always take part.
 
     Args:
         columns: all estimators; the ensemble is added.
@@ -139,7 +142,7 @@ def _choosable(
     """
     cheap = {name: column for name, column in columns.items() if column.seconds <= budget}
     if of_grafts:
-        allowed = {**cheap, **{name: column for name, column in columns.items() if name == ASSEMBLED}}
+        allowed = {**cheap, **{name: column for name, column in columns.items() if name in SCORES_OF_GRAFTS}}
         return None, {name: c for name, c in allowed.items() if c.complete and name != ADDITIVE}
     ensemble, columns["ensemble"] = _ensemble(cheap, truths, budget)
     cheap["ensemble"] = columns["ensemble"]

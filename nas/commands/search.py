@@ -125,7 +125,7 @@ OF_PARENT = {
     type=int,
     default=defaults.TUNE_COUNT,
     section=PARENT,
-    help="Number of forms to tune to the end; twice as many are tuned for one epoch first.",
+    help="Largest number of forms to tune to the end, or the whole front if it has more.",
 )
 @option(
     "--control/--no-control",

@@ -166,7 +166,7 @@ class Run:
 
         Args:
             remeasured: whether latencies that were measured again after the search replace the first ones.
-            tuned: whether accuracies after tuning replace those of assembled grafts. Grafts that were not tuned are
+            tuned: whether accuracies after tuning replace those that the search scored. Grafts that were not tuned are
                 then pruned, because their accuracies cannot be compared.
 
         Raises:

@@ -1,7 +1,7 @@
 """Calibrates the estimators of a search for grafts: long tunings of random forms against what a search knows before.
 
 The truths are tunings as the search tunes, only longer. The estimators are the sum of single harms, from which the
-search takes its first forms, the accuracy of what was assembled, by which it ranks forms, and shorter tunings.
+search takes its first forms, the accuracy of what was assembled, and shorter tunings, by which it ranks forms.
 """
 
 from __future__ import annotations

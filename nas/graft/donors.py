@@ -58,9 +58,8 @@ class Donor:
         network = timm.create_model(self.name)
         heads = network.default_cfg.get("classifier") or ()
         heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        if missing := [
-            name for name, _ in network.named_parameters() if name not in held and not name.startswith(heads)
-        ]:
+        names = [name for name, _ in network.named_parameters() if not name.startswith(heads)]
+        if missing := [name for name in names if name not in held]:
             raise UsageError(
                 f"`donor_weights` = {self.weights} does not hold the weights of {self.name}: {missing[0]} is missing"
             )

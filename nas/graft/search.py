@@ -118,7 +118,7 @@ def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Prog
     if not isinstance(config.space, GraftSpace):
         given = {} if config.unlabelled is None else {"unlabelled": config.unlabelled}
         config = configure(config, run.path, trials=config.trials, **given)
-    log.info("resuming %s with its own parent, library and budgets", run.path)
+    log.info("resuming %s with its own parent, library, proxy and budgets", run.path)
     return search(config, on_trial)
 
 

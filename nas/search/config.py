@@ -64,7 +64,7 @@ class SearchConfig:
         tune_epochs: epochs for which the best grafts are tuned after the search, and the parent's forms with them. Only
             for a `GraftSpace`.
         tune_count: largest number of grafts that are tuned to the end, or more if the front after the first epoch has
-            more. Twice as many are tuned for the first epoch.
+            more. If the search scores without tuning, twice as many are tuned for the first epoch.
         control: whether a graft of the front is also trained from random weights, as long as it was tuned.
         early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
         epochs: epochs of the short training.

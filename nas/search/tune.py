@@ -1,7 +1,8 @@
 """Tunes the best grafts of a search, and the parent's forms that need no search, all in the same way.
 
-Assembled accuracies only say which grafts to tune for the first epoch, and their accuracies after it say which of these
-go on to the end. A front is made of networks alone that were tuned to the end. The results are attributes of the study,
+Accuracies after the first epoch say which grafts go on to the end. They are the search's own scores, or else the grafts
+with the best assembled accuracies are tuned for that epoch first. A front is made of networks alone that were tuned to
+the end. The results are attributes of the study,
 `raced:KEY` and `tuned:KEY` (accuracy, and which held-out images were right); the weights lie in the run folder. A
 killed search goes on from the last state of the tuning that was under way, with the same results.
 """
