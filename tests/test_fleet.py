@@ -39,10 +39,11 @@ from nas.storage.connect import open_storage
 
 ROOT = Path(__file__).parents[1]
 QUICK = (
+    "import nas.storage.outages as o; o.RETRY_SECONDS = 0.1; "
     "import nas.search.workers.claims as f; f.BEAT_SECONDS, f.GRACE_SECONDS = 0.3, 3.0; "
     "from nas.commands import main; main()"
 )
-"""The command line with workers that are given up sooner."""
+"""The command line with workers that are given up sooner, and so ask again sooner after an outage."""
 
 
 @pytest.fixture
