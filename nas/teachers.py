@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 
+from .data import ImageData
 from .errors import UsageError
 from .folders.training import Trained, is_training, load_weights
 from .foreign_files import is_file
 from .models.timm_models import check_network_name, create_network
 from .scoring.accuracy import Teacher
 from .targets import resolve
+
+log = logging.getLogger(__name__)
 
 
 def check_teacher(teacher: str | None, weights: str | None) -> None:
@@ -24,6 +28,15 @@ def check_teacher(teacher: str | None, weights: str | None) -> None:
     """
     if (teacher or "").startswith("timm:") != (weights is not None):
         raise UsageError("`teacher` = timm:NAME and `teacher_weights` = FILE go together: nothing is downloaded")
+
+
+def absolute_places(teacher: str | None, weights: str | None) -> dict[str, Any]:
+    """Returns `teacher` and `teacher_weights` with absolute paths, to be stored."""
+    folder = teacher is not None and not teacher.startswith("timm:")
+    return {
+        "teacher": str(Path(str(teacher)).expanduser().resolve()) if folder else teacher,
+        "teacher_weights": None if weights is None else str(Path(weights).expanduser().resolve()),
+    }
 
 
 def load_teacher(
@@ -69,3 +82,32 @@ def load_teacher(
         raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
     model = model.eval().requires_grad_(False)
     return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)
+
+
+def teacher_of_candidates(name: str, weights: str | None, data: ImageData, source: str, max_images: int) -> Teacher:
+    """Loads a teacher for short trainings of candidates on these images. Warns if it saw those that are held out.
+
+    Args:
+        name: see `load_teacher`.
+        weights: see `load_teacher`.
+        data: the images of the short trainings.
+        source: name of their data set, as for `nas.data.load_data`.
+        max_images: largest number of images that was taken of it.
+
+    Raises:
+        UsageError: if there is no such teacher, or it does not know the classes or take the images.
+    """
+    teacher = load_teacher(name, weights, data.classes, data.input_size)
+    folder = Path(name)
+    if is_training(folder) and not Trained.open(folder).spared(source, max_images):
+        log.warning(
+            "%s was trained on images that are held out here, so all accuracies come out too high. The folder "
+            "`parent` of a search with a `parent` on these images leaves them out",
+            name,
+        )
+    try:
+        teacher.answer(data.train.pixels[:2])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise UsageError(f"`teacher` = {name} does not take images of {data.input_size[1]} pixels ({why})") from None
+    return teacher

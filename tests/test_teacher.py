@@ -100,7 +100,7 @@ def test_a_teacher_that_saw_the_held_out_images_is_said(tmp_path: Path, caplog: 
     train_fully(settings)
     config = _config(tmp_path, tmp_path / "run")
     search(replace(config, teacher=str(tmp_path / "teacher"), teacher_weights=None))
-    assert "was trained on images that this search holds out" in caplog.text
+    assert "was trained on images that are held out here" in caplog.text
 
 
 @table(

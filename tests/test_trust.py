@@ -13,21 +13,27 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
+import timm
 import torch
 from conftest import table
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau, linregress, spearmanr, t
 from sklearn.linear_model import Ridge
 from test_search import TINY
 
 import search_spaces
-from nas.architecture import Graft
+from nas.architecture import Graft, candidate_from_json
 from nas.calibration.report import low_epochs, noiseless, trust_report
 from nas.calibration.work import CalibrationConfig, calibrate, configure
+from nas.data import load_data
 from nas.errors import DataError, RunError, UsageError
 from nas.folders.calibration import Calibration, find_trust, format_curve, parse_curve
+from nas.machine.devices import seeded
+from nas.models import create_backbone
 from nas.report.trust import plot_trust
-from nas.scoring.accuracy import ESTIMATORS, Ensemble, Rung, trust
+from nas.scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, Teacher, Tuning, train, trust
+from nas.scoring.accuracy.training import LEARNING_RATE
 from nas.scoring.latency import LatencyConfig
 from nas.scoring.regression import PENALTIES, ridge
 from nas.search import SearchConfig, search
@@ -316,6 +322,46 @@ def test_a_resumed_calibration_keeps_its_options(calibrated):
     for name, value in {"space": MINI, "seed": 1, "batch_size": 16, "input_size": 32, "max_images": 90}.items():
         with pytest.raises(RunError, match=f"another `{name}`"):
             configure(CalibrationConfig(MINI), calibrated.path, **{name: value})
+
+
+def test_what_a_teacher_does_to_the_order(calibrated, tmp_path, monkeypatch):
+    """A finished calibration is extended by trainings with a teacher, and is resumed with the same one only."""
+    monkeypatch.setattr("nas.calibration.steps.POOL", 1)
+    path = shutil.copytree(calibrated.path, tmp_path / "copy")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = timm.create_model("test_resnet", num_classes=10)
+        save_file(network.state_dict(), tmp_path / f"{seed}.safetensors")
+    teacher = {"teacher": "timm:test_resnet", "teacher_weights": str(tmp_path / "0.safetensors")}
+    found = calibrate(configure(CalibrationConfig(MINI), path, **teacher), path)
+    network.load_state_dict(load_file(tmp_path / "0.safetensors"))
+    data, known = load_data("digits", 16, max_images=100), network.pretrained_cfg
+    taught = Tuning(Teacher(network.eval(), known["mean"], known["std"]), learning_rate=LEARNING_RATE)
+    row = next(row for row in found.rows("scores") if row["estimator"] == "taught@1")
+    candidate = candidate_from_json(next(r["architecture"] for r in found.rows("truths") if r["key"] == row["key"]))
+    with seeded(1):
+        model = create_backbone(candidate, 10)
+    alone = train(model, data, Fidelity(1, 32, tuning=taught), 1, "cpu")
+    assert float(row["score"]) == pytest.approx(alone.score, abs=1e-3)
+    report = found.report()
+    (told,) = (r for r in report["rows"] if r["estimator"] == "taught@1")
+    assert told["count"] == 10
+    assert "train@1" in told["against"]
+    assert any(line.startswith("with the teacher, a training of 1 epoch ") for line in report["verdict"])
+    assert "taught@1" not in report["ensemble"]["members"]
+    again = calibrate(configure(CalibrationConfig(MINI), path), path)
+    assert again.rows("scores") == found.rows("scores")
+    with pytest.raises(RunError, match="another `teacher`"):
+        calibrate(replace(config(**teacher), teacher_weights=str(tmp_path / "1.safetensors")), path)
+
+
+def test_a_calibration_of_a_release_without_options_keeps_its_epochs(calibrated, tmp_path):
+    path = shutil.copytree(calibrated.path, tmp_path / "copy")
+    recorded = json.loads((path / "calibration.json").read_text())
+    del recorded["options"]
+    (path / "calibration.json").write_text(json.dumps(recorded))
+    effort = configure(CalibrationConfig(MINI), path).effort
+    assert (effort.count, effort.epochs, effort.repeats) == (10, 2, 3)
 
 
 def moved(calibrated: Calibration, path, **changes) -> Calibration:

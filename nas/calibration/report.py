@@ -32,8 +32,9 @@ ADDITIVE, ASSEMBLED = "additive", "assembled"
 NAMES = (*ESTIMATORS, ADDITIVE)
 BASELINES = ("params", "macs")
 BASELINES_OF_GRAFTS = (*BASELINES, ADDITIVE, ASSEMBLED)
-TRAINED, TUNED = "train@", "tuned@"
-"""Beginnings of the names of short trainings, and of short tunings. The number of epochs follows."""
+TRAINED, TUNED, TAUGHT = "train@", "tuned@", "taught@"
+"""Beginnings of the names of short trainings, of short tunings, and of short trainings with a teacher. The number of
+epochs follows."""
 SCORES_OF_GRAFTS = (ASSEMBLED, f"{TUNED}{GRAFT_EPOCHS}")
 """What a search for grafts scores by: without training, and by default."""
 
@@ -100,7 +101,7 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
         "ensemble": ensemble.to_dict() if ensemble else {},
     }
     report["recommended"] = max(cheap, key=lambda name: _known(trust.kendall(cheap[name].scores, truths)))
-    verdict = [*_verdict(report, found.candidates), *_of_tunings(report)]
+    verdict = [*_verdict(report, found.candidates), *_of_tunings(report), *_of_a_teacher(report)]
     if len(machines := found.manifest.machines) > 1:
         verdict.append(f"seconds are means over different machines or threads: {'; '.join(machines)}")
     return report | {"verdict": verdict}
@@ -158,7 +159,8 @@ def _columns(
     """
     columns = {}
     rows, training = found.rows("scores"), TUNED if found.of_grafts else TRAINED
-    for name in NAMES:
+    taught = sorted({row["estimator"] for row in rows if row["estimator"].startswith(TAUGHT)})
+    for name in (*NAMES, *taught):
         mine = {row["key"]: row for row in rows if row["estimator"] == name and not row["failure"]}
         if mine:
             scores = [float(mine[key]["score"]) if key in mine else math.nan for key in keys]
@@ -176,8 +178,10 @@ def _ensemble(cheap: Mapping[str, _Column], truths: np.ndarray, budget: float) -
     """Fits the ensemble on all truths; also returns its cross-validated scores (ten folds, ten times).
 
     Members are taken from the cheapest on, while together they cost at most `budget` seconds. Of several short
-    trainings the longest is taken, because it contains the others.
+    trainings the longest is taken, because it contains the others. Trainings with a teacher are no members, because a
+    search with an ensemble has none.
     """
+    cheap = {name: column for name, column in cheap.items() if not name.startswith(TAUGHT)}
     whole: dict[str, _Column] = {}
     for name, column in sorted(cheap.items(), key=lambda item: item[1].seconds):
         others = {n: c for n, c in whole.items() if not (name.startswith(TRAINED) and n.startswith(TRAINED))}
@@ -210,8 +214,10 @@ def _row(
         band: _figure(trust.kendall, *_both(column.scores[part], truths[part]))
         for band, part in zip(BANDS, np.array_split(np.arange(len(truths)), len(BANDS)), strict=True)
     }
+    without = name.replace(TAUGHT, TRAINED)
+    others = [*baselines, *([without] if without in columns else [])]
     row["against"] = {
-        other: _plain(_difference(column.scores, columns[other].scores, truths)) for other in baselines if other != name
+        other: _plain(_difference(column.scores, columns[other].scores, truths)) for other in others if other != name
     }
     return row
 
@@ -330,6 +336,25 @@ def _of_tunings(report: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{row['estimator']} {does} forms better than {ASSEMBLED} does: by {format_figure(difference)}, for "
             f"{times:.1f} times its seconds"
+        )
+    return lines
+
+
+def _of_a_teacher(report: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each short training with a teacher: what the teacher does to the order of architectures."""
+    lines = []
+    for row in sorted(report["rows"], key=lambda row: float(row["seconds"])):
+        epochs = row["estimator"].removeprefix(TAUGHT)
+        plain = row["against"].get(f"{TRAINED}{epochs}")
+        if plain is None:
+            continue
+        difference = Interval(**plain)
+        worse = "worse" if difference.high < 0 else "better"
+        does = "does not show that it orders" if difference.low <= 0 <= difference.high else "orders"
+        lines.append(
+            f"with the teacher, a training of {epochs} {'epoch' if epochs == '1' else 'epochs'} {does} architectures "
+            f"{worse} than without: Kendall {format_figure(Interval.of(row['kendall']))}, a difference of "
+            f"{format_figure(difference)}"
         )
     return lines
 

@@ -23,10 +23,10 @@ from ..folders.calibration import Calibration, format_curve
 from ..folders.checkpoint import resume, save_checkpoint
 from ..machine.limits import training_threads
 from ..machine.turns import exclusive
-from ..scoring.accuracy import Estimate, Fidelity, Training, Tuning, train
+from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, Tuning, train
 from ..scoring.memory import failing_without_memory
 from ..space import Space, candidates_of
-from .report import FEWEST, low_epochs
+from .report import FEWEST, TAUGHT, low_epochs
 
 POOL = 3
 """Number of random candidates that are timed for each one that is trained."""
@@ -34,6 +34,9 @@ MOST_DRAWS = 5
 """Stop drawing after this multiple of the pool, where too few candidates can be measured or meet the budgets."""
 TIMING: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2}
 """Conditions under which they are timed. They are coarse: the latencies only need to spread the candidates."""
+
+TAUGHT_EPOCHS = 2
+"""Most epochs of the trainings that also learn from a teacher."""
 
 OnStep = Callable[[int, int, str], None]
 
@@ -52,6 +55,10 @@ class Subject(Protocol):
     @property
     def tuning(self) -> Tuning | None:
         """How candidates with trained weights are trained on; None for trainings from scratch."""
+
+    @property
+    def taught(self) -> Tuning | None:
+        """How candidates learn from the teacher whose effect on the order is measured; None without a teacher."""
 
     @property
     def keeps_checkpoints(self) -> bool:
@@ -130,7 +137,7 @@ class Steps:
         self.subject, self.effort, self.found, self.on_step = subject, effort, found, on_step
         self.truths = found.rows("truths")
         self.scores = found.rows("scores")
-        self.total, self.done = (POOL + 3) * effort.count, 0
+        self.total, self.done = (POOL + 3 + (subject.taught is not None)) * effort.count, 0
 
     def run(self) -> None:
         """Does all steps that are not done yet."""
@@ -141,6 +148,8 @@ class Steps:
             self._train(candidate, seed, epochs)
             self._score(candidate, seed)
             self._train(candidate, seed + 1, epochs if candidate.key in twice else shorter)
+            if self.subject.taught is not None:
+                self._teach(candidate, seed + 1, min(shorter, TAUGHT_EPOCHS), self.subject.taught)
 
     def _step(self, note: str) -> None:
         self.done += 1
@@ -260,6 +269,27 @@ class Steps:
         if model is not None:
             self.found.write("scores", self.scores)
         self._step(f"scores of {candidate.key}")
+
+    def _teach(self, candidate: Candidate, seed: int, epochs: int, taught: Tuning) -> None:
+        """Trains a candidate with the teacher, as shortly and with the same seed as it is trained without."""
+        fidelity = Fidelity(epochs, self.effort.batch_size, tuning=taught)
+        names = {rung: f"{TAUGHT}{rung}" for rung in fidelity.rungs}
+        done = {row["estimator"] for row in self.scores if row["key"] == candidate.key}
+        if not done.issuperset(names.values()):
+            rows = {rung: {"key": candidate.key, "estimator": name, "seed": str(seed)} for rung, name in names.items()}
+            try:
+                for rung in failing_without_memory(partial(self._taught, candidate, seed, fidelity)):
+                    rows[rung.epoch] |= {"score": f"{rung.accuracy:.6g}", "seconds": f"{rung.seconds:.3f}"}
+            except TrialFailure as failure:
+                rows = {rung: row | {"failure": f"{failure.reason}: {failure}"} for rung, row in rows.items()}
+            self.scores += [{"failure": "", **row} for row in rows.values() if row["estimator"] not in done]
+            self.found.write("scores", self.scores)
+        self._step(f"training {candidate.key} with the teacher")
+
+    def _taught(self, candidate: Candidate, seed: int, fidelity: Fidelity) -> Sequence[Rung]:
+        model, data = self.subject.build(candidate, seed), self.subject.images(candidate)
+        with self._turn(), training_threads(self.effort.device):
+            return train(model, data, fidelity, seed, self.effort.device).curve
 
     def _turn(self) -> AbstractContextManager[None]:
         return nullcontext() if self.effort.share_device else exclusive(self.effort.device)

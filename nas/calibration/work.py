@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from ..machine.devices import resolve_device, seeded
 from ..models import create_backbone
 from ..results import calibration_folder
 from ..scoring.accuracy import ESTIMATORS, Estimate, Fidelity, Tuning
-from ..scoring.accuracy.training import RECIPE
+from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..space import SearchSpace, space_from_dict
+from ..teachers import absolute_places, check_teacher, teacher_of_candidates
 from . import steps
 from .report import trust_report
 from .steps import Effort, OnStep, Steps
@@ -63,6 +64,9 @@ class CalibrationConfig:
         batch_size: images in a training step.
         seed: seed of the architectures, the initial weights and the training; the second seed is the next number.
         share_device: whether to train without waiting for other processes that use the device.
+        teacher: a trained folder, an exported folder or `timm:NAME`. Candidates are then also trained shortly with it,
+            to measure what it does to their order.
+        teacher_weights: a safetensors file with the weights of `timm:NAME`.
     """
 
     space: SearchSpace
@@ -78,8 +82,11 @@ class CalibrationConfig:
     batch_size: int = defaults.TRAIN_BATCH_SIZE
     seed: int = defaults.SEED
     share_device: bool = False
+    teacher: str | None = None
+    teacher_weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_teacher(self.teacher, self.teacher_weights)
         self.effort.check(self.space)
 
     @property
@@ -113,10 +120,19 @@ def configure(new: CalibrationConfig, out: Path | None = None, **changes: Any) -
     if not isinstance(found.space, SearchSpace):
         raise RunError(f"{path} is a calibration of the forms of a pretrained network: give another `out`")
     manifest = found.manifest
-    stored = {"space": found.space, "batch_size": manifest.batch_size, "seed": manifest.seed, **manifest.options}
+    stored: dict[str, Any] = {"space": found.space, "batch_size": manifest.batch_size, "seed": manifest.seed}
+    stored |= {**_effort_so_far(found), **manifest.options}
     stored |= {"classes": tuple(stored["classes"])} if "classes" in stored else {}
     check_given(path, stored, changes)
     return replace(new, **stored | changes)
+
+
+def _effort_so_far(found: Calibration) -> dict[str, int]:
+    """Returns `count`, `epochs` and `repeats` as the trainings show them. Earlier releases did not store these."""
+    seed, curves = found.manifest.seed, found.truths()
+    first, again = ([curve[-1].epoch for (_, its), curve in curves.items() if its == s] for s in (seed, seed + 1))
+    epochs = max(first, default=0)
+    return {"count": len(first), "epochs": epochs, "repeats": max(again.count(epochs), 3)} if epochs else {}
 
 
 def check_given(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -164,11 +180,17 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
         "classes": list(config.classes),
         "max_images": config.max_images,
         "input_size": data.input_size[1],
+        **absolute_places(config.teacher, config.teacher_weights),
     }
+    taught = None
+    if config.teacher is not None:
+        teacher = teacher_of_candidates(config.teacher, config.teacher_weights, data, config.data, config.max_images)
+        taught = Tuning(teacher, learning_rate=LEARNING_RATE)
     with locked_folder(path, FILE, "calibration"):
-        recorded = {"space": config.space.to_dict(), "options": options}
+        recorded: dict[str, Any] = {"space": config.space.to_dict(), "options": options}
+        recorded |= {"teacher": taught.teacher.fingerprint} if taught is not None else {}
         found = open_or_create(path, config.effort, data, Path(config.data).name, recorded)
-        Steps(_Networks(config, data, found.manifest.reference_ms), config.effort, found, on_step).run()
+        Steps(_Networks(config, data, found.manifest.reference_ms, taught), config.effort, found, on_step).run()
         return write_report(found, config.epochs)
 
 
@@ -209,7 +231,8 @@ class _Networks:
     config: CalibrationConfig
     data: ImageData
     reference_ms: float
-    tuning: Tuning | None = None
+    taught: Tuning | None = None
+    tuning: Tuning | None = field(default=None, init=False)
     keeps_checkpoints: bool = True
 
     @cached_property
@@ -253,7 +276,8 @@ def open_or_create(
         effort: how much is to be done.
         data: the images.
         data_name: a short name of the images.
-        recorded: fields of the manifest: `space`, `options` without those of the effort, and `graft` for grafts.
+        recorded: fields of the manifest: `space`, `options` without those of the effort, `graft` for grafts, and the
+            hash of the `teacher` if there is one.
 
     Raises:
         RunError: if the folder is damaged, or its accuracies would not be comparable.
@@ -290,8 +314,10 @@ def open_or_create(
     for name, what in OF_GRAFTS.items():
         if recorded.get("graft", {}).get(name) != (its.graft or {}).get(name):
             raise RunError(f"{path} is a calibration with {what}: give another `out`")
+    if its.teacher is not None and its.teacher != recorded.get("teacher"):
+        raise RunError(f"{path} is a calibration with another `teacher`: give that one, or another `out`")
     here = on_machine(machine_name(effort.device), torch.get_num_threads())
-    return found.changed(options=options, **_also(found, here))
+    return found.changed(options=options, teacher=recorded.get("teacher"), **_also(found, here))
 
 
 def _also(found: Calibration, here: str) -> dict[str, Any]:

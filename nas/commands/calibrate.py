@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Begin = Callable[[Path, OnStep], Calibration]
 
 
-OF_SPACE = ("space", "classes", "max_images", "input_size", "batch_size", "seed")
+OF_SPACE = ("space", "classes", "max_images", "input_size", "batch_size", "seed", "teacher", "teacher_weights")
 """Options that a calibration of a run takes from the run."""
 OF_RUN = ("command", "unlabelled")
 """Options that only a calibration of a run has."""
@@ -48,6 +48,12 @@ OF_RUN = ("command", "unlabelled")
 @option(
     "--train-batch-size", "batch_size", type=int, default=defaults.TRAIN_BATCH_SIZE, help="Images per training step."
 )
+@option(
+    "--teacher",
+    metavar="TARGET",
+    help="Also train shortly with this network as teacher, and measure what it does to the order.",
+)
+@option("--teacher-weights", metavar="FILE", help="Weights of a teacher timm:NAME, a .safetensors file.")
 @option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Random seed.")
 @option("--command", metavar="PROGRAM", help="For a RUN with --runtime command: its program. This allows running it.")
 @option(

@@ -56,7 +56,10 @@ MANIFEST = {
         "epochs": COUNT,
         "repeats": COUNT,
         "unlabelled?": (str, None),
+        "teacher?": (str, None),
+        "teacher_weights?": (str, None),
     },
+    "teacher?": (LINE, None),
     "graft?": {
         "run": str,
         "parent": LINE,
@@ -90,6 +93,7 @@ class CalibrationManifest(Record):
         options: what the last call was asked for, so that a resume needs no options. Earlier releases wrote none.
         graft: for a calibration of grafts, its run, the hash of the parent's weights, and the run's images without
             labels and `proxy_images`.
+        teacher: hash of the weights of the teacher whose effect was measured; None without a teacher.
         machine: the machine on which it was begun.
         threads: its number of threads.
         also: machines on which it was extended.
@@ -103,6 +107,7 @@ class CalibrationManifest(Record):
     data: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     graft: Mapping[str, Any] | None = None
+    teacher: str | None = None
     machine: str = ""
     threads: int = 0
     also: Sequence[str] = ()

@@ -174,6 +174,7 @@ class _Grafts:
     evaluator: Evaluator
     folder: Path
     estimators: tuple[str, ...] = (ADDITIVE, ASSEMBLED, *BASELINES)
+    taught: Tuning | None = field(default=None, init=False)  # the parent teaches every tuning
     keeps_checkpoints: bool = field(default=False, init=False)  # of a parent of 100 MB, all of them would be tens of GB
 
     @property

@@ -18,16 +18,15 @@ from ..data import ImageData, Unlabelled, load_data, reduced, with_unlabelled
 from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
-from ..folders.training import Trained, is_training
 from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
 from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
-from ..teachers import load_teacher
+from ..teachers import teacher_of_candidates
 from .config import SearchConfig
 from .evaluate import ALL, MEASURE, PARTS, TRAIN, Evaluator
-from .parent import Parent, fingerprint, open_parent
+from .parent import Parent, open_parent
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def _of_teacher(config: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
     """Returns the condition that trainings have the same teacher; none for a process that has no need of it."""
     if evaluator.teacher is None:
         return {} if config.teacher is not None else {"teacher": None}
-    return {"teacher": fingerprint(evaluator.teacher.model.state_dict())}
+    return {"teacher": evaluator.teacher.fingerprint}
 
 
 def _described(images: Unlabelled | None) -> dict[str, Any] | None:
@@ -164,7 +163,10 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
         tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
     elif config.teacher is not None and teaches:
-        tuning = Tuning(_teacher(config, proxy_data), learning_rate=LEARNING_RATE)
+        teacher = teacher_of_candidates(
+            config.teacher, config.teacher_weights, proxy_data, config.data, config.max_images
+        )
+        tuning = Tuning(teacher, learning_rate=LEARNING_RATE)
     return Evaluator(
         data=data,
         objectives=config.objectives,
@@ -190,31 +192,6 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
         training_threads=max(1, torch.get_num_threads() // config.workers),
         parent=parent,
     )
-
-
-def _teacher(config: SearchConfig, data: ImageData) -> Teacher:
-    """Loads the teacher of a search.
-
-    Raises:
-        UsageError: if there is none, or it does not know the classes or take the images.
-    """
-    assert config.teacher is not None
-    teacher = load_teacher(config.teacher, config.teacher_weights, data.classes, data.input_size)
-    folder = Path(config.teacher)
-    if is_training(folder) and not Trained.open(folder).spared(config.data, config.max_images):
-        log.warning(
-            "%s was trained on images that this search holds out, so all accuracies come out too high. The folder "
-            "`parent` of a search with a `parent` on these images leaves them out",
-            config.teacher,
-        )
-    try:
-        teacher.answer(data.train.pixels[:2])
-    except (AssertionError, RuntimeError, ValueError) as error:
-        why = str(error).partition("\n")[0][:200]
-        raise UsageError(
-            f"`teacher` = {config.teacher} does not take images of {data.input_size[1]} pixels ({why})"
-        ) from None
-    return teacher
 
 
 def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:

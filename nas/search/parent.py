@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from ..architecture import Graft, Replacement
 from ..data import ImageData
 from ..errors import RunError
+from ..fingerprint import fingerprint
 from ..folders.files import PARENT
 from ..folders.library import LIBRARY, load_weights, weights_file
 from ..folders.training import Trained, is_training
@@ -68,16 +68,6 @@ class Parent:
         if data.classes != self.classes:
             raise RunError(f"{data.name} has other classes than the parent was trained on, or in another order")
         return replace(data, mean=self.mean, std=self.std)
-
-
-def fingerprint(*parts: Mapping[str, torch.Tensor]) -> str:
-    """Returns a short hash of weights."""
-    digest = hashlib.sha256()
-    for weights in parts:
-        for name, tensor in sorted(weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_parent(run_path: Path, space: GraftSpace) -> Parent:

@@ -33,6 +33,7 @@ from ..scoring.accuracy import ESTIMATORS
 from ..scoring.latency import reference_ms
 from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
+from ..teachers import absolute_places
 from .cheap import known_beforehand
 from .checks import check_lead
 from .comparable import (
@@ -88,8 +89,7 @@ def search(
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),
         profile=_absolute_folder(config.profile),
-        teacher=config.teacher if (config.teacher or "").startswith("timm:") else _absolute_folder(config.teacher),
-        teacher_weights=_absolute_folder(config.teacher_weights),
+        **absolute_places(config.teacher, config.teacher_weights),
         out=search_folder(config.space.name, config.data) if config.out is None else config.out,
     )
     assert config.out is not None

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...fingerprint import fingerprint
+
 MOST_BYTES = 512 << 20
 """Bytes of answers that a teacher keeps. It computes all further ones each time."""
 
@@ -37,6 +39,11 @@ class Teacher:
     std: tuple[float, ...]
     side: int | None = None
     _kept: _Kept = field(default_factory=_Kept, init=False, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of its weights."""
+        return fingerprint(self.model.state_dict())
 
     def answer(self, pixels: torch.Tensor, temperature: float = 1.0, key: Hashable = None) -> torch.Tensor:
         """Returns the logarithms of the teacher's class probabilities, float32 of shape (B, classes).
