@@ -109,18 +109,18 @@ def _rows(run: Run, seed: int) -> list[str]:
         return hits[form.key]
 
     whole, parent = rivals["parent"], scores["parent"]
-    lines = [_row(seed, "", "parent", parent.latency_ms, parent.accuracy, tested(whole), tested(whole))]
+    lines = [_row(seed, "", "parent", parent.latency.ms, parent.accuracy, tested(whole), tested(whole))]
     for share in SHARES:
-        within = [t for t in run.front() if t.scores.latency_ms <= share * parent.latency_ms]
+        within = [t for t in run.front() if t.scores.latency.ms <= share * parent.latency.ms]
         for trial in sorted(within, key=lambda t: -t.scores.accuracy)[:1]:
             name = f"{trial.key} ({'; '.join(trial.architecture.lines)})"
             found = tested(trial.architecture)
-            lines.append(_row(seed, share, name, trial.scores.latency_ms, trial.scores.accuracy, found, tested(whole)))
-        plain = [name for name, s in scores.items() if s.latency_ms <= share * parent.latency_ms]
+            lines.append(_row(seed, share, name, trial.scores.latency.ms, trial.scores.accuracy, found, tested(whole)))
+        plain = [name for name, s in scores.items() if s.latency.ms <= share * parent.latency.ms]
         for name in sorted(plain, key=lambda n: -scores[n].accuracy)[:1]:
             found = tested(rivals[name])
             words = f"best without a search: {name}"
-            lines.append(_row(seed, share, words, scores[name].latency_ms, scores[name].accuracy, found, tested(whole)))
+            lines.append(_row(seed, share, words, scores[name].latency.ms, scores[name].accuracy, found, tested(whole)))
     return lines
 
 

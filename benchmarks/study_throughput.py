@@ -39,9 +39,10 @@ import search_spaces
 from nas.architecture import Architecture
 from nas.folders.manifest import Manifest
 from nas.folders.run import Run
+from nas.interval import Interval
 from nas.machine.description import describe_machine, describe_software
 from nas.objectives.objectives import Scores
-from nas.scoring.latency import LatencyConfig
+from nas.scoring.latency import Latency, LatencyConfig
 from nas.search import SearchConfig
 from nas.search.evaluate import Evaluation
 from nas.search.samplers.knobs import Knobs
@@ -83,9 +84,7 @@ class Free:
         scores = Scores(
             params=1,
             macs=1,
-            latency_ms=work,
-            latency_low_ms=0.99 * work,
-            latency_high_ms=1.01 * work,
+            latency=Latency(Interval(work, 0.99 * work, 1.01 * work)),
             accuracy=accuracy,
             accuracy_std=0.5,
             curve=tuple((epoch, accuracy * epoch / 3) for epoch in (1, 2, 3)),
@@ -365,7 +364,7 @@ def populate(run: Run, url: str | None, finished: int, running: int) -> None:
                 scores = scorer.evaluate(architecture).scores
                 attributes |= {"scores": scores.to_dict(), "noise": {"latency": 0.01, "accuracy": 0.5}}
                 kind = models.TrialValueModel.TrialValueType.FINITE
-                for objective, figure in enumerate((scores.latency_ms, scores.accuracy)):
+                for objective, figure in enumerate((scores.latency.ms, scores.accuracy)):
                     rows[models.TrialValueModel].append(
                         {"trial_id": trial, "objective": objective, "value": figure, "value_type": kind}
                     )

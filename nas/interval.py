@@ -13,6 +13,9 @@ from typing import Any
 Z95 = 1.96
 """Number of standard errors from the middle of a normal distribution to the end of its 95 % interval."""
 
+LATENCY = ("ms", "low_ms", "high_ms")
+"""Names of value, lower and upper end in files, where the figure is a latency in milliseconds."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -45,9 +48,18 @@ class Interval:
         return None if entry is None else cls(entry["value"], entry["low"], entry["high"])
 
     @classmethod
-    def of_latency(cls, entry: Mapping[str, Any]) -> Interval:
-        """Reads `ms`, `low_ms` and `high_ms`, all in milliseconds, from an entry of a file. Other keys are ignored."""
-        return cls(entry["ms"], entry["low_ms"], entry["high_ms"])
+    def of_latency(cls, entry: Mapping[str, Any], prefix: str = "") -> Interval:
+        """Reads `ms`, `low_ms` and `high_ms`, all in milliseconds, from an entry of a file. Other keys are ignored.
+
+        Args:
+            entry: the entry.
+            prefix: what the three names begin with in the entry, such as `latency_`.
+        """
+        return cls(*(entry[f"{prefix}{name}"] for name in LATENCY))
+
+    def to_latency(self, prefix: str = "") -> dict[str, float]:
+        """Returns `ms`, `low_ms` and `high_ms` for an entry of a file. The inverse of `of_latency`."""
+        return dict(zip((f"{prefix}{name}" for name in LATENCY), (self.value, self.low, self.high), strict=True))
 
     @property
     def ends(self) -> tuple[float, float]:

@@ -149,9 +149,7 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
     return {
         "target": network.target.name,
         "input_size": network.size[1],
-        "latency_ms": latency.ms,
-        "latency_low_ms": latency.low_ms,
-        "latency_high_ms": latency.high_ms,
+        **latency.interval.to_latency("latency_"),
         "latency_spread": latency.spread,
         "latency_raw_ms": latency.raw_ms,
         "latency_q1_ms": latency.q1_ms,
@@ -192,9 +190,7 @@ def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {
             "part": path,
-            "latency_ms": part.ms,
-            "latency_low_ms": part.low_ms,
-            "latency_high_ms": part.high_ms,
+            **part.interval.to_latency("latency_"),
             "share": part.ms / whole.ms,
         }
         for path, part in parts.items()
@@ -214,8 +210,7 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
         if len(members) < 2:
             continue
         before = {targets[i].name: found for i in members if (found := targets[i].recorded) is not None}
-        names = ("latency_ms", "latency_low_ms", "latency_high_ms")
-        now = {targets[i].name: Interval(*(rows[i][name] for name in names)) for i in members}
+        now = {targets[i].name: Interval.of_latency(rows[i], "latency_") for i in members}
         held = compare_orders(before, now)
         rho = rank_correlation(*([figure.value for figure in each.values()] for each in (before, now)))
         row = rows[members[0]]

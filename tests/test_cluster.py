@@ -156,7 +156,7 @@ def test_it_trains_and_measures_and_is_resumed_after_a_kill(nodes, tmp_path):
     assert search.wait(300) == 0, (tmp_path / "log2").read_text()
     run = Run.open(out)
     assert set(check(run, 6)) == {"complete"}
-    assert all(t.scores.latency_ms > 0 and t.scores.accuracy > 0 for t in run.trials())
+    assert all(t.scores.latency.ms > 0 and t.scores.accuracy > 0 for t in run.trials())
     assert not any(t.failure for t in run.trials())
     assert all((out / "weights" / f"{t.key}.safetensors").is_file() for t in run.front(run.trials(remeasured=False)))
 

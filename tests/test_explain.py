@@ -36,8 +36,8 @@ def scores_of(architecture: Architecture) -> Scores:
     row = TRUTH[architecture.key]
     names = ("latency_ms", "latency_low_ms", "latency_high_ms", "accuracy", "accuracy_std")
     macs, params = int(row["macs"]), int(row["params"])
-    figures = {name: float(row[name]) for name in names}
-    return Scores(macs=macs, params=params, flops=2 * macs, memory_mib=params / 2**16, curve=((1, 90.0),), **figures)
+    counts = {"macs": macs, "params": params, "flops": 2 * macs, "memory_mib": params / 2**16}
+    return Scores.from_dict({name: float(row[name]) for name in names} | counts | {"curve": [(1, 90.0)]})
 
 
 def make_run(folder: Path, architectures, objectives=("latency", "accuracy"), storage=None, changed=None) -> Run:
@@ -75,7 +75,7 @@ def some(count: int, seed: int = 0) -> list[Architecture]:
 def run(tmp_path_factory) -> Run:
     """Of 30 trials; some neighbours of the first point of its front were tried, others were not."""
     drawn = some(24)
-    fastest = min(drawn, key=lambda a: scores_of(a).latency_ms)
+    fastest = min(drawn, key=lambda a: scores_of(a).latency.ms)
     near = SPACE.neighbours(fastest)
     return make_run(tmp_path_factory.mktemp("run"), list(dict.fromkeys([*drawn, *near[:6]])))
 
@@ -189,11 +189,15 @@ def test_trials_that_ended_otherwise(tmp_path):
     base = drawn[0]
     stopped, failed, over, lost = SPACE.neighbours(base)[:4]
     part = replace(scores_of(stopped), accuracy=None, accuracy_std=None)
-    estimates = {"latency": [part.latency_ms, 0.0], "accuracy": [60.0, 5.0]}
+    estimates = {"latency": [part.latency.ms, 0.0], "accuracy": [60.0, 5.0]}
     changed = {
         stopped.key: {"state": "PRUNED", "scores": part, "failure": "stopped early", "estimates": estimates},
         failed.key: {"state": "FAIL", "scores": Scores(), "failure": "diverged: it is not finite"},
-        over.key: {"state": "PRUNED", "scores": Scores(latency_ms=9.0), "failure": "over budget: latency by 80.0 %"},
+        over.key: {
+            "state": "PRUNED",
+            "scores": Scores.from_dict({"latency_ms": 9.0}),
+            "failure": "over budget: latency by 80.0 %",
+        },
         lost.key: {"state": "FAIL", "scores": Scores(), "failure": "killed: its worker died"},
     }
     drawn = list(dict.fromkeys([*drawn, stopped, failed, over, lost]))
@@ -210,7 +214,7 @@ def test_trials_that_ended_otherwise(tmp_path):
 
 
 def test_a_second_measurement_and_parts_that_were_timed(tmp_path):
-    first = min(POINTS, key=lambda a: scores_of(a).latency_ms)
+    first = min(POINTS, key=lambda a: scores_of(a).latency.ms)
     near = SPACE.neighbours(first)[0]
     run = make_run(tmp_path / "run", [first, near])
     interval = {"ms": 7.5, "low_ms": 7.0, "high_ms": 8.0}

@@ -439,7 +439,7 @@ def test_files_are_timed_in_their_runtimes(tmp_path):
         assert 0 < told["latency"]["low_ms"] < told["latency"]["ms"] < told["latency"]["high_ms"]
     card = (folder / "README.md").read_text()
     assert f"{files['onnx']['latency']['ms']:.3f} ms (" in card
-    assert f"{run.front()[0].scores.latency_ms:.3f} ms (95 % interval" in card
+    assert f"{run.front()[0].scores.latency.ms:.3f} ms (95 % interval" in card
 
 
 def test_what_gives_other_logits_is_not_written(run, tmp_path, monkeypatch):

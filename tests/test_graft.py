@@ -693,9 +693,9 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     assert all(t.key not in tuned for t in trials if t.failure.startswith("not tuned"))
     baselines = run.baselines()
     assert set(baselines) == set(space.rivals())
-    assert all(scores.latency_ms is not None and scores.accuracy is not None for scores in baselines.values())
+    assert all(scores.latency is not None and scores.accuracy is not None for scores in baselines.values())
     budget = run.manifest.config.budgets["latency"]
-    assert 0.5 * budget / 0.95 < (baselines["parent"].latency_ms or 0) < 2 * budget / 0.95
+    assert 0.5 * budget / 0.95 < baselines["parent"].latency.ms < 2 * budget / 0.95
     assert any("parent's latency" in line for line in run.verdicts())
     control = run.attributes["control"]
     assert control["key"] in tuned - {space.whole.key}
@@ -806,7 +806,7 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
 
 def test_a_graft_that_is_beaten_for_sure_is_tuned_for_the_first_epoch_only(run: Run) -> None:
     trials = [t for t in run.trials(tuned=False, remeasured=False) if t.state == "complete"]
-    fastest = min(trials, key=lambda t: t.scores.latency_ms or 0.0)
+    fastest = min(trials, key=lambda t: t.scores.latency.ms)
     count = run.manifest.data.num_holdout
     entry = next(iter(run.attributes["tuned"].values()))
 

@@ -116,12 +116,12 @@ def test_marks_are_where_the_scores_are(run, trials, marks):
     assert lines[0].startswith("Top-1 accuracy (%)")
     assert "Latency (ms)" in lines[-1]
     complete = [t for t in trials if t.state == "complete"]
-    ends = [f"{f(t.scores.latency_ms for t in complete):.2f}" for f in (min, max)]
+    ends = [f"{f(t.scores.latency.ms for t in complete):.2f}" for f in (min, max)]
     assert lines[-1].split()[0] == ends[0]
     assert lines[-1].split()[-1] == ends[1]
     rows = [text.partition(side)[2] for text in lines[1:-2]]
     assert len(rows) == height - 4
-    front = sorted(run.front(trials), key=lambda t: t.scores.latency_ms)
+    front = sorted(run.front(trials), key=lambda t: t.scores.latency.ms)
     # a better latency is further left and a better accuracy higher, and the best of both are at the edges
     at = sorted((column, row) for row, text in enumerate(rows) for column, mark in enumerate(text) if mark == best)
     assert 2 <= len(at) <= len(front)
@@ -137,7 +137,7 @@ def test_ascii_terminals_get_ascii(run, trials):
     text = "\n".join(shown(display, 80, 24, "ascii"))
     assert "o front  . scored" in text
     fastest = run.front(trials)[0].scores
-    assert f"{fastest.latency_ms:.2f} ms +-{(fastest.latency_high_ms - fastest.latency_low_ms) / 2:.2f}" in text
+    assert f"{fastest.latency.ms:.2f} ms +-{(fastest.latency.high_ms - fastest.latency.low_ms) / 2:.2f}" in text
     assert "Latency (ms)" in text
 
 

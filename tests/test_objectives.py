@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import UsageError
-from nas.objectives.objectives import MAX_OBJECTIVES, OBJECTIVES, Scores, parse_budgets, parse_objectives
+from nas.interval import Interval
+from nas.objectives.latency import Latency
+from nas.objectives.objectives import FIGURES, MAX_OBJECTIVES, OBJECTIVES, Scores, parse_budgets, parse_objectives
 from nas.objectives.text import format_value
 
-FIELDS = {f.name for f in dataclasses.fields(Scores)}
 MINIMISED = [name for name, o in OBJECTIVES.items() if o.minimize]
 
 
@@ -21,10 +22,10 @@ MINIMISED = [name for name, o in OBJECTIVES.items() if o.minimize]
 def test_every_objective_reads_its_field(name):
     objective = OBJECTIVES[name]
     assert objective.name == name
-    assert objective.field in FIELDS
+    assert objective.field in FIGURES
     assert objective.label
     assert objective.read(Scores()) is None
-    value = objective.read(Scores(**{objective.field: 3}))
+    value = objective.read(Scores.from_dict({objective.field: 3}))
     assert value == 3.0
     assert type(value) is float
     assert objective.direction == {True: "minimize", False: "maximize"}[objective.minimize]
@@ -90,8 +91,9 @@ def test_an_untrained_proxy_is_not_called_accuracy():
 def test_each_target_has_its_own_latency():
     first, second, macs = parse_objectives(["latency", "macs"], "train", True, ("cpu-eager", "cpu-compile"))
     assert [first.name, second.name, macs.name] == ["latency@cpu-eager", "latency@cpu-compile", "macs"]
-    there = {"cpu-compile": {"ms": 3.0, "low_ms": 2.0, "high_ms": 5.0}}
-    scores = Scores(latency_ms=7.0, latency_low_ms=6.0, latency_high_ms=8.0, others=there)
+    there = Latency(Interval(3.0, 2.0, 5.0), spread=0.2)
+    scores = Scores(latency=Latency(Interval(7.0, 6.0, 8.0), spread=0.1), others={"cpu-compile": there})
+    assert (first.spread(scores), second.spread(scores)) == (0.1, 0.2)
     assert (first.read(scores), second.read(scores)) == (7.0, 3.0)
     assert (first.interval(scores).ends, second.interval(scores).ends) == ((6.0, 8.0), (2.0, 5.0))
 
@@ -212,15 +214,20 @@ def test_values_for_people(name, value, text):
 # Scores
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 10**12)
-entries = st.dictionaries(
-    st.sampled_from(["ms", "low_ms", "high_ms"]), st.floats(allow_nan=False, allow_infinity=False)
-)
-others = st.dictionaries(st.text(max_size=20), entries, max_size=2)
+figures = st.floats(allow_nan=False, allow_infinity=False)
+intervals = st.builds(Interval, figures, *[figures | st.just(math.nan)] * 2)
+further = st.builds(Latency, intervals, spread=numbers)
+others = st.dictionaries(st.text(max_size=20), further, max_size=2)
+parts = {f.name for f in dataclasses.fields(Latency)} - {"interval", "seconds", "threads"}
+first = st.builds(Latency, intervals, **dict.fromkeys(sorted(parts), numbers))
 curves = st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), max_size=9).map(tuple)
-measured = dict.fromkeys(sorted(FIELDS - {"others", "curve", "uncounted", "form", "hits"}), numbers)
+fields = {f.name for f in dataclasses.fields(Scores)} - {"latency", "others", "curve", "uncounted", "form", "hits"}
+measured = dict.fromkeys(sorted(fields), numbers)
 uncounted = st.lists(st.text(max_size=20), max_size=2).map(tuple)
 texts = dict.fromkeys(("form", "hits"), st.text(max_size=20))
-scores = st.builds(Scores, **measured, **texts, others=others, curve=curves, uncounted=uncounted)
+scores = st.builds(
+    Scores, **measured, **texts, latency=st.none() | first, others=others, curve=curves, uncounted=uncounted
+)
 
 
 @given(scores)
@@ -234,5 +241,5 @@ def test_scores_of_a_later_release():
     assert Scores.from_dict({"params": 3, "energy_mj": 1.0}) == Scores(params=3)
     assert Scores.from_dict({}) == Scores()
     assert Scores().to_dict() == {}
-    assert Scores(latency_ms=0.0).to_dict() == {"latency_ms": 0.0}
+    assert Scores(latency=Latency(Interval(0.0, math.nan, math.nan))).to_dict() == {"latency_ms": 0.0}
     assert math.isnan(Scores.from_dict({"accuracy": math.nan}).accuracy)

@@ -199,7 +199,7 @@ def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
     trials = trials_of(run, profiled)
     assert [a.key for a, _ in trials] == [t.key for t in run.trials()]
     scale = profiled.reference_ms / run.manifest.latency_references["cpu-eager"]
-    assert [ms for _, ms in trials] == pytest.approx([t.scores.latency_ms * scale for t in run.trials()])
+    assert [ms for _, ms in trials] == pytest.approx([t.scores.latency.ms * scale for t in run.trials()])
     slow = [(a, 1000.0 * ms) for a, ms in trials] * 20
     (taught,), _ = profiled.predict(profiled.fit(slow), [trials[0][0]])
     assert taught > 10 * profiled.predict(profiled.fit(), [trials[0][0]])[0], "many of them outvote what was profiled"

@@ -169,10 +169,10 @@ def test_latencies_agree_where_they_cannot_be_told_apart(tmp_path):
     found = again(run)
     for row in found.rows:
         then, now = row.trial.scores, row.scores
-        first, second = (Interval(s.latency_ms, s.latency_low_ms, s.latency_high_ms) for s in (then, now))
+        first, second = (s.latency.interval for s in (then, now))
         assert row.verdict("latency") == ("agrees" if first.indistinct(second) else "differs")
         assert row.verdict("counts") == "equal"
-    slow = {f"latency_{part}": 1e3 * found.rows[1].scores.latency_ms for part in ("ms", "low_ms", "high_ms")}
+    slow = Interval.exact(1e3 * found.rows[1].scores.latency.ms).to_latency("latency_")
     edit_scores(run, 1, **slow)
     with sqlite3.connect(run.path / "study.db") as database:  # what was measured again counts before it
         database.execute("DELETE FROM study_user_attributes WHERE key = 'remeasured'")

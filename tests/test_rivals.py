@@ -296,7 +296,7 @@ def test_a_lower_bound_is_shown_as_one_and_not_compared_further_than_it_bears(ru
 
 
 def trial(key: int, **scores: float) -> Trial:
-    return Trial(key, "complete", Architecture((Stage(Strip(), 1, 8 * key),) * 2), Scores(**scores))
+    return Trial(key, "complete", Architecture((Stage(Strip(), 1, 8 * key),) * 2), Scores.from_dict(scores))
 
 
 def comparing(*objectives: str) -> Run:

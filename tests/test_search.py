@@ -129,7 +129,7 @@ def test_the_main_job_scores_all_it_should(tmp_path, monkeypatch):
     for trial in trials:
         s = trial.scores
         assert s.flops == 2 * s.macs
-        assert s.latency_low_ms <= s.latency_ms <= s.latency_high_ms
+        assert s.latency.low_ms <= s.latency.ms <= s.latency.high_ms
         assert 0 <= s.accuracy <= 100
         assert s.proxy is None
     front = pd.read_csv(run.path / "front.csv")
@@ -209,7 +209,7 @@ def test_budgets_prune_before_training_and_say_by_how_much(tmp_path):
     complete = [t for t in trials if t.state == "complete"]
     assert len(complete) == 5
     assert pruned
-    assert all(t.scores.accuracy is None and t.scores.latency_ms is None for t in pruned)
+    assert all(t.scores.accuracy is None and t.scores.latency is None for t in pruned)
     assert all(t.scores.macs > budget and t.failure.startswith("over budget: macs by") for t in pruned)
     assert all(t.scores.macs <= budget for t in complete)
     study = optuna.load_study(study_name="run", storage=run.storage())
@@ -656,7 +656,7 @@ def test_the_same_search_on_cuda(tmp_path):
     )
     run = search(config)
     assert "gpu" in run.manifest.machine
-    assert all(t.scores.latency_ms > 0 and t.scores.memory_mib > 0 for t in run.front())
+    assert all(t.scores.latency.ms > 0 and t.scores.memory_mib > 0 for t in run.front())
 
 
 @pytest.mark.slow

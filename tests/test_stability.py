@@ -148,9 +148,9 @@ def test_the_front_is_that_of_the_second_measurement(run):
     assert {t.key for t in front} <= again.keys(), "all of the first front was measured again"
     for trial in run.trials():
         if trial.key in again:
-            assert trial.scores.latency_ms == again[trial.key]["ms"]
-            assert trial.scores.latency_search_ms == first[trial.key].scores.latency_ms
-            assert trial.scores.latency_low_ms <= trial.scores.latency_ms <= trial.scores.latency_high_ms
+            assert trial.scores.latency.ms == again[trial.key]["ms"]
+            assert trial.scores.latency_search_ms == first[trial.key].scores.latency.ms
+            assert trial.scores.latency.low_ms <= trial.scores.latency.ms <= trial.scores.latency.high_ms
         else:
             assert trial.scores == first[trial.key].scores
     losses = run.losses(run.trials())
@@ -163,16 +163,16 @@ def test_baselines_are_scored_like_the_points_and_measured_with_them(run):
     baselines = run.baselines()
     assert set(baselines) == {"test_vit", "timm:mobilenetv3_small_050"}
     for name, scores in baselines.items():
-        assert scores.latency_ms == run.attributes[REMEASURED]["cpu-eager"][name]["ms"]
+        assert scores.latency.ms == run.attributes[REMEASURED]["cpu-eager"][name]["ms"]
         assert scores.proxy == scores.params
     front = run.front()
     for scores in baselines.values():
         beaten = [
             t.key
             for t in front
-            if t.scores.latency_ms <= scores.latency_ms
+            if t.scores.latency.ms <= scores.latency.ms
             and t.scores.proxy >= scores.proxy
-            and (t.scores.latency_ms, t.scores.proxy) != (scores.latency_ms, scores.proxy)
+            and (t.scores.latency.ms, t.scores.proxy) != (scores.latency.ms, scores.proxy)
         ]
         assert run.beaten(front, scores) == beaten
 
@@ -182,7 +182,7 @@ def test_wide_intervals_are_told():
 
     def point(half: float, std: float) -> Trial:
         timed = {"latency_ms": 2.0, "latency_low_ms": 2.0 - half, "latency_high_ms": 2.0 + half}
-        return Trial(0, "complete", None, Scores(**timed, accuracy=50.0, accuracy_std=std))
+        return Trial(0, "complete", None, Scores.from_dict({**timed, "accuracy": 50.0, "accuracy_std": std}))
 
     assert doubts(objectives, [point(0.09, 1.0)], 200) == [], "4.5 %, and nothing to compare"
     wide, chance = doubts(objectives, [point(0.1, 1.0), point(0.5, 2.0)], 200)
@@ -190,7 +190,8 @@ def test_wide_intervals_are_told():
     assert "less than 5.5 points apart" in chance, "1.96 times the root of two times two points"
     assert "(200 held-out images)" in chance
     assert "`max_seconds`" in wide
-    steady = [replace(t, scores=replace(t.scores, latency_spread=0.01)) for t in [point(0.5, 1.0)] * 2]
+    narrow = replace(point(0.5, 1.0).scores.latency, spread=0.01)
+    steady = [replace(t, scores=replace(t.scores, latency=narrow)) for t in [point(0.5, 1.0)] * 2]
     assert "--refix" in doubts(objectives, steady, 200)[0], "longer measuring would not help"
     assert doubts(objectives[:1], [point(0.0, 1.0)] * 2, 200) == []
 
@@ -299,7 +300,7 @@ def script(monkeypatch, figure, together=True) -> list[set[str]]:
         if not together and (len(networks) > 1 or networks[0][1] is None):
             raise TrialFailure("runtime", "gone")
         calls.append({key for key, _ in networks})
-        return [Latency(ms, ms, ms, 0.0, 1.0, 1.0, 1.0, 1.0, 8, 16, True) for _, ms in networks]
+        return [Latency(Interval.exact(ms), 0.0, 1.0, 1.0, 1.0, 1.0, 16, 8, True, 0.0, 0.0) for _, ms in networks]
 
     def refused(*_):
         raise TrialFailure("runtime", "no such operation")
@@ -313,7 +314,7 @@ def script(monkeypatch, figure, together=True) -> list[set[str]]:
 def test_what_comes_onto_the_front_is_measured_again_too(tmp_path, monkeypatch):
     def the_larger_the_faster(model, *_):
         ms = 1e6 / sum(p.numel() for p in model.parameters())
-        return Latency(ms, ms, ms, 0.0, ms, ms, ms, ms, 8, 16, True)
+        return Latency(Interval.exact(ms), 0.0, ms, ms, ms, ms, 16, 8, True, 0.0, 0.0)
 
     monkeypatch.setattr(evaluate, "measure_latency", the_larger_the_faster)
     monkeypatch.setattr(remeasure, "MAX_REMEASURED", 0)

@@ -5,7 +5,7 @@ A later call resumes or extends what an earlier one did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from ..data import ImageData
 from ..errors import RunError, TrialFailure, UsageError
 from ..folders.calibration import Calibration, format_curve
 from ..folders.checkpoint import resume, save_checkpoint
+from ..interval import Interval
 from ..machine.limits import training_threads
 from ..machine.turns import exclusive
 from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, Tuning, train
@@ -73,8 +74,8 @@ class Subject(Protocol):
     def images(self, candidate: Candidate) -> ImageData:
         """Returns the images on which a candidate is trained and scored."""
 
-    def latency(self, candidate: Candidate) -> Mapping[str, float]:
-        """Times a candidate; returns `ms`, `low_ms` and `high_ms`.
+    def latency(self, candidate: Candidate) -> Interval:
+        """Times a candidate; returns its latency in milliseconds.
 
         Raises:
             TrialFailure: if it cannot be measured, or exceeds a budget.
@@ -205,7 +206,7 @@ class Steps:
         row: dict[str, Any] = {"key": candidate.key, "architecture": candidate.to_json(), "failure": ""}
         try:
             latency = failing_without_memory(partial(self.subject.latency, candidate))
-            row |= {f"latency_{name}": f"{latency[name]:.6g}" for name in ("ms", "low_ms", "high_ms")}
+            row |= {name: f"{value:.6g}" for name, value in latency.to_latency("latency_").items()}
         except TrialFailure as failure:
             row["failure"] = str(failure)
         return row

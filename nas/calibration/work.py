@@ -21,6 +21,7 @@ from ..data import ImageData, absolute, load_data
 from ..errors import DataError, RunError, UsageError
 from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, is_calibration, on_machine
 from ..folders.files import locked_folder, write_file
+from ..interval import Interval
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device, seeded
 from ..models import create_backbone
@@ -254,9 +255,9 @@ class _Networks:
     def images(self, candidate: Candidate) -> ImageData:
         return self.data
 
-    def latency(self, candidate: Candidate) -> Mapping[str, float]:
+    def latency(self, candidate: Candidate) -> Interval:
         at = LatencyConfig(device=self.config.device, **steps.TIMING)
-        return vars(measure_latency(self.build(candidate, 0), self.data.input_size, at, self.reference_ms))
+        return measure_latency(self.build(candidate, 0), self.data.input_size, at, self.reference_ms).interval
 
     def estimate(self, name: str, candidate: Candidate, model: nn.Module, seed: int) -> Estimate:
         fidelity = Fidelity(batch_size=self.config.batch_size)

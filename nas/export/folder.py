@@ -339,9 +339,7 @@ def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]],
 
 def _latency_entry(latency: Latency, config: LatencyConfig) -> dict[str, Any]:
     return {
-        "ms": latency.ms,
-        "low_ms": latency.low_ms,
-        "high_ms": latency.high_ms,
+        **latency.interval.to_latency(),
         "runtime": config.runtime,
         "device": config.device,
         "threads": latency.threads,

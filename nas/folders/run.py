@@ -143,7 +143,7 @@ class Run:
         return encodable(self.path.resolve().name, "utf-8")
 
     def columns(self) -> dict[str, str]:
-        """Field of `Scores` -> column of the tables. The column of an untrained proxy has the name of the proxy."""
+        """Name in `FIGURES` -> column of the tables. The column of an untrained proxy has the name of the proxy."""
         return columns(self)
 
     def storage(self) -> optuna.storages.BaseStorage:
@@ -225,7 +225,7 @@ class Run:
         so that the whole has its latest known latency.
         """
         measured = self.attributes.get(STAGES, {}).get(self.targets[0], {}) if self.targets else {}
-        known = {t.key: t.scores.latency_ms for t in self.trials()} if measured else {}
+        known = {t.key: t.scores.figure("latency_ms") for t in self.trials()} if measured else {}
         return {key: to_scale(parts, known.get(key)) for key, parts in measured.items() if parts}
 
     def beaten(self, front: list[Trial], scores: Scores) -> list[str] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
+from ..objectives.latency import Latency
 from ..objectives.objectives import Scores
 from ..scoring.latency.config import IN_RUNS, SHAPES
 
@@ -101,7 +102,8 @@ _LATENCY = {
 }
 _BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool | None": (bool, None)}
 SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {
-    "latency_ms?": (POSITIVE, None),
+    **{f"latency_{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Latency) if f.type in _BY_TYPE},
+    **{"latency_ms?": (POSITIVE, None), "latency_low_ms?": (FIGURE, None), "latency_high_ms?": (FIGURE, None)},
     "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
     "uncounted?": [LINE],
     "form?": LINE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..architecture import Candidate, Graft
-from ..objectives.objectives import OBJECTIVES, Scores
+from ..interval import LATENCY
+from ..objectives.objectives import FIGURES, OBJECTIVES, Scores
 from ..space import GraftSpace
 from ..space.graft_space import form_of
 from .trial import Trial
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
     from .run import Run
 
 UNLISTED = ("others", "curve", "uncounted", "form", "hits")
-"""Fields of `Scores` that the tables leave out or show in another form."""
+"""Scores that the tables leave out or show in another form."""
 
 
 def columns(run: Run) -> dict[str, str]:
     """See `Run.columns`."""
     proxy = f"proxy_{run.manifest.config.proxy}"
-    names = {name: name for name in Scores.__dataclass_fields__ if name not in UNLISTED}
+    names = {name: name for name in FIGURES if name not in UNLISTED}
     names |= {"proxy": proxy, "proxy_std": f"{proxy}_std"}
     first = [o.field for o in run.objectives] + [OBJECTIVES[n].field for n in ("latency", "accuracy", "macs", "params")]
     return {name: names[name] for name in dict.fromkeys([*first, *names])}
@@ -54,18 +55,15 @@ def table(run: Run, trials: list[Trial], on_front: bool = False) -> str:
     import pandas as pd
 
     named = columns(run)
-    others = run.targets[1:]
+    further = [f"latency_{part}@{target}" for target in run.targets[1:] for part in LATENCY]
     reached = {} if on_front else dict(zip((t.number for t in trials), run.hypervolumes(trials), strict=True))
 
     def row(trial: Trial) -> dict[str, Any]:
         architecture = trial.architecture
-        scores = {column: getattr(trial.scores, name) for name, column in named.items()}
-        for target in others:
-            entry = trial.scores.others.get(target, {})
-            scores |= {f"latency_{part}@{target}": entry.get(part) for part in ("ms", "low_ms", "high_ms")}
+        flat = _flat(run, trial.scores)
         return {
             "key": trial.key,
-            **scores,
+            **{column: flat.get(column) for column in (*named.values(), *further)},
             "curve": " ".join(f"{epoch}:{accuracy:g}" for epoch, accuracy in trial.scores.curve) or None,
             "mixer": kind_of(run, architecture) if architecture else "",
             "trial": trial.number,
@@ -75,7 +73,6 @@ def table(run: Run, trials: list[Trial], on_front: bool = False) -> str:
             "architecture": architecture.to_json() if architecture else "",
         }
 
-    further = [f"latency_{part}@{target}" for target in others for part in ("ms", "low_ms", "high_ms")]
     names = [
         "key",
         *named.values(),

@@ -11,7 +11,8 @@ import optuna
 from ..architecture import Candidate, candidate_from_dict
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
-from ..objectives.objectives import Scores, latency_fields, other_entry
+from ..objectives.latency import Latency
+from ..objectives.objectives import Scores
 from .shapes import TRIAL
 
 
@@ -130,12 +131,10 @@ def remeasured_trial(
         budget: largest latency on the first target; None for no budget.
     """
     scores = remeasured_scores(trial.key, trial.scores, targets, again)
-    over = budget is not None and scores.latency_ms is not None and scores.latency_ms > budget
-    if trial.state != "complete" or not over:
+    ms = None if scores.latency is None else scores.latency.ms
+    if trial.state != "complete" or budget is None or ms is None or ms <= budget:
         return replace(trial, scores=scores)
-    assert scores.latency_ms is not None
-    assert budget is not None
-    failure = f"over budget when measured again: latency by {100 * (scores.latency_ms / budget - 1):.1f} %"
+    failure = f"over budget when measured again: latency by {100 * (ms / budget - 1):.1f} %"
     return replace(trial, scores=scores, state="pruned", failure=failure)
 
 
@@ -145,8 +144,10 @@ def remeasured_scores(name: str, scores: Scores, targets: Sequence[str], again: 
         found = again.get(target, {}).get(name)
         if found is None or "failure" in found:
             continue
+        latency = Latency.from_dict(found)
         if i:
-            scores = replace(scores, others={**scores.others, target: other_entry(found)})
+            scores = replace(scores, others={**scores.others, target: latency})
         else:
-            scores = replace(scores, latency_search_ms=scores.latency_ms, **latency_fields(found))
+            before = None if scores.latency is None else scores.latency.ms
+            scores = replace(scores, latency_search_ms=before, latency=latency)
     return scores

@@ -27,6 +27,7 @@ from ..errors import DataError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE, FOLDER, Calibration, is_calibration
 from ..folders.files import locked_folder
 from ..folders.run import Run, is_run
+from ..interval import Interval
 from ..machine.devices import resolve_device
 from ..scoring.accuracy import ESTIMATORS, Estimate, Tuning
 from ..search.comparable import check_same, evaluator_of, training_conditions
@@ -218,13 +219,12 @@ class _Grafts:
         at = self.evaluator.at(candidate)
         return at.proxy_data or at.data
 
-    def latency(self, candidate: Candidate) -> Mapping[str, float]:
+    def latency(self, candidate: Candidate) -> Interval:
         found = self.timed.evaluate(candidate)
         if found.excess:
             raise TrialFailure("over_budget", f"over the budget of {', '.join(found.excess)}")
-        scores = found.scores
-        ms = (scores.latency_ms, scores.latency_low_ms, scores.latency_high_ms)
-        return {name: float(value or 0.0) for name, value in zip(("ms", "low_ms", "high_ms"), ms, strict=True)}
+        latency = found.scores.latency
+        return Interval.exact(0.0) if latency is None else latency.interval
 
     def estimate(self, name: str, candidate: Candidate, model: nn.Module, seed: int) -> Estimate:
         if name == ADDITIVE:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..errors import UsageError, unknown_name
-from ..interval import Z95, Interval
+from ..interval import LATENCY, Z95, Interval
+from .latency import PARTS, Latency
 
 MAX_OBJECTIVES = 4
 
@@ -24,22 +25,9 @@ class Scores:
         uncounted: operations that MACs and FLOPs may lack, as `module: what`. Unless it is empty, both are lower
             bounds.
         form: the form in which a network with training branches was counted and measured; empty for other networks.
-        latency_ms: milliseconds of a forward pass over a batch, drift-corrected (`nas.scoring.latency.Latency`).
-        latency_low_ms: lower end of its 95 % interval.
-        latency_high_ms: its upper end.
-        latency_spread: half-width of the part of the interval that comes from the spread between rounds, as a share of
-            the latency.
-        latency_raw_ms: median of the passes as timed, not corrected.
-        latency_q1_ms: their lower quartile.
-        latency_q3_ms: their upper quartile.
-        latency_drift: the reference network's latency at that time, divided by its stored latency.
-        latency_passes: number of timed passes.
-        latency_rounds: number of rounds of turns with the reference network.
-        latency_steady: whether the spread came within the target; False if the time limit came first.
-        latency_waited: share of the time in which another program used the core. This time is not part of the latency.
-        latency_prepare_seconds: seconds for export, compilation and session, which are not part of the latency.
+        latency: latency of a forward pass over a batch on the first target.
         latency_search_ms: the latency during the search, if the point was measured again afterwards.
-        others: further target (`cpu-onnxruntime`) -> `ms`, `low_ms`, `high_ms` and `spread` on it.
+        others: further target (`cpu-onnxruntime`) -> latency on it. Files keep its interval and its spread.
         memory_mib: peak MiB of inference.
         accuracy: top-1 percent on held-out images, from trained weights.
         accuracy_std: its standard error in percent points.
@@ -57,21 +45,9 @@ class Scores:
     flops: int | None = None
     uncounted: tuple[str, ...] = ()
     form: str = ""
-    latency_ms: float | None = None
-    latency_low_ms: float | None = None
-    latency_high_ms: float | None = None
-    latency_spread: float | None = None
-    latency_raw_ms: float | None = None
-    latency_q1_ms: float | None = None
-    latency_q3_ms: float | None = None
-    latency_drift: float | None = None
-    latency_passes: int | None = None
-    latency_rounds: int | None = None
-    latency_steady: bool | None = None
-    latency_waited: float | None = None
-    latency_prepare_seconds: float | None = None
+    latency: Latency | None = None
     latency_search_ms: float | None = None
-    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    others: Mapping[str, Latency] = field(default_factory=dict)
     memory_mib: float | None = None
     accuracy: float | None = None
     accuracy_std: float | None = None
@@ -82,35 +58,45 @@ class Scores:
     proxy_std: float | None = None
     scoring_seconds: float | None = None
 
+    def figure(self, name: str) -> Any:
+        """Returns a figure by its name in files and tables (`FIGURES`). None if it was not measured."""
+        if name not in _OF_LATENCY:
+            return getattr(self, name)
+        value = getattr(self.latency, _OF_LATENCY[name], None)
+        return None if value is None or math.isnan(value) else value
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns the measured numbers by field name."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value not in ({}, (), "")}
+        """Returns the measured figures by their names in files."""
+        others = {target: _some(latency.to_dict(), OTHER_PARTS) for target, latency in self.others.items()}
+        data = {name: self.figure(name) for name in FIGURES} | {"others": others}
+        return {name: value for name, value in data.items() if value is not None and value not in ({}, (), "")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """Returns scores from plain data. The inverse of `to_dict`. Fields of a later release are dropped."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        curve = tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ()))
-        return cls(**known | {"curve": curve, "uncounted": tuple(known.get("uncounted", ()))})
+        timed = {part: data.get(name) for name, part in _OF_LATENCY.items()}
+        return cls(
+            **known
+            | {
+                "latency": None if timed["ms"] is None else Latency.from_dict(timed),
+                "others": {target: Latency.from_dict(entry) for target, entry in known.get("others", {}).items()},
+                "curve": tuple((int(epoch), float(value)) for epoch, value in known.get("curve", ())),
+                "uncounted": tuple(known.get("uncounted", ())),
+            }
+        )
 
 
-LATENCY_PARTS = (
-    *("ms", "low_ms", "high_ms", "spread", "raw_ms", "q1_ms", "q3_ms"),
-    *("drift", "passes", "rounds", "steady", "waited", "prepare_seconds"),
-)
-"""Fields of a measured latency that `Scores` holds as `latency_PART`."""
-OTHER_PARTS = ("ms", "low_ms", "high_ms", "spread")
-"""Fields of a measured latency that `Scores.others` holds for each further target."""
+OTHER_PARTS = (*LATENCY, "spread")
+"""Figures of a latency that files keep for each further target."""
+_OF_LATENCY = {f"latency_{part}": part for part in PARTS if part not in ("seconds", "threads")}
+"""Name in files and tables -> figure of `Scores.latency`."""
+FIGURES = tuple(name for f in fields(Scores) for name in (_OF_LATENCY if f.name == "latency" else (f.name,)))
+"""Names of all scores in files and tables, in order."""
 
 
-def latency_fields(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a measured latency (fields of `nas.scoring.latency.Latency`) to fields of `Scores`."""
-    return {f"latency_{part}": measured[part] for part in LATENCY_PARTS}
-
-
-def other_entry(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Converts a measured latency to an entry of `Scores.others`."""
-    return {part: measured[part] for part in OTHER_PARTS}
+def _some(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: data[name] for name in names if name in data}
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,7 @@ class Objective:
 
     Args:
         name: the name that users type.
-        field: the field of `Scores` that holds the value.
+        field: the value's name in files and tables (`FIGURES`).
         unit: unit in tables and on axes; empty for a count.
         minimize: whether less is better.
         label: label of tables and axes.
@@ -135,8 +121,14 @@ class Objective:
 
     def read(self, scores: Scores) -> float | None:
         """Returns the value in `scores`. None if it was not measured."""
-        value = scores.others.get(self.target, {}).get("ms") if self.target else getattr(scores, self.field)
+        if self.is_latency:
+            latency = self._latency(scores)
+            return None if latency is None else float(latency.ms)
+        value = scores.figure(self.field)
         return None if value is None else float(value)
+
+    def _latency(self, scores: Scores) -> Latency | None:
+        return scores.others.get(self.target) if self.target else scores.latency
 
     def at_least(self, scores: Scores) -> bool:
         """Whether the value in `scores` is only a lower bound."""
@@ -144,13 +136,10 @@ class Objective:
 
     def interval(self, scores: Scores) -> Interval | None:
         """Returns the value in `scores` with its 95 % interval. None if the value is exact or its error unknown."""
-        if self.target:
-            there = scores.others.get(self.target)
-            return None if there is None else Interval.of_latency(there)
-        value = self.read(scores)
         if self.is_latency:
-            low, high = scores.latency_low_ms, scores.latency_high_ms
-            return None if value is None or low is None or high is None else Interval(value, low, high)
+            latency = self._latency(scores)
+            return None if latency is None or math.isnan(latency.low_ms) else latency.interval
+        value = self.read(scores)
         std = self.error(scores)
         if value is None or not std:
             return None
@@ -161,7 +150,8 @@ class Objective:
 
     def spread(self, scores: Scores) -> float | None:
         """The part of a latency's relative half-width that the rounds' own spread makes; None where it is unknown."""
-        return scores.others.get(self.target, {}).get("spread") if self.target else scores.latency_spread
+        latency = self._latency(scores)
+        return None if latency is None else latency.spread
 
     def error(self, scores: Scores) -> float | None:
         """Returns the standard error of the value in `scores`. None if it is unknown."""

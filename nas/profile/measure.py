@@ -124,7 +124,7 @@ def hold_out(
         try:
             network = create_backbone(architecture, NUM_CLASSES).eval()
             latency = measure_latency(network, _image(config), config.latency, found.reference_ms)
-            record |= {"ms": latency.ms, "low_ms": latency.low_ms, "high_ms": latency.high_ms, "drift": latency.drift}
+            record |= {**latency.interval.to_latency(), "drift": latency.drift}
         except TrialFailure as failure:
             record["failure"] = f"{failure.reason}: {failure}"
         found.add(record, "held_out")
@@ -170,9 +170,9 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference
     return [
-        (t.architecture, t.scores.latency_ms * scale)
+        (t.architecture, t.scores.latency.ms * scale)
         for t in run.trials()
-        if isinstance(t.architecture, Architecture) and t.scores.latency_ms is not None
+        if isinstance(t.architecture, Architecture) and t.scores.latency is not None
     ]
 
 

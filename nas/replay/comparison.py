@@ -98,7 +98,7 @@ class Comparer:
             "params": True,
             "macs": True,
             "memory": self.memory and recorded.memory_mib is not None,
-            "latency": self.latency and recorded.latency_ms is not None,
+            "latency": self.latency and recorded.latency is not None,
             "accuracy": recorded.accuracy is not None or recorded.proxy is not None or bool(recorded.curve),
         }
         return tuple(name for name, wanted in there.items() if wanted)
@@ -126,9 +126,9 @@ class Comparer:
             yield replace(found, agrees=found.agrees or close)
         if self.latency and (first := OBJECTIVES["latency"].interval(then)) is not None:
             yield _timed("latency_ms", first, OBJECTIVES["latency"].interval(now))
-            for target in then.others:
-                if (other := _other(then, target)) is not None:
-                    yield _timed(f"latency_ms@{target}", other, _other(now, target))
+            for target, other in then.others.items():
+                again = now.others.get(target)
+                yield _timed(f"latency_ms@{target}", other.interval, None if again is None else again.interval)
         for name in ("params", "macs", "flops"):
             before, after = getattr(then, name), getattr(now, name)
             if before is not None:
@@ -137,11 +137,6 @@ class Comparer:
             tolerance = 0.0 if self.exact_memory else CUDA_MEMORY_TOLERANCE
             close = now.memory_mib is not None and math.isclose(then.memory_mib, now.memory_mib, rel_tol=tolerance)
             yield Comparison(COUNTED, "memory_mib", then.memory_mib, now.memory_mib, close)
-
-
-def _other(scores: Scores, target: str) -> Interval | None:
-    entry = scores.others.get(target)
-    return None if entry is None else Interval.of_latency(entry)
 
 
 def _timed(name: str, then: Interval, now: Interval | None) -> Comparison:

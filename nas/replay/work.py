@@ -74,7 +74,7 @@ class Replay:
             equal = f", {found['equal']} to the last digit" if kind == ACCURACY and found["equal"] else ""
             if found["of"]:
                 parts.append(f"{kind} {found['agree']} of {found['of']}{equal}")
-            elif kind == LATENCY and any(row.trial.scores.latency_ms is not None for row in self.rows):
+            elif kind == LATENCY and any(row.trial.scores.latency is not None for row in self.rows):
                 parts.append(f"{kind} not compared")
         agree = len(self.rows) - len(self.disagreeing)
         return f"{agree} of {len(self.rows)} architectures agree ({'; '.join(parts)})"

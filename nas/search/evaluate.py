@@ -24,13 +24,13 @@ from ..machine.devices import seeded
 from ..machine.limits import training_threads
 from ..machine.turns import device_id, exclusive, shared
 from ..models import Backbone, create_backbone
-from ..objectives.objectives import OBJECTIVES, Scores, latency_fields, other_entry
+from ..objectives.objectives import OBJECTIVES, Scores
 from ..objectives.paired import pack, unpack
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher
 from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.cost import count_cost
-from ..scoring.latency import LatencyConfig, measure_latency
+from ..scoring.latency import Latency, LatencyConfig, measure_latency
 from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .early_stopping import Judge, Stopped
 from .parent import Parent
@@ -237,7 +237,9 @@ class Evaluator:
                 if excess := excesses(scores, self.budgets):
                     return Evaluation(scores, excess)
             if "latency" in wanted:
-                scores = replace(scores, **self._latency(model))
+                first, *others = self._latencies(model)
+                labels = (config.label for config in self.latency[1:])
+                scores = replace(scores, latency=first, others=dict(zip(labels, others, strict=True)))
         return Evaluation(scores, excesses(scores, self.budgets))
 
     def _deployed(self, model: nn.Module) -> Fused:
@@ -302,13 +304,11 @@ class Evaluator:
         at = self.latency[0]
         return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, at.torch_dtype)
 
-    def _latency(self, model: nn.Module) -> dict[str, Any]:
-        measured = [
+    def _latencies(self, model: nn.Module) -> list[Latency]:
+        return [
             measure_latency(model, self.data.input_size, config, self.references.get(config.label))
             for config in self.latency
         ]
-        others = {c.label: other_entry(vars(m)) for c, m in zip(self.latency[1:], measured[1:], strict=True)}
-        return latency_fields(vars(measured[0])) | {"others": others}
 
 
 def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -164,10 +164,7 @@ def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConf
         message = f"The stages of {architecture.key} cannot be measured: {why}"
         REPEATS.tell(log, "networks whose stages cannot be measured", message)
         return []
-    return [
-        {"part": name, "ms": part.ms, "low_ms": part.low_ms, "high_ms": part.high_ms}
-        for name, part in zip(names, measured, strict=True)
-    ]
+    return [{"part": name, **part.interval.to_latency()} for name, part in zip(names, measured, strict=True)]
 
 
 def near_trials(run: Run, trials: Sequence[Trial], widened: float = 1.0) -> list[Trial]:
@@ -251,12 +248,12 @@ def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) ->
             raise
         log.warning("measuring %d networks in turns failed, so they are measured one by one: %s", len(ready), error)
         return found | {name: _measure_one(network, config, reference) for name, network in ready.items()}
-    return found | {name: asdict(latency) for name, latency in zip(ready, measured, strict=True)}
+    return found | {name: latency.to_dict() for name, latency in zip(ready, measured, strict=True)}
 
 
 def _measure_one(network: Prepared, config: LatencyConfig, reference: float) -> dict[str, Any]:
     try:
-        return asdict(measure_latencies([network], config, reference)[0])
+        return measure_latencies([network], config, reference)[0].to_dict()
     except TrialFailure as failure:
         return {"failure": f"{failure.reason}: {failure}"}
     except (RuntimeError, MemoryError) as error:

@@ -11,10 +11,10 @@ The functions that run networks are loaded on first use, so that a run folder ca
 from typing import TYPE_CHECKING
 
 from ...lazy import on_first_use
+from ...objectives.latency import Latency
 from .config import (
     DTYPES,
     RUNTIME_TRAITS,
-    Latency,
     LatencyConfig,
     import_package,
     latency_in_run,

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...interval import Interval
 from ...machine.devices import threads
 from ...machine.turns import exclusive
+from ...objectives.latency import Latency
 from ...repeats import REPEATS
 from .clocks import TimeBlock, WaitingTime
-from .config import Latency, LatencyConfig
+from .config import LatencyConfig
 from .reference import prepared_reference, store_reference_ms, stored_reference_ms
 from .runtimes import ONNX_RUNTIMES, RUNTIMES, Prepared, prepare, prepare_chain, random_images
 from .statistics import faster_half, ratio, ratio_interval
@@ -270,10 +272,13 @@ def summarise(
     systematic = 1.96 * DRIFT_UNCERTAINTY * abs(math.log(drift))
     q1, median, q3 = np.quantile(own_ms, [0.25, 0.5, 0.75])
     spread = (high - low) / 2 / relative
+    ms = relative * stored_ms
     return Latency(
-        ms=relative * stored_ms,
-        low_ms=relative * stored_ms * math.exp(-math.hypot(math.log(relative / low), systematic)),
-        high_ms=relative * stored_ms * math.exp(math.hypot(math.log(high / relative), systematic)),
+        Interval(
+            ms,
+            low=ms * math.exp(-math.hypot(math.log(relative / low), systematic)),
+            high=ms * math.exp(math.hypot(math.log(high / relative), systematic)),
+        ),
         spread=spread,
         raw_ms=float(median),
         q1_ms=float(q1),
