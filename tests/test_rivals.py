@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import search_spaces
 from nas import commands
 from nas.architecture import Architecture, Stage, Strip
+from nas.errors import RunError
+from nas.folders.attributes import gathered
 from nas.folders.run import Run
 from nas.folders.trial import Trial
 from nas.folding import Fused, deploy, fuse_branches
@@ -253,6 +255,23 @@ def test_baselines_are_counted_in_their_deployed_form(run):
         assert found[name].uncounted == ()
         assert (found[name].macs, found[name].params) == (count_by_torch(model, SIZE), num_params(model))
     assert {name for name, scores in found.items() if scores.form} == {"mobileone_s0"}
+
+
+def test_each_baseline_is_an_attribute_of_its_own_in_the_order_of_the_user(run):
+    """MySQL keeps 65,535 bytes of an attribute. SQLite returns the attributes sorted by name."""
+    order = ["test_vit", "mobileone_s0", "inverting", "heavy_and_inverting", "idle_and_inverting", "breaking"]
+    with run.study() as study:
+        names = set(study.user_attrs)
+    assert "baselines" not in names
+    assert {f"baselines:{name}" for name in order} <= names
+    entries = run.attributes["baselines"]
+    assert list(entries) == order
+    old, new = ({name: entries[name] for name in half} for half in (order[3:], order[:3]))
+    plain = {name: {key: value for key, value in e.items() if key != "number"} for name, e in old.items()}
+    resumed = {"baselines": plain} | {f"baselines:{name}": new[name] for name in reversed(new)}
+    assert list(gathered(resumed, "here")["baselines"]) == order[3:] + order[:3], "a resumed search adds to an old run"
+    with pytest.raises(RunError, match="baselines"):
+        gathered(resumed | {"baselines:test_vit": {"scores": 3}}, "here")
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ _TUNED = {
 }
 STUDY = {
     "manifest?": dict,
-    "baselines?": {str: ({"scores": SCORES}, _FAILURE)},
+    "baselines?": {str: ({"scores": SCORES, "number?": COUNT}, {**_FAILURE, "number?": COUNT})},
     "remeasured?": {str: {str: (_LATENCY, _FAILURE)}},
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
     "raced?": {str: (_TUNED, _FAILURE)},

@@ -1,6 +1,6 @@
 """Measurements after the last trial: baselines, the front again in turns, its order in another runtime, and its parts.
 
-All results are attributes of the study: `baselines` (name -> scores or failure), `remeasured` (target -> key or
+All results are attributes of the study: `baselines:NAME` (scores or failure), `remeasured` (target -> key or
 name -> latency), `elsewhere` (the same in another runtime) and `stages` (target -> key -> latency of each part). They
 are as safe as the trials, and a later call resumes them.
 """
@@ -21,7 +21,7 @@ from torch import nn
 from ..architecture import Architecture, Candidate, Graft
 from ..counts import pieces_of
 from ..errors import NasError, TrialFailure
-from ..folders.attributes import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE
+from ..folders.attributes import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, add_baseline
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..models import Backbone
@@ -64,8 +64,8 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
         evaluator: the evaluator of the run.
         baselines: names of the baselines.
     """
-    scored = _score_baselines(study, evaluator, baselines)
-    rivals = _rivals(study)
+    scored = _score_baselines(study, run, evaluator, baselines)
+    rivals = _rivals(run)
     if not any(objective.is_latency for objective in run.objectives):
         return
     trials = [t for t in run.trials(remeasured=False) if t.state == "complete"]
@@ -185,27 +185,28 @@ def near_trials(run: Run, trials: Sequence[Trial], widened: float = 1.0) -> list
     return [trials[i] for i in sorted(near, key=lambda i: (ranks[i], *best[i]))]
 
 
-def _score_baselines(study: optuna.Study, evaluator: Evaluator, names: Sequence[str]) -> list[str]:
+def _score_baselines(study: optuna.Study, run: Run, evaluator: Evaluator, names: Sequence[str]) -> list[str]:
     """Scores baselines as the trials are scored, but without budgets; returns the names of those with scores."""
-    known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
+    known: dict[str, Any] = run.attributes.get(BASELINES, {})
     free = replace(evaluator, budgets={})
     for name in names:
         if name in known:
             continue
         log.info("scoring the baseline %s", name)
         try:
-            known[name] = {"scores": free.evaluate_network(partial(_create_baseline, evaluator, name)).scores.to_dict()}
+            scores = free.evaluate_network(partial(_create_baseline, evaluator, name)).scores
+            entry: dict[str, Any] = {"scores": scores.to_dict()}
         except Exception as error:  # a foreign network may fail in any way, which must not end the search
             failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
             log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
-            known[name] = {"failure": failure}
-        study.set_user_attr(BASELINES, known)
+            entry = {"failure": failure}
+        add_baseline(study, known, name, entry)
     return [name for name in names if "scores" in known[name]]
 
 
-def _rivals(study: optuna.Study) -> dict[str, Candidate]:
+def _rivals(run: Run) -> dict[str, Candidate]:
     """Returns the forms of the parent that were scored as baselines, by name."""
-    entries = study.user_attrs.get(BASELINES, {})
+    entries = run.attributes.get(BASELINES, {})
     return {name: Graft.from_dict(entry["graft"]) for name, entry in entries.items() if "graft" in entry}
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..architecture import Graft
 from ..errors import TrialFailure
-from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, entry_name
+from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, add_baseline, entry_name
 from ..folders.checkpoint import resume, save_checkpoint
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
@@ -57,7 +57,7 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     """
     tuner = _Tuner(study, run, evaluator, config.tune_epochs)
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
-    _score_rivals(study, evaluator, space.rivals(), tuner, trials)
+    _score_rivals(study, run, evaluator, space.rivals(), tuner, trials)
     if config.tune_epochs > FIRST_EPOCHS:
         raced = _first_epochs(run, trials, config)
         if not raced:
@@ -195,6 +195,7 @@ class _Tuner:
 
 def _score_rivals(
     study: optuna.Study,
+    run: Run,
     evaluator: Evaluator,
     rivals: Mapping[str, Graft],
     tuner: _Tuner,
@@ -202,7 +203,7 @@ def _score_rivals(
 ) -> None:
     """Tunes forms of the parent and records them as baselines; measures those that are no complete trial."""
     scored = {trial.key: trial.scores for trial in trials}
-    known: dict[str, Any] = dict(study.user_attrs.get(BASELINES, {}))
+    known: dict[str, Any] = run.attributes.get(BASELINES, {})
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
         if name in known:
@@ -212,12 +213,12 @@ def _score_rivals(
             scores = scored.get(graft.key) or free.evaluate(graft).scores
             entry = tuner.tune(graft)
             if "failure" in entry:
-                known[name] = {"failure": entry["failure"]}
+                found = {"failure": entry["failure"]}
             else:
-                known[name] = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
+                found = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
         except TrialFailure as failure:
-            known[name] = {"failure": f"{failure.reason}: {failure}"}
-        study.set_user_attr(BASELINES, known)
+            found = {"failure": f"{failure.reason}: {failure}"}
+        add_baseline(study, known, name, found)
 
 
 def _for_control(run: Run, space: GraftSpace) -> Graft | None:
