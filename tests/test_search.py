@@ -492,6 +492,17 @@ def test_a_resumed_run_keeps_what_is_not_given(tmp_path):
     assert configure(new, tmp_path / "other", trials=2) == replace(new, out=tmp_path / "other", trials=2)
 
 
+def test_a_resumed_run_stores_the_settings_that_it_may_change(tmp_path):
+    run, path = search(analytic_config(tmp_path, trials=1)), tmp_path / "run"
+    asked = {"sampler": "random", "timeout_minutes": 5.0, "early_stopping": False, "baselines": ("cas_vit_xs",)}
+    config = configure(SearchConfig(MINI), path, target=0.5, max_seconds=0.03, **asked)
+    search(config)
+    before, after = run.manifest.config.recorded, Run.open(path).manifest.config.recorded
+    changed = {name: after[name] for name in after if after[name] != before[name]}
+    assert changed == asked | {"baselines": ["cas_vit_xs"], "latency_target": 0.5, "latency_seconds": 0.03}
+    assert SearchConfig.from_run(Run.open(path)) == config
+
+
 def test_every_device_is_measured_in_every_runtime():
     config = configure(SearchConfig(MINI, ("macs", "params")), devices=("cpu", "cuda"), runtimes=("eager", "compile"))
     labels = ["cpu-eager", "cpu-compile", "cuda-eager", "cuda-compile"]

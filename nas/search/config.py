@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import consent, defaults
 from ..architecture import Candidate, candidate_from_dict
+from ..changeable import changeable
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.join import find_run
 from ..folders.run import Run
@@ -33,7 +34,7 @@ MAX_COUNT, MAX_WORKERS = 2**31 - 1, 2**16 - 1
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The configuration of a search.
+    """The configuration of a search. A resumed run may change the fields that are declared as `changeable`.
 
     Args:
         space: the search space.
@@ -96,45 +97,45 @@ class SearchConfig:
     space: Space
     objectives: tuple[str, ...] = defaults.OBJECTIVES
     latency: tuple[LatencyConfig, ...] = (LatencyConfig(device=defaults.DEVICE),)
-    train_device: str | None = None
-    baselines: tuple[str, ...] = ()
+    train_device: str | None = changeable(None)
+    baselines: tuple[str, ...] = changeable(())
     data: str = defaults.DATA
     data_root: str | None = None
     classes: tuple[str, ...] = ()
     max_images: int = defaults.MAX_IMAGES
-    unlabelled: str | None = None
+    unlabelled: str | None = changeable(None)
     input_size: int | None = None
     proxy: str = defaults.PROXY
     proxy_repeats: int = defaults.PROXY_REPEATS
     cross_fit: bool = False
     proxy_images: int | None = None
     proxy_size: int | None = None
-    teacher: str | None = None
-    teacher_weights: str | None = None
-    profile: str | None = None
+    teacher: str | None = changeable(None)
+    teacher_weights: str | None = changeable(None)
+    profile: str | None = changeable(None)
     calibration: str | None = None
     tune_epochs: int = defaults.TUNE_EPOCHS
-    tune_count: int = defaults.TUNE_COUNT
-    control: bool = False
-    early_stopping: bool = True
+    tune_count: int = changeable(defaults.TUNE_COUNT)
+    control: bool = changeable(False)
+    early_stopping: bool = changeable(True)
     epochs: int = defaults.EPOCHS
     train_batch_size: int = defaults.TRAIN_BATCH_SIZE
-    trials: int = defaults.TRIALS
-    timeout_minutes: float | None = None
-    trial_timeout_minutes: float | None = None
-    sampler: str = defaults.SAMPLER
+    trials: int = changeable(defaults.TRIALS)
+    timeout_minutes: float | None = changeable(None)
+    trial_timeout_minutes: float | None = changeable(None)
+    sampler: str = changeable(defaults.SAMPLER)
     start: tuple[Candidate, ...] = ()
-    until: float | None = None
+    until: float | None = changeable(None)
     budgets: Mapping[str, float] = field(default_factory=dict)
     seed: int = defaults.SEED
     out: Path | None = None
     storage: str | None = None
-    workers: int = defaults.WORKERS
-    engine: str = defaults.ENGINE
-    address: str = defaults.ADDRESS
-    gpus_per_trial: float = defaults.GPUS_PER_TRIAL
-    share_device: bool = False
-    only: str = defaults.ONLY
+    workers: int = changeable(defaults.WORKERS)
+    engine: str = changeable(defaults.ENGINE)
+    address: str = changeable(defaults.ADDRESS)
+    gpus_per_trial: float = changeable(defaults.GPUS_PER_TRIAL)
+    share_device: bool = changeable(False)
+    only: str = changeable(defaults.ONLY)
 
     @property
     def device(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 
 from .. import consent
+from ..changeable import changeable_fields
 from ..data import ImageData, absolute
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
@@ -30,7 +31,8 @@ from ..objectives.objectives import Objective, parse_objectives
 from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
-from ..scoring.latency import reference_ms
+from ..scoring.latency import LatencyConfig, reference_ms
+from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
 from ..teachers import absolute_places
@@ -190,29 +192,9 @@ def _absolute_folder(path: str | None) -> str | None:
 
 def _update(run: Run, config: SearchConfig) -> Run:
     """Stores the settings that a resumed run may change, so that the next resume keeps them."""
-    names = (
-        "trials",
-        "workers",
-        "engine",
-        "address",
-        "gpus_per_trial",
-        "share_device",
-        "only",
-        "train_device",
-        "sampler",
-        "until",
-        "profile",
-        "early_stopping",
-        "tune_count",
-        "control",
-        "unlabelled",
-        "teacher",
-        "teacher_weights",
-        "timeout_minutes",
-        "trial_timeout_minutes",
-    )
+    names = (*changeable_fields(SearchConfig), *(IN_RUNS[name] for name in changeable_fields(LatencyConfig)))
     stored = config.to_dict()
-    asked = {name: stored[name] for name in (*names, "baselines", "latency_target", "latency_seconds")}
+    asked = {name: stored[name] for name in names}
     told = _trust(config, run.path, run.manifest.data.fingerprint)
     before = run.manifest.config.recorded
     if asked == {name: before.get(name) for name in asked} and told == run.manifest.trust:

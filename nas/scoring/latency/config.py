@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ... import defaults
+from ...changeable import changeable
 from ...errors import UsageError, unknown_name
 from ...foreign_files import LINE, POSITIVE
 from ...machine.devices import check_device_name, resolve_device
@@ -112,8 +113,8 @@ class LatencyConfig:
     folded: bool = True
     command: str | None = None
     command_timeout: float = defaults.COMMAND_TIMEOUT
-    target: float = defaults.LATENCY_TARGET
-    max_seconds: float = defaults.LATENCY_SECONDS
+    target: float = changeable(defaults.LATENCY_TARGET)
+    max_seconds: float = changeable(defaults.LATENCY_SECONDS)
     warmup_seconds: float = 1.0
     block_ms: float = 30.0
     seed: int = defaults.SEED
