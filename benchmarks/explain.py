@@ -56,7 +56,13 @@ def main() -> None:
             rows, tried = [], np.zeros(2, dtype=int)
             for seed in range(options.seeds):
                 found = optimize(
-                    table.knobs, table.scores, OBJECTIVES, sampler, trials, seed, reference=table.reference
+                    table.knobs,
+                    table.scores,
+                    OBJECTIVES,
+                    sampler=sampler,
+                    trials=trials,
+                    seed=seed,
+                    reference=table.reference,
                 )
                 drawn = [truth[space.decode(t.choices).key] for t in found.trials]
                 with tempfile.TemporaryDirectory() as folder:

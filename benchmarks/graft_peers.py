@@ -78,8 +78,8 @@ def main() -> None:
 
 def _tuned(model: nn.Module, evaluator: Evaluator, epochs: int) -> tuple[nn.Module, float]:
     """Tunes a network as the search tunes its forms; returns it with its held-out accuracy in percent."""
-    fidelity = replace(evaluator.fidelity, epochs=epochs, max_seconds=None)
-    estimate = train(model, evaluator.data, fidelity, evaluator.seed, evaluator.device)
+    fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
+    estimate = train(model, evaluator.data, fidelity, evaluator.proxy.seed, evaluator.role.device)
     assert estimate.weights is not None
     model = copy.deepcopy(model)
     model.load_state_dict(estimate.weights)

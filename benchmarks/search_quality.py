@@ -155,7 +155,7 @@ def run_one(table: Table, name: str, seed: int, trials: int, workers: int) -> tu
             ended = time.perf_counter()
 
         kwargs: dict[str, Any] = {"reference": reference or None, "cheap": cheap, "callbacks": [restart]}
-        found = optimize(table.knobs, evaluate, OBJECTIVES, base, trials, seed, **kwargs)  # type: ignore[arg-type]
+        found = optimize(table.knobs, evaluate, OBJECTIVES, sampler=base, trials=trials, seed=seed, **kwargs)  # type: ignore[arg-type]
         return np.array([[t.values["latency"], -t.values["accuracy"]] for t in found.trials]), seconds
     known: set[tuple[int, ...]] = set()
     problem = Problem(tuple(OBJECTIVES), (True, False), reference, cheap)

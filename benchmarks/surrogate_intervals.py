@@ -37,7 +37,7 @@ def coverage(
     table: Table, seed: int, sampler: str, held_out: Mapping[str, np.ndarray], count: int = 1000
 ) -> dict[tuple[str, bool], np.ndarray]:
     """Share of held-out accuracies within the intervals of each level: in each pool, as given and as the search has."""
-    found = optimize(table.knobs, table.scores, OBJECTIVES, sampler, 100, seed)  # type: ignore[arg-type]
+    found = optimize(table.knobs, table.scores, OBJECTIVES, sampler=sampler, trials=100, seed=seed)  # type: ignore[arg-type]
     rows = np.array([table.knobs.point(t.choices) for t in found.trials])
     losses = np.array([-t.values["accuracy"] for t in found.trials])
     encoding, exact = Encoding(table.knobs), np.zeros(len(rows))

@@ -35,13 +35,30 @@ _WORDS = {"mixer": "token mixer", "mlp": "MLP", "mlp_ratio": "MLP ratio", "local
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """An architecture that differs from the explained one by one knob.
+class Change:
+    """A change of one knob.
 
     Args:
         knob: name of the knob in the space.
         before: choice of the explained architecture.
         after: choice of the neighbour.
+    """
+
+    knob: str
+    before: Choice
+    after: Choice
+
+    def __str__(self) -> str:
+        """The change in plain words."""
+        return f"{knob_in_words(self.knob)}: {_choice(self.before)} → {_choice(self.after)}"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An architecture that differs from the explained one by one knob.
+
+    Args:
+        change: what differs.
         architecture: the neighbour.
         predicted: name of an objective -> predicted score; unknown ones are missing.
         tried: `scored`, `stopped early`, `over budget` or `failed`; '' if it was never tried.
@@ -52,9 +69,7 @@ class Neighbour:
             if one of the two has no accuracy, or if the run did not keep which images are right.
     """
 
-    knob: str
-    before: Choice
-    after: Choice
+    change: Change
     architecture: Candidate
     predicted: Mapping[str, Interval]
     tried: str = ""
@@ -62,11 +77,6 @@ class Neighbour:
     on_front: float | None = None
     gain: float | None = None
     paired: Interval | None = None
-
-    @property
-    def change(self) -> str:
-        """The change as text."""
-        return f"{knob_in_words(self.knob)}: {_choice(self.before)} → {_choice(self.after)}"
 
 
 @dataclass(frozen=True)
@@ -181,10 +191,10 @@ class Explanation:
             "neighbours": [
                 {
                     "key": n.architecture.key,
-                    "change": n.change,
-                    "knob": n.knob,
-                    "from": n.before,
-                    "to": n.after,
+                    "change": str(n.change),
+                    "knob": n.change.knob,
+                    "from": n.change.before,
+                    "to": n.change.after,
                     "predicted": {name: self._estimate(name, e) for name, e in n.predicted.items()},
                     "tried": n.tried,
                     "measured": {name: self._estimate(name, e) for name, e in n.measured.items()},
@@ -253,7 +263,7 @@ def explain(run: Run, key: str) -> Explanation:
     for point, estimates in zip([*fresh, *known], [*predicted, *alone], strict=True):
         knob, network = changes[point], networks[point]
         now, then = (knobs.read(at)[knob] for at in (here, point))
-        found[point] = Neighbour(knob, now, then, network, estimates | counts.of(network))
+        found[point] = Neighbour(Change(knob, now, then), network, estimates | counts.of(network))
     for point, (on_front, gain) in zip(fresh, prospects, strict=True):
         found[point] = replace(found[point], on_front=on_front, gain=gain)
     for point in known:

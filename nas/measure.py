@@ -82,11 +82,10 @@ def measure(
 
 def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     """Merges the conditions that are given with those of the target, as far as the latter suit the runtime."""
-    own = target.latency
-    if own is None:
+    if target.run is None:
         return LatencyConfig(**{"device": "auto", **conditions}).here()
     # how long to measure is no condition of the run
-    own = replace(own, target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
+    own = replace(target.run.latency, target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
     runtime = conditions.get("runtime", own.runtime)
     suited = dict(conditions)
     if runtime != "command":
@@ -201,19 +200,19 @@ def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
 
 def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Compares the recorded order of each run's points with the order measured now, in a line for each run."""
-    runs: dict[str, list[int]] = defaultdict(list)
+    runs: dict[str, dict[int, Interval]] = defaultdict(dict)
     for i, target in enumerate(targets):
-        if target.run and target.recorded is not None:
-            runs[target.run].append(i)
+        if target.run is not None and target.run.recorded is not None:
+            runs[target.run.name][i] = target.run.recorded
     lines = []
     for run, members in runs.items():
         if len(members) < 2:
             continue
-        before = {targets[i].name: found for i in members if (found := targets[i].recorded) is not None}
+        before = {targets[i].name: recorded for i, recorded in members.items()}
         now = {targets[i].name: Interval.of_latency(rows[i], "latency_") for i in members}
         held = compare_orders(before, now)
         rho = rank_correlation(*([figure.value for figure in each.values()] for each in (before, now)))
-        row = rows[members[0]]
+        row = rows[next(iter(members))]
         lines.append(
             f"{run}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "
             f"{row['device']}-{row['runtime']} as in the run"

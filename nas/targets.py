@@ -31,6 +31,40 @@ KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported
 
 
 @dataclass(frozen=True)
+class RunPoint:
+    """A point of a run, with the conditions of its latency.
+
+    Args:
+        name: name of the run.
+        latency: conditions under which the run measured latency, which `measure` repeats.
+        references: device and runtime -> latency of the reference network, by which the run normalised latencies.
+        machine: the machine of the run, with its number of torch threads.
+        recorded: latency of the point that the run recorded, in milliseconds; None if it measured none.
+    """
+
+    name: str
+    latency: LatencyConfig
+    references: Mapping[str, float]
+    machine: str
+    recorded: Interval | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The folder that a network comes from, and its trained weights.
+
+    Args:
+        folder: a run folder, an exported folder or a trained folder; None for a network without weights.
+        weights: a safetensors file with its trained weights, if there is one.
+        data: images that the weights were trained on: `input_size`, `mean`, `std`, and `name` and `classes` if known.
+    """
+
+    folder: Path | None = None
+    weights: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Target:
     """A network that can be built, measured and described.
 
@@ -40,15 +74,9 @@ class Target:
         input_size: side of the images that it is made for, in pixels.
         architecture: its architecture; None for a timm model of another family.
         note: a remark for the user; may be empty.
-        latency: conditions under which its run measured latency, which `measure` repeats; None without a run.
-        references: device and runtime -> latency of the reference network, by which its run normalised latencies.
-        machine: the machine of that run, with its number of torch threads.
-        run: name of the run that it is a point of; empty for others.
-        recorded: latency that the run recorded, in milliseconds.
+        run: the point of a run that it is; None for others.
         model: name of a timm model without an architecture of ours; else empty.
-        folder: the run folder, exported folder or trained folder that it comes from.
-        weights: a safetensors file with its trained weights, if there is one.
-        data: images that the weights were trained on: `input_size`, `mean`, `std`, and `name` and `classes` if known.
+        origin: its folder and its trained weights.
     """
 
     name: str
@@ -56,24 +84,18 @@ class Target:
     input_size: int
     architecture: Candidate | None = None
     note: str = ""
-    latency: LatencyConfig | None = None
-    references: Mapping[str, float] = field(default_factory=dict)
-    machine: str = ""
-    run: str = ""
-    recorded: Interval | None = None
+    run: RunPoint | None = None
     model: str = ""
-    folder: Path | None = None
-    weights: Path | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = Origin()
 
     def reference_ms(self, config: LatencyConfig) -> float | None:
         """Returns the run's latency of the reference network; None if `config` or machine differ from the run's."""
-        if self.latency is None:
+        if self.run is None:
             return None
-        mine, theirs = self.latency.conditions, config.conditions
+        mine, theirs = self.run.latency.conditions, config.conditions
         same = all(mine[name] == value for name, value in theirs.items() if name not in ("runtime", "folded"))
-        here = same and self.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
-        return reference_of(self.references, config.label) if here else None
+        here = same and self.run.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
+        return reference_of(self.run.references, config.label) if here else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -160,16 +182,13 @@ def _of_trial(run: Run, trial: Trial) -> Target:
     if isinstance(trial.architecture, Graft):
         data = data.changed(input_size=[3, trial.architecture.input_size, trial.architecture.input_size])
     target = _ours(f"{run.name}@{trial.key}", trial.architecture, len(data.classes), data.side)
+    machine = f"{manifest.conditions.device}, {manifest.machine['threads']} threads"
+    recorded = OBJECTIVES["latency"].interval(trial.scores)
+    weights = run.weights_file(trial.key)
     return replace(
         target,
-        latency=run.latency[0],
-        references=manifest.latency_references,
-        machine=f"{manifest.conditions.device}, {manifest.machine['threads']} threads",
-        run=run.name,
-        recorded=OBJECTIVES["latency"].interval(trial.scores),
-        folder=run.path,
-        weights=weights if (weights := run.weights_file(trial.key)).is_file() else None,
-        data=data.recorded,
+        run=RunPoint(run.name, run.latency[0], manifest.latency_references, machine, recorded),
+        origin=Origin(run.path, weights if weights.is_file() else None, data.recorded),
     )
 
 
@@ -192,9 +211,9 @@ def _trained(folder: Path) -> Target:
     trained = Trained.open(folder)
     manifest = trained.manifest
     name, model, side = f"{manifest.target}, trained", manifest.model or "", manifest.data.side
-    target = Target(name, trained.build, side, trained.architecture, model=model)
     weights = folder / WEIGHTS if trained.result is not None else None
-    return replace(target, folder=folder, weights=weights, data=manifest.data.recorded)
+    origin = Origin(folder, weights, manifest.data.recorded)
+    return Target(name, trained.build, side, trained.architecture, model=model, origin=origin)
 
 
 def _exported_timm(folder: Path) -> Target:
@@ -210,7 +229,7 @@ def _with_weights(target: Target, folder: Path, config: dict[str, Any]) -> Targe
     """Adds the export's trained weights to the target."""
     weights = folder / "model.safetensors"
     found = weights if is_file(weights, UsageError) else None
-    return replace(target, folder=folder, weights=found, data=config["pretrained_cfg"])
+    return replace(target, origin=Origin(folder, found, config["pretrained_cfg"]))
 
 
 def _read(path: Path) -> Candidate:

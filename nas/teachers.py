@@ -63,10 +63,10 @@ def load_teacher(
         side = trained.manifest.data.side if own_size else None
     elif is_file(folder / "config.json", UsageError):
         exported = resolve(name)
-        if exported.weights is None or "mean" not in exported.data or "std" not in exported.data:
+        if exported.origin.weights is None or "mean" not in exported.origin.data or "std" not in exported.origin.data:
             raise UsageError(f"`teacher` = {name}: it is no exported folder with weights")
-        model, known = exported.build(), exported.data
-        load_weights(model, exported.weights)
+        model, known = exported.build(), exported.origin.data
+        load_weights(model, exported.origin.weights)
     elif name.startswith("timm:"):
         assert weights is not None
         network = check_network_name(name)

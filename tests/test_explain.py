@@ -134,9 +134,10 @@ def test_measured_neighbours_have_their_own_figures(run, found):
 def test_each_change_is_of_one_knob(found):
     for neighbour in found.neighbours:
         here, there = (SPACE.encode(a) for a in (found.trial.architecture, neighbour.architecture))
-        assert (here[neighbour.knob], there[neighbour.knob]) == (neighbour.before, neighbour.after)
-        assert here | {neighbour.knob: neighbour.after} == there
-        assert neighbour.knob.partition(".")[0].replace("stage", "stage ") in neighbour.change
+        change = neighbour.change
+        assert (here[change.knob], there[change.knob]) == (change.before, change.after)
+        assert here | {change.knob: change.after} == there
+        assert change.knob.partition(".")[0].replace("stage", "stage ") in str(change)
 
 
 def test_what_is_predicted_of_a_tried_neighbour_has_not_seen_it(run, found, tmp_path):
@@ -262,7 +263,7 @@ def test_from_the_command_line(capsys, run, found):
     code, out, err = call(capsys, target)
     assert (code, err) == (0, "")
     for neighbour in found.neighbours:
-        assert neighbour.change in out
+        assert str(neighbour.change) in out
     for word in ("as it is", "scored", "predicted from", "stage 3", "--per-stage"):
         assert word in out
 

@@ -68,7 +68,7 @@ from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config, worker_config
-from nas.search.evaluate import TRAIN
+from nas.search.evaluate import TRAIN, Role
 from nas.search.parent import Parent
 from nas.search.race import winners
 from nas.search.study import join, work
@@ -724,7 +724,7 @@ def test_a_point_of_the_front_is_the_network_that_was_scored(run: Run) -> None:
     assert 100 * right == pytest.approx(trial.scores.accuracy, abs=100 / len(held))
     target = resolve(f"{run.path}@{trial.key}")
     assert target.input_size == trial.architecture.input_size
-    assert target.weights == run.weights_file(trial.key)
+    assert target.origin.weights == run.weights_file(trial.key)
 
 
 class _Interrupts(logging.Handler):
@@ -925,7 +925,7 @@ def test_a_worker_with_its_own_folder_needs_a_copy_of_the_parent(
 
 def test_a_cluster_gets_the_parent_with_the_evaluator(run: Run) -> None:
     evaluator, _ = evaluator_of(run, local_config(run))
-    carried = pickle.loads(pickle.dumps(replace(evaluator, parts=(TRAIN,))))
+    carried = pickle.loads(pickle.dumps(replace(evaluator, role=Role(parts=(TRAIN,)))))
     trial = next(t for t in run.trials(tuned=False) if t.state == "complete")
     measured = replace(trial.scores, accuracy=None)
     assert carried.evaluate(trial.architecture, measured=measured).scores.accuracy == trial.scores.accuracy
@@ -969,7 +969,7 @@ def test_a_calibration_tunes_forms_within_the_budget_as_the_search_does(run: Run
         graft = candidate_from_json(row["architecture"])
         assert space.decode(space.encode(graft)) == graft
         for epochs in {1, int(row["epochs"])}:  # a short tuning is the beginning of a long one
-            fidelity = replace(evaluator.fidelity, epochs=epochs)
+            fidelity = replace(evaluator.proxy.fidelity, epochs=epochs)
             at = evaluator.at(graft)
             alone = train(evaluator.build(graft), at.data, fidelity, int(row["seed"]), "cpu")
             found = {rung.epoch: rung.accuracy for rung in curves[row["key"], int(row["seed"])]}

@@ -21,7 +21,7 @@ from nas.repeats import REPEATS
 from nas.scoring.accuracy import Fidelity
 from nas.search import search
 from nas.search.early_stopping import Finished, Judge
-from nas.search.evaluate import Evaluator
+from nas.search.evaluate import Evaluator, Proxy
 from nas.search.workers.isolated import IsolatedEvaluator
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ class Troubled(Evaluator):
 
 def evaluator(cls=Evaluator, objectives=("params", "macs"), epochs=1):
     data = load_data("digits", None, None, 300, seed=0)
-    return cls(*(data, objectives, {}, (), {}, "train"), fidelity=Fidelity(epochs, batch_size=32), seed=0, device="cpu")
+    return cls(data, objectives, {}, (), {}, Proxy("train", Fidelity(epochs, batch_size=32), seed=0))
 
 
 def of_width(width):

@@ -722,7 +722,8 @@ def test_halves_of_a_step_are_the_same_step(tmp_path):
     evaluator = make_evaluator(
         replace(config, latency=(LatencyConfig(device="cpu"),)), load_data("digits", None, None, 300, seed=0)
     )
-    halves = replace(evaluator, fidelity=replace(evaluator.fidelity, chunks=2))
+    proxy = replace(evaluator.proxy, fidelity=replace(evaluator.proxy.fidelity, chunks=2))
+    halves = replace(evaluator, proxy=proxy)
     whole, half = (e.evaluate_network(lambda: Hungry(99)).weights for e in (evaluator, halves))
     for name in whole:
         torch.testing.assert_close(whole[name], half[name], rtol=1e-3, atol=1e-4)

@@ -381,7 +381,7 @@ def test_a_runs_reference_is_used_only_under_its_conditions(run):
         {"runtime": "compile"},
     ):
         assert target.reference_ms(LatencyConfig(**changed)) is None
-    assert replace(target, machine="another").reference_ms(LatencyConfig()) is None
+    assert replace(target, run=replace(target.run, machine="another")).reference_ms(LatencyConfig()) is None
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
     for neighbour in found.neighbours[:limit]:
         chance = "" if neighbour.tried or neighbour.on_front is None else f"{100 * neighbour.on_front:.0f} %"
         cells = [change(o, found.change(o.name, neighbour.predicted)) for o in objectives]
-        table.add_row(neighbour.change, *cells, chance)
+        table.add_row(str(neighbour.change), *cells, chance)
         if neighbour.tried:
             cells = [change(o, found.measured_change(neighbour, o)) for o in objectives]
             table.add_row(f"  {neighbour.tried}", *cells, "yes" if neighbour.on_front else "no", style="bold")

@@ -184,7 +184,7 @@ class _Grafts:
 
     @property
     def tuning(self) -> Tuning | None:
-        return self.evaluator.fidelity.tuning
+        return self.evaluator.proxy.fidelity.tuning
 
     @cached_property
     def harms(self) -> Harms:
@@ -192,7 +192,7 @@ class _Grafts:
         parent, data = self.evaluator.parent, self.evaluator.data
         assert parent is not None
         of = key_of(f"{parent.fingerprint} {data.fingerprint} {data.input_size[1]}")
-        return Harms(parent, data, self.evaluator.device, self.folder / HARMS, of)
+        return Harms(parent, data, self.evaluator.role.device, self.folder / HARMS, of)
 
     @cached_property
     def timed(self) -> Evaluator:
@@ -216,8 +216,7 @@ class _Grafts:
         return self.evaluator.build(candidate)
 
     def images(self, candidate: Candidate) -> ImageData:
-        at = self.evaluator.at(candidate)
-        return at.proxy_data or at.data
+        return self.evaluator.at(candidate).images
 
     def latency(self, candidate: Candidate) -> Interval:
         found = self.timed.evaluate(candidate)
@@ -232,5 +231,5 @@ class _Grafts:
             start = time.perf_counter()
             harm = self.harms.summed(self.space, candidate)
             return Estimate(-harm, 0.0, time.perf_counter() - start)
-        fidelity = self.evaluator.fidelity
-        return ESTIMATORS[name].estimate(model, self.images(candidate), fidelity, seed, self.evaluator.device)
+        fidelity = self.evaluator.proxy.fidelity
+        return ESTIMATORS[name].estimate(model, self.images(candidate), fidelity, seed, self.evaluator.role.device)

@@ -84,7 +84,7 @@ class ParentConfig:
             donor.check()
         if self.weights is not None and not is_file(self.weights, UsageError):
             raise UsageError(f"`weights` = {self.weights}: there is no such file")
-        if self.weights is None and target.weights is None:
+        if self.weights is None and target.origin.weights is None:
             raise UsageError(
                 f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
             )
@@ -113,9 +113,9 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
     if config.unlabelled is not None:
         load_images(config)  # what cannot be used is refused now, and not after the training
     out, target = config.out / PARENT, parent.resolved()
-    if parent.weights is None and target.folder is not None:
-        if _fits(target.folder, config):
-            return _copied(Trained.open(target.folder), out)
+    if parent.weights is None and target.origin.folder is not None:
+        if _fits(target.origin.folder, config):
+            return _copied(Trained.open(target.origin.folder), out)
         log.warning(
             "%s may have been trained on images that this search holds out, and all accuracies are then too high: give "
             "the weights that its own training began with by `weights`",

@@ -66,8 +66,8 @@ def graft(
         log.info("to resume after an interruption, repeat this with `out` = %s", out)
     latency = tuple(at.here() for at in config.latency)
     config = replace(config, out=out, latency=latency, unlabelled=parent.unlabelled or config.unlabelled)
-    if config.input_size is None and target.data.get("input_size"):
-        config = replace(config, input_size=target.data["input_size"][1])
+    if config.input_size is None and target.origin.data.get("input_size"):
+        config = replace(config, input_size=target.origin.data["input_size"][1])
     if find_run(out):
         return _resumed(Run.open(out), name, config, on_trial)
     if share is not None and "latency" in config.budgets:

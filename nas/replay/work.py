@@ -245,7 +245,8 @@ def _score(evaluator: Evaluator, trial: Trial, wanted: tuple[str, ...]) -> tuple
     alike = replace(evaluator, objectives=wanted, budgets={})
     if trial.stopped:  # a shorter training equals the beginning of a longer one
         epochs = trial.scores.curve[-1][0]
-        alike = replace(alike, fidelity=replace(alike.fidelity, epochs=epochs), repeats=1, cross_fit=False)
+        fidelity = replace(alike.proxy.fidelity, epochs=epochs)
+        alike = replace(alike, proxy=replace(alike.proxy, fidelity=fidelity, repeats=1, cross_fit=False))
     try:
         return alike.evaluate(trial.architecture).scores, ""
     except TrialFailure as failure:

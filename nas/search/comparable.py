@@ -25,7 +25,7 @@ from ..scoring.latency import latency_in_run, reference_of
 from ..space import GraftSpace, Space, space_from_dict
 from ..teachers import teacher_of_candidates
 from .config import SearchConfig
-from .evaluate import ALL, MEASURE, PARTS, TRAIN, Evaluator
+from .evaluate import ALL, MEASURE, PARTS, TRAIN, Evaluator, Proxy, Role
 from .parent import Parent, open_parent
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
         "cross_fit": config.cross_fit,
         "proxy_images": config.proxy_images,
         "proxy_size": config.proxy_size,
-        "ensemble": None if evaluator.fidelity.ensemble is None else dict(evaluator.fidelity.ensemble),
+        "ensemble": None if (ensemble := evaluator.proxy.fidelity.ensemble) is None else dict(ensemble),
         "training_recipe": RECIPE if ESTIMATORS[config.proxy].trained else None,
         "epochs": config.epochs,
         "train_batch_size": config.train_batch_size,
@@ -167,29 +167,27 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
             config.teacher, config.teacher_weights, proxy_data, config.data, config.max_images
         )
         tuning = Tuning(teacher, learning_rate=LEARNING_RATE)
+    fidelity = Fidelity(
+        config.epochs,
+        config.train_batch_size,
+        limit * 60 if limit else None,
+        ensemble=_ensemble(config, data),
+        tuning=tuning,
+    )
     return Evaluator(
         data=data,
         objectives=config.objectives,
         budgets=config.budgets,
         latency=() if config.only == TRAIN else config.latency,
         references={},
-        proxy=config.proxy,
-        fidelity=Fidelity(
-            config.epochs,
-            config.train_batch_size,
-            limit * 60 if limit else None,
-            ensemble=_ensemble(config, data),
-            tuning=tuning,
+        proxy=Proxy(config.proxy, fidelity, config.seed, config.proxy_repeats, config.cross_fit, proxy_data),
+        role=Role(
+            PARTS if config.only == ALL else (config.only,),
+            config.train_device or config.device,
+            shares=config.workers > 1,
+            share_device=config.share_device,
+            threads=max(1, torch.get_num_threads() // config.workers),
         ),
-        seed=config.seed,
-        repeats=config.proxy_repeats,
-        cross_fit=config.cross_fit,
-        proxy_data=proxy_data,
-        device=config.train_device or config.device,
-        parts=PARTS if config.only == ALL else (config.only,),
-        shares=config.workers > 1,
-        share_device=config.share_device,
-        training_threads=max(1, torch.get_num_threads() // config.workers),
         parent=parent,
     )
 

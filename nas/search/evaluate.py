@@ -71,6 +71,53 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Proxy:
+    """How the accuracy of a candidate is estimated.
+
+    Args:
+        name: a row of `ESTIMATORS`, used if `accuracy` is an objective.
+        fidelity: effort of the proxy.
+        seed: random seed of initial weights and training.
+        repeats: number of consecutive seeds over which the score is averaged.
+        cross_fit: whether each part of the images is held out in turn, in a training of its own.
+        data: images for the proxy; None for those of the evaluator.
+    """
+
+    name: str
+    fidelity: Fidelity
+    seed: int
+    repeats: int = 1
+    cross_fit: bool = False
+    data: ImageData | None = None
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a process does of the scoring, and with what.
+
+    Args:
+        parts: those of `PARTS` that it does.
+        device: device that trains networks.
+        shares: whether other trainings may use the device at the same time. Measurements always run alone.
+        share_device: train without waiting for other processes that use the device.
+        threads: number of CPU threads of a training on an idle machine; None for torch's own number.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    device: str = "cpu"
+    shares: bool = False
+    share_device: bool = False
+    threads: int | None = None
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Holds the device and the threads of one training."""
+        turn = nullcontext() if self.share_device else (shared if self.shares else exclusive)(self.device)
+        with turn, training_threads(self.device, self.threads):
+            yield
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Scores architectures under fixed conditions: equal architectures get equal scores, up to timing noise.
 
@@ -80,17 +127,8 @@ class Evaluator:
         budgets: objective -> largest value allowed.
         latency: conditions of timing, for each target.
         references: target (`LatencyConfig.label`) -> stored latency of the reference network, in milliseconds.
-        proxy: a row of `ESTIMATORS`, used if `accuracy` is an objective.
-        fidelity: effort of the proxy.
-        seed: random seed of initial weights and training.
-        repeats: number of consecutive seeds over which the proxy score is averaged.
-        cross_fit: whether each part of the images is held out in turn, in a training of its own.
-        proxy_data: images for the proxy; None for `data`.
-        device: device that trains networks.
-        parts: those of `PARTS` that this process does.
-        shares: whether other trainings may use the device at the same time. Measurements always run alone.
-        training_threads: number of CPU threads of a training on an idle machine; None for torch's own number.
-        share_device: train without waiting for other processes that use the device.
+        proxy: the source of accuracy, and the seed of initial weights.
+        role: what this process does, and the device that trains.
         parent: the pretrained network, in a search for grafts.
     """
 
@@ -99,23 +137,20 @@ class Evaluator:
     budgets: Mapping[str, float]
     latency: tuple[LatencyConfig, ...]
     references: Mapping[str, float]
-    proxy: str
-    fidelity: Fidelity
-    seed: int
-    repeats: int = 1
-    cross_fit: bool = False
-    proxy_data: ImageData | None = None
-    device: str = "cpu"
-    parts: tuple[str, ...] = PARTS
-    shares: bool = False
-    training_threads: int | None = None
-    share_device: bool = False
+    proxy: Proxy
+    role: Role = Role()
     parent: Parent | None = None
+
+    @property
+    def images(self) -> ImageData:
+        """The images on which candidates are trained and validated."""
+        return self.proxy.data or self.data
 
     @property
     def teacher(self) -> Teacher | None:
         """The teacher of candidates that are trained from scratch, if there is one."""
-        return None if self.parent is not None or self.fidelity.tuning is None else self.fidelity.tuning.teacher
+        tuning = self.proxy.fidelity.tuning
+        return None if self.parent is not None or tuning is None else tuning.teacher
 
     def build(self, architecture: Candidate) -> nn.Module:
         """Builds the candidate's module for the data's classes.
@@ -132,8 +167,8 @@ class Evaluator:
         if not isinstance(architecture, Graft) or architecture.input_size == self.data.input_size[1]:
             return self
         side = architecture.input_size
-        proxy_data = None if self.proxy_data is None else _smaller(self.proxy_data, side)
-        return replace(self, data=_smaller(self.data, side), proxy_data=proxy_data)
+        images = None if self.proxy.data is None else _smaller(self.proxy.data, side)
+        return replace(self, data=_smaller(self.data, side), proxy=replace(self.proxy, data=images))
 
     def _create(self, architecture: Candidate) -> nn.Module:
         if isinstance(architecture, Graft):
@@ -149,7 +184,7 @@ class Evaluator:
 
     def seeded(self, create: Callable[[], nn.Module], repeat: int = 0) -> nn.Module:
         """Calls `create` so that initial weights depend only on the seed and on the repeat, which counts from 0."""
-        with seeded(self.seed + repeat):
+        with seeded(self.proxy.seed + repeat):
             return create()
 
     def evaluate(
@@ -187,7 +222,7 @@ class Evaluator:
             measured = done.scores
         if "accuracy" not in self.objectives:
             return Evaluation(measured, {})
-        if TRAIN not in self.parts:
+        if TRAIN not in self.role.parts:
             return Evaluation(measured, {}, left=TRAIN)
         return self._with_memory(measured, model, create, judge)
 
@@ -198,11 +233,12 @@ class Evaluator:
 
         A training that runs out of memory is repeated alone on the device, and then with its steps split in two.
         """
-        tries = [(self, self.fidelity)]
-        if ESTIMATORS[self.proxy].trained:
-            alone = replace(self, shares=False)  # other trainings may have used the memory
-            tries += [(alone, self.fidelity)] if self.shares else []
-            tries += [(alone, replace(self.fidelity, chunks=2))] if self.fidelity.batch_size >= 4 else []
+        fidelity = self.proxy.fidelity
+        tries = [(self, fidelity)]
+        if ESTIMATORS[self.proxy.name].trained:
+            alone = replace(self, role=replace(self.role, shares=False))  # other trainings may have used the memory
+            tries += [(alone, fidelity)] if self.role.shares else []
+            tries += [(alone, replace(fidelity, chunks=2))] if fidelity.batch_size >= 4 else []
         for evaluator, fidelity in tries[:-1]:
             try:
                 return failing_without_memory(partial(evaluator._with_proxy, scores, model, create, judge, fidelity))
@@ -226,7 +262,7 @@ class Evaluator:
         )
         if excess := excesses(scores, self.budgets):
             return Evaluation(scores, excess)
-        if MEASURED & wanted and MEASURE not in self.parts:
+        if MEASURED & wanted and MEASURE not in self.role.parts:
             return Evaluation(scores, {}, left=MEASURE)
         with ExitStack() as turns:  # one turn for all measurements, because others would train between two turns
             # all processes lock the devices in the same order, which prevents deadlocks
@@ -260,23 +296,25 @@ class Evaluator:
         judge: Judge | None,
         fidelity: Fidelity,
     ) -> Evaluation:
-        estimator, data = ESTIMATORS[self.proxy], self.proxy_data or self.data
+        proxy, data = self.proxy, self.images
+        estimator = ESTIMATORS[proxy.name]
         rungs: list[Rung] = []
-        kept = len(data.holdout) * (FOLDS if self.cross_fit else 1) <= MOST_HITS
+        kept = len(data.holdout) * (FOLDS if proxy.cross_fit else 1) <= MOST_HITS
 
         def on_rung(rung: Rung) -> None:
             rungs.append(rung)
-            if judge is not None and (rung.epoch < fidelity.epochs or self.cross_fit):
+            if judge is not None and (rung.epoch < fidelity.epochs or proxy.cross_fit):
                 judge(scores, rung)
 
         estimates, scored = [], []
-        with self.training() if estimator.works else nullcontext():
-            for repeat, part in enumerate(rotated(data) if self.cross_fit else [data] * self.repeats):
+        with self.role.training() if estimator.works else nullcontext():
+            for repeat, part in enumerate(rotated(data) if proxy.cross_fit else [data] * proxy.repeats):
                 network = self.seeded(create, repeat) if repeat else model
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
-                seed = self.seed + repeat
                 try:
-                    estimates.append(estimator.estimate(network, part, fidelity, seed, self.device, **watch))
+                    estimates.append(
+                        estimator.estimate(network, part, fidelity, proxy.seed + repeat, self.role.device, **watch)
+                    )
                     scored.append(len(part.holdout))
                 except Stopped as stopped:
                     # drop the traceback, whose frames hold the training with all its tensors
@@ -284,21 +322,14 @@ class Evaluator:
                     return Evaluation(scores, {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
-            hits = estimates[0].hits if self.repeats == 1 else ""
-            if self.cross_fit:
+            hits = estimates[0].hits if proxy.repeats == 1 else ""
+            if proxy.cross_fit:
                 score, std, hits = _together([e.hits for e in estimates], scored)
             hits = hits if kept else ""
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
         return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks)
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Holds the device and the threads of one training."""
-        turn = nullcontext() if self.share_device else (shared if self.shares else exclusive)(self.device)
-        with turn, training_threads(self.device, self.training_threads):
-            yield
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]

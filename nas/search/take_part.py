@@ -87,7 +87,7 @@ def take_part(
     if not lead:
         state.unfinished.clear()
     if config.shared:
-        device = evaluator.device if config.only == TRAIN else config.device
+        device = evaluator.role.device if config.only == TRAIN else config.device
         fleet = Fleet(state.study, state.knobs, state.known, Worker.here(device, lead, config.only))
     recorder = Recorder(state, standing, config, fleet, on_trial or (lambda _: None))
     asker: Asker = Alone(state) if fleet is None else Shared(state, fleet, lead, recorder.catch_up)
@@ -113,7 +113,8 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         run.write_tables()
         raise nothing_scored(state.ended, config, exhausted or infeasible)
     try:
-        evaluator = replace(evaluator, parts=PARTS)  # no worker tunes or scores baselines, so this process trains too
+        # no worker tunes or scores baselines, so this process trains too
+        evaluator = replace(evaluator, role=replace(evaluator.role, parts=PARTS))
         if isinstance(config.space, GraftSpace):
             tune(state.study, run, evaluator, config.space, config)
         finish(state.study, run, evaluator, config.baselines)

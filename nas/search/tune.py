@@ -93,7 +93,7 @@ class _Tuner:
 
     def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
         self._study, self._run, self._evaluator = study, run, evaluator
-        self._fidelity = replace(evaluator.fidelity, epochs=epochs, max_seconds=None)
+        self._fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
         attributes = run.attributes
         self.raced: dict[str, Any] = dict(attributes.get(RACED, {}))
         self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
@@ -175,9 +175,10 @@ class _Tuner:
 
     def _train(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> Estimate:
         at = self._evaluator.at(graft)
-        model, data, file = build(), at.proxy_data or at.data, self._run.tuning_file(graft.key)
-        with at.training():
-            running = Training(model, data, fidelity.batch_size, at.seed, at.device, fidelity.chunks, fidelity.tuning)
+        model, data, file = build(), at.images, self._run.tuning_file(graft.key)
+        with at.role.training():
+            seed, device = at.proxy.seed, at.role.device
+            running = Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks, fidelity.tuning)
             if keeps:
                 resume(file, lambda state: running.load(state, fidelity.epochs))
 
@@ -185,7 +186,7 @@ class _Tuner:
                 if keeps and rung.epoch < self._fidelity.epochs:
                     self._save(file, running.state())
 
-            return train(model, data, fidelity, at.seed, at.device, running, keep)
+            return train(model, data, fidelity, seed, device, running, keep)
 
     def _save(self, file: Path, state: Mapping[str, Any]) -> None:
         """Writes the state of a tuning, unless the states fill their space already."""

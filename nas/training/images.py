@@ -66,11 +66,13 @@ class Held:
         seed: seed of the draw.
         search: `max_images` and split seed of a search. The images are then drawn from those that the search held out,
             because weights that the search trained have not seen them. None draws from all images.
+        untested: whether images are held out only if there is no test split.
     """
 
     share: float
     seed: int
     search: tuple[int, int] | None = None
+    untested: bool = False
 
     def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the indices of the held-out images and the indices of all others."""
@@ -153,7 +155,6 @@ def open_data(
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     with_test: bool = True,
     classes: Sequence[str] = (),
-    untested: bool = False,
 ) -> TrainingData:
     """Opens a training split and its test split, and logs which images were found.
 
@@ -169,7 +170,6 @@ def open_data(
         normalisation: mean and standard deviation of the channels; None computes them from a sample.
         with_test: whether to open the test split too.
         classes: class folders of a folder or an archive; empty finds them.
-        untested: whether to hold images out only if there is no test split.
 
     Raises:
         DataError: if a data set is missing or cannot be used.
@@ -198,7 +198,7 @@ def open_data(
             test = _test_subset(found, source, found.place or f"the test split of {name}")
     elif with_test and opened.why_no_test:
         REPEATS.once(log, f"there will be no final test: {opened.why_no_test}", logging.WARNING)
-    if untested and test is not None:
+    if held.untested and test is not None:
         held = replace(held, share=0.0)
     aside, rest = held.split(labels)
     if len(rest) < 2:

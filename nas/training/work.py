@@ -124,7 +124,7 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
     The images are normalised as they were when the initial weights were trained.
     """
     assert config.data is not None
-    known = target.data if weights is not None and weights == target.weights else {}
+    known = target.origin.data if weights is not None and weights == target.origin.weights else {}
     if weights is not None and target.architecture is None and not known:
         known = timm.get_pretrained_cfg(target.model, allow_unregistered=True).to_dict()
     normalisation = (tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
@@ -135,9 +135,8 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
         *(config.data, config.test_data, config.data_root, config.input_size),
         *(_held(config, target, weights), normalisation),
         classes=config.classes,
-        untested=config.recipe.holdout is None,
     )
-    other_classes = weights == target.weights and tuple(known.get("classes", data.classes)) != data.classes
+    other_classes = weights == target.origin.weights and tuple(known.get("classes", data.classes)) != data.classes
     if other_classes:
         message = f"The weights of {target.name} were trained on other classes, so the classifier starts from zero."
         REPEATS.tell(log, "classifiers that start from zero, for other classes", message, level=logging.INFO)
@@ -163,7 +162,7 @@ def _teacher(config: TrainConfig, target: Target) -> str | None:
     """Returns the teacher: the parent of a graft, unless the user names another or `none`."""
     if config.teacher == "none":
         return None
-    parent = target.folder / PARENT if target.folder is not None else None
+    parent = target.origin.folder / PARENT if target.origin.folder is not None else None
     if config.teacher is not None or parent is None or not isinstance(target.architecture, Graft):
         return config.teacher
     return str(parent) if is_training(parent) else None
@@ -171,7 +170,7 @@ def _teacher(config: TrainConfig, target: Target) -> str | None:
 
 def _of_search(target: Target, weights: Path) -> bool:
     """Whether a search trained the weights."""
-    return bool(target.run) and weights == target.weights
+    return bool(target.run) and weights == target.origin.weights
 
 
 def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: Trained | None) -> Recipe:
@@ -197,30 +196,31 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
 
 def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
     """Takes settings that the user omits from the target's run, or from the images that its weights were trained on."""
-    if target.run and target.folder is not None:
-        of_run = Run.open(target.folder).manifest.config
+    if target.run and target.origin.folder is not None:
+        of_run = Run.open(target.origin.folder).manifest.config
         if config.data is None:
             config = replace(config, data=of_run.data, data_root=config.data_root or of_run.data_root)
             config = replace(config, classes=config.classes or tuple(of_run.classes))
-    size = target.data["input_size"][1] if "input_size" in target.data else None
+    size = target.origin.data["input_size"][1] if "input_size" in target.origin.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
 
 
 def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     """Chooses how images are held out: none that the initial weights were trained on, as far as that is known."""
     share = config.recipe.holdout
-    held = Held(Recipe.holdout if share is None else share, config.seed)
+    held = Held(Recipe.holdout if share is None else share, config.seed, untested=share is None)
     if config.search_images is not None:
         return replace(held, search=(config.search_images, SPLIT_SEED))
-    if weights is None or weights != target.weights or target.folder is None:
+    if weights is None or weights != target.origin.weights or target.origin.folder is None:
         return held
     if target.run:
-        of_run = Run.open(target.folder).manifest.config
+        of_run = Run.open(target.origin.folder).manifest.config
         search = of_run.max_images, SPLIT_SEED
         return replace(held, search=search) if same_data(config.data, of_run.data) else held
-    if is_training(target.folder):
-        before = Trained.open(target.folder).manifest.data
-        return Held.from_dict(before.held) if same_data(config.data, before.name) else held
+    if is_training(target.origin.folder):
+        before = Trained.open(target.origin.folder).manifest.data
+        same = same_data(config.data, before.name)
+        return replace(Held.from_dict(before.held), untested=held.untested) if same else held
     log.warning(
         "%s may have been trained on the images that are held out now: its training data is unknown", target.name
     )
@@ -232,7 +232,7 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
     if config.init == "scratch":
         return None
     if config.init == "auto":
-        return target.weights
+        return target.origin.weights
     file = Path(config.init)
     if not is_file(file, UsageError):
         raise UsageError(f"`init` = {config.init}: it must be auto, scratch or a .safetensors file")
@@ -240,8 +240,8 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
 
 
 def _folder(config: TrainConfig, target: Target) -> Path:
-    if target.run and target.folder is not None and target.architecture is not None:
-        return target.folder / "trained" / target.architecture.key
+    if target.run and target.origin.folder is not None and target.architecture is not None:
+        return target.origin.folder / "trained" / target.architecture.key
     plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(target.name).name.replace("timm:", ""))
     return RESULTS / f"train-{plain}-{Path(config.data or '').stem}"
 

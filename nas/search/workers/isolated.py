@@ -207,7 +207,7 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
             answer = ("error", traceback.format_exc())
         if answer[0] != "done":
             try:
-                for device in {evaluator.device, *(c.device for c in evaluator.latency)}:
+                for device in {evaluator.role.device, *(c.device for c in evaluator.latency)}:
                     if device.startswith("cuda"):
                         torch.cuda.synchronize(device)
             except RuntimeError:  # the error stays: this process cannot use that GPU any more

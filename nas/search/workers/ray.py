@@ -66,15 +66,16 @@ class Cluster:
         wanted = {*evaluator.objectives, *evaluator.budgets}
         measured, trained = bool(MEASURED & wanted), "accuracy" in wanted
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus, trains_on = 0.0, evaluator.device
-        if evaluator.device.startswith("cuda"):
+        gpus, trains_on = 0.0, evaluator.role.device
+        if trains_on.startswith("cuda"):
             gpus, trains_on = resources.gpus_per_trial, "cuda:0"  # a process sees the GPU it was given alone
         on_gpu = measured and any(config.device.startswith("cuda") for config in evaluator.latency)
         _check_gpus(nodes, gpus, on_gpu, evaluator)
         cores = [int(node.get("CPU", 0)) for node in nodes]
         cpus = float(max(1, min(sum(cores) // resources.workers, max(cores)))) if not gpus else 1.0
         parts = (TRAIN,) if measured else PARTS
-        self._evaluator = ray.put(replace(evaluator, device=trains_on, shares=True, training_threads=None, parts=parts))
+        role = replace(evaluator.role, parts=parts, device=trains_on, shares=True, threads=None)
+        self._evaluator = ray.put(replace(evaluator, role=role))
         self._train = None
         if trained or not measured:
             # two processes may die over a task: its own, and that of one more try
@@ -88,7 +89,7 @@ class Cluster:
             )(Target)
             # torch's own number of threads is another one in Ray's processes
             timed = tuple(replace(c, threads=c.threads or torch.get_num_threads()) for c in evaluator.latency)
-            self._measurer = ray.put(replace(evaluator, parts=(MEASURE,), latency=timed))
+            self._measurer = ray.put(replace(evaluator, role=replace(evaluator.role, parts=(MEASURE,)), latency=timed))
             self._target = actor.remote([self._measurer], seconds)
         self._seconds = seconds
         self._under_way: dict[Any, int] = {}
