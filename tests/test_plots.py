@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,11 @@ from PIL import Image
 from test_report import example
 
 import search_spaces
+from nas import commands
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
 from nas.report import plots
+from nas.report.html import report
 from nas.report.scored import describe_stages
 from nas.search import SearchConfig, search
 from nas.space import SearchSpace, StageChoices
@@ -46,6 +49,23 @@ def test_files_that_open(run, tmp_path):
     assert "baselines" in page
     assert "order stability" in page
     assert not re.search(r"<script[^>]+src=", page), "the page must need no network"
+
+
+def test_notes_name_arguments_and_on_the_command_line_flags(run, tmp_path):
+    vague = Run.open(shutil.copytree(run.path, tmp_path / "vague"))
+    with vague.study() as study:
+        again = study.user_attrs["remeasured"]
+        wide = {key: entry | {"low_ms": 0.5 * entry["ms"], "spread": 0.5} for key, entry in again["cpu-eager"].items()}
+        study.set_user_attr("remeasured", {"cpu-eager": wide})
+    note, on_line = (
+        f"an idle machine or a larger {name} makes them" for name in ("`max_seconds`", "--latency-seconds")
+    )
+    files = (plots.plot([vague])[2], report([vague]))
+    assert all(note in file.read_text() for file in files)
+    for name in ("plot", "report"):
+        with pytest.raises(SystemExit):
+            commands.main([name, str(vague.path)])
+    assert all(on_line in file.read_text() and note not in file.read_text() for file in files)
 
 
 def test_hypervolume_over_time(run):

@@ -467,6 +467,20 @@ def test_pointing_and_choosing(run, browser):
 
 
 @pytest.mark.slow
+def test_a_long_line_of_the_network_is_broken_and_not_cut(run, browser, tmp_path):
+    """Lines of a graft name modules of its parent, which may be long."""
+    long = "blocks.3 with 176, 360 inner channels, and blocks.4 with 528"
+    file = tmp_path / "page.html"
+    file.write_text(re.sub(r'"Stage \d: \w+"', f'"{long}"', report([run]).read_text()))
+    page = browser.open(file)
+    assert long in " ".join(page.locator("#diagram text").all_text_contents())
+    ends = page.evaluate(
+        "[...document.querySelectorAll('#diagram text')].map((t) => t.getBBox().x + t.getBBox().width)"
+    )
+    assert max(ends) <= page.evaluate("document.querySelector('#diagram svg').viewBox.baseVal.width")
+
+
+@pytest.mark.slow
 def test_the_table_shows_stages_as_tags(run, browser):
     page = browser.open(report([run]))
     stages = run.front()[0].architecture.stages

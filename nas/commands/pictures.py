@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .flags import FLAGS
 from .options import RUN, RUNS, STORAGE, command, option
 from .printing import print_json
 
@@ -20,7 +21,7 @@ def plot_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool) -
     from ..folders.run import Run
     from ..report.plots import plot as draw
 
-    files = [str(file) for file in draw([Run.open(path) for path in run_paths], out)]
+    files = [str(file) for file in draw([Run.open(path) for path in run_paths], out, FLAGS.shown)]
     if as_json:
         print_json({"files": files})
     else:
@@ -37,7 +38,7 @@ def report_command(run_paths: tuple[Path, ...], out: Path | None, as_json: bool)
     from ..folders.run import Run
     from ..report.html import report
 
-    file = str(report([Run.open(path) for path in run_paths], out))
+    file = str(report([Run.open(path) for path in run_paths], out, FLAGS.shown))
     if as_json:
         print_json({"file": file})
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -347,8 +347,11 @@ def _kendall(run: Run, rows: Rows) -> str | None:
     return f"{tau:.2f}"
 
 
-def trust(run: Run) -> dict[str, Any]:
-    """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable."""
+def trust(run: Run, spell: Callable[[str], str]) -> dict[str, Any]:
+    """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable.
+
+    `spell` changes the verdicts, in which arguments stand in backquotes.
+    """
     told, config = run.manifest.trust, run.manifest.config
     return {
         "wants_accuracy": "accuracy" in config.objectives,
@@ -364,7 +367,7 @@ def trust(run: Run) -> dict[str, Any]:
             "what": candidates_of(run.manifest.space),
             "calibration": told["calibration"],
         },
-        "verdicts": [line for line in run.verdicts() if not line.startswith("proxy ")],
+        "verdicts": [spell(line) for line in run.verdicts() if not line.startswith("proxy ")],
     }
 
 

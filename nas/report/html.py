@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,24 @@ from .scored import MIXER_COLOURS, differences, read_runs
 PAGE = Path(__file__).parent / "page"
 
 
-def report(runs: Sequence[Run], out: Path | None = None) -> Path:
+def report(runs: Sequence[Run], out: Path | None = None, spell: Callable[[str], str] = str) -> Path:
     """Write one page with all that is known of the runs; returns its path.
 
     Args:
         runs: runs with the same objectives.
         out: the file; None for `report.html` in the first run's folder.
+        spell: changes notes, in which arguments stand in backquotes.
 
     Raises:
         UsageError: where the runs' objectives differ.
         RunError: where a run is damaged, or the file cannot be written.
     """
     path = runs[0].path / "report.html" if out is None else out
-    write_file(path, _page(runs))
+    write_file(path, _page(runs, spell))
     return path
 
 
-def _page(runs: Sequence[Run]) -> str:
+def _page(runs: Sequence[Run], spell: Callable[[str], str]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -64,7 +65,7 @@ def _page(runs: Sequence[Run]) -> str:
     )
     return environment.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
-        runs=[_panels(run, trials, front) for (run, _, front), trials in zip(scored, everything, strict=True)],
+        runs=[_panels(run, trials, front, spell) for (run, _, front), trials in zip(scored, everything, strict=True)],
         drawn=drawn,
         mixers=[
             {"name": name, "colour": MIXER_COLOURS[name], "symbol": MIXER_SYMBOLS[name]}
@@ -84,7 +85,7 @@ def _page(runs: Sequence[Run]) -> str:
     )
 
 
-def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
+def _panels(run: Run, trials: list[Any], front: list[Any], spell: Callable[[str], str]) -> dict[str, Any]:
     """What the page says of one run."""
     scored, wanted = sum(t.scored for t in trials), run.manifest.config.trials
     return {
@@ -101,7 +102,7 @@ def _panels(run: Run, trials: list[Any], front: list[Any]) -> dict[str, Any]:
         ),
         "mixers": facts.mixers_by_stage(trials, front),
         "importance": facts.knob_importance(run),
-        "trust": facts.trust(run),
+        "trust": facts.trust(run, spell),
         "endings": facts.endings(trials),
         "budgets": facts.budgets(run, trials),
         "baselines": facts.baselines(run, front),

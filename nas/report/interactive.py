@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -95,8 +96,8 @@ def interactive(scored: Scored) -> Any:
     return figure
 
 
-def page(scored: Scored) -> str:
-    """Returns the HTML of a self-contained page with the figure and its caption."""
+def page(scored: Scored, spell: Callable[[str], str] = str) -> str:
+    """Returns the HTML of a self-contained page with the figure and its caption, which `spell` changes."""
     title, figure = title_of(scored), interactive(scored)
     figure.update_layout(
         template="plotly_white",
@@ -106,7 +107,7 @@ def page(scored: Scored) -> str:
         margin={"t": 90, "b": 60},
         autosize=True,
     )
-    notes = "".join(f"<p>{escape(line)}</p>\n" for line in caption_of(scored).splitlines())
+    notes = "".join(f"<p>{escape(line)}</p>\n" for line in spell(caption_of(scored)).splitlines())
     body = figure.to_html(full_html=False, include_plotlyjs=True, default_height="75vh", config={"responsive": True})
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

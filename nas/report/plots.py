@@ -6,7 +6,7 @@ import io
 import itertools
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ MOST_LINES = 10
 """A legend with more lines stands at the top and is smaller, so that it does not cover the caption."""
 
 
-def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
+def plot(runs: Sequence[Run], out: Path | None = None, spell: Callable[[str], str] = str) -> list[Path]:
     """Draws the runs' fronts over all their scored architectures, and the growth of their hypervolumes.
 
     The colour of a point is its dominant mixer (the mixer of most blocks). Points of the front show their 95 %
@@ -57,6 +57,7 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
     Args:
         runs: runs with the same objectives.
         out: the folder for the files; None takes the folder of the first run.
+        spell: changes the notes under a picture, in which arguments stand in backquotes.
 
     Returns:
         The files `front.png`, `.svg` and `.html`, and `hypervolume.png` and `.svg`.
@@ -72,9 +73,9 @@ def plot(runs: Sequence[Run], out: Path | None = None) -> list[Path]:
         raise RunError(f"{', '.join(run.name for run in runs)}: nothing to plot, no architecture is scored yet")
     folder = runs[0].path if out is None else out
     with rc_context({"text.parse_math": False}):  # names may hold dollars
-        files = save_figure(_draw(scored), folder / "front")
+        files = save_figure(_draw(scored, spell), folder / "front")
     files.append(folder / "front.html")
-    write_file(files[-1], page(scored))
+    write_file(files[-1], page(scored, spell))
     with rc_context({"text.parse_math": False}):
         return files + save_figure(_draw_hypervolume(runs, everything), folder / "hypervolume")
 
@@ -94,7 +95,7 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
-def _draw(scored: Scored) -> Figure:
+def _draw(scored: Scored, spell: Callable[[str], str]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -153,7 +154,7 @@ def _draw(scored: Scored) -> Figure:
     width = 50 + 55 * panels
     title = "\n".join(textwrap.fill(line, width * 2 // 3) for line in title_of(scored).splitlines())
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
-    if caption := caption_of(scored):
+    if caption := spell(caption_of(scored)):
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
     return figure

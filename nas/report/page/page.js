@@ -193,6 +193,14 @@
     return lines;
   }, []);
 
+  /** A text in lines of at most so many letters, broken at spaces; a longer word stays whole. */
+  const broken = (text, most = 34) => text.split(" ").reduce((lines, word) => {
+    const last = lines[lines.length - 1];
+    if (last !== undefined && last.length + word.length + 1 <= most) lines[lines.length - 1] = `${last} ${word}`;
+    else lines.push(word);
+    return lines;
+  }, []);
+
   /** Stem, stages and head from top to bottom: as wide as their channels, a bar a block, with what each takes. */
   const diagram = (point) => {
     const stages = stagesOf(point);
@@ -218,17 +226,20 @@
     for (const [place, row] of rows.entries()) {
       const bars = Math.min(row.bars || 1, 8);
       const part = took[row.name];
-      const text = 16 + 15 * row.lines.length + (part ? 17 : 0);
+      const heads = broken(row.head);
+      const lines = row.lines.flatMap((line) => broken(line, 44));
+      const under = 15 * (heads.length - 1 + lines.length);
+      const text = 16 + under + (part ? 17 : 0);
       const height = Math.max(text, bars * 12 + 2);
       if (place) drawing.push(shape("path", { d: `M${middle} ${y - 12}v10m-3-4 3 4 3-4`, fill: "none", stroke: colour("quiet") }));
       for (let bar = 0; bar < bars; bar++) {
         drawing.push(shape("rect", { x: middle - row.span / 2, y: y + bar * 12 + 2, width: row.span, height: 9, rx: 2, fill: row.fill || colour("raised"), stroke: colour("ink"), "stroke-width": 0.8 }));
       }
       if (row.bars > bars) drawing.push(shape("text", { x: middle, y: y + bars * 12 + 12, "text-anchor": "middle", class: "soft" }, `× ${row.bars}`));
-      drawing.push(shape("text", { x: left, y: y + 11, class: "head" }, row.head));
-      row.lines.forEach((line, i) => drawing.push(shape("text", { x: left, y: y + 27 + 15 * i, class: "soft" }, line)));
+      heads.forEach((line, i) => drawing.push(shape("text", { x: left, y: y + 11 + 15 * i, class: "head" }, line)));
+      lines.forEach((line, i) => drawing.push(shape("text", { x: left, y: y + 12 + 15 * (heads.length + i), class: "soft" }, line)));
       if (part) {
-        const at = y + 18 + 15 * row.lines.length;
+        const at = y + 18 + under;
         const scale = 120 / longest;
         drawing.push(
           shape("rect", { x: left, y: at + 2, width: Math.max(part.ms * scale, 1), height: 8, rx: 1.5, fill: colour("strong") }),
