@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from ..foreign_files import COUNT, FIGURE, LINE, POSITIVE, SIDE
 from ..objectives.latency import Latency
-from ..objectives.objectives import Scores
+from ..objectives.objectives import FIGURES, Scores
 from ..scoring.latency.config import IN_RUNS, SHAPES
 
 STATISTIC = ({"value": FIGURE, "low": FIGURE, "high": FIGURE}, None)
@@ -102,7 +102,7 @@ _LATENCY = {
 }
 _BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool | None": (bool, None)}
 SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {
-    **{f"latency_{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Latency) if f.type in _BY_TYPE},
+    **{f"{name}?": _BY_TYPE[str(f.type)] for f in fields(Latency) if (name := f"latency_{f.name}") in FIGURES},
     **{"latency_ms?": (POSITIVE, None), "latency_low_ms?": (FIGURE, None), "latency_high_ms?": (FIGURE, None)},
     "others?": {str: {**_INTERVAL, "spread?": FIGURE}},
     "uncounted?": [LINE],
