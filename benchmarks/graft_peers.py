@@ -36,7 +36,7 @@ from nas.folders.training import load_weights
 from nas.machine.turns import exclusive
 from nas.models.create import create_candidate
 from nas.scoring.accuracy import train
-from nas.scoring.accuracy.training import held_out_hits, top1
+from nas.scoring.accuracy.held_out import held_out_hits, top1
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import measure_latencies, prepare_model, reference_ms
 from nas.search.comparable import evaluator_of

@@ -16,7 +16,8 @@ from nas.architecture import MIXER_TYPES, Additive, Architecture, Hadamard, Soft
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
 from nas.scoring.accuracy import ESTIMATORS, PARENT, Ensemble, Estimate, Fidelity, Teacher, Training, Tuning, train
-from nas.scoring.accuracy.training import AVERAGING, held_out_hits
+from nas.scoring.accuracy.held_out import held_out_hits
+from nas.scoring.accuracy.training import AVERAGING
 from nas.scoring.cost import count_cost
 
 TRAINED = [name for name, row in ESTIMATORS.items() if row.trained and row.needs != PARENT]

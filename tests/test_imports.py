@@ -22,7 +22,7 @@ ORDER = (
     "nas.architecture nas.consent nas.streams nas.memory_format nas.fingerprint",
     "nas.foreign_files",
     "nas.objectives nas.machine nas.data nas.folding nas.onnx",
-    "nas.display",
+    "nas.display nas.quantisation",
     "nas.space nas.models nas.scoring",
     "nas.storage nas.counts",
     "nas.folders",

@@ -28,7 +28,8 @@ from nas.graft.calibrate import calibrate_grafts, configure
 from nas.graft.distil import Distillation, distil
 from nas.graft.options import LIBRARIES
 from nas.models.parts import places
-from nas.scoring.accuracy.training import LABEL_SMOOTHING, loss_of, normaliser
+from nas.scoring.accuracy.held_out import normaliser
+from nas.scoring.accuracy.training import LABEL_SMOOTHING, loss_of
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of

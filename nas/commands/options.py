@@ -227,7 +227,13 @@ def latency(several: bool = False) -> Decorator:
             defaults.RUNTIME,
             "Runtime: eager, compile, cudagraph, onnxruntime, openvino or command",
         ),
-        timing("--dtype", default=defaults.DTYPE, help="Data type: fp32, bf16 or fp16."),
+        timing(
+            "--precision",
+            "--dtype",
+            "dtype",
+            default=defaults.DTYPE,
+            help="Precision: fp32, bf16, fp16 or int8 (quantised ONNX).",
+        ),
         timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images per timed pass."),
         timing("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),
         timing(

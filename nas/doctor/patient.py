@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import consent
 from ..errors import NasError
+from ..objectives.objectives import wants_accuracy
 from .database import copy_database
 from .findings import Finding, NotChecked
 from .locks import lock_holder
@@ -130,7 +131,7 @@ class Patient:
     @property
     def keeps_weights(self) -> bool:
         """Whether the search keeps trained weights."""
-        return self.run.manifest.proxy_trained and "accuracy" in self.run.manifest.config.objectives
+        return self.run.manifest.proxy_trained and wants_accuracy(self.run.manifest.config.objectives)
 
 
 @contextlib.contextmanager

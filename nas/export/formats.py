@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -28,7 +26,9 @@ from ..folders.files import write_file
 from ..folders.manifest import Data
 from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
+from ..quantisation import quantise_onnx
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
+from ..scoring.latency.config import QUANTISER
 from .checks import Call, logits_of
 from .subject import Subject
 
@@ -42,9 +42,6 @@ DECODING = {
     ),
 }
 """How an encoded image becomes 8-bit RGB (`nas.data.decoding`), for people and programs."""
-QUANTISED = ("Conv", "Gemm", "MatMul")
-"""ONNX operations that run in 8 bits if they have weights. Products of two activations, as in attention, stay in
-float32: with those in 8 bits too, a network of `mini` kept its class on 30 % of the images instead of 94 %."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,49 +250,14 @@ def _make_onnx(material: Material, folder: Path) -> None:
 
 def _make_int8(material: Material, folder: Path) -> None:
     import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if material.calibration is None:
         raise NasError("it is calibrated on training images, which cannot be read: say by `data` where they are")
-    with tempfile.TemporaryDirectory(prefix="mixnas-") as place, _quiet():
-        plain, prepared, done = (Path(place) / name for name in ("plain.onnx", "prepared.onnx", "done.onnx"))
-        plain.write_bytes(material.onnx)
-        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(prepared).graph
-        weights = {tensor.name for tensor in graph.initializer}
-        products = [n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
-        quantize_static(
-            prepared,
-            done,
-            _Calibration(material.calibration, material.batch or 32),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
-            nodes_to_exclude=products,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,  # x86 multiplies unsigned activations with signed weights fast
-            weight_type=QuantType.QInt8,
-        )
-        model = onnx.load(done)
+    model = onnx.load_from_string(quantise_onnx(material.onnx, material.calibration, material.batch))
     del model.metadata_props[:]
     for key, value in preprocessing(material.subject).items():
         model.metadata_props.add(key=key, value=json.dumps(value))
     write_file(folder / FORMATS["int8"].file, model.SerializeToString())
-
-
-class _Calibration:
-    """The reader from which ONNX Runtime takes its calibration images."""
-
-    def __init__(self, images: torch.Tensor, batch: int) -> None:
-        self._chunks = iter(images[torch.arange(-(-len(images) // batch) * batch) % len(images)].split(batch))
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """Returns the next batch; None after the last one."""
-        chunk = next(self._chunks, None)
-        return None if chunk is None else {INPUT: chunk.numpy()}
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return iter(self.get_next, None)
 
 
 def _session(model: bytes) -> Call:
@@ -322,7 +284,7 @@ def _onnx_format(file: str, note: str, **options: Any) -> Format:
         runtime="onnxruntime",
         note=note,
         version="onnxruntime",
-        packages=("onnx", "onnxscript", "onnxruntime"),
+        packages=QUANTISER,
         **options,
     )
 

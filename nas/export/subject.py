@@ -18,6 +18,7 @@ from ..folders.run import Run, is_run
 from ..folders.training import Trained, TrainingManifest, is_training, load_weights
 from ..folders.trial import Trial
 from ..models import create_candidate
+from ..quantisation import CALIBRATION_IMAGES
 from ..scoring.latency import LatencyConfig
 from ..training.batches import evaluation_batches
 from ..training.images import Held, Subset, TrainingData, open_data
@@ -26,8 +27,6 @@ AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
 MAX_CHECKED = 2000
 """Largest number of unseen images on which files are compared."""
-CALIBRATION_IMAGES = 256
-"""Largest number of training images that calibrate the ranges of int8."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,8 @@ from ..folders.library import DONOR, Taught, load_taught, save_taught, save_weig
 from ..machine.devices import multiplies_bf16, seeded
 from ..models.grafts import StandIn, replace_layers
 from ..models.watch import run_once, watched, watching
-from ..scoring.accuracy.training import augmented, normaliser
+from ..scoring.accuracy.held_out import normaliser
+from ..scoring.accuracy.training import augmented
 from ..scoring.cost import count_cost
 from ..training.loop import Step
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from ..architecture import Graft
 from ..data import ImageData, reduced
 from ..folders.library import LIBRARY
-from ..scoring.accuracy.training import estimate_batch_norms, normaliser
+from ..scoring.accuracy.held_out import normaliser
+from ..scoring.accuracy.training import estimate_batch_norms
 from ..search.parent import Parent
 from ..space import GraftSpace
 from .kept import read_kept, write_kept

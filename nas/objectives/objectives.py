@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class Scores:
         latency_search_ms: the latency during the search, if the point was measured again afterwards.
         others: further target (`cpu-onnxruntime`) -> latency on it. Files keep its interval and its spread.
         memory_mib: peak MiB of inference.
-        accuracy: top-1 percent on held-out images, from trained weights.
+        accuracy: top-1 percent on held-out images, from trained weights, in the precision that the search asks for.
         accuracy_std: its standard error in percent points.
         accuracy_assembled: accuracy of a graft in the search, before it was tuned to the end.
         curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
@@ -180,6 +180,7 @@ OBJECTIVES: dict[str, Objective] = {
     for o in (
         Objective("latency", "latency_ms", "ms", True, "Latency"),
         Objective("accuracy", "accuracy", "%", False, "Top-1 accuracy"),
+        Objective("accuracy_int8", "accuracy", "%", False, "Top-1 accuracy in int8"),
         Objective("macs", "macs", "", True, "MACs"),
         Objective("flops", "flops", "", True, "FLOPs"),
         Objective("params", "params", "", True, "Parameters"),
@@ -189,6 +190,11 @@ OBJECTIVES: dict[str, Objective] = {
 """All objectives by name. A figure that is not measured yet also needs a field of `Scores` and a line in
 `nas.search.evaluate`, a row of `MEASURED` there if it needs the target device, and `Objective.error` if it has an
 error."""
+
+
+def wants_accuracy(names: Iterable[str]) -> bool:
+    """Whether a top-1 accuracy is among some objectives, in any precision."""
+    return not {"accuracy", "accuracy_int8"}.isdisjoint(names)
 
 
 def parse_objectives(
@@ -213,6 +219,14 @@ def parse_objectives(
     if not 2 <= len(names) <= MAX_OBJECTIVES:
         raise UsageError(f"objectives {','.join(names) or '(none)'}: name two to four of {', '.join(OBJECTIVES)}")
     chosen = [OBJECTIVES[name] for name in names]
+    if len({o.field for o in chosen}) < len(chosen):
+        raise UsageError(
+            f"objectives {','.join(names)}: give accuracy or accuracy_int8, because a network gets one score"
+        )
+    if not proxy_trained and "accuracy_int8" in names:
+        raise UsageError(
+            f"accuracy_int8 needs trained weights, but the proxy {proxy} trains nothing: use `proxy` = train"
+        )
     if not proxy_trained:
         stand_in = Objective(f"proxy_{proxy}", "proxy", "", False, f"Proxy {proxy} (untrained)")
         chosen = [stand_in if o.name == "accuracy" else o for o in chosen]

@@ -29,7 +29,7 @@ from ..folders.tables import kind_of
 from ..folders.trial import Trial
 from ..foreign_files import is_file, read_json
 from ..interval import Interval
-from ..objectives.objectives import OBJECTIVES, Objective, Scores
+from ..objectives.objectives import OBJECTIVES, Objective, Scores, wants_accuracy
 from ..objectives.text import format_figure, format_interval, format_value
 from ..space import candidates_of
 from .scored import PLAIN_BLOCK, Scored, describe_stages
@@ -354,7 +354,7 @@ def trust(run: Run, spell: Callable[[str], str]) -> dict[str, Any]:
     """
     told, config = run.manifest.trust, run.manifest.config
     return {
-        "wants_accuracy": "accuracy" in config.objectives,
+        "wants_accuracy": wants_accuracy(config.objectives),
         "trained": run.manifest.proxy_trained,
         "proxy": config.proxy,
         "epochs": config.epochs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..objectives.objectives import wants_accuracy
 from ..scoring.accuracy import ESTIMATORS
 from ..space import GraftSpace
 from ..teachers import check_teacher
@@ -34,7 +35,7 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
     Raises:
         UsageError: if a setting does not go with a parent.
     """
-    if "accuracy" not in config.objectives or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
+    if not wants_accuracy(config.objectives) or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
         raise UsageError(
             "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
         )
@@ -58,7 +59,7 @@ def check_for_teacher(config: SearchConfig) -> None:
         UsageError: if the weights are missing, or the proxy trains nothing.
     """
     check_teacher(config.teacher, config.teacher_weights)
-    if config.teacher is not None and (config.proxy != "train" or "accuracy" not in config.objectives):
+    if config.teacher is not None and (config.proxy != "train" or not wants_accuracy(config.objectives)):
         raise UsageError("a `teacher` needs the objective accuracy and `proxy` = train, because only a training learns")
 
 
@@ -70,7 +71,7 @@ def check_for_cross_fit(config: SearchConfig) -> None:
     """
     if not config.cross_fit:
         return
-    if config.proxy != "train" or "accuracy" not in config.objectives:
+    if config.proxy != "train" or not wants_accuracy(config.objectives):
         raise UsageError("`cross_fit` needs the objective accuracy and `proxy` = train, because it trains on each part")
     if config.teacher is not None:
         raise UsageError("`cross_fit` does not go with a `teacher`, which has seen images that are held out later")

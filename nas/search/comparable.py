@@ -20,8 +20,10 @@ from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
+from ..scoring.accuracy.held_out import FP32, INT8
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
 from ..scoring.latency import latency_in_run, reference_of
+from ..scoring.latency.config import check_quantiser
 from ..space import GraftSpace, Space, space_from_dict
 from ..teachers import teacher_of_candidates
 from .config import SearchConfig
@@ -154,6 +156,8 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
     Raises:
         RunError, UsageError: if the calibration or the parent does not fit.
     """
+    if "accuracy_int8" in config.objectives:
+        check_quantiser()
     limit, parent = config.trial_timeout_minutes, _parent(config)
     if parent is not None:
         data = parent.normalised(data)
@@ -173,6 +177,7 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
         limit * 60 if limit else None,
         ensemble=_ensemble(config, data),
         tuning=tuning,
+        precision=INT8 if "accuracy_int8" in config.objectives else FP32,
     )
     return Evaluator(
         data=data,

@@ -16,7 +16,7 @@ from ..folders.join import find_run
 from ..folders.run import Run
 from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
-from ..objectives.objectives import parse_objectives
+from ..objectives.objectives import parse_objectives, wants_accuracy
 from ..scoring.accuracy import CALIBRATION, ESTIMATORS, PARENT
 from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency
 from ..scoring.latency.config import IN_RUNS
@@ -217,7 +217,7 @@ class SearchConfig:
         if self.storage is not None:
             check_storage(self.storage)
         wanted = {*self.objectives, *self.budgets}
-        if self.only != ALL and ("accuracy" not in wanted or not MEASURED & wanted):
+        if self.only != ALL and not (wants_accuracy(wanted) and MEASURED & wanted):
             raise UsageError(
                 f"`only` = {self.only}: there is but one part. The objectives must include accuracy, and objectives or "
                 "budgets must include latency or memory"

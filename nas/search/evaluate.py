@@ -24,7 +24,7 @@ from ..machine.devices import seeded
 from ..machine.limits import training_threads
 from ..machine.turns import device_id, exclusive, shared
 from ..models import Backbone, create_backbone
-from ..objectives.objectives import OBJECTIVES, Scores
+from ..objectives.objectives import OBJECTIVES, Scores, wants_accuracy
 from ..objectives.paired import pack, unpack
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher
@@ -220,7 +220,7 @@ class Evaluator:
             if done.excess or done.left:
                 return done
             measured = done.scores
-        if "accuracy" not in self.objectives:
+        if not wants_accuracy(self.objectives):
             return Evaluation(measured, {})
         if TRAIN not in self.role.parts:
             return Evaluation(measured, {}, left=TRAIN)

@@ -49,7 +49,7 @@ def winners(run: Run, trials: Sequence[Trial], raced: Mapping[str, Any], count: 
     if not known:
         return []
     hits = [read_hits(run, t.scores.hits, f"raced.{t.key}") for t in known]
-    others = run.losses(known)[:, [o.name != "accuracy" for o in run.objectives]]
+    others = run.losses(known)[:, [o.field != "accuracy" for o in run.objectives]]
     out = {
         loser.key
         for i, loser in enumerate(known)

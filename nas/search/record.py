@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ..architecture import Candidate
 from ..errors import TrialFailure
 from ..folders.trial import Trial
-from ..objectives.objectives import OBJECTIVES, Scores
+from ..objectives.objectives import OBJECTIVES, Scores, wants_accuracy
 from ..scoring.accuracy import ESTIMATORS
 from .config import SearchConfig
 from .early_stopping import Judge, best_final
@@ -50,7 +50,7 @@ class Recorder:
         self._state, self._standing, self._config = state, standing, config
         self._fleet, self._on_trial = fleet, on_trial
         self._objectives = standing.run.objectives
-        self._trains = ESTIMATORS[config.proxy].trained and "accuracy" in config.objectives
+        self._trains = ESTIMATORS[config.proxy].trained and wants_accuracy(config.objectives)
 
     def task(self, asked: Asked) -> tuple[Candidate, Judge | None, Scores | None] | None:
         """Returns the candidate, what may stop its training and what was measured of it; None for a failed trial."""

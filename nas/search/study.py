@@ -27,7 +27,7 @@ from ..folders.profile import Profile
 from ..folders.run import MANIFEST, Run, is_run
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
-from ..objectives.objectives import Objective, parse_objectives
+from ..objectives.objectives import Objective, parse_objectives, wants_accuracy
 from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
@@ -97,7 +97,7 @@ def search(
     assert config.out is not None
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
-    if "accuracy" not in config.objectives:
+    if not wants_accuracy(config.objectives):
         log.info("accuracy is not an objective, so the search trains nothing")
     if config.only == MEASURE:
         log.info(

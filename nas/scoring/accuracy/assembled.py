@@ -11,7 +11,8 @@ from torch import nn
 from ...data import ImageData
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, accuracy_error
-from .training import estimate_batch_norms, held_out_hits, top1
+from .held_out import held_out_hits, top1
+from .training import estimate_batch_norms
 
 
 def assembled(
@@ -30,7 +31,7 @@ def assembled(
     Args:
         model: a classifier of `data.classes` with trained weights.
         data: images for the statistics and for validation.
-        fidelity: its batch size is used.
+        fidelity: its batch size and precision are used.
         seed: random seed of the choice of training images.
         device: device to run on.
         on_rung: never called, because there is no training to watch.
@@ -41,7 +42,7 @@ def assembled(
     start = time.perf_counter()
     network = copy.deepcopy(model).to(device).eval()
     estimate_batch_norms(network, data, fidelity.batch_size, seed, device)
-    hits = held_out_hits(network, data, device)
+    hits = held_out_hits(network, data, device, fidelity.precision)
     score = top1(hits)
     return Estimate(
         score=score,

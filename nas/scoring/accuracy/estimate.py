@@ -46,6 +46,7 @@ class Fidelity:
             parts need less memory, but batch norms then see smaller batches.
         ensemble: data of `Ensemble.to_dict`, for the estimator `ensemble`.
         tuning: how the training learns from a teacher; None trains on the labels alone.
+        precision: `fp32`, or `int8` to score each network as quantised after its training.
     """
 
     epochs: int = EPOCHS
@@ -54,6 +55,7 @@ class Fidelity:
     chunks: int = 1
     ensemble: Mapping[str, Any] | None = field(default=None, repr=False)
     tuning: Tuning | None = field(default=None, repr=False, compare=False)
+    precision: str = "fp32"
 
     @property
     def rungs(self) -> tuple[int, ...]:

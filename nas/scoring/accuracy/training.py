@@ -13,7 +13,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...data import NO_LABEL, ImageData, Images, Part
+from ...data import NO_LABEL, ImageData
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
+from .held_out import held_out_hits, normaliser, on_device, top1
 from .teacher import Teacher
 
 RECIPE = 2
@@ -46,8 +46,6 @@ STATISTICS_BATCHES = 16
 LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
 SHIFT_SHARE = 0.125
-MAX_BROKEN = 0.1
-"""Maximum share of held-out images with logits that are not finite. These images count as wrong."""
 
 
 def train(
@@ -91,7 +89,7 @@ def train(
         while running.epoch < epoch:
             running.run_epoch(deadline)
         network = running.averaged()
-        right = held_out_hits(network, data, device)
+        right = held_out_hits(network, data, device, fidelity.precision)
         before = running.curve[-1].seconds if running.curve else 0.0
         rung = Rung(epoch, top1(right), before + time.perf_counter() - begun, pack(right))
         running.curve += (rung,)
@@ -104,7 +102,7 @@ def train(
         seconds=time.perf_counter() - start,
         weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
         curve=running.curve,
-        hits=hits or pack(held_out_hits(network, data, device)),  # a state of an earlier version has none
+        hits=hits or pack(held_out_hits(network, data, device, fidelity.precision)),  # an earlier version kept none
     )
 
 
@@ -140,7 +138,7 @@ class Training:
     ) -> None:
         self.data, self.seed, self.device = data, seed, torch.device(device)
         self.amp = multiplies_bf16(self.device)
-        self.images = _on_device((data if tuning is None or tuning.data is None else tuning.data).train, device)
+        self.images = on_device((data if tuning is None or tuning.data is None else tuning.data).train, device)
         self.labels = self.images.labels
         self.unlabelled = bool((self.labels == NO_LABEL).any())
         self.normalise = normaliser(data, device)
@@ -307,7 +305,7 @@ def estimate_batch_norms(network: nn.Module, data: ImageData, batch_size: int, s
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    part, normalise = _on_device(data.train, device), normaliser(data, device)
+    part, normalise = on_device(data.train, device), normaliser(data, device)
     batch_size = min(batch_size, len(part))
     network.eval()
     momenta = [norm.momentum for norm in norms]
@@ -344,57 +342,3 @@ def augmented(pixels: torch.Tensor, mirrored: bool, generator: torch.Generator) 
     image = torch.arange(count, device=device)[:, None, None]
     # with channels last in the index, the result already has the memory format that convolutions need
     return pixels.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _on_device(images: Images, device: str) -> Images:
-    """Moves images to a device. Parts of one block share it there too."""
-    if isinstance(images, Part):
-        return Part(_moved(images.block, device), images.rows.to(device))
-    return _moved(images, device)
-
-
-@lru_cache(maxsize=4)
-def _moved(images: Images, device: str) -> Images:
-    """Moves images to a device. The cache keeps them there from one training to the next."""
-    return Images(images.pixels.to(device), images.labels.to(device))
-
-
-def normaliser(data: ImageData, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that normalises uint8 images on `device` to float32 with the data's mean and std."""
-    mean = torch.tensor(data.mean, device=device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(data.std, device=device).view(1, -1, 1, 1) * 255
-    return lambda pixels: (pixels.float() - mean) / std
-
-
-def held_out_hits(model: nn.Module, data: ImageData, device: str, batch_size: int = 256) -> torch.Tensor:
-    """Returns for each held-out image whether its highest logit is that of the right class.
-
-    After few steps, a deep network with products may overflow on a rare image unlike those that its batch norms saw.
-    Such an image counts as wrong.
-
-    Returns:
-        A bool tensor of shape (images,), on the CPU.
-
-    Raises:
-        TrialFailure: `non_finite` if that happens for more than a tenth of the images.
-    """
-    held, normalise = _on_device(data.holdout, device), normaliser(data, device)
-    model.eval()
-    hits, broken = [], torch.zeros((), dtype=torch.int64, device=device)
-    with torch.inference_mode():
-        for rows in torch.arange(len(held), device=device).split(batch_size):
-            labels = held.labels[rows]
-            logits = model(normalise(held.read(rows)).contiguous(memory_format=torch.channels_last))
-            finite = logits.isfinite().all(1)
-            broken += (~finite).sum()
-            hits.append((logits.argmax(1) == labels) & finite)
-    if int(broken) > MAX_BROKEN * len(held):
-        raise TrialFailure(
-            "non_finite", f"the trained network gives {int(broken)} of {len(held)} images logits that are not finite"
-        )
-    return torch.cat(hits).cpu()
-
-
-def top1(hits: torch.Tensor) -> float:
-    """Returns the percentage of images that are right."""
-    return 100 * int(hits.sum()) / len(hits)

@@ -24,7 +24,7 @@ from ...errors import NotApplicable
 from ...machine.devices import seeded
 from ..cost import count_cost
 from .estimate import Estimate, Fidelity
-from .training import normaliser
+from .held_out import normaliser
 
 ZICO_BATCHES = 2
 """Number of batches, as in the paper, whose results hardly change with more."""

@@ -20,8 +20,10 @@ from ...machine.devices import check_device_name, resolve_device
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Name -> the name in torch."""
+FLOATS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {**FLOATS, "int8": "float32"}
+"""Precision -> name in torch of the weights as they are exported. An int8 model is exported in float32, then quantised.
+"""
 
 
 MAX_BATCH_SIZE = 65_536
@@ -41,7 +43,7 @@ class RuntimeTraits:
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    dtypes: tuple[str, ...] = tuple(FLOATS)
     packages: tuple[str, ...] = ()
     extra: str = ""
     channels_last: bool = False
@@ -49,7 +51,22 @@ class RuntimeTraits:
     @property
     def missing(self) -> tuple[str, ...]:
         """Packages that are not installed."""
-        return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
+        return missing_packages(self.packages)
+
+
+def missing_packages(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of some packages that are not installed."""
+    return tuple(name for name in names if importlib.util.find_spec(name) is None)
+
+
+def check_quantiser() -> None:
+    """Refuses int8 if a package that quantises models is not installed.
+
+    Raises:
+        UsageError: if one is missing.
+    """
+    if missing := missing_packages(QUANTISER):
+        raise UsageError(f"int8 needs {' and '.join(missing)}: pip install 'mixnas[onnx]'")
 
 
 def import_package(name: str) -> Any:
@@ -63,15 +80,17 @@ def import_package(name: str) -> Any:
 
 
 _ONNX = ("onnx", "onnxscript")
+QUANTISER = (*_ONNX, "onnxruntime")
+"""Packages that quantise a model (`nas.quantisation`)."""
 RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
     "eager": RuntimeTraits(channels_last=True),
     "compile": RuntimeTraits(channels_last=True),
     "cudagraph": RuntimeTraits(devices=("cuda",), channels_last=True),
-    "onnxruntime": RuntimeTraits(dtypes=("fp32", "fp16"), packages=(*_ONNX, "onnxruntime"), extra="onnx"),
+    "onnxruntime": RuntimeTraits(dtypes=("fp32", "fp16", "int8"), packages=QUANTISER, extra="onnx"),
     "openvino": RuntimeTraits(
-        devices=("cpu",), dtypes=("fp32", "bf16"), packages=(*_ONNX, "openvino"), extra="openvino"
+        devices=("cpu",), dtypes=("fp32", "bf16", "int8"), packages=(*_ONNX, "openvino"), extra="openvino"
     ),
-    "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16"), packages=_ONNX, extra="onnx"),
+    "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16", "int8"), packages=_ONNX, extra="onnx"),
 }
 """Name -> traits. `nas.scoring.latency.runtimes.RUNTIMES` holds the code under the same names."""
 
@@ -84,7 +103,8 @@ class LatencyConfig:
         device: `cpu`, `cuda` or `cuda:i`; `auto` until `here` chooses one. The runtime `command` has its own device
             and uses `cpu` to check its output.
         runtime: a row of `RUNTIMES`.
-        dtype: a row of `DTYPES`, for weights and input.
+        dtype: the precision, a row of `DTYPES`. It is that of weights and input; with int8, weights and inputs of
+            convolutions and linear layers have 8 bits, and all else float32.
         batch_size: images per forward pass.
         threads: CPU threads inside an operation; None keeps torch's own number.
         channels_last: whether weights and input have the channels-last memory format.
@@ -121,7 +141,7 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         check_device_name(self.device)
-        for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("dtype", self.dtype, DTYPES)):
+        for what, name, table in (("runtime", self.runtime, RUNTIME_TRAITS), ("precision", self.dtype, DTYPES)):
             if name not in table:
                 raise unknown_name(what, name, table)
         for what, number, most in (
@@ -146,7 +166,11 @@ class LatencyConfig:
         if traits.devices and kind not in ("auto", *traits.devices):
             raise UsageError(f"runtime {self.runtime} runs on {' and '.join(traits.devices)}, not on {self.device}")
         if self.dtype not in traits.dtypes:
-            raise UsageError(f"runtime {self.runtime} takes {' and '.join(traits.dtypes)}, not {self.dtype}")
+            able = [name for name, other in RUNTIME_TRAITS.items() if self.dtype in other.dtypes]
+            raise UsageError(
+                f"runtime {self.runtime} takes {', '.join(traits.dtypes)}, not {self.dtype}, which needs `runtime` = "
+                f"{' or '.join(able)}"
+            )
         if self.channels_last and not traits.channels_last:
             raise UsageError(f"runtime {self.runtime} chooses its own memory format: leave `channels_last` out")
 
@@ -190,6 +214,8 @@ class LatencyConfig:
             raise UsageError(
                 f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
             )
+        if self.dtype == "int8":
+            check_quantiser()
 
     @property
     def conditions(self) -> dict[str, Any]:

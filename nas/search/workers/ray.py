@@ -20,7 +20,7 @@ import torch
 
 from ...architecture import Candidate
 from ...errors import RunError, TrialFailure, UsageError
-from ...objectives.objectives import Scores
+from ...objectives.objectives import Scores, wants_accuracy
 from ..early_stopping import Judge
 from ..evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
 from .executors import outcome_of
@@ -64,7 +64,7 @@ class Cluster:
         self.slots = resources.workers
         self._ray = ray = _connected(resources.address)
         wanted = {*evaluator.objectives, *evaluator.budgets}
-        measured, trained = bool(MEASURED & wanted), "accuracy" in wanted
+        measured, trained = bool(MEASURED & wanted), wants_accuracy(wanted)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus, trains_on = 0.0, evaluator.role.device
         if trains_on.startswith("cuda"):

@@ -1,0 +1,204 @@
+"""What int8 does to the order of latencies and to accuracy: the same networks in fp32 and in int8.
+
+    python benchmarks/precision.py time --count 40 --size 224 --out FOLDER         # resumes
+    python benchmarks/precision.py table FOLDER --imagenet timm_imagenet_speed.csv
+    python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
+
+`time` measures random networks of the space `mobile` and some timm models, each in ONNX Runtime and OpenVINO and in both
+precisions, in one session of turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in
+all stages, and scores each in both precisions on the same held-out images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import search_spaces
+from nas.data import load_data
+from nas.errors import TrialFailure
+from nas.folding import deploy
+from nas.interval import Interval
+from nas.machine.description import describe_software, machine_name
+from nas.models import create_backbone
+from nas.objectives.paired import paired_difference
+from nas.objectives.pareto import non_dominated
+from nas.onnx import export_onnx
+from nas.quantisation import quantise_onnx
+from nas.scoring.accuracy import Fidelity, Training, train, trust
+from nas.scoring.accuracy.held_out import held_out_hits
+from nas.scoring.cost import count_cost
+from nas.scoring.latency import LatencyConfig, measure_latencies, prepare_onnx
+
+TIMM = (
+    *("mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "mobilenetv4_conv_small"),
+    *("tf_efficientnet_lite0", "efficientnet_b0", "resnet18", "regnety_004"),
+    *("ghostnet_100", "mobileone_s0", "convnext_atto", "deit_tiny_patch16_224"),
+)
+PLACES = tuple((runtime, precision) for runtime in ("onnxruntime", "openvino") for precision in ("fp32", "int8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(required=True)
+    timing = what.add_parser("time")
+    timing.add_argument("--count", type=int, default=40)
+    timing.add_argument("--size", type=int, default=224)
+    timing.add_argument("--seconds", type=float, default=2.0, help="most seconds for the turns of a network")
+    timing.add_argument("--out", type=Path, required=True)
+    timing.set_defaults(run=time_all)
+    table = what.add_parser("table")
+    table.add_argument("out", type=Path)
+    table.add_argument("--imagenet", type=Path, help="timm's table of accuracies")
+    table.set_defaults(run=print_table)
+    scoring = what.add_parser("accuracy")
+    scoring.add_argument("--data", required=True)
+    scoring.add_argument("--count", type=int, default=4, help="networks for each mixer")
+    scoring.add_argument("--epochs", type=int, default=4)
+    scoring.set_defaults(run=print_accuracies)
+    asked = parser.parse_args()
+    asked.run(asked)
+
+
+def networks(count: int) -> dict[str, nn.Module | None]:
+    """Returns the names of all networks; those of `mobile` with the network itself."""
+    space, rng = search_spaces.load("mobile"), np.random.default_rng(0)
+    found: dict[str, nn.Module | None] = dict.fromkeys(TIMM)
+    while len(found) < count + len(TIMM):
+        architecture = space.sample(rng)
+        torch.manual_seed(0)
+        found[architecture.key] = create_backbone(architecture, 1000)
+    return found
+
+
+def time_all(asked: argparse.Namespace) -> None:
+    """Times all networks that are not in the table yet."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / "latencies.csv"
+    done = {row["network"] for row in rows(file)} if file.exists() else set()
+    for name, model in networks(asked.count).items():
+        if name in done:
+            continue
+        torch.manual_seed(0)
+        model = model or timm.create_model(name)
+        row: dict[str, object] = {"network": name, "failure": ""}
+        try:
+            row |= timed(model.eval(), asked.size, asked.seconds)
+        except TrialFailure as failure:
+            row["failure"] = str(failure)
+        fields = [
+            "network",
+            "macs",
+            *(f"{r} {p} {part}" for r, p in PLACES for part in ("ms", "low", "high")),
+            "failure",
+        ]
+        with file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, fields)
+            if not stream.tell():
+                writer.writeheader()
+            writer.writerow(row)
+        print(name, row, flush=True)
+
+
+def timed(model: nn.Module, size: int, seconds: float) -> dict[str, object]:
+    """Times a network in all places, in one session of turns."""
+    image = (3, size, size)
+    images = torch.randn(1, *image, generator=torch.Generator().manual_seed(0))
+    probe = deploy(model, images)
+    plain = export_onnx(probe, images)
+    graphs = {"fp32": plain, "int8": quantise_onnx(plain, images, 1)}
+    found: dict[str, object] = {"macs": count_cost(model, image).macs}
+    for runtime in dict(PLACES):
+        config = LatencyConfig(runtime=runtime, threads=1, max_seconds=seconds)
+        prepared = [prepare_onnx(graphs[precision], image, config) for precision in ("fp32", "int8")]
+        for precision, latency in zip(("fp32", "int8"), measure_latencies(prepared, config), strict=True):
+            place = f"{runtime} {precision}"
+            found |= {f"{place} ms": latency.ms, f"{place} low": latency.low_ms, f"{place} high": latency.high_ms}
+    return found
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def print_table(asked: argparse.Namespace) -> None:
+    """Prints how far int8 changes the order, and what it does to fronts."""
+    found = [row for row in rows(asked.out / "latencies.csv") if not row["failure"]]
+    groups = {
+        "`mobile`": [row for row in found if row["network"] not in TIMM],
+        "timm": [row for row in found if row["network"] in TIMM],
+    }
+    top1 = accuracies(asked.imagenet) if asked.imagenet else {}
+    versions = describe_software()
+    print(f"{machine_name('cpu')}, 1 thread; {date.today()}; onnxruntime {versions.get('onnxruntime')}, ", end="")
+    print(f"openvino {versions.get('openvino')}\n")
+    print("| networks | runtime | int8 / fp32, median (range) | faster in int8 | Kendall, fp32 and int8 | front |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name, group in groups.items():
+        for runtime in dict(PLACES):
+            full, small = (np.array([float(row[f"{runtime} {p} ms"]) for row in group]) for p in ("fp32", "int8"))
+            faster = sum(float(row[f"{runtime} int8 high"]) < float(row[f"{runtime} fp32 low"]) for row in group)
+            ratio = small / full
+            order = trust.bootstrap(lambda counts, a=full, b=small: trust.kendall(a, b, counts), len(full))
+            worth = np.array([top1.get(row["network"], float(row["macs"])) for row in group])
+            told = of_fronts(full, small, worth)
+            print(
+                f"| {len(group)} of {name} | {runtime} | {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) "
+                f"| {faster} of {len(group)} | {text(order)} | {told} |"
+            )
+
+
+def of_fronts(full: np.ndarray, small: np.ndarray, worth: np.ndarray) -> str:
+    """Counts the points of the front in fp32 that are dominated once all are timed in int8."""
+    before, after = (non_dominated(np.stack([ms, -worth], axis=1)) for ms in (full, small))
+    return f"{int((before & ~after).sum())} of {int(before.sum())} dominated in int8"
+
+
+def text(interval: Interval) -> str:
+    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
+def accuracies(file: Path) -> dict[str, float]:
+    """Returns the best top-1 accuracy of each model of timm's table, at any size."""
+    best: dict[str, float] = {}
+    for row in rows(file):
+        name = row["model"].split(".")[0]
+        best[name] = max(best.get(name, 0.0), float(row["top1"]))
+    return best
+
+
+def print_accuracies(asked: argparse.Namespace) -> None:
+    """Trains networks with one mixer each, and prints what int8 costs them."""
+    data = load_data(asked.data)
+    print(
+        f"{machine_name('cpu')}, {date.today()}; {len(data.train):,} training and {len(data.holdout):,} held-out images\n"
+    )
+    print("| mixer | network | fp32, % | int8, % | int8 - fp32 (95 %, paired) |\n|---|---|---:|---:|---:|")
+    space = search_spaces.load("small")
+    for mixer in ("softmax", "additive", "strip", "hadamard"):
+        rng, done = np.random.default_rng(0), 0
+        while done < asked.count:
+            architecture = space.sample(rng)
+            if {stage.mixer.name for stage in architecture.stages} != {mixer}:
+                continue
+            torch.manual_seed(0)
+            training = Training(create_backbone(architecture, len(data.classes)), data, 64, 0, "cpu")
+            train(training.network, data, Fidelity(asked.epochs), 0, "cpu", training)
+            network = training.averaged()
+            full, small = (held_out_hits(network, data, "cpu", precision) for precision in ("fp32", "int8"))
+            change = paired_difference(small.numpy(), full.numpy())
+            shown = f"{100 * full.float().mean():.1f} | {100 * small.float().mean():.1f}"
+            print(f"| {mixer} | {architecture.key} | {shown} | {text(change)} |", flush=True)
+            done += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Networks in 8 bits: what they compute, and searches that measure and score them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import search_spaces
+from nas.data import load_data
+from nas.errors import UsageError
+from nas.folders.run import Run
+from nas.models import create_backbone
+from nas.objectives.paired import pack
+from nas.onnx import export_onnx
+from nas.quantisation import quantise_onnx
+from nas.scoring.accuracy.held_out import held_out_hits, normaliser
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig, search
+from nas.search.config import local_config
+
+pytest.importorskip("onnxruntime")
+
+
+def in_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values as an unsigned byte with this range can express them; the range always contains 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    zero = np.rint(-low / scale)
+    return (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+
+
+def test_a_quantised_layer_computes_what_the_arithmetic_says():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+    network[1].weight.data *= torch.tensor([1.0, 3.0, 0.1, 10.0, 0.5])[:, None]  # each channel has its own scale
+    images = torch.randn(64, 3, 2, 2)
+    import onnxruntime
+
+    graph = quantise_onnx(export_onnx(network, images), images, len(images))
+    (found,) = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(
+        None, {"images": images.numpy()}
+    )
+    x, weight, bias = images.flatten(1).numpy(), network[1].weight.detach().numpy(), network[1].bias.detach().numpy()
+    steps = np.abs(weight).max(1, keepdims=True) / 127
+    exact = x @ weight.T + bias
+    product = in_8_bits(x, x.min(), x.max()) @ (np.rint(weight / steps) * steps).T + bias
+    wanted = in_8_bits(product, exact.min(), exact.max())
+    step = (exact.max() - exact.min()) / 255
+    assert np.abs(found - wanted).max() < 1.01 * step, "at most one step of rounding"
+    assert np.abs(found - wanted).mean() < 0.1 * step
+    assert np.abs(found - exact).mean() > 0.2 * step, "it is not the network in float32"
+
+
+class Counts(nn.Module):
+    """Logits whose right answer hangs on a part of the values that 8 bits cannot express."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, 10)
+        torch.manual_seed(1)
+        nn.init.normal_(self.head.weight, std=share)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1))
+
+
+def test_hits_in_int8_are_those_of_the_quantised_network():
+    data = load_data("digits", 8, max_images=400)
+    network = Counts(0.1)
+    normalise = normaliser(data, "cpu")
+    train, held = normalise(data.train.pixels), normalise(data.holdout.pixels)
+    chosen = train[torch.linspace(0, len(train) - 1, min(256, len(train))).long()]
+    hits = held_out_hits(network, data, "cpu", "int8")
+    x, weight = chosen.flatten(1).numpy(), network.head.weight.detach().numpy()
+    steps = np.abs(weight).max(1, keepdims=True) / 127
+    logits = in_8_bits(held.flatten(1).numpy(), x.min(), x.max()) @ (np.rint(weight / steps) * steps).T
+    exact = x @ weight.T
+    step = (exact.max() - exact.min()) / 255
+    first = np.sort(logits, 1)
+    sure = first[:, -1] - first[:, -2] > 3 * step
+    wanted = logits.argmax(1) == data.holdout.labels.numpy()
+    assert sure.mean() > 0.6
+    assert (hits.numpy()[sure] == wanted[sure]).all()
+    assert len(hits) == len(data.holdout)
+
+
+def settings(out: Path, **changes) -> SearchConfig:
+    values = {
+        "objectives": ("latency", "accuracy_int8"),
+        "latency": (LatencyConfig(runtime="onnxruntime", dtype="int8", threads=1, max_seconds=0.2),),
+        "max_images": 200,
+        "epochs": 1,
+        "trials": 2,
+        "out": out,
+    }
+    return SearchConfig(search_spaces.load("mini"), **values | changes)
+
+
+def test_a_search_in_int8(tmp_path):
+    run = search(settings(tmp_path / "run"))
+    assert [o.name for o in run.objectives] == ["latency", "accuracy_int8"]
+    assert local_config(Run.open(run.path)).latency[0].dtype == "int8"
+    assert [t.state for t in run.trials()] == ["complete", "complete"]
+    trial, data = run.front()[0], load_data("digits", max_images=200)
+    network = create_backbone(trial.architecture, 10)
+    network.load_state_dict(load_file(run.path / "weights" / f"{trial.key}.safetensors"))
+    hits = held_out_hits(network, data, "cpu", "int8")
+    assert trial.scores.hits == pack(hits)
+    assert trial.scores.accuracy == 100 * hits.double().mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objectives": ("accuracy", "accuracy_int8")}, "because a network gets one score"),
+        ({"proxy": "zico"}, "trained weights"),
+    ],
+)
+def test_what_int8_does_not_go_with(tmp_path, changes, words):
+    with pytest.raises(UsageError, match=words):
+        search(settings(tmp_path / "run", **changes))
+    with pytest.raises(UsageError, match="not int8, which needs `runtime` = onnxruntime or openvino or command"):
+        LatencyConfig(runtime="eager", dtype="int8")
