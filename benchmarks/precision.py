@@ -1,6 +1,6 @@
 """What int8 does to the order of latencies and to accuracy: the same networks in fp32 and in int8.
 
-    python benchmarks/precision.py time --count 40 --size 224 --out FOLDER         # resumes
+    python benchmarks/precision.py time --count 40 --size 224 --out FOLDER  # resumes
     python benchmarks/precision.py table FOLDER --imagenet timm_imagenet_speed.csv
     python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
 

@@ -51,7 +51,7 @@ OF_PARENT = {
     default=",".join(defaults.OBJECTIVES),
     callback=names,
     section=WHAT,
-    help="Objectives: two to four of latency, accuracy, macs, flops, params, memory.",
+    help="Objectives: two to four of latency, accuracy (or accuracy_int8), macs, flops, params, memory.",
 )
 @space(WHAT)
 @option(
