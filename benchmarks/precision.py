@@ -4,9 +4,9 @@
     python benchmarks/precision.py table FOLDER --imagenet timm_imagenet_speed.csv
     python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
 
-`time` measures random networks of the space `mobile` and some timm models, each in ONNX Runtime and OpenVINO and in both
-precisions, in one session of turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in
-all stages, and scores each in both precisions on the same held-out images.
+`time` measures random networks of the space `mobile` and some timm models in ONNX Runtime and OpenVINO. Both precisions
+of a network take turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in all stages,
+and scores each in both precisions on the same held-out images.
 """
 
 from __future__ import annotations
@@ -150,10 +150,9 @@ def print_table(asked: argparse.Namespace) -> None:
             order = trust.bootstrap(lambda counts, a=full, b=small: trust.kendall(a, b, counts), len(full))
             worth = np.array([top1.get(row["network"], float(row["macs"])) for row in group])
             told = of_fronts(full, small, worth)
-            print(
-                f"| {len(group)} of {name} | {runtime} | {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) "
-                f"| {faster} of {len(group)} | {text(order)} | {told} |"
-            )
+            spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
+            counted = f"{faster} of {len(group)}"
+            print(f"| {len(group)} of {name} | {runtime} | {spread} | {counted} | {text(order)} | {told} |")
 
 
 def of_fronts(full: np.ndarray, small: np.ndarray, worth: np.ndarray) -> str:
@@ -178,9 +177,8 @@ def accuracies(file: Path) -> dict[str, float]:
 def print_accuracies(asked: argparse.Namespace) -> None:
     """Trains networks with one mixer each, and prints what int8 costs them."""
     data = load_data(asked.data)
-    print(
-        f"{machine_name('cpu')}, {date.today()}; {len(data.train):,} training and {len(data.holdout):,} held-out images\n"
-    )
+    images = f"{len(data.train):,} training and {len(data.holdout):,} held-out images"
+    print(f"{machine_name('cpu')}, {date.today()}; {images}, {asked.epochs} epochs\n")
     print("| mixer | network | fp32, % | int8, % | int8 - fp32 (95 %, paired) |\n|---|---|---:|---:|---:|")
     space = search_spaces.load("small")
     for mixer in ("softmax", "additive", "strip", "hadamard"):

@@ -180,11 +180,11 @@ OBJECTIVES: dict[str, Objective] = {
     for o in (
         Objective("latency", "latency_ms", "ms", True, "Latency"),
         Objective("accuracy", "accuracy", "%", False, "Top-1 accuracy"),
-        Objective("accuracy_int8", "accuracy", "%", False, "Top-1 accuracy in int8"),
         Objective("macs", "macs", "", True, "MACs"),
         Objective("flops", "flops", "", True, "FLOPs"),
         Objective("params", "params", "", True, "Parameters"),
         Objective("memory", "memory_mib", "MiB", True, "Peak memory"),
+        Objective("accuracy_int8", "accuracy", "%", False, "Top-1 accuracy in int8"),
     )
 }
 """All objectives by name. A figure that is not measured yet also needs a field of `Scores` and a line in
