@@ -4,9 +4,9 @@
     python benchmarks/precision.py table FOLDER --imagenet timm_imagenet_speed.csv
     python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
 
-`time` measures random networks of the space `mobile` and some timm models in ONNX Runtime and OpenVINO. Both precisions
-of a network take turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in all stages,
-and scores each in both precisions on the same held-out images.
+`time` measures random networks of the space `mobile` and some timm models in ONNX Runtime and OpenVINO. Both
+precisions of a network take turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in
+all stages, and scores each in both precisions on the same held-out images.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def _timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> _Times:
 
     A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
     """
-    at = replace(latency, runtime="eager", max_seconds=SECONDS, target=TARGET)
+    at = replace(latency.in_eager(), max_seconds=SECONDS, target=TARGET)
     first = space.whole
     places = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
     blocks = tuple(dict.fromkeys(narrowing.block for group in space.inner for narrowing in group))

@@ -143,7 +143,7 @@ def replay(
     timed = "latency" in (*config.objectives, *config.budgets)
     latency = timed and (here if latency is None else latency)
     if not latency:  # without timing, neither a runtime nor a further device is needed
-        config = replace(config, latency=(replace(first, runtime="eager", command=None),))
+        config = replace(config, latency=(first.in_eager(),))
     else:
         config = replace(config, latency=tuple(target.here() for target in config.latency))
     recorded = run.trials(tuned=False)  # a graft is compared as it was before its tuning

@@ -203,6 +203,10 @@ class LatencyConfig:
         self.check_installed()
         return replace(self, device=resolve_device(self.device))
 
+    def in_eager(self) -> LatencyConfig:
+        """Returns the same conditions in eager mode, which needs no export; with float32 in place of int8."""
+        return replace(self, runtime="eager", command=None, dtype="fp32" if self.dtype == "int8" else self.dtype)
+
     def check_installed(self) -> None:
         """Refuses a runtime whose packages are not installed.
 
