@@ -349,12 +349,12 @@ def _of_a_teacher(report: Mapping[str, Any]) -> list[str]:
         if plain is None:
             continue
         difference = Interval(**plain)
-        worse = "worse" if difference.high < 0 else "better"
-        does = "does not show that it orders" if difference.low <= 0 <= difference.high else "orders"
+        does = "orders architectures better" if difference.low > 0 else "orders architectures worse"
+        if difference.low <= 0 <= difference.high:
+            does = "is not shown to order architectures better or worse"
         lines.append(
-            f"with the teacher, a training of {epochs} {'epoch' if epochs == '1' else 'epochs'} {does} architectures "
-            f"{worse} than without: Kendall {format_figure(Interval.of(row['kendall']))}, a difference of "
-            f"{format_figure(difference)}"
+            f"with the teacher, a training of {epochs} {'epoch' if epochs == '1' else 'epochs'} {does}: Kendall "
+            f"{format_figure(Interval.of(row['kendall']))}, a difference of {format_figure(difference)}"
         )
     return lines
 
