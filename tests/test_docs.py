@@ -228,3 +228,12 @@ def test_tests_that_pages_name_are_there():
     assert len(named) > 50
     for each in named:
         assert any(d.startswith(each[:-1]) if each.endswith("…") else d == each for d in defined), each
+
+
+def test_the_changes_on_the_pages_about_extending_fit_the_source():
+    pages = (ROOT / "docs" / "extending").glob("*.md")
+    found = [block for page in pages for block in blocks(page) if block.language == "diff"]
+    assert len(found) >= 3
+    for block in found:
+        tried = subprocess.run(["git", "apply", "--check"], cwd=ROOT, input=block.text, text=True, capture_output=True)
+        assert tried.returncode == 0, f"{block.page.name}: {tried.stderr}"
