@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
+from ..machine.description import nvidia_driver
 from ..machine.limits import free_memory, usable_cores
 from .findings import Finding, ok, problem, warning
 from .patient import Check, Patient
@@ -67,7 +67,7 @@ def _check_torch(_: Patient) -> Finding:
 def _check_cuda(_: Patient) -> Finding:
     import torch
 
-    driver = _nvidia_driver()
+    driver = nvidia_driver()
     if torch.version.cuda is None:
         if driver is None:
             return ok("no NVIDIA driver and a torch for CPUs: the CPU is used")
@@ -91,14 +91,6 @@ def _check_cuda(_: Patient) -> Finding:
             return problem(f"cuda:{index}, {properties.name}, cannot compute ({first})", "install a torch built for it")
         names.append(f"cuda:{index} {properties.name} with {properties.total_memory / GIB:.0f} GiB")
     return ok(f"{', '.join(names)}, driver {driver or 'unknown'}")
-
-
-def _nvidia_driver() -> str | None:
-    """Returns the version of the NVIDIA driver; None if there is no driver."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"\s(\d+(?:\.\d+)+)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
-        return found.group(1) if found else "of unknown version"
-    return None
 
 
 def _check_torchvision_and_timm(_: Patient) -> Finding:

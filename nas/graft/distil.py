@@ -33,6 +33,7 @@ from ..models.watch import run_once, watched, watching
 from ..scoring.accuracy.held_out import normaliser
 from ..scoring.accuracy.training import augmented
 from ..scoring.cost import count_cost
+from ..scoring.memory import is_out_of_memory
 from ..training.loop import Step
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def distil(
 
     Raises:
         RunError: if the folder is damaged.
-        NasError: if an error stops being finite.
+        NasError: if an error stops being finite, or memory runs out.
     """
     if not options:
         return ()
@@ -141,7 +142,15 @@ class _Work:
         total, before = self.how.epochs * self.steps, self.step
         begun = saved = time.monotonic()
         while self.step < total:
-            self._teach(total)
+            try:
+                self._teach(total)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise NasError(
+                    f"a batch of {self.size} images does not fit in memory while {len(self.options)} layers learn: "
+                    "set a smaller `train_batch_size`, or `library` = mini or none"
+                ) from None
             self.step += 1
             if self.step % self.steps == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()

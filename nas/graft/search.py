@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..folders.join import find_run
 from ..folders.run import Run
 from ..folders.training import Trained
+from ..machine.devices import resolve_device
 from ..machine.turns import exclusive
 from ..results import search_folder
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
@@ -66,6 +67,7 @@ def graft(
         log.info("to resume after an interruption, repeat this with `out` = %s", out)
     latency = tuple(at.here() for at in config.latency)
     config = replace(config, out=out, latency=latency, unlabelled=parent.unlabelled or config.unlabelled)
+    device = resolve_device(config.train_device or config.device)
     if config.input_size is None and target.origin.data.get("input_size"):
         config = replace(config, input_size=target.origin.data["input_size"][1])
     if find_run(out):
@@ -76,7 +78,6 @@ def graft(
     data = load_images(config)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
-    device = config.train_device or config.device
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def describe_machine(device: str) -> dict[str, Any]:
             "gpu": properties.name,
             "gpu_memory_mib": properties.total_memory // 2**20,
             "cuda": torch.version.cuda,
+            "driver": nvidia_driver(),
             "gpu_clock_mhz": _gpu_clock_mhz(device),
         }
     return machine
@@ -48,7 +50,10 @@ def machine_name(device: str) -> str:
 
 def describe_software() -> dict[str, Any]:
     """Returns versions of Python and of the packages that affect scores, and the commit of a source checkout."""
-    names = ("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "onnx", "onnxruntime", "openvino")
+    names = (
+        *("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "triton"),
+        *("onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    )
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -60,6 +65,14 @@ def describe_software() -> dict[str, Any]:
             result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
             versions["commit"] = result.stdout.strip()
     return versions
+
+
+def nvidia_driver() -> str | None:
+    """Returns the version of the NVIDIA driver; None if there is no driver."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\s(\d+(?:\.\d+)+)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+        return found.group(1) if found else "of unknown version"
+    return None
 
 
 def _cpu_name() -> str:

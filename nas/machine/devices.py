@@ -45,10 +45,15 @@ def resolve_device(name: str) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Makes torch's random numbers on every device depend on `seed` inside, and continue as before outside."""
+    """Makes torch's random numbers on every device depend on `seed` inside, and continue as before outside.
+
+    GPUs that this process has not used yet stay unused, so that work on the CPU neither takes memory of a GPU nor fails
+    with a broken one. If one is used for the first time inside, its numbers depend on `seed` outside too.
+    """
     import torch
 
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=used):
         torch.manual_seed(seed)
         yield
 

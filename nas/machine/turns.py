@@ -39,15 +39,16 @@ def exclusive(device: str) -> Iterator[None]:
         NasError: if the lock file cannot be created.
     """
     held: set[str] = _HELD.__dict__.setdefault("devices", set())
-    if device in held:
+    own = device_id(device)  # `cuda` and `cuda:0` may be one GPU
+    if own in held:
         yield
         return
     with _turn(device, FileLock(_lock_file(device), mode=0o666)):
-        held.add(device)
+        held.add(own)
         try:
             yield
         finally:
-            held.remove(device)
+            held.remove(own)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _SHORTAGES = (
     *("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"),
+    *("DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED"),  # cuDNN 9
     "Storage size calculation overflowed",
     "unable to find an engine to execute this computation",  # cuDNN's error for a workspace that does not fit
 )

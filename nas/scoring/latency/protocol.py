@@ -229,7 +229,7 @@ def _measure(
             next_look = math.ceil(1.3 * rounds)
     seconds = time.perf_counter() - start
     waited = (waiting.seconds() - waited_before) / seconds
-    if waited > BUSY and torch.get_num_threads() > 1:
+    if waited > BUSY and torch.get_num_threads() > 1 and config.device == "cpu":  # a GPU does not wait for a core
         REPEATS.tell(
             log,
             "latency measurements beside busy programs",

@@ -210,6 +210,7 @@ def _serve(connection: Connection, pickled: bytes, parent: int, threads: int) ->
                 for device in {evaluator.role.device, *(c.device for c in evaluator.latency)}:
                     if device.startswith("cuda"):
                         torch.cuda.synchronize(device)
+                torch.cuda.empty_cache()  # raises an error for ever after a CUDA graph that could not be recorded
             except RuntimeError:  # the error stays: this process cannot use that GPU any more
                 REPEATS.tell(
                     log,

@@ -49,7 +49,8 @@ def prepare_cudagraph(probe: nn.Module, images: torch.Tensor, config: LatencyCon
             probe(images)
     torch.cuda.current_stream(images.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    # if a network cannot be recorded, `torch.cuda.graph` leaves its stream the current one: the outer block undoes it
+    with torch.cuda.stream(torch.cuda.current_stream(images.device)), torch.cuda.graph(graph, stream=side):
         result = probe(images)
     result.zero_()  # so that only a replay can give the right output
 
