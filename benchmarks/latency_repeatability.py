@@ -1,11 +1,12 @@
 """How well a latency repeats from process to process: our protocol beside the recipes of other tools.
 
     python benchmarks/latency_repeatability.py [--processes 15] [--seconds 5] [--loaded] [--threads N] [--runtime eager]
-        [--device cpu]
+        [--device cpu] [--networks NAME,…] [--minutes M]
 
 Every process times three networks at 224 pixels, each by our protocol and by the other recipes, in random order, with
 the same number of seconds for ours and for all passes of the others. A recipe as published takes its first passes; with
 the same time it is repeated over all passes and its figures are averaged. `--loaded` keeps two cores busy meanwhile.
+With `--minutes`, no further process starts after so long, but two always run.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def child(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     results = {}
     rng = random.Random(arguments.child)
-    for name in rng.sample(NETWORKS, len(NETWORKS)):
+    names = arguments.networks.split(",")
+    for name in rng.sample(names, len(names)):
         network = prepare_model(timm.create_model(name).eval(), SIZE, config)
         found = {}
         for ours in rng.sample((True, False), 2):
@@ -80,12 +82,15 @@ def plain_passes(network, arguments: argparse.Namespace) -> list[float]:
     import torch
 
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    on_gpu = arguments.device != "cpu"
     times: list[float] = []
     stop = time.perf_counter() + arguments.seconds
     with torch.inference_mode():
         while time.perf_counter() < stop or len(times) < 2:
             start = time.perf_counter()
             network.run()
+            if on_gpu:
+                torch.cuda.synchronize(arguments.device)
             times.append(1e3 * (time.perf_counter() - start))
     return times
 
@@ -116,6 +121,8 @@ def main() -> None:
     parser.add_argument("--runtime", default="eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="names, with commas between")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further process after this long")
     parser.add_argument("--loaded", action="store_true")
     parser.add_argument("--raw", help="keep what was measured in this JSON file")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -123,11 +130,14 @@ def main() -> None:
     if arguments.child is not None:
         child(arguments)
         return
-    runs = []
+    runs: list[dict] = []
+    stop = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"XDG_CACHE_HOME": cache}
         # the first call fixes the reference's latency, on the machine without our load
         for index in range(-1, arguments.processes):
+            if len(runs) >= 2 and time.monotonic() > stop:
+                break
             with busy_cores(arguments.loaded and index >= 0):
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", str(index)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -147,30 +157,31 @@ def report(runs: list[dict], arguments: argparse.Namespace) -> None:
     machine = describe_machine(arguments.device)
     what = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     state = "beside a process that keeps two cores busy" if arguments.loaded else "otherwise idle"
-    threads = runs[0][NETWORKS[0]]["ours"]["threads"]
+    names = arguments.networks.split(",")
+    threads = runs[0][names[0]]["ours"]["threads"]
     print(f"\n## {arguments.runtime}, {arguments.dtype}, {threads} threads, {state}\n")
     print(f"{what}; {date.today()}; {len(runs)} processes, {arguments.seconds:g} s for ours and for the others.")
     print("Coefficient of variation between processes, in percent.\n")
-    print(f"| recipe | {' | '.join(NETWORKS)} |\n|---|{'---:|' * len(NETWORKS)}")
-    rows = {"ours": [[run[n]["ours"]["ms"] for run in runs] for n in NETWORKS]}
-    rows["ours, without the reference"] = [[run[n]["ours"]["raw_ms"] for run in runs] for n in NETWORKS]
+    print(f"| recipe | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
+    rows = {"ours": [[run[n]["ours"]["ms"] for run in runs] for n in names]}
+    rows["ours, without the reference"] = [[run[n]["ours"]["raw_ms"] for run in runs] for n in names]
     for name, (skip, take, reduce) in RECIPES.items():
-        taken = [[[reduce(w) for w in windows(run[n]["others"], skip, take)] for run in runs] for n in NETWORKS]
+        taken = [[[reduce(w) for w in windows(run[n]["others"], skip, take)] for run in runs] for n in names]
         rows[f"{name}, as published"] = [[figures[0] for figures in network] for network in taken]
         rows[f"{name}, same time"] = [[float(np.mean(figures)) for figures in network] for network in taken]
     for name, figures in rows.items():
         print(f"| {name} | {' | '.join(f'{spread(f):.1f}' for f in figures)} |")
     recipes = [r for name, r in rows.items() if not name.startswith("ours")]
-    shares = [spread(rows["ours"][i]) / min(spread(r[i]) for r in recipes) for i in range(len(NETWORKS))]
+    shares = [spread(rows["ours"][i]) / min(spread(r[i]) for r in recipes) for i in range(len(names))]
     print(f"| **ours over the best other** | {' | '.join(f'**{s:.2f}**' for s in shares)} |")
     print(f"| ours: milliseconds | {' | '.join(f'{np.mean(f):.2f}' for f in rows['ours'])} |")
     inside = []
-    for n in NETWORKS:
+    for n in names:
         found = [run[n]["ours"] for run in runs]
         mean = np.mean([f["ms"] for f in found])
         inside.append(sum(f["low_ms"] <= mean <= f["high_ms"] for f in found) / len(found))
     print(f"| ours: intervals that hold the mean | {' | '.join(f'{100 * share:.0f} %' for share in inside)} |")
-    drifts = [[run[n]["ours"]["drift"] for run in runs] for n in NETWORKS]
+    drifts = [[run[n]["ours"]["drift"] for run in runs] for n in names]
     print(f"| the reference's drift | {' | '.join(f'{min(d):.2f} to {max(d):.2f}' for d in drifts)} |")
     if all(np.ptp(d) > 0.1 for d in drifts):
         raw = rows["ours, without the reference"]
