@@ -1,4 +1,4 @@
-"""Chooses the memory format of images while a network is trained: channels last if that is safe."""
+"""Chooses the memory format in which a network is trained: channels last if that is safe."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def training_format(model: nn.Module, device: torch.device, channels_last: bool 
     """
     safe = device.type != "cpu" or not any(_overruns(module) for module in model.modules())
     return torch.channels_last if channels_last and safe else torch.contiguous_format
+
+
+def reformat_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the moments of an optimizer the memory formats of their weights, in place.
+
+    A checkpoint from another device may hold them in another format. On the CPU, a fused optimizer then pairs them with
+    the wrong weights without a word, and on CUDA it raises an error.
+    """
+    with torch.no_grad():
+        for weights, moments in optimizer.state.items():
+            for name, tensor in moments.items():
+                if tensor.shape == weights.shape:
+                    moments[name] = torch.empty_like(weights).copy_(tensor)
 
 
 def _overruns(module: nn.Module) -> bool:

@@ -285,6 +285,21 @@ def test_a_training_goes_on_exactly_where_it_was(few, drop, tmp_path):
     assert all(torch.equal(whole.weights[key], later.weights[key]) for key in whole.weights)
 
 
+def test_a_training_goes_on_after_one_in_another_memory_format(few):
+    """Another device may have chosen it."""
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    begun, going_on = Training(model, few, 32, 5, "cpu"), Training(model, few, 32, 5, "cpu")
+    train(model, few, Fidelity(epochs=1, batch_size=32), 5, "cpu", begun)
+    state = copy.deepcopy(begun.state())
+    for moments in state["optimizer"]["state"].values():
+        moments |= {name: tensor.contiguous() for name, tensor in moments.items()}
+    going_on.load(state)
+    for training in (begun, going_on):
+        training.run_epoch()
+    pairs = zip(begun.network.parameters(), going_on.network.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @table("old", [False, True])
 def test_a_training_resumed_at_its_last_epoch_still_knows_which_images_are_right(few, old):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))

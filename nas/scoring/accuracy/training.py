@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...data import NO_LABEL, ImageData
 from ...errors import TrialFailure
 from ...machine.devices import multiplies_bf16, seeded
-from ...memory_format import training_format
+from ...memory_format import reformat_moments, training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
 from .held_out import held_out_hits, normaliser, on_device, top1
@@ -256,10 +256,10 @@ class Training:
             raise ValueError("its epoch, its step and its curve do not fit")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        reformat_moments(self.optimizer)
         with torch.no_grad():
             torch._foreach_copy_(self.average, [t.to(self.device) for t in state["average"]])
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
-        self.curve = curve
+        self.epoch, self.step, self.curve = int(state["epoch"]), int(state["step"]), curve
 
 
 def loss_of(
