@@ -8,16 +8,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 import search_spaces
 from nas.folders.run import Run
 from nas.graft import ParentConfig, graft
+from nas.machine.devices import seeded
+from nas.machine.turns import exclusive
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig
 
@@ -131,3 +136,25 @@ def test_a_search_for_grafts(device, tmp_path):
     run = graft(ParentConfig("timm:test_convnext", weights, 1, library="mini", distil_epochs=1), config)
     assert run.front()
     assert all(point.scores.accuracy is not None for point in run.front())
+
+
+def test_work_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    """It may be broken, as the one that torch counts here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    drawn = []
+    for _ in range(2):
+        with seeded(5):
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_device_by_another_name_does_not_wait_for_itself(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=f"one-{os.getpid()}"))
+    entered = threading.Event()
+
+    def measure() -> None:
+        with exclusive("cuda"), exclusive("cuda:0"):
+            entered.set()
+
+    threading.Thread(target=measure, daemon=True).start()
+    assert entered.wait(10)
