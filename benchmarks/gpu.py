@@ -1,12 +1,12 @@
 """The first ten minutes on a new GPU: runs what matters most in order of value, and writes one report.
 
-    python benchmarks/gpu.py --minutes 8 [--parent timm:NAME --weights FILE] [--data DATA] [--out FILE]
-    python benchmarks/gpu.py --device cpu --minutes 4 --tiny        # tries the program itself without a GPU
+    python benchmarks/gpu.py --minutes 8 [--parent timm:NAME --weights FILE] [--data DIR] [--out FILE]
+    python benchmarks/gpu.py --device cpu --minutes 9 --tiny        # tries the program itself without a GPU
 
 Each section is a process of its own with its own time limit, so a hang or a crash ends that section alone. Time that a
 section leaves goes to those after it. The report is written again after each section and is valid at any time. It says
-of each section that it is done, that its time ran out (with the figures until then), why it failed, or why it was not
-run. `--only search,latency` runs some sections. The exit status is 1 if one failed.
+of each section that it is done, that its time ran out (with the figures until then), why it failed (with the end of its
+messages), or why it was not run. `--only search,compile` runs some sections. The exit status is 1 if one failed.
 
 `--parent`, `--weights` and `--data` are for the search for grafts, and `--data` also for the throughput of training.
 Without `--weights`, the parent begins with random weights, and without `--data`, its images are digits.
@@ -38,7 +38,6 @@ LEAST_SECONDS = 3.0
 """A section with less time than this is not started."""
 ENDING_SECONDS = 10.0
 """Time for a section to die, which one with a hanging driver never does, and for a search to end in good order."""
-SOON = "not run yet"
 
 
 @dataclass(frozen=True)
@@ -110,34 +109,36 @@ def _options() -> argparse.Namespace:
 
 
 class Report:
-    """The report: what has become of each section, and its figures.
+    """The report: the result and the figures of each section.
 
     Args:
         options: the options of the command.
 
     Attributes:
         names: names of the sections, in the order in which they run.
-        states: name -> what became of the section.
+        states: name -> result of the section.
+        figures: name -> Markdown of what it printed.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.names = [name for name in SECTIONS if name in options.only.split(",")]
-        self.states = dict.fromkeys(self.names, SOON)
+        self.states = dict.fromkeys(self.names, "not run yet")
         self.figures = dict.fromkeys(self.names, "")
 
     def run(self, name: str, folder: Path, seconds: float) -> None:
         """Runs a section and writes the report again."""
         begun, output = time.monotonic(), folder / f"{name}.out"
-        self.states[name], why = "interrupted", ""
+        self.states[name], said = "interrupted", []
         try:
-            self.states[name], why = _outcome(name, self.options, folder, seconds)
+            self.states[name], said = _outcome(name, self.options, folder, seconds)
         finally:
             printed = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
             self.figures[name] = SECTIONS[name].read(printed).strip()
             if output.is_file():
                 self.states[name] += f" after {time.monotonic() - begun:.0f} s"
-            self.states[name] += f": {why}" if why else ""
+            self.states[name] += f": {said[-1][:300]}" if said else ""
+            self.figures[name] += "".join(f"\n    {line}" for line in ["", *said] if len(said) > 1)
             print(f"{name}: {self.states[name]}", file=sys.stderr, flush=True)
             self.write()
 
@@ -149,7 +150,7 @@ class Report:
             "",
             f"`benchmarks/gpu.py --device {options.device} --minutes {options.minutes:g}{' --tiny' * options.tiny}`",
             "",
-            "| section | what became of it |",
+            "| section | result |",
             "|---|---|",
             *(f"| {SECTIONS[name].title} | {_cell(self.states[name])} |" for name in self.names),
         ]
@@ -165,19 +166,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _outcome(name: str, options: argparse.Namespace, folder: Path, seconds: float) -> tuple[str, str]:
-    """Runs a section for at most some seconds. Returns what became of it, and why."""
+def _outcome(name: str, options: argparse.Namespace, folder: Path, seconds: float) -> tuple[str, list[str]]:
+    """Runs a section for at most some seconds. Returns the result and, if it did not work, the end of its messages."""
     section = SECTIONS[name]
     if missing := [package for package in section.packages if importlib.util.find_spec(package) is None]:
-        return "not run", f"{' and '.join(missing)} is not installed"
+        return "not run", [f"{' and '.join(missing)} is not installed"]
     if seconds < LEAST_SECONDS:
-        return "not run", "no time left"
+        return "not run", ["no time left"]
     from nas.machine.children import end_with_parent  # without torch: a driver that hangs cannot hang this process
 
-    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(places), "XDG_CACHE_HOME": str(folder), "PYTHONUNBUFFERED": "1"}
-    errors = folder / f"{name}.err"
-    with (folder / f"{name}.out").open("wb") as output, errors.open("wb") as complaints:
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "PYTHONUNBUFFERED": "1"}
+    printed, errors = folder / f"{name}.out", folder / f"{name}.err"
+    with printed.open("wb") as output, errors.open("wb") as complaints:
         process = subprocess.Popen(
             section.command(options, folder, seconds),
             stdin=subprocess.DEVNULL,
@@ -191,17 +191,19 @@ def _outcome(name: str, options: argparse.Namespace, folder: Path, seconds: floa
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return "time ran out", ""
+            status = None
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING_SECONDS)
     if status == 0:
-        return "done", ""
-    said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"failed with {how}", said[-1].strip()[:300]
+        return "done", []
+    texts = (file.read_text(encoding="utf-8", errors="replace").strip() for file in (errors, printed))
+    said = next(filter(None, texts), "it said nothing").splitlines()[-15:]
+    if status is None:
+        return "time ran out", said
+    return f"failed with {f'signal {-status}' if status < 0 else f'status {status}'}", said
 
 
 # The commands of the sections

@@ -81,7 +81,7 @@ def test_a_kill_leaves_a_report_and_nothing_else(tmp_path):
 def test_each_section_has_figures(tmp_path):
     report = tmp_path / "report.md"
     done = subprocess.run(
-        [*PROGRAM, "--minutes", "15", "--out", str(report)], capture_output=True, text=True, timeout=1000
+        [*PROGRAM, "--minutes", "40", "--out", str(report)], capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stderr
     assert [state for state in states(report) if not re.fullmatch(r"done after \d+ s", state)] == []
