@@ -262,7 +262,7 @@ def _latency(runtime: str) -> Callable[[argparse.Namespace, Path, float], list[s
 def _runtimes(runtimes: str, types: str) -> Callable[[argparse.Namespace, Path, float], list[str]]:
     def command(options: argparse.Namespace, _: Path, __: float) -> list[str]:
         effort = ["--seconds=0.2", "--networks=test_efficientnet"] if options.tiny else ["--seconds=1"]
-        words = [f"--device={options.device}", f"--runtimes={runtimes}", f"--types={types}"]
+        words = [f"--device={options.device}", f"--runtimes={runtimes}", f"--types={'bf16' if options.tiny else types}"]
         return _script("runtimes.py", *words, *effort)
 
     return command

@@ -89,7 +89,7 @@ def test_each_section_has_figures(tmp_path):
     figures = (
         *(r"- torch: \d", r"\| \w{12} \| [\d.]+ \| [\d.]+ \|", r"8 passed\."),
         *[r"\| ours \| [\d.]+ \|"] * 2,
-        *(r"eager \| bf16 \| [\d.]+ ms", r"compile \| fp32 \| [\d.]+ ms", r"\| \d+ \| \d+ \(0\) \|", r"\| \w{12} \|"),
+        *(r"eager \| bf16 \| [\d.]+ ms", r"compile \| bf16 \| [\d.]+ ms", r"\| \d+ \| \d+ \(0\) \|", r"\| \w{12} \|"),
     )
     assert len(sections) == len(figures)
     for section, figure in zip(sections, figures, strict=True):
