@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, BEGUN = Path(__file__).resolve().parents[1], time.monotonic()
 LEAST_SECONDS = 3.0
 """A section with less time than this is not started."""
 ENDING_SECONDS = 10.0
@@ -322,21 +322,20 @@ def _searched(options: argparse.Namespace, words: list[str]) -> None:
 
     out = options.folder / f"run-{options.section}"
     print(f"`mixnas search {' '.join(words)}`\n")
-    begun = time.monotonic()
     # its process joins the group of this one, which ends as a whole
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "search", *words, "--out", str(out)], stdout=subprocess.DEVNULL
     )
-    status = 0
+    status, left = 0, options.seconds - (time.monotonic() - BEGUN)
     try:
-        status = process.wait(max(0.5 * options.seconds, options.seconds - 2 * ENDING_SECONDS))
+        status = process.wait(max(0.5 * left, left - 2 * ENDING_SECONDS))
         how = f"It ended with status {status}"
     except subprocess.TimeoutExpired:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING_SECONDS)
         how = "It was stopped for time"
-    print(f"{how} after {time.monotonic() - begun:.0f} s.", flush=True)
+    print(f"{how} after {time.monotonic() - BEGUN:.0f} s.", flush=True)
     if (out / "run.json").is_file():
         run = Run.open(out)
         trials = run.trials()
