@@ -338,7 +338,7 @@ def _searched(options: argparse.Namespace, words: list[str]) -> None:
     print(f"{how} after {time.monotonic() - BEGUN:.0f} s.", flush=True)
     if (out / "run.json").is_file():
         run = Run.open(out)
-        trials = run.trials()
+        trials = [t for t in run.trials() if t.state != "running"]  # those wait in the queue, too
         seconds = [t.scores.scoring_seconds for t in trials if t.scores.scoring_seconds]
         counts = Counter("stopped early" if t.stopped else t.state for t in trials)
         print(f"Trials: {', '.join(f'{count} {state}' for state, count in counts.most_common()) or 'none'}.", end=" ")
