@@ -1,7 +1,7 @@
 """What int8 does to the order of latencies and to accuracy: the same networks in fp32 and in int8.
 
-    python benchmarks/precision.py time --count 40 --size 224 --out FOLDER  # resumes
-    python benchmarks/precision.py table FOLDER --imagenet timm_imagenet_speed.csv
+    python benchmarks/precision.py time --count 40 --size 224 --out benchmarks/precision.csv  # resumes
+    python benchmarks/precision.py table benchmarks/precision.csv --imagenet timm_imagenet_speed.csv
     python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
 
 `time` measures random networks of the space `mobile` and some timm models in ONNX Runtime and OpenVINO. Both
@@ -25,7 +25,7 @@ import search_spaces
 from nas.data import load_data
 from nas.errors import TrialFailure
 from nas.folding import deploy
-from nas.interval import Interval
+from nas.interval import Z95, Interval
 from nas.machine.description import describe_software, machine_name
 from nas.models import create_backbone
 from nas.objectives.paired import paired_difference
@@ -42,6 +42,7 @@ TIMM = (
     *("tf_efficientnet_lite0", "efficientnet_b0", "resnet18", "regnety_004"),
     *("ghostnet_100", "mobileone_s0", "convnext_atto", "deit_tiny_patch16_224"),
 )
+MIXERS = ("softmax", "additive", "strip", "hadamard")
 PLACES = tuple((runtime, precision) for runtime in ("onnxruntime", "openvino") for precision in ("fp32", "int8"))
 
 
@@ -80,8 +81,7 @@ def networks(count: int) -> dict[str, nn.Module | None]:
 
 def time_all(asked: argparse.Namespace) -> None:
     """Times all networks that are not in the table yet."""
-    asked.out.mkdir(parents=True, exist_ok=True)
-    file = asked.out / "latencies.csv"
+    file = asked.out
     done = {row["network"] for row in rows(file)} if file.exists() else set()
     for name, model in networks(asked.count).items():
         if name in done:
@@ -131,7 +131,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 def print_table(asked: argparse.Namespace) -> None:
     """Prints how far int8 changes the order, and what it does to fronts."""
-    found = [row for row in rows(asked.out / "latencies.csv") if not row["failure"]]
+    found = [row for row in rows(asked.out) if not row["failure"]]
     groups = {
         "`mobile`": [row for row in found if row["network"] not in TIMM],
         "timm": [row for row in found if row["network"] in TIMM],
@@ -153,6 +153,31 @@ def print_table(asked: argparse.Namespace) -> None:
             spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
             counted = f"{faster} of {len(group)}"
             print(f"| {len(group)} of {name} | {runtime} | {spread} | {counted} | {text(order)} | {told} |")
+    print_mixers(groups["`mobile`"])
+
+
+def print_mixers(found: list[dict[str, str]]) -> None:
+    """Prints the ratio of both latencies for a network with one mixer in all stages, by a fit to those of `mobile`.
+
+    The logarithm of the ratio is fitted by the share of stages with each mixer.
+    """
+    space, rng = search_spaces.load("mobile"), np.random.default_rng(0)
+    shares: dict[str, list[float]] = {}
+    while len(shares) < len(found):
+        architecture = space.sample(rng)
+        names = [stage.mixer.name for stage in architecture.stages]
+        shares[architecture.key] = [names.count(mixer) / len(names) for mixer in MIXERS]
+    of_network = {row["network"]: row for row in found}
+    known = np.array(list(shares.values()))
+    print(f"\n| int8 / fp32 | {' | '.join(MIXERS)} |\n|---|{'---:|' * len(MIXERS)}")
+    for runtime in dict(PLACES):
+        figures = [of_network[key] for key in shares]
+        ratios = np.log([float(row[f"{runtime} int8 ms"]) / float(row[f"{runtime} fp32 ms"]) for row in figures])
+        fitted, *_ = np.linalg.lstsq(known, ratios, rcond=None)
+        variance = ((ratios - known @ fitted) ** 2).sum() / (len(ratios) - len(MIXERS))
+        errors = np.sqrt(np.diag(variance * np.linalg.inv(known.T @ known)))
+        cells = [Interval(*np.exp([m, m - Z95 * e, m + Z95 * e])) for m, e in zip(fitted, errors, strict=True)]
+        print(f"| {runtime} | {' | '.join(map(text, cells))} |")
 
 
 def of_fronts(full: np.ndarray, small: np.ndarray, worth: np.ndarray) -> str:
@@ -181,7 +206,7 @@ def print_accuracies(asked: argparse.Namespace) -> None:
     print(f"{machine_name('cpu')}, {date.today()}; {images}, {asked.epochs} epochs\n")
     print("| mixer | network | fp32, % | int8, % | int8 - fp32 (95 %, paired) |\n|---|---|---:|---:|---:|")
     space = search_spaces.load("small")
-    for mixer in ("softmax", "additive", "strip", "hadamard"):
+    for mixer in MIXERS:
         rng, done = np.random.default_rng(0), 0
         while done < asked.count:
             architecture = space.sample(rng)
