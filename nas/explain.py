@@ -238,7 +238,7 @@ def explain(run: Run, key: str) -> Explanation:
         UsageError: if no architecture of the run has this key, or several have.
         RunError: if the storage of the run cannot be read.
     """
-    trials = run.trials()
+    trials = run.trials(tuned=False)  # the model needs accuracies of equally long trainings
     trial = run.find(key, trials)
     assert trial.architecture is not None
     space = run.space

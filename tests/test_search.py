@@ -588,6 +588,9 @@ def test_a_damaged_manifest_is_one_line(tmp_path, text):
         {"seed": -1},
         {"timeout_minutes": 0.0},
         {"objectives": ("latency",)},
+        {"finish_epochs": 8},
+        {"proxy": "train", "epochs": 8, "finish_epochs": 8},
+        {"proxy": "train", "finish_epochs": 8, "proxy_repeats": 2},
         {"storage": "postgresql://me:secret@host/db"},
     ],
 )

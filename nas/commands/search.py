@@ -210,6 +210,12 @@ OF_PARENT = {
     help="Stop a training that can no longer reach the front.",
 )
 @option(
+    "--finish-epochs",
+    type=int,
+    section=ACCURACY,
+    help="After the last trial, train the candidates that may end on the front on to this many epochs.  [default: off]",
+)
+@option(
     "--train-batch-size",
     type=int,
     default=defaults.TRAIN_BATCH_SIZE,

@@ -322,9 +322,9 @@ def _training(subject: Subject) -> str:
             f"{height}x{width}{more} with the parent as teacher, seed {config.seed}. The network is not fully trained."
         )
     return (
-        f"The weights come from the search's short training ({config.epochs} epochs on {data.num_train:,} images "
-        f"of {height}x{width}, seed {config.seed}). They are good for ranking and as initial weights, but the model "
-        "is not fully trained."
+        f"The weights come from the search's short training ({subject.proxy_epochs} epochs on {data.num_train:,} "
+        f"images of {height}x{width}, seed {config.seed}). They are good for ranking and as initial weights, but the "
+        "model is not fully trained."
     )
 
 

@@ -82,6 +82,13 @@ class Subject:
         return _run_around(self.trained.path)
 
     @property
+    def proxy_epochs(self) -> int:
+        """Epochs of the search's short training of this network."""
+        assert self.run is not None
+        curve = self.trial.scores.curve if self.trial is not None else ()
+        return curve[-1][0] if curve else self.run.manifest.config.epochs
+
+    @property
     def weights(self) -> str:
         """`proxy` or `trained`."""
         return PROXY if self.trained is None else TRAINED

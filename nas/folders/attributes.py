@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere", "stages"
 """Study attributes that `nas.search.remeasure` writes. `entry_name` says how the first one is stored."""
 RACED, TUNED, CONTROL = "raced", "tuned", "control"
-"""Study attributes that `nas.search.tune` writes. `entry_name` says how the first two are stored."""
+"""Study attributes that `nas.search.tune` writes, and `nas.search.further` the first two. `entry_name` says how these
+two are stored."""
 WHOLE = "whole"
 """Name of the whole network among its measured parts."""
 

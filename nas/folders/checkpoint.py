@@ -19,9 +19,14 @@ from .files import write_file
 
 def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
     """Writes a state of tensors and plain data."""
+    write_file(file, pack_state(state))
+
+
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Returns the content of the checkpoint of a state of tensors and plain data."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_file(file, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_checkpoint(file: Path) -> dict[str, Any] | None:

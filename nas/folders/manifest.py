@@ -70,6 +70,7 @@ class StoredConfig(Record):
     classes: Sequence[str] = ()
     max_images: int = MAX_IMAGES
     trials: int = 0
+    finish_epochs: int | None = None
     cross_fit: bool = False
     proxy_images: int | None = None
     teacher: str | None = None

@@ -6,8 +6,8 @@
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
     parent/                 the parent's training, in a search for grafts, with the layers of ours (`library`)
-    tuned/<key>.safetensors     weights of tuned grafts
-    tuned/<key>.pt              state of an unfinished tuning
+    tuned/<key>.safetensors     weights of tuned grafts, and of candidates that were trained on after the search
+    tuned/<key>.pt              state of an unfinished training of these
     exports/<key>/          networks that `export` wrote
     trained/<key>/          networks that `train` trained
 
@@ -166,8 +166,8 @@ class Run:
 
         Args:
             remeasured: whether latencies that were measured again after the search replace the first ones.
-            tuned: whether accuracies after tuning replace those that the search scored. Grafts that were not tuned are
-                then pruned, because their accuracies cannot be compared.
+            tuned: whether accuracies after tuning or a longer training replace those that the search scored. Candidates
+                without it are then pruned, because their accuracies cannot be compared.
 
         Raises:
             RunError: if the storage is missing or damaged.
@@ -366,17 +366,17 @@ class Run:
         return self.path / ("tuned" if tuned else "weights") / f"{key}.safetensors"
 
     def save_weights(self, key: str, weights: Mapping[str, torch.Tensor], tuned: bool = False) -> None:
-        """Writes the weights of a tuned graft, or those that the proxy trained."""
+        """Writes the weights of a longer training (`tuned`), or those that the search's proxy trained."""
         from safetensors.torch import save
 
         write_file(self._weights(key, tuned), save(dict(weights)))
 
     def tuning_file(self, key: str) -> Path:
-        """Path of the state of an unfinished tuning."""
+        """Path of the state of an unfinished training."""
         return self.path / "tuned" / f"{key}.pt"
 
     def unfinished_tunings(self) -> list[Path]:
-        """Files with states of unfinished tunings."""
+        """Files with states of unfinished trainings."""
         return sorted(self.path.glob("tuned/*.pt"))
 
     def drop_weights(self, keys: set[str]) -> None:

@@ -55,6 +55,7 @@ CONFIG = {
     "teacher?": (str, None),
     "teacher_weights?": (str, None),
     "early_stopping?": bool,
+    "finish_epochs?": (COUNT, None),
     "until?": (FIGURE, None),
     "tune_epochs?": COUNT,
     "tune_count?": COUNT,

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from ..architecture import Candidate, candidate_from_dict
+from ..architecture import Candidate, Graft, candidate_from_dict
 from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
 from ..objectives.latency import Latency
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def stopped(self) -> bool:
-        """Whether its training was stopped early because it could not reach the front."""
+        """Whether its training ended early because it could hardly reach the front."""
         return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
 
     @property
@@ -81,16 +81,18 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
 
 
 def with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]) -> Trial:
-    """Returns a complete trial with its accuracy after tuning; a trial that was not tuned to the end is pruned.
+    """Returns a complete trial with its accuracy after a longer training; a trial that had none is pruned.
 
     Args:
         trial: the trial.
-        tuned: key -> entry, as `nas.search.tune` writes them.
-        raced: key -> entry of those that were tuned for the first epochs.
+        tuned: key -> entry, as `nas.search.tune` and `nas.search.further` write them.
+        raced: key -> entry of those that were trained for the first epochs.
     """
     if trial.state != "complete":
         return trial
     entry = tuned.get(trial.key)
+    if entry is None and not isinstance(trial.architecture, Graft):
+        return _frozen(trial, raced.get(trial.key))
     if entry is None:
         scores = replace(
             trial.scores, accuracy=None, accuracy_std=None, hits="", accuracy_assembled=trial.scores.accuracy
@@ -104,16 +106,28 @@ def with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]
         return replace(trial, state="pruned", scores=scores, failure=failure)
     if "failure" in entry:
         return replace(trial, state="failed", failure=one_line(entry["failure"]))
-    return replace(trial, scores=tuned_scores(trial.scores, entry))
+    longer = tuned_scores if isinstance(trial.architecture, Graft) else trained_scores
+    return replace(trial, scores=longer(trial.scores, entry))
+
+
+def _frozen(trial: Trial, entry: Mapping[str, Any] | None) -> Trial:
+    """Returns a trial whose training did not reach the last epoch, with its entry of `raced` if it has one."""
+    scores = trial.scores if entry is None else trained_scores(trial.scores, entry)
+    failure = f"frozen after epoch {scores.curve[-1][0]}: others were more likely to end on the front"
+    return replace(trial, state="pruned", scores=replace(scores, accuracy=None, accuracy_std=None), failure=failure)
 
 
 def tuned_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:
     """Returns the scores of a graft after its tuning, whose entry holds no failure."""
+    return replace(trained_scores(scores, entry), accuracy_assembled=scores.accuracy)
+
+
+def trained_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:
+    """Returns the scores of a candidate after a longer training, whose entry holds no failure."""
     return replace(
         scores,
         accuracy=float(entry["accuracy"]),
         accuracy_std=float(entry["accuracy_std"]),
-        accuracy_assembled=scores.accuracy,
         curve=tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ())),
         hits=entry["hits"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,12 @@ def measured_latencies(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, In
 
 def verdicts(run: Run) -> list[str]:
     """See `Run.verdicts`. Each target and each further runtime has a line on the order of its latencies."""
-    attributes, front = run.attributes, run.front()
+    attributes, trials = run.attributes, run.trials()
+    front = run.front(trials)
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
     lines = [trust_in_words(told, candidates_of(run.manifest.space))] if (told := run.manifest.trust) else []
     lines += graft_verdicts(run, front, attributes)
+    lines += _lengths(run, trials, front)
     for objective in (o for o in run.objectives if o.is_latency):
         target = objective.target or (run.targets[0] if run.targets else "")
         seen = {key: figure for key, scores in first.items() if (figure := objective.interval(scores)) is not None}
@@ -105,6 +108,18 @@ def verdicts(run: Run) -> list[str]:
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )
     return lines + doubts(run.objectives, front, num_scored(run), accuracy_verdict(run, front))
+
+
+def _lengths(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> list[str]:
+    """Says how long the front and the other candidates were trained, in a run that trains its front on."""
+    wanted = run.manifest.config.finish_epochs
+    if wanted is None:
+        return []
+    if {t.scores.curve[-1][0] for t in front} != {wanted}:
+        return [f"the front is not trained for {wanted} epochs yet: resume the search, which trains it on"]
+    counts = Counter(t.scores.curve[-1][0] for t in trials if t.scores.curve)
+    told = ", ".join(f"{count} for {epochs}" for epochs, count in sorted(counts.items()))
+    return [f"every point of this front was trained for {wanted} epochs; all candidates by epochs: {told}"]
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:

@@ -357,7 +357,7 @@ def trust(run: Run, spell: Callable[[str], str]) -> dict[str, Any]:
         "wants_accuracy": wants_accuracy(config.objectives),
         "trained": run.manifest.proxy_trained,
         "proxy": config.proxy,
-        "epochs": config.epochs,
+        "epochs": config.finish_epochs or config.epochs,
         "told": told
         and {
             "kendall": format_figure(Interval.of(told["kendall"])),

@@ -46,6 +46,7 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
         ("cross_fit", config.cross_fit, "its weights have seen all images but the held-out ones"),
         ("proxy_size", config.proxy_size, "the image size is a choice of the search"),
         ("teacher", config.teacher, "the parent is the teacher"),
+        ("finish_epochs", config.finish_epochs, "`tune_epochs` says how long the best are tuned"),
         ("start", config.start, "the search begins with the parent's plain forms"),
     ):
         if given and not (name == "start" and isinstance(config.space, GraftSpace)):
@@ -78,4 +79,22 @@ def check_for_cross_fit(config: SearchConfig) -> None:
     if config.proxy_repeats > 1 or config.proxy_images is not None:
         raise UsageError(
             "`cross_fit` trains with several seeds on all images: leave `proxy_repeats` and `proxy_images` out"
+        )
+
+
+def check_for_finish(config: SearchConfig) -> None:
+    """Refuses what does not go with training on after the last trial.
+
+    Raises:
+        UsageError: if a setting does not go with it.
+    """
+    if config.finish_epochs is None:
+        return
+    if config.proxy != "train" or not wants_accuracy(config.objectives):
+        raise UsageError("`finish_epochs` needs the objective accuracy and `proxy` = train, because it trains on")
+    if config.cross_fit or config.proxy_repeats > 1:
+        raise UsageError("`finish_epochs` continues one training: leave `cross_fit` and `proxy_repeats` out")
+    if config.finish_epochs <= config.epochs:
+        raise UsageError(
+            f"`finish_epochs` = {config.finish_epochs}: it must be more than `epochs`, which is {config.epochs} here"
         )

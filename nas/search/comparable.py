@@ -192,6 +192,7 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
             shares=config.workers > 1,
             share_device=config.share_device,
             threads=max(1, torch.get_num_threads() // config.workers),
+            keeps_states=config.finish_epochs is not None,
         ),
         parent=parent,
     )

@@ -22,7 +22,7 @@ from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, ru
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
-from .checks import check_for_cross_fit, check_for_parent, check_for_teacher
+from .checks import check_for_cross_fit, check_for_finish, check_for_parent, check_for_teacher
 from .evaluate import ALL, MEASURED, PARTS, TRAIN
 from .samplers.table import SAMPLERS
 from .warm_start import starting_points
@@ -70,6 +70,9 @@ class SearchConfig:
         early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
         epochs: epochs of the short training.
         train_batch_size: images per training step.
+        finish_epochs: epochs to which the candidates that may end on the front are trained on after the last trial
+            (`nas.search.thaw`). The front is then made of these. None ends the search with the trials. Only for the
+            proxy `train`.
         trials: number of candidates to score in total, including those before a resume.
         timeout_minutes: start no further trial after this many minutes.
         trial_timeout_minutes: a trial fails if its training takes more minutes than this. With such a limit, a separate
@@ -120,6 +123,7 @@ class SearchConfig:
     early_stopping: bool = changeable(True)
     epochs: int = defaults.EPOCHS
     train_batch_size: int = defaults.TRAIN_BATCH_SIZE
+    finish_epochs: int | None = changeable(None)
     trials: int = changeable(defaults.TRIALS)
     timeout_minutes: float | None = changeable(None)
     trial_timeout_minutes: float | None = changeable(None)
@@ -181,6 +185,7 @@ class SearchConfig:
             raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
         check_for_teacher(self)
         check_for_cross_fit(self)
+        check_for_finish(self)
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
             raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (
@@ -193,6 +198,7 @@ class SearchConfig:
             "input_size",
             "tune_epochs",
             "tune_count",
+            "finish_epochs",
         ):
             value = getattr(self, name)
             most = MAX_WORKERS if name == "workers" else MAX_COUNT

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from ..architecture import Candidate, Graft
 from ..data import FOLDS, ImageData, reduced, rotated
 from ..errors import TrialFailure, UsageError
+from ..folders.checkpoint import pack_state
 from ..folding import Fused, fuse_branches
 from ..machine.devices import seeded
 from ..machine.limits import training_threads
@@ -27,7 +28,7 @@ from ..models import Backbone, create_backbone
 from ..objectives.objectives import OBJECTIVES, Scores, wants_accuracy
 from ..objectives.paired import pack, unpack
 from ..repeats import REPEATS
-from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher
+from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher, Training
 from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, measure_latency
@@ -60,6 +61,7 @@ class Evaluation:
         stopped: the reason for stopping the training early, if it was stopped.
         left: the part that another process must do; '' if no part is left.
         chunks: number of chunks into which the images of a training step were split to save memory.
+        state: checkpoint of the training, if it may be continued later.
     """
 
     scores: Scores
@@ -68,6 +70,7 @@ class Evaluation:
     stopped: Stopped | None = None
     left: str = ""
     chunks: int = 1
+    state: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Role:
         shares: whether other trainings may use the device at the same time. Measurements always run alone.
         share_device: train without waiting for other processes that use the device.
         threads: number of CPU threads of a training on an idle machine; None for torch's own number.
+        keeps_states: whether to return the state of a training, so that it can be continued.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -108,6 +112,7 @@ class Role:
     shares: bool = False
     share_device: bool = False
     threads: int | None = None
+    keeps_states: bool = False
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -299,6 +304,7 @@ class Evaluator:
         proxy, data = self.proxy, self.images
         estimator = ESTIMATORS[proxy.name]
         rungs: list[Rung] = []
+        running: Training | None = None
         kept = len(data.holdout) * (FOLDS if proxy.cross_fit else 1) <= MOST_HITS
 
         def on_rung(rung: Rung) -> None:
@@ -311,10 +317,14 @@ class Evaluator:
             for repeat, part in enumerate(rotated(data) if proxy.cross_fit else [data] * proxy.repeats):
                 network = self.seeded(create, repeat) if repeat else model
                 watch: dict[str, Any] = {"on_rung": on_rung} if estimator.trained and not repeat else {}
-                try:
-                    estimates.append(
-                        estimator.estimate(network, part, fidelity, proxy.seed + repeat, self.role.device, **watch)
+                seed, device = proxy.seed + repeat, self.role.device
+                if self.role.keeps_states:
+                    running = Training(
+                        network, part, fidelity.batch_size, seed, device, fidelity.chunks, fidelity.tuning
                     )
+                    watch["training"] = running
+                try:
+                    estimates.append(estimator.estimate(network, part, fidelity, seed, device, **watch))
                     scored.append(len(part.holdout))
                 except Stopped as stopped:
                     # drop the traceback, whose frames hold the training with all its tensors
@@ -329,7 +339,8 @@ class Evaluator:
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
-        return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks)
+        state = None if running is None else pack_state(running.state())
+        return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks, state=state)
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..architecture import Candidate
 from ..errors import TrialFailure
+from ..folders.states import save_state
 from ..folders.trial import Trial
 from ..objectives.objectives import OBJECTIVES, Scores, wants_accuracy
 from ..scoring.accuracy import ESTIMATORS
@@ -100,6 +101,8 @@ class Recorder:
         done = Trial(asked.trial.number, "complete", self._architecture(asked.point), evaluation.scores)
         if evaluation.weights is not None and self._standing.keeps(done):
             self._standing.run.save_weights(done.key, evaluation.weights)
+        if evaluation.state is not None:
+            save_state(self._standing.run, done.key, evaluation.state)
         self._end(asked.trial, TrialState.COMPLETE, [float(v) for v in values if v is not None])
 
     def _fail(self, trial: optuna.Trial, failure: TrialFailure) -> None:

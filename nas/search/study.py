@@ -197,6 +197,11 @@ def _update(run: Run, config: SearchConfig) -> Run:
     asked = {name: stored[name] for name in names}
     told = _trust(config, run.path, run.manifest.data.fingerprint)
     before = run.manifest.config.recorded
+    if before.get("finish_epochs") not in (None, config.finish_epochs):
+        raise RunError(
+            f"{run.path} trains its front for {before['finish_epochs']} epochs: leave `finish_epochs` out, or give "
+            "another `out`"
+        )
     if asked == {name: before.get(name) for name in asked} and told == run.manifest.trust:
         return run
     return run.update(run.manifest.configured(**asked).changed(trust=told))
@@ -212,7 +217,8 @@ def _trust(config: SearchConfig, path: Path, fingerprint: str) -> dict[str, Any]
     else:
         beside = sorted(path.resolve().parent.glob(f"*/{CALIBRATION_FILE}"))
         places = [Path(config.calibration)] if config.calibration else [file.parent for file in beside]
-    return find_trust(config.space, fingerprint, config.proxy, config.epochs, config.train_batch_size, places)
+    epochs = config.finish_epochs or config.epochs
+    return find_trust(config.space, fingerprint, config.proxy, epochs, config.train_batch_size, places)
 
 
 def _open_profile(config: SearchConfig, evaluator: Evaluator) -> Profile | None:

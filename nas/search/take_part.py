@@ -20,6 +20,7 @@ from . import giving_up
 from .asking import Alone, Asker
 from .config import SearchConfig
 from .evaluate import PARTS, TRAIN, Evaluator
+from .further import train_front
 from .giving_up import GivingUp, nothing_scored
 from .loop import Loop
 from .progress import Progress
@@ -86,6 +87,8 @@ def take_part(
     run.drop_weights(standing.take_in(state.ended))
     if not lead:
         state.unfinished.clear()
+    if not lead and parent is None:  # the states of a worker elsewhere would not reach the lead
+        evaluator = replace(evaluator, role=replace(evaluator.role, keeps_states=False))
     if config.shared:
         device = evaluator.role.device if config.only == TRAIN else config.device
         fleet = Fleet(state.study, state.knobs, state.known, Worker.here(device, lead, config.only))
@@ -117,6 +120,8 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         evaluator = replace(evaluator, role=replace(evaluator.role, parts=PARTS))
         if isinstance(config.space, GraftSpace):
             tune(state.study, run, evaluator, config.space, config)
+        elif config.finish_epochs is not None:
+            train_front(state.study, run, evaluator, config.epochs, config.finish_epochs)
         finish(state.study, run, evaluator, config.baselines)
     finally:
         run.write_tables()

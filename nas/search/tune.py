@@ -10,30 +10,26 @@ killed search goes on from the last state of the tuning that was under way, with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import optuna
-from torch import nn
 
 from ..architecture import Graft
 from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, add_baseline, entry_name
-from ..folders.checkpoint import resume, save_checkpoint
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
-from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
 from ..scoring.accuracy.training import LEARNING_RATE
-from ..scoring.memory import failing_without_memory
 from ..space import GraftSpace
 from .config import SearchConfig
 from .evaluate import Evaluator
 from .race import starters, winners
+from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +37,6 @@ FIRST_EPOCHS = 1
 """Epochs after which the best are chosen."""
 WIDER = 2
 """Number of grafts that are tuned for the first epochs, for each one that is tuned to the end."""
-MAX_STATES = 4 << 30
-"""Bytes of states of unfinished tunings that are kept. A tuning without a state begins again, with the same results."""
 
 
 def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace, config: SearchConfig) -> None:
@@ -94,6 +88,7 @@ class _Tuner:
     def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
         self._study, self._run, self._evaluator = study, run, evaluator
         self._fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
+        self._trainer = Trainer(run, evaluator, self._fidelity)
         attributes = run.attributes
         self.raced: dict[str, Any] = dict(attributes.get(RACED, {}))
         self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
@@ -119,7 +114,7 @@ class _Tuner:
         if self._fidelity.epochs > FIRST_EPOCHS and graft.key not in self.raced:
             self._begin(graft)
         if graft.key not in self.done:
-            self._finish(graft, self._tuned(graft, self._fidelity))
+            self._finish(graft, self._trainer.entry(graft, self._fidelity))
         entry: Mapping[str, Any] = self.done[graft.key]
         return entry
 
@@ -127,7 +122,7 @@ class _Tuner:
         """Tunes a graft for the first epochs, and records a failure as that of the whole tuning."""
         if graft.key in self.done:
             return
-        entry = self._tuned(graft, replace(self._fidelity, epochs=FIRST_EPOCHS))
+        entry = self._trainer.entry(graft, replace(self._fidelity, epochs=FIRST_EPOCHS))
         if "failure" in entry:
             self._finish(graft, entry)
         else:
@@ -148,50 +143,8 @@ class _Tuner:
         assert tuning is not None
         fidelity = replace(self._fidelity, tuning=replace(tuning, learning_rate=LEARNING_RATE))
         at = self._evaluator.at(graft)
-        return self._entry(lambda: at.seeded(lambda: create_graft(graft, len(at.data.classes))), graft, fidelity, False)
-
-    def _tuned(self, graft: Graft, fidelity: Fidelity) -> dict[str, Any]:
-        at = self._evaluator.at(graft)
-        return self._entry(lambda: at.build(graft), graft, fidelity, True)
-
-    def _entry(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> dict[str, Any]:
-        """Trains a graft; returns what is recorded of it. States and final weights are kept, if wanted."""
-        try:
-            estimate = failing_without_memory(partial(self._train, build, graft, fidelity, keeps))
-        except TrialFailure as failure:
-            return {"failure": f"{failure.reason}: {failure}"}
-        assert estimate.weights is not None
-        if keeps and fidelity.epochs == self._fidelity.epochs:
-            self._run.save_weights(graft.key, estimate.weights, tuned=True)
-        return {
-            "accuracy": estimate.score,
-            "accuracy_std": estimate.std,
-            "epochs": fidelity.epochs,
-            "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
-            "seconds": estimate.curve[-1].seconds,
-            "num_images": len(self._evaluator.data.holdout),
-            "hits": estimate.hits,
-        }
-
-    def _train(self, build: Callable[[], nn.Module], graft: Graft, fidelity: Fidelity, keeps: bool) -> Estimate:
-        at = self._evaluator.at(graft)
-        model, data, file = build(), at.images, self._run.tuning_file(graft.key)
-        with at.role.training():
-            seed, device = at.proxy.seed, at.role.device
-            running = Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks, fidelity.tuning)
-            if keeps:
-                resume(file, lambda state: running.load(state, fidelity.epochs))
-
-            def keep(rung: Rung) -> None:
-                if keeps and rung.epoch < self._fidelity.epochs:
-                    self._save(file, running.state())
-
-            return train(model, data, fidelity, seed, device, running, keep)
-
-    def _save(self, file: Path, state: Mapping[str, Any]) -> None:
-        """Writes the state of a tuning, unless the states fill their space already."""
-        if sum(other.stat().st_size for other in self._run.unfinished_tunings() if other != file) < MAX_STATES:
-            save_checkpoint(file, state)
+        build = partial(at.seeded, lambda: create_graft(graft, len(at.data.classes)))
+        return self._trainer.entry(graft, fidelity, build, keeps=False)
 
 
 def _score_rivals(

@@ -1,0 +1,60 @@
+"""Trains the candidates of a search further after its last trial, until the whole front was trained equally long.
+
+`nas.search.thaw` says who is trained on. The results are attributes of the study, as those of tunings are: `raced:KEY`
+after each rung and `tuned:KEY` at the end. So a search that is killed loses at most the rung that was under way, and
+continues with the same results.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import optuna
+
+from ..folders.attributes import RACED, TUNED, entry_name
+from ..folders.run import Run
+from ..scoring.accuracy import Fidelity
+from .early_stopping import costs_of
+from .evaluate import Evaluator
+from .thaw import freeze_and_thaw
+from .trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int, last: int) -> None:
+    """Trains on the candidates that may end on the front.
+
+    Args:
+        study: the study, which gets the results as attributes.
+        run: the run.
+        evaluator: the evaluator of the run.
+        begun: epochs of the search's trainings.
+        last: epochs after which a training ends.
+    """
+    trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
+    epochs = [begun, *(rung for rung in Fidelity(last).rungs if rung > begun)]
+    trainer = Trainer(run, evaluator, replace(evaluator.proxy.fidelity, epochs=last, max_seconds=None))
+    attributes = run.attributes
+    known: dict[str, Any] = {**attributes.get(RACED, {}), **attributes.get(TUNED, {})}
+
+    def advance(candidate: int, rung: int) -> float | None:
+        architecture = trials[candidate].architecture
+        assert architecture is not None
+        entry = known.get(architecture.key, {})
+        if "failure" not in entry and epochs[rung] > entry.get("epochs", begun):
+            log.info("training %s on to epoch %d of %d", architecture.key, epochs[rung], last)
+            entry = trainer.entry(architecture, replace(trainer.fidelity, epochs=epochs[rung]))
+            ended = "failure" in entry or epochs[rung] == last
+            study.set_user_attr(entry_name(TUNED if ended else RACED, architecture.key), entry)
+            known[architecture.key] = entry
+        if "failure" in entry:
+            return None
+        return float(dict(entry["curve"])[epochs[rung]])
+
+    costs = [costs_of(run.objectives, t.scores) for t in trials]
+    freeze_and_thaw(costs, [t.scores.accuracy or 0.0 for t in trials], len(epochs) - 1, advance)
+    for state in run.unfinished_tunings():
+        state.unlink()

@@ -1,0 +1,102 @@
+"""Trains candidates further after a search, with their states and final weights in the run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..architecture import Candidate
+from ..errors import TrialFailure
+from ..folders.checkpoint import pack_state, resume
+from ..folders.run import Run
+from ..folders.states import save_state
+from ..repeats import REPEATS
+from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
+from ..scoring.memory import failing_without_memory
+from .evaluate import Evaluator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains candidates further.
+
+    Args:
+        run: the run.
+        evaluator: the evaluator of the run.
+        fidelity: effort of a whole training.
+    """
+
+    run: Run
+    evaluator: Evaluator
+    fidelity: Fidelity
+
+    def entry(
+        self,
+        candidate: Candidate,
+        fidelity: Fidelity,
+        build: Callable[[], nn.Module] | None = None,
+        keeps: bool = True,
+    ) -> dict[str, Any]:
+        """Trains a candidate, from its last state if there is one; returns what the study records of it.
+
+        Args:
+            candidate: the candidate.
+            fidelity: effort up to which it is trained now.
+            build: builds it with other weights than those of the search; None for these.
+            keeps: whether to keep states of the training, and the weights after a whole one.
+
+        Returns:
+            An entry of `tuned` or `raced`. It holds a `failure` if the candidate cannot be trained.
+        """
+        at = self.evaluator.at(candidate)
+        model = partial(at.build, candidate) if build is None else build
+        try:
+            estimate = self._within_memory(partial(self._train, at, candidate.key, model, keeps), fidelity)
+        except TrialFailure as failure:
+            return {"failure": f"{failure.reason}: {failure}"}
+        assert estimate.weights is not None
+        if keeps and fidelity.epochs == self.fidelity.epochs:
+            self.run.save_weights(candidate.key, estimate.weights, tuned=True)
+        return {
+            "accuracy": estimate.score,
+            "accuracy_std": estimate.std,
+            "epochs": fidelity.epochs,
+            "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
+            "seconds": estimate.curve[-1].seconds,
+            "num_images": len(self.evaluator.data.holdout),
+            "hits": estimate.hits,
+        }
+
+    def _within_memory(self, run: Callable[[Fidelity], Estimate], fidelity: Fidelity) -> Estimate:
+        """Trains, and again with the steps split in two if the training runs out of memory."""
+        try:
+            return failing_without_memory(partial(run, fidelity))
+        except TrialFailure as failure:
+            if failure.reason != "out_of_memory" or fidelity.batch_size < 4:
+                raise
+            told = f"A training ran out of memory ({failure}). It is repeated with less memory."
+            REPEATS.tell(log, "trainings out of memory", told)
+        return failing_without_memory(partial(run, replace(fidelity, chunks=2)))
+
+    def _train(
+        self, at: Evaluator, key: str, build: Callable[[], nn.Module], keeps: bool, fidelity: Fidelity
+    ) -> Estimate:
+        model, data = build(), at.images
+        with at.role.training():
+            seed, device = at.proxy.seed, at.role.device
+            running = Training(model, data, fidelity.batch_size, seed, device, fidelity.chunks, fidelity.tuning)
+            if keeps:
+                resume(self.run.tuning_file(key), lambda state: running.load(state, fidelity.epochs))
+
+            def keep(rung: Rung) -> None:
+                if keeps and rung.epoch < self.fidelity.epochs:
+                    save_state(self.run, key, pack_state(running.state()))
+
+            return train(model, data, fidelity, seed, device, running, keep)

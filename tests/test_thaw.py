@@ -1,0 +1,185 @@
+"""Freeze and thaw: who is trained on after the trials, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import search_spaces
+from nas.data import load_data
+from nas.errors import RunError
+from nas.explain import explain
+from nas.folders import states
+from nas.folders.run import Run
+from nas.objectives.pareto import non_dominated
+from nas.scoring.accuracy import Fidelity, Training, train
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig, search
+from nas.search.comparable import evaluator_of
+from nas.search.config import local_config
+from nas.search.thaw import freeze_and_thaw, predict
+
+LAST = 4
+
+
+def config(out: Path, **changes: Any) -> SearchConfig:
+    base = SearchConfig(
+        search_spaces.load("mini"),
+        objectives=("macs", "accuracy"),
+        latency=(LatencyConfig(device="cpu", threads=1),),
+        max_images=120,
+        epochs=1,
+        finish_epochs=LAST,
+        trials=6,
+        sampler="random",
+        out=out,
+    )
+    return replace(base, **changes)
+
+
+@contextmanager
+def epochs_counted() -> Iterator[list[str]]:
+    """Counts the epochs of all trainings."""
+    epochs: list[str] = []
+    run_epoch = Training.run_epoch
+
+    def counted(self: Training, *given: float) -> None:
+        epochs.append("epoch")
+        run_epoch(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "run_epoch", counted)
+        yield epochs
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int]:
+    """A run that was not interrupted, and the epochs that it took."""
+    with epochs_counted() as epochs:
+        run = search(config(tmp_path_factory.mktemp("thaw") / "run"))
+    return run, len(epochs)
+
+
+class Interrupts(logging.Handler):
+    """Interrupts the search before its n-th training after the trials."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.left -= record.getMessage().startswith("training ")
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def results(run: Run) -> dict[str, tuple[object, ...]]:
+    return {t.key: (t.state, t.failure, t.scores.accuracy, t.scores.curve, t.scores.hits) for t in run.trials()}
+
+
+def test_the_front_is_trained_equally_long_as_if_in_one_go(unbroken: tuple[Run, int]) -> None:
+    run, epochs = unbroken
+    assert {point.scores.curve[-1][0] for point in run.front()} == {LAST}
+    assert f"every point of this front was trained for {LAST} epochs" in " ".join(run.verdicts())
+    frozen = [t for t in run.trials() if t.state == "pruned"]
+    assert frozen
+    assert all(t.scored and t.scores.accuracy is None and t.failure.startswith("frozen after epoch ") for t in frozen)
+    assert epochs == sum(t.scores.curve[-1][0] for t in run.trials())  # no epoch was repeated
+    evaluator, _ = evaluator_of(run, local_config(run))
+    data = load_data("digits", max_images=120)
+    point = run.front()[0]
+    whole = train(evaluator.build(point.architecture), data, Fidelity(LAST), run.manifest.config.seed, "cpu")
+    assert (point.scores.accuracy, point.scores.hits) == (whole.score, whole.hits)
+    assert point.scores.curve == tuple((rung.epoch, rung.accuracy) for rung in whole.curve)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_an_interrupted_run_ends_as_an_unbroken_one_and_repeats_nothing(
+    unbroken: tuple[Run, int], tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int
+) -> None:
+    run, whole = unbroken
+    log, handler = logging.getLogger("nas.search.further"), Interrupts(at)
+    caplog.set_level(logging.INFO, log.name)
+    log.addHandler(handler)
+    out = tmp_path / "run"
+    with epochs_counted() as epochs:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                search(config(out))
+        finally:
+            log.removeHandler(handler)
+        assert len(epochs) < whole
+        resumed = search(local_config(Run.open(out)))
+    assert len(epochs) == whole
+    assert results(resumed) == results(run)
+    assert not resumed.unfinished_tunings()
+
+
+def test_without_room_for_states_trainings_begin_again_with_the_same_results(
+    unbroken: tuple[Run, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = unbroken
+    monkeypatch.setattr(states, "MAX_STATES", 0)
+    with epochs_counted() as epochs:
+        assert results(search(config(tmp_path / "run"))) == results(run)
+    assert len(epochs) > whole
+
+
+def test_a_run_that_ended_can_be_trained_on_and_go_on(unbroken: tuple[Run, int], tmp_path: Path) -> None:
+    """A run of an earlier release has no states, and its front was trained for one epoch."""
+    out = tmp_path / "run"
+    assert {t.state for t in search(config(out, finish_epochs=None)).trials()} == {"complete"}
+    run = search(replace(local_config(Run.open(out)), finish_epochs=LAST))
+    assert results(run) == results(unbroken[0])
+    with pytest.raises(RunError, match=f"trains its front for {LAST} epochs"):
+        search(replace(local_config(run), finish_epochs=2 * LAST))
+    more = search(replace(local_config(run), trials=8))
+    assert sum(t.scored for t in more.trials()) == 8
+    assert {point.scores.curve[-1][0] for point in more.front()} == {LAST}
+
+
+def test_a_run_is_explained_at_one_length_of_training(unbroken: tuple[Run, int], tmp_path: Path) -> None:
+    run = search(config(tmp_path / "run", trials=10, finish_epochs=2))
+    found = explain(run, run.front()[0].key)
+    assert found.trial.scores.curve[-1][0] == 1
+    assert found.observed == 10
+
+
+def test_a_frozen_candidate_comes_back_when_its_rival_turns_out_worse() -> None:
+    accuracy = np.array([[50.0, 50.0], [49.0, 60.0], [51.0, 71.0], [52.0, 72.0], [40.0, 50.0]])
+    trained: list[int] = []
+
+    def advance(candidate: int, rung: int) -> float:
+        trained.append(candidate)
+        return float(accuracy[candidate, rung])
+
+    known = freeze_and_thaw([[0], [1], [2], [3], [4]], accuracy[:, 0], 1, advance)
+    assert sorted(trained[:3]) == [0, 2, 3]  # candidate 1 costs more than 0, which is more accurate at first
+    assert trained[3:] == [1]
+    assert np.isnan(known[4, 1])
+
+
+def test_the_predicted_front_is_always_finished_and_a_failure_is_never_on_it() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        costs = rng.integers(0, 4, (12, 2))
+        accuracy = np.cumsum(rng.normal(10, 3, (12, 4)), 1)
+        broken = int(rng.integers(12))
+
+        def advance(candidate: int, rung: int, accuracy=accuracy, broken=broken) -> float | None:
+            return None if candidate == broken else float(accuracy[candidate, rung])
+
+        known = freeze_and_thaw(costs, accuracy[:, 0], 3, advance)
+        assert np.isnan(known[broken, 1:]).all()
+        left = np.arange(12) != broken
+        mean, _ = predict(known)
+        front = non_dominated(np.column_stack([costs, -mean])[left])
+        assert not np.isnan(known[left][front]).any()
+        assert np.allclose(known[~np.isnan(known)], accuracy[~np.isnan(known)])
