@@ -118,8 +118,11 @@ def _lengths(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> list[
     if {t.scores.curve[-1][0] for t in front} != {wanted}:
         return [f"the front is not trained for {wanted} epochs yet: resume the search, which trains it on"]
     counts = Counter(t.scores.curve[-1][0] for t in trials if t.scores.curve)
-    told = ", ".join(f"{count} for {epochs}" for epochs, count in sorted(counts.items()))
-    return [f"every point of this front was trained for {wanted} epochs; all candidates by epochs: {told}"]
+    told = ", ".join(f"{count} after epoch {epochs}" for epochs, count in sorted(counts.items()))
+    return [
+        f"every point of this front was trained for {wanted} epochs; of {counts.total()} candidates, trainings "
+        f"ended: {told}"
+    ]
 
 
 def to_scale(measured: Sequence[Mapping[str, Any]], known_ms: float | None) -> list[dict[str, Any]]:
