@@ -15,129 +15,39 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import itertools
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pandas as pd
+from search_quality_tables import Table, layers, mini, nas_bench_201, stages, timm
 
-import search_spaces
-from nas.architecture import Architecture
-from nas.objectives.pareto import hypervolume, non_dominated
+from nas.objectives.pareto import non_dominated
 from nas.search import optimize
-from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.problem import Problem
 from nas.search.samplers.table import SAMPLERS, OptunaSampler, suggest
 
 MARKS = (25, 50, 100, 200, 500, 1000, 2000)
+DEVICES = {"5090": "5090", "4090": "4090", "3090": "rtx3090", "i9": "cpu_i9_10940x", "i7": "cpu_i7_12700h"}
 OBJECTIVES = {"latency": "minimize", "accuracy": "maximize"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A problem whose scores are all known.
-
-    Args:
-        knobs: what may be chosen.
-        losses: latency and minus accuracy of every combination, in the order of the knobs' indices; NaN for spellings.
-    """
-
-    knobs: Knobs
-    losses: np.ndarray
-
-    def scores(self, choices: Mapping[str, Any]) -> dict[str, float]:
-        """What a training and a measurement would say."""
-        latency, negative = self.losses[np.ravel_multi_index(self.knobs.point(choices), tuple(self.knobs.sizes))]
-        return {"latency": float(latency), "accuracy": -float(negative)}
-
-    def cheap(self, many: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Latency without an error."""
-        return {"latency": (np.array([self.scores(c)["latency"] for c in many]), np.zeros(len(many)))}
-
-    @cached_property
-    def reference(self) -> dict[str, float]:
-        """The largest latency, accuracy 0."""
-        return {"latency": float(np.nanmax(self.losses[:, 0])), "accuracy": 0.0}
-
-    @cached_property
-    def hypervolume(self) -> float:
-        """Of the true front."""
-        return self.measure(self.losses[np.isfinite(self.losses[:, 0])])
-
-    def measure(self, losses: np.ndarray) -> float:
-        """Hypervolume of some losses."""
-        return hypervolume(losses, [self.reference["latency"], 0.0])
-
-
-def nas_bench_201(path: Path, latency: str) -> Table:
-    """The 15,625 cells, one knob for each of the six edges."""
-    if not path.is_file():
-        sys.exit(f"no table at {path}: give --table")
-    data = np.load(path)
-    operations = sorted({o for cell in data["arch"][:200] for o in re.findall(r"([a-z_0-9]+)~", str(cell))})
-    cells = np.array([[operations.index(o) for o in re.findall(r"([a-z_0-9]+)~", str(cell))] for cell in data["arch"]])
-    order = np.argsort(np.ravel_multi_index(tuple(cells.T), (5,) * 6))
-    losses = np.stack([data[latency], -data["test200_cifar100"]], axis=1).astype(float)[order]
-    return Table(Knobs({f"edge{i}": tuple(operations) for i in range(1, 7)}), losses)
-
-
-def mini(path: Path) -> Table:
-    """Every architecture of `mini`, as a real run scored it."""
-    if not path.is_file():
-        sys.exit(f"no scores at {path}: give --mini, the trials.csv of a run over all of mini")
-    space = search_spaces.load("mini")
-    knobs, scores = Knobs.of_space(space), pd.read_csv(path)
-    losses = np.full((int(np.prod(knobs.sizes)), 2), np.nan)
-    for row in scores[scores["state"] == "complete"].itertuples():
-        point = knobs.point(space.encode(Architecture.from_json(row.architecture)))
-        losses[np.ravel_multi_index(point, tuple(knobs.sizes))] = row.latency_ms, -row.accuracy
-    assert np.isfinite(losses[:, 0]).sum() == space.size, "some architectures of mini have no scores"
-    return Table(knobs, losses)
-
-
-def stages() -> Table:
-    """Made up, by a fixed seed: costs add up but for changes of mixer; accuracy saturates and has interactions."""
-    rng = np.random.default_rng(2026)
-    mixers, widths, depths = ("softmax", "additive", "strip", "hadamard"), (1, 2, 3, 4, 6), (1, 2, 3)
-    options = list(itertools.product(range(4), widths, depths))
-    mixer, width, depth = (np.array(column) for column in zip(*options, strict=True))
-    cost, skill = rng.lognormal(0, 0.4, (4, 4)), rng.normal(0, 1, (4, 4))  # of a mixer at a stage
-    clash = rng.normal(0, 0.8, (4, 4, 4, 4))  # of two stages' mixers
-    latency, power = np.zeros((60,) * 4, np.float32), np.zeros((60,) * 4, np.float32)
-    for stage in range(4):
-        shape = [60 if axis == stage else 1 for axis in range(4)]
-        latency += (cost[stage, mixer] * width**1.5 * depth).reshape(shape)
-        power += (np.log1p(width * depth**0.7) * (1 + 0.15 * skill[stage, mixer])).reshape(shape)
-    for a, b in itertools.combinations(range(4), 2):
-        shape = [60 if axis in (a, b) else 1 for axis in range(4)]
-        balance = -0.25 * np.abs(np.log(width[:, None] / width[None]) - 0.3 * (a - b))
-        power += (0.3 * clash[a, b][mixer[:, None], mixer[None]] + balance).reshape(shape)
-        if b == a + 1:
-            latency += (1.5 * (mixer[:, None] != mixer[None])).reshape(shape)
-    accuracy = 80 * (1 - np.exp(-0.25 * np.maximum(power, 0)))
-    losses = np.stack([latency.ravel(), -accuracy.ravel()], axis=1).astype(float)
-    # one axis of 60 is mixer, width and depth in this order, so the flat order is that of the knobs
-    choices: dict[str, tuple[Any, ...]] = {}
-    for number in range(1, 5):
-        choices |= {f"stage{number}.mixer": mixers, f"stage{number}.width": widths, f"stage{number}.depth": depths}
-    return Table(Knobs(choices), losses)
 
 
 def run_one(table: Table, name: str, seed: int, trials: int, workers: int) -> tuple[np.ndarray, list[float]]:
     """Losses in the order in which they came in, and seconds of each suggestion."""
     base, *more = name.split("+")
+    if base == "qlognehvi":
+        from botorch_rival import qlognehvi
+
+        return qlognehvi(table, seed, trials)
     if base == "pymoo":
         return _pymoo(table, seed, trials), []
-    cheap = table.cheap if "cheap" in more else None
+    told = {"latency": "cheap" in more, "counts": "counts" in more}
+    cheap = table.known(**told) if any(told.values()) else None
     reference = table.reference if "reference" in more else {}
     swapped = {
         "nsga2-50": lambda s: optuna.samplers.NSGAIISampler(population_size=50, seed=s),
@@ -270,6 +180,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--table", type=Path, default=Path("../shared/data/nas_bench_201.npz"))
     parser.add_argument("--mini", type=Path, default=Path("benchmarks/mini_scores.csv"))
+    parser.add_argument("--timm", type=Path, default=Path("../shared/data/timm_imagenet_speed.csv"))
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
     options = parser.parse_args()
@@ -281,12 +193,22 @@ def main() -> None:
         "raspi4": lambda: nas_bench_201(options.table, "lat_raspi4"),
         "2080ti": lambda: nas_bench_201(options.table, "lat_2080ti_32"),
         "mini": lambda: mini(options.mini),
+        "layers": lambda: layers(options.mini),
         "stages": stages,
+        **{f"stages-{seed}": partial(stages, seed) for seed in (7, 8)},
+        **{f"timm-{device}": partial(timm, options.timm, f"{speed}") for device, speed in DEVICES.items()},
     }
     for problem in options.problem.split(","):
         table = load[problem]()
         for name in options.sampler.split(","):
-            for row in rows(table, problem, name, range(options.seeds), options.trials, options.workers):
+            for row in rows(
+                table,
+                problem,
+                name,
+                range(options.first_seed, options.first_seed + options.seeds),
+                options.trials,
+                options.workers,
+            ):
                 line = pd.DataFrame([row])
                 if options.out:
                     line.to_csv(options.out, mode="a", header=not options.out.exists(), index=False)

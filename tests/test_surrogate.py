@@ -10,6 +10,7 @@ from nas.objectives.pareto import hypervolume, non_dominated
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.surrogate import gp
 from nas.search.samplers.surrogate.acquisition import Known, Predicted, expected_improvement
+from nas.search.samplers.surrogate.beforehand import Beforehand
 from nas.search.samplers.surrogate.calibrated import forecast, forecast_kinds
 from nas.search.samplers.surrogate.gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
 
@@ -51,12 +52,14 @@ def test_soft_warp_makes_little_of_outliers():
     assert others[0] > 3 * others[1]  # the others are not pressed together
 
 
-def test_gradient_of_the_posterior_agrees_with_differences():
-    encoding, rows = Encoding(KNOBS), some_points(25)
+@pytest.mark.parametrize("inputs", [0, 2])
+def test_gradient_of_the_posterior_agrees_with_differences(inputs):
+    rows = some_points(25)
+    encoding = Encoding(KNOBS, lambda rows: np.stack([rows.sum(1) / 5, rows[:, 0] - 1.0], axis=1), inputs)
     assert len(encoding.groups) == 1  # the mixers of three stages share what is learned
     rng = np.random.default_rng(1)
     vector = encoding.prior_mean + 0.3 * rng.normal(size=len(encoding.prior_mean))
-    data = (encoding.prior_mean, encoding, encoding.one_hot(rows), encoding.counts(rows))
+    data = (encoding.prior_mean, encoding, encoding.encode(rows))
     arguments = (*data, rng.normal(size=25), rng.uniform(0, 0.1, 25))
     _, gradient = gp._objective(vector, *arguments)
     for index, step in enumerate(1e-5 * np.eye(len(vector))):
@@ -66,8 +69,8 @@ def test_gradient_of_the_posterior_agrees_with_differences():
 
 def test_kernel_is_a_covariance():
     encoding, rows = Encoding(KNOBS), some_points(60)
-    hot, counts = encoding.one_hot(rows), encoding.counts(rows)
-    covariance = gp._Kernel(encoding, encoding.prior_mean).between(hot, counts, hot, counts)
+    points = encoding.encode(rows)
+    covariance = gp._Kernel(encoding, encoding.prior_mean).between(points, points)
     assert covariance == pytest.approx(covariance.T)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
     assert np.diag(covariance) == pytest.approx(np.full(60, np.exp(-0.5) * 3))
@@ -90,6 +93,45 @@ def test_predictions_meet_exact_observations_and_generalise():
     error = posterior.warp.to_loss(mean) - losses[80:]
     assert np.median(np.abs(error)) < 0.15 * losses.std()
     assert np.mean(np.abs(posterior.warp.to_normal(losses[80:]) - mean) < 1.645 * std) > 0.75  # nominally 0.9
+
+
+def test_figures_known_beforehand_help_where_the_choices_say_little():
+    rows = some_points(140)
+    figure = np.random.default_rng(3).normal(size=int(np.prod(KNOBS.sizes)))  # of no choice, but of the whole point
+
+    def inputs(rows: np.ndarray) -> np.ndarray:
+        return figure[np.ravel_multi_index(tuple(rows.T), tuple(KNOBS.sizes))][:, None]
+
+    losses, exact = inputs(rows)[:, 0] + 0.1 * quality(rows), np.zeros(40)
+    errors = []
+    for encoding in (Encoding(KNOBS, inputs, 1), Encoding(KNOBS)):
+        hyper = fit_hyperparameters(encoding, rows[:40], losses[:40], exact, ("linear",))
+        posterior = Posterior(encoding, hyper, rows[:40], losses[:40], exact)
+        errors.append(np.abs(posterior.warp.to_loss(posterior.predict(rows[40:])[0]) - losses[40:]).mean())
+    assert errors[0] < errors[1] / 2
+
+
+def test_first_points_differ_in_cost_and_have_every_choice_equally_often():
+    asked: list[int] = []
+
+    def cheap(many):
+        asked.append(len(many))
+        depths = np.array([sum(c[f"stage{i}.depth"] for i in range(1, 4)) for c in many], dtype=float)
+        return {"macs": (depths, np.zeros(len(many)))}
+
+    def depths(points) -> np.ndarray:
+        return np.log([sum(KNOBS.read(point)[f"stage{i}.depth"] for i in range(1, 4)) for point in points])
+
+    apart = {}
+    for name, known in (("known", cheap), ("unknown", None)):
+        found = [Beforehand(KNOBS, known).first_points(np.random.default_rng(seed), 10) for seed in range(20)]
+        apart[name] = np.mean([np.ptp(depths(points)) for points in found])
+        assert found[0] == Beforehand(KNOBS, known).first_points(np.random.default_rng(0), 10)
+        for points in found:
+            for column, size in zip(np.array(points).T, KNOBS.sizes, strict=True):
+                assert np.ptp(np.bincount(column, minlength=size)) <= 1
+    assert apart["known"] > 1.2 * apart["unknown"]
+    assert max(asked) <= 100  # of a thousand points that are compared
 
 
 def test_noise_is_not_interpolated():

@@ -1,7 +1,8 @@
-"""Cheap objectives, known without scoring: counts in closed form, and latencies that a profile predicts.
+"""What is known without scoring: counts in closed form, and latencies that a profile predicts.
 
-Counting the first few hundred neighbours of a front takes about a second. It takes almost no time once their pieces are
-cached. Scoring one of them takes minutes.
+Parameters and MACs are always counted. Where they are no objectives, the sampler `surrogate` learns from them. Counting
+the first few hundred neighbours of a front takes about a second. It takes almost no time once their pieces are cached.
+Scoring one of them takes minutes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def _flops(pieces: Pieces) -> float:
 
 COUNTS = {"params": _params, "macs": _macs, "flops": _flops}
 """Objectives that are counted, not measured; they are exact."""
+INPUTS = ("macs", "params")
+"""Counts that a surrogate gets in any case."""
 
 
 def known_beforehand(
@@ -42,9 +45,9 @@ def known_beforehand(
     profile: Profile | None = None,
     reference_ms: float | None = None,
 ) -> Cheap | None:
-    """Returns the function that computes the cheap objectives of any number of candidates; None if there are none.
+    """Returns the function that computes what is known of any number of candidates: the cheap objectives and `INPUTS`.
 
-    Grafts have none: to count one takes a forward pass, and a sampler asks for hundreds.
+    Of grafts, nothing is known (None): to count one takes a forward pass, and a sampler asks for hundreds.
 
     Args:
         space: the search space.
@@ -59,19 +62,16 @@ def known_beforehand(
         return None
     side, classes = image
     wanted = [*objectives, *(OBJECTIVES[name] for name in budgets)]
-    counted = sorted({o.name for o in wanted} & set(COUNTS))
+    counted = sorted({o.name for o in wanted} & set(COUNTS) | set(INPUTS))
     timed = sorted({o.name for o in wanted if o.is_latency and not o.target}) if profile is not None else []
-    if not counted and not timed:
-        return None
     model = profile.fit() if profile is not None and timed else None
 
     def cheap(choices: Sequence[Choices]) -> Mapping[str, tuple[Floats, Floats]]:
         architectures = [space.decode(c) for c in choices]
         found: dict[str, tuple[Floats, Floats]] = {}
-        if counted:
-            pieces = [count_pieces(a, side, num_classes=classes) for a in architectures]
-            for name in counted:
-                found[name] = np.array([COUNTS[name](p) for p in pieces]), np.zeros(len(pieces))
+        pieces = [count_pieces(a, side, num_classes=classes) for a in architectures]
+        for name in counted:
+            found[name] = np.array([COUNTS[name](p) for p in pieces]), np.zeros(len(pieces))
         if profile is not None and model is not None:
             predicted, share = profile.predict(model, architectures)
             ms = predicted * ((reference_ms or profile.reference_ms) / profile.reference_ms)

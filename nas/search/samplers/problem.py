@@ -12,7 +12,9 @@ from .knobs import Choices
 
 Floats = NDArray[np.float64]
 Cheap = Callable[[Sequence[Choices]], Mapping[str, tuple[Floats, Floats]]]
-"""Computes the cheap objectives of many candidates at once: name -> means and standard errors."""
+"""Computes what is known of many candidates before they are scored: name -> means and standard errors.
+
+Names of objectives and limits are those that need no model. All others, such as counts, are inputs of the models."""
 
 BEYOND = 0.3
 """Distance from the worst observed loss to a reference point that is not given, as a share of the observed range."""
@@ -26,7 +28,7 @@ class Problem:
         objectives: names of the objectives, in the order of the study.
         minimize: whether each objective is minimised.
         reference: objective -> value of the reference point; missing values are derived from the observed losses.
-        cheap: computes the cheap objectives; None if there are none.
+        cheap: computes the cheap objectives, and other figures that scores may depend on; None if nothing is known.
         limits: name of an objective -> largest allowed value.
     """
 

@@ -1,11 +1,12 @@
 """Gaussian processes over knobs.
 
-The kernel is a sum of three parts:
+The kernel is a sum of four parts:
 
 - a product over knobs, `exp(-sum_k theta_k g_k)`: points that agree in all important knobs are similar;
 - a sum over knobs, `sum_k w_k exp(-g_k)`: the effect of one choice, whatever the others are;
 - a kernel of how often each choice occurs among knobs with the same choices: e.g. the number of convolutions,
-  whatever their stage.
+  whatever their stage;
+- a kernel of what is known of a point before it is scored, such as its parameters and MACs.
 
 `g_k` is the distance between two choices of knob k. For an ordered knob it grows with their distance in the order. For
 a knob with words it says whether they differ. Knobs with the same words (the mixer of each stage) share learned
@@ -18,7 +19,7 @@ mixture of members therefore knows its own uncertainty better than a single fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,10 +116,33 @@ class Hyperparameters:
     vector: Floats
 
 
-class Encoding:
-    """Encodes rows of choices as matrices, and lays out the hyperparameters as a vector."""
+@dataclass(frozen=True)
+class Encoded:
+    """Some points as matrices.
 
-    def __init__(self, knobs: Knobs) -> None:
+    Args:
+        hot: the choices as ones and zeros, of shape (n, choices of all knobs).
+        counts: how often each choice occurs in each group, divided by the root of the group's size.
+        inputs: what is known before scoring, scaled, of shape (n, inputs).
+    """
+
+    hot: Floats
+    counts: Floats
+    inputs: Floats
+
+
+class Encoding:
+    """Encodes rows of choices as matrices, and lays out the hyperparameters as a vector.
+
+    Args:
+        knobs: the knobs.
+        inputs: returns what is known of points before they are scored, of shape (n, num_inputs), scaled to mean 0 and
+            standard deviation 1 over the whole space; None if nothing is known.
+        num_inputs: number of these figures.
+    """
+
+    def __init__(self, knobs: Knobs, inputs: Callable[[Points], Floats] | None = None, num_inputs: int = 0) -> None:
+        self.num_inputs, self._inputs = num_inputs, inputs
         sizes = [int(size) for size in knobs.sizes]
         ends = np.cumsum(sizes)
         self.spans = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes, strict=True)]
@@ -137,10 +161,11 @@ class Encoding:
         self.groups = [found for found in alike.values() if len(found) >= SHARED_BY]
         count = len(sizes)
         parts: dict[str, tuple[list[float], float]] = {
-            "variances": ([-0.5] * 3, 1.0),  # variances of the product, the sum and the counts
+            "variances": ([-0.5] * (4 if num_inputs else 3), 1.0),  # of the product, the sum, the counts, the inputs
             "noise": ([-7.0], 1.5),
             "rates": ([float(np.log(2.0 / count))] * count, 1.0),
             "count_rates": ([float(np.log(0.5))] * sum(sizes[group[0]] for group in self.groups), 1.0),
+            "input_rates": ([float(np.log(0.1))] * num_inputs, 1.0),
         }
         for number, group in enumerate(self.groups):
             start = np.eye(sizes[group[0]]) / np.sqrt(2)  # all choices have distance 1
@@ -154,14 +179,17 @@ class Encoding:
             stds += [std] * len(values)
         self.prior_mean, self.prior_std = np.array(means), np.array(stds)
 
-    def one_hot(self, rows: Points) -> Floats:
-        """Encodes rows as ones and zeros, of shape (n, choices of all knobs)."""
+    def encode(self, rows: Points) -> Encoded:
+        """Encodes rows of choices, of shape (n, knobs)."""
+        inputs = self._inputs(rows) if self._inputs is not None and self.num_inputs else np.zeros((len(rows), 0))
+        return Encoded(self._one_hot(rows), self._counts(rows), inputs)
+
+    def _one_hot(self, rows: Points) -> Floats:
         hot = np.zeros((len(rows), self.width))
         hot[np.arange(len(rows))[:, None], rows + self.offsets] = 1.0
         return hot
 
-    def counts(self, rows: Points) -> Floats:
-        """Counts each choice within each group of knobs, divided by the root of the group's size."""
+    def _counts(self, rows: Points) -> Floats:
         columns = [
             (rows[:, group] == choice).sum(1) / np.sqrt(len(group))
             for group in self.groups
@@ -178,11 +206,12 @@ class _Kernel:
         at = encoding.layout
         self.variances = np.exp(vector[at["variances"]])
         if not encoding.groups:
-            self.variances = self.variances * np.array([1.0, 1.0, 0.0])
+            self.variances[2] = 0.0
         self.noise = float(np.exp(vector[at["noise"]][0]))
         self.rates = np.exp(vector[at["rates"]])
         self.weights = self.rates / self.rates.sum()
         self.count_rates = np.exp(vector[at["count_rates"]])
+        self.input_rates = np.exp(vector[at["input_rates"]])
         self.places = [
             vector[at[f"places{number}"]].reshape(len(encoding.distances[group[0]]), -1)
             for number, group in enumerate(encoding.groups)
@@ -203,31 +232,45 @@ class _Kernel:
         """Prior variance of a point."""
         return float(self.variances.sum())
 
-    def parts(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> tuple[Floats, Floats, Floats]:
-        """Returns the three parts of the kernel between rows and others, without variances, each of shape (n, m)."""
-        by_product = np.exp(-(hot @ self.product @ others.T))
-        by_sum = hot @ self.sum @ others.T
-        if not self.encoding.groups:
-            return by_product, by_sum, np.zeros_like(by_sum)
-        left, right = counts * np.sqrt(self.count_rates), other_counts * np.sqrt(self.count_rates)
-        apart = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
-        return by_product, by_sum, np.exp(-np.maximum(apart, 0.0))
+    def parts(self, points: Encoded, others: Encoded) -> list[Floats]:
+        """Returns the parts of the kernel between points and others, without variances, each of shape (n, m)."""
+        by_sum = points.hot @ self.sum @ others.hot.T
+        found = [np.exp(-(points.hot @ self.product @ others.hot.T)), by_sum]
+        grouped = bool(self.encoding.groups)
+        found.append(_near(points.counts, others.counts, self.count_rates) if grouped else np.zeros_like(by_sum))
+        if self.encoding.num_inputs:
+            found.append(_near(points.inputs, others.inputs, self.input_rates))
+        return found
 
-    def between(self, hot: Floats, counts: Floats, others: Floats, other_counts: Floats) -> Floats:
+    def between(self, points: Encoded, others: Encoded) -> Floats:
         """Returns the covariances of shape (n, m)."""
-        parts = self.parts(hot, counts, others, other_counts)
+        parts = self.parts(points, others)
         covariance: Floats = sum(v * part for v, part in zip(self.variances, parts, strict=True))
         return covariance
 
 
+def _near(points: Floats, others: Floats, rates: Floats) -> Floats:
+    """Returns exp(-distance) for the squared distance between rows, weighted by rates."""
+    left, right = points * np.sqrt(rates), others * np.sqrt(rates)
+    apart = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
+    near: Floats = np.exp(-np.maximum(apart, 0.0))
+    return near
+
+
+def _near_gradient(weights: Floats, points: Floats) -> Floats:
+    """Returns the derivative of -(weights * distance).sum() / 2 with respect to the rates, for symmetric weights."""
+    found: Floats = np.einsum("if,ij,jf->f", points, weights, points, optimize=True) - weights.sum(1) @ points**2
+    return found
+
+
 def _objective(
-    vector: Floats, prior_mean: Floats, encoding: Encoding, hot: Floats, counts: Floats, targets: Floats, noise: Floats
+    vector: Floats, prior_mean: Floats, encoding: Encoding, points: Encoded, targets: Floats, noise: Floats
 ) -> tuple[float, Floats]:
     """Returns the negative logarithm of the posterior (up to a constant), and its gradient."""
     from scipy.linalg import LinAlgError, cho_solve, cholesky
 
     kernel, at = _Kernel(encoding, vector), encoding.layout
-    parts = kernel.parts(hot, counts, hot, counts)
+    parts, hot = kernel.parts(points, points), points.hot
     covariance: Floats = sum(v * part for v, part in zip(kernel.variances, parts, strict=True))
     covariance.flat[:: len(targets) + 1] += kernel.noise + JITTER + noise
     try:
@@ -261,9 +304,11 @@ def _objective(
         total = total + total.T
         gradient[at[f"places{number}"]] = (2 * (total.sum(1)[:, None] * places - total @ places)).ravel()
     if encoding.groups:
-        by_count = outer * parts[2]
-        squares = by_count.sum(1) @ counts**2 - np.einsum("if,ij,jf->f", counts, by_count, counts, optimize=True)
-        gradient[at["count_rates"]] = -2 * kernel.variances[2] * kernel.count_rates * squares
+        squares = _near_gradient(outer * parts[2], points.counts)
+        gradient[at["count_rates"]] = 2 * kernel.variances[2] * kernel.count_rates * squares
+    if encoding.num_inputs:
+        squares = _near_gradient(outer * parts[3], points.inputs)
+        gradient[at["input_rates"]] = 2 * kernel.variances[3] * kernel.input_rates * squares
 
     away = (vector - prior_mean) / encoding.prior_std
     return value + 0.5 * float(away @ away), gradient + away / encoding.prior_std
@@ -288,7 +333,7 @@ def fit_hyperparameters(
         early = np.linspace(0, len(rows) - FIT_POINTS // 2 - 1, FIT_POINTS // 2).astype(int)
         kept = np.concatenate([early, np.arange(len(rows) - FIT_POINTS // 2, len(rows))])
         rows, losses, noise = rows[kept], losses[kept], noise[kept]
-    hot, counts = encoding.one_hot(rows), encoding.counts(rows)
+    points = encoding.encode(rows)
     prior = encoding.prior_mean
     if member:
         prior = prior + encoding.prior_std * np.random.default_rng(member).normal(size=len(prior))
@@ -301,7 +346,7 @@ def fit_hyperparameters(
         found = minimize(
             _objective,
             prior,
-            args=(prior, encoding, hot, counts, warp.to_normal(losses), (noise * np.exp(slope)) ** 2),
+            args=(prior, encoding, points, warp.to_normal(losses), (noise * np.exp(slope)) ** 2),
             jac=True,
             method="L-BFGS-B",
             bounds=[(low, high) for low, high in zip(prior - 6, prior + 6, strict=True)],
@@ -339,19 +384,18 @@ class Posterior:
         return Warp.fit("linear" if kind == "log" and self.losses.min() <= 0 else kind, self.losses)
 
     @cached_property
-    def _solved(self) -> tuple[_Kernel, Floats, Floats, Floats, Floats]:
+    def _solved(self) -> tuple[_Kernel, Encoded, Floats, Floats]:
         from scipy.linalg import cho_solve, cholesky
 
         kernel = _Kernel(self.encoding, self.hyperparameters.vector)
-        hot, counts = self.encoding.one_hot(self.rows), self.encoding.counts(self.rows)
-        covariance = kernel.between(hot, counts, hot, counts)
+        points = self.encoding.encode(self.rows)
+        covariance = kernel.between(points, points)
         error = (self.noise * np.exp(self.warp.log_slope(self.losses))) ** 2
         covariance.flat[:: len(self.rows) + 1] += kernel.noise + JITTER + error
         lower = cholesky(covariance, lower=True, check_finite=False)
         return (
             kernel,
-            hot,
-            counts,
+            points,
             lower,
             cho_solve((lower, True), self.warp.to_normal(self.losses), check_finite=False),
         )
@@ -365,7 +409,7 @@ class Posterior:
         """Predicts mean and standard deviation at some points, in the warped space, each of shape (n,)."""
         from scipy.linalg import solve_triangular
 
-        kernel, hot, counts, lower, weights = self._solved
-        across = kernel.between(self.encoding.one_hot(rows), self.encoding.counts(rows), hot, counts)
+        kernel, points, lower, weights = self._solved
+        across = kernel.between(self.encoding.encode(rows), points)
         known = solve_triangular(lower, across.T, lower=True, check_finite=False)
         return across @ weights, np.sqrt(np.maximum(kernel.variance - (known**2).sum(0), 1e-10))

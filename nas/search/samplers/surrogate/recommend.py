@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from ..history import History
 from ..knobs import Knobs, Point, Points
 from ..problem import Problem
 from .acquisition import Known, Marginal, Predicted, expected_improvement, hardly_below
+from .beforehand import Beforehand
 from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters, kinds_of_warp
 
 Floats = NDArray[np.float64]
@@ -56,9 +58,14 @@ class Surrogate:
 
     def __init__(self, knobs: Knobs, problem: Problem) -> None:
         self.knobs, self.problem = knobs, problem
-        self.encoding = Encoding(knobs)
+        self.beforehand = Beforehand(knobs, problem.cheap)
         self._fitted: dict[tuple[str, int, int], Hyperparameters] = {}
-        self._known_costs: dict[Point, dict[str, tuple[float, float]]] = {}
+        self._planned: dict[int, list[Point]] = {}
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """The encoding of the knobs, and of what is known before scoring."""
+        return Encoding(self.knobs, self.beforehand.inputs, len(self.beforehand.names))
 
     def recommend(self, history: History, known: set[Point], rng: np.random.Generator, seed: int) -> Recommendation:
         """Recommends the next point.
@@ -84,7 +91,7 @@ class Surrogate:
         posteriors = {
             column: self._posteriors(name, history, column)
             for column, name in enumerate(self.problem.objectives)
-            if name not in self._cheap_names(candidates[0])
+            if name not in self.beforehand.names
         }
         front = self._front(history, on_front, posteriors, corner)
         marginals = self._marginals(candidates, rows, posteriors, history)
@@ -112,12 +119,14 @@ class Surrogate:
         return sorted(columns, key=lambda column: not self.problem.minimize[column])
 
     def _start(self, known: set[Point], rng: np.random.Generator, seed: int) -> Point:
-        planned = self.knobs.settle(self.knobs.spread(np.random.default_rng([seed, INITIAL]), INITIAL))
+        if seed not in self._planned:
+            self._planned = {seed: self.beforehand.first_points(np.random.default_rng([seed, INITIAL]), INITIAL)}
+        planned = self._planned[seed]
         drawn = self.knobs.settle(self.knobs.random(rng, INITIAL))
         unknown = [point for point in (*planned, *drawn) if point not in known]
         if not unknown:
             return self.knobs.nearest_unknown(drawn[0], known, rng)
-        if not self.problem.limits.keys() & self._cheap_names(unknown[0]):
+        if not self.problem.limits.keys() & set(self.beforehand.names):
             return unknown[0]
         # prefer a point within the limits
         for wanted in (unknown, self.knobs.settle(self.knobs.random(rng, CANDIDATES))):
@@ -193,7 +202,7 @@ class Surrogate:
                 if column in posteriors:
                     guessed[:, column] = Predicted.at(posteriors[column], history.pending, 0.0).median()
                 else:
-                    guessed[:, column] = self._costs(points, name)[0] * self.problem.signs[column]
+                    guessed[:, column] = self.beforehand.figures(points, name)[0] * self.problem.signs[column]
             losses = np.concatenate([losses, guessed])
         inside = losses[(losses < corner).all(1)]
         return inside[non_dominated(inside)] if len(inside) else inside
@@ -208,7 +217,7 @@ class Surrogate:
         found: list[Marginal] = []
         for column, name in enumerate(self.problem.objectives):
             if column not in posteriors:
-                mean, std = self._costs(candidates, name)
+                mean, std = self.beforehand.figures(candidates, name)
                 found.append(Known(self.problem.signs[column] * mean, std))
                 continue
             found.append(Predicted.at(posteriors[column], rows, hardly_below(history.losses[:, column])))
@@ -218,9 +227,9 @@ class Surrogate:
         """Returns the probability that candidates satisfy every constraint, of shape (n,)."""
         from scipy.special import ndtr
 
-        share, cheap = self._within_known_limits(candidates), self._cheap_names(candidates[0])
+        share = self._within_known_limits(candidates)
         for name, (points, values) in history.constraints.items():
-            if name in cheap and name in self.problem.limits:
+            if name in self.beforehand.names and name in self.problem.limits:
                 continue
             hyper = self._hyperparameters(f"constraint {name}", points, values, np.zeros(len(values)), ("linear",), 0)
             recent = slice(max(0, len(values) - MAX_POINTS), None)
@@ -231,34 +240,12 @@ class Surrogate:
 
     def _within_known_limits(self, points: Sequence[Point]) -> Floats:
         """Returns the probability that points satisfy the limits on cheap objectives, of shape (n,)."""
-        share, cheap = np.ones(len(points)), self._cheap_names(points[0])
+        share = np.ones(len(points))
         for name, limit in self.problem.limits.items():
-            if name in cheap:
-                mean, std = self._costs(points, name)
+            if name in self.beforehand.names:
+                mean, std = self.beforehand.figures(points, name)
                 share = share * Known(mean, std).below(np.array([limit]))[:, 0]
         return share
-
-    def _cheap_names(self, point: Point) -> set[str]:
-        if self.problem.cheap is None:
-            return set()
-        self._ask([point])
-        return set(self._known_costs[point])
-
-    def _costs(self, points: Sequence[Point], name: str) -> tuple[Floats, Floats]:
-        self._ask(points)
-        pairs = np.array([self._known_costs[point][name] for point in points])
-        return pairs[:, 0], pairs[:, 1]
-
-    def _ask(self, points: Sequence[Point]) -> None:
-        assert self.problem.cheap is not None
-        new = [point for point in dict.fromkeys(points) if point not in self._known_costs]
-        if not new:
-            return
-        costs = self.problem.cheap([self.knobs.read(point) for point in new])
-        for number, point in enumerate(new):
-            self._known_costs[point] = {
-                name: (float(mean[number]), float(std[number])) for name, (mean, std) in costs.items()
-            }
 
 
 def _kept(history: History) -> NDArray[np.int64]:
