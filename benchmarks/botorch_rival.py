@@ -6,10 +6,10 @@ import time
 import warnings
 
 import numpy as np
+from search_quality_tables import Table
 
 from nas.objectives.pareto import non_dominated
 from nas.search.samplers.knobs import Point
-from search_quality_tables import Table
 
 INITIAL = 10
 RANDOM = 2000
@@ -32,6 +32,7 @@ def qlognehvi(table: Table, seed: int, trials: int) -> tuple[np.ndarray, list[fl
 
     knobs, rng = table.knobs, np.random.default_rng(seed)
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
     ordered = knobs.ordered or frozenset()
 
     def encode(points: list[Point]) -> torch.Tensor:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-from search_quality import OBJECTIVES, mini
+from search_quality import OBJECTIVES
+from search_quality_tables import mini
 
 import search_spaces
 from nas.architecture import Architecture

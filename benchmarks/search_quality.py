@@ -4,11 +4,15 @@
     python benchmarks/search_quality.py --summary found.csv
 
 Problems: `raspi4` and `2080ti` (NAS-Bench-201: latency of the device against CIFAR-100 accuracy; --table says where
-`nas_bench_201.npz` lies), `mini` (every architecture of that space, really scored: --mini, a run's trials.csv) and
-`stages` (made up: 4 stages, 12,960,000 points, interactions). Regret is 1 - hypervolume / that of the true front,
-against (largest latency of the table, accuracy 0). `+cheap` behind a sampler's name lets it know latency beforehand;
-`+reference` tells it the reference point, as the command line's search does. `--workers 4` has so many trials under way
-at a time, with durations of real trainings.
+`nas_bench_201.npz` lies), `mini` (every architecture of that space, really scored: --mini, a run's trials.csv),
+`layers` (8 layers of 3 forms, made from the scores of `mini`), `timm-DEVICE` (networks of timm on 5090, 4090, 3090, i9
+or i7; --timm says where `timm_imagenet_speed.csv` lies) and `stages` (made up: 4 stages, 12,960,000 points,
+interactions; `stages-7` and `stages-8` are other draws of it, for tuning). The sampler `qlognehvi` is BoTorch's.
+
+Regret is 1 - hypervolume / that of the true front, against (largest latency of the table, accuracy 0). `+counts` behind
+a sampler's name lets it know parameters and MACs beforehand, `+cheap` latency. `+reference` tells it the reference
+point. The command line's search has `+counts+reference`, with a profile also `+cheap`. `--workers 4` has so many trials
+under way at a time, with durations of real trainings.
 """
 
 from __future__ import annotations

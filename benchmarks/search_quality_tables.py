@@ -114,8 +114,8 @@ def layers(path: Path) -> Table:
     parameters and MACs follow from the form of the last stage (mixer and MLP), from the mixer of the middle stage, from
     how these two go together, and from all other knobs. A layer has the effects of the last stage times a factor of its
     own (lognormal, median 0.5, another one for latency), and two neighbouring layers go together as the two stages do,
-    times the second layer's factor. Each network's latency and error also get a residual (`RESIDUAL`), about half as large
-    as those of the fit, which hold the errors of measurement too.
+    times the second layer's factor. Each network's latency and error also get a residual (`RESIDUAL`), about half as
+    large as those of the fit, which hold the errors of measurement too.
     """
     scores = pd.read_csv(_found(path, "--mini, the trials.csv of a run over all of mini"))
     stages = [json.loads(text)["stages"] for text in scores["architecture"]]

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from search_quality import OBJECTIVES, Table, mini, nas_bench_201, stages
+from search_quality import OBJECTIVES
+from search_quality_tables import Table, mini, nas_bench_201, stages
 
 from nas.objectives.pareto import non_dominated
 from nas.search import optimize

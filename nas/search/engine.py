@@ -73,7 +73,8 @@ def optimize(
         trials: number of trials in all, failed ones and those of an earlier call included.
         seed: random seed.
         cheap: returns means and standard errors of some objectives for thousands of choices at once, for objectives
-            that cost next to nothing; `evaluate` returns these too.
+            that cost next to nothing; `evaluate` returns these too. It may return further figures that the objectives
+            may depend on, such as counts: the sampler `surrogate` learns from them.
         constraints: name of a value -> the largest allowed. A trial that exceeds one is never on the front.
         storage: an Optuna storage or its URL; None keeps everything in memory.
         callbacks: functions that are called after every trial with the result so far.
