@@ -20,7 +20,8 @@ from search_quality_tables import Table, mini, nas_bench_201, stages
 from nas.objectives.pareto import non_dominated
 from nas.search import optimize
 from nas.search.samplers.surrogate.calibrated import fitted, forecast, forecast_kinds
-from nas.search.samplers.surrogate.gp import Encoding, kinds_of_warp
+from nas.search.samplers.surrogate.gp import Encoding
+from nas.search.samplers.surrogate.warp import kinds_of_warp
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 

@@ -12,7 +12,8 @@ from nas.search.samplers.surrogate import gp
 from nas.search.samplers.surrogate.acquisition import Known, Predicted, expected_improvement
 from nas.search.samplers.surrogate.beforehand import Beforehand
 from nas.search.samplers.surrogate.calibrated import forecast, forecast_kinds
-from nas.search.samplers.surrogate.gp import Encoding, Hyperparameters, Posterior, Warp, fit_hyperparameters
+from nas.search.samplers.surrogate.gp import Encoding, Hyperparameters, Posterior, fit_hyperparameters
+from nas.search.samplers.surrogate.warp import Warp
 
 KNOBS = Knobs(
     {

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .gp import Posterior, Warp
+from .gp import Posterior
+from .warp import Warp
 
 Floats = NDArray[np.float64]
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..knobs import Points
 from .acquisition import Predicted, hardly_below
-from .gp import MEMBERS, Encoding, Posterior, fit_hyperparameters, kinds_of_warp
+from .gp import MEMBERS, Encoding, Posterior, fit_hyperparameters
+from .warp import kinds_of_warp
 
 Floats = NDArray[np.float64]
 

@@ -21,7 +21,8 @@ from ..knobs import Knobs, Point, Points
 from ..problem import Problem
 from .acquisition import Known, Marginal, Predicted, expected_improvement, hardly_below
 from .beforehand import Beforehand
-from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters, kinds_of_warp
+from .gp import MEMBERS, Encoding, Hyperparameters, Posterior, fit_hyperparameters
+from .warp import kinds_of_warp
 
 Floats = NDArray[np.float64]
 
