@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="train.tar, with test.tar beside it")
+    parser.add_argument("--data", type=Path, required=True, help="train.tar, with test.tar or val.tar beside it")
     parser.add_argument("--input-size", type=int, default=96)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seeds", default="0,1,2")
@@ -134,7 +134,8 @@ def _row(seed: int, share: float | str, name: str, ms: float, held: float, hits:
 def open_tests(run: Run) -> Images:
     """Reads the test split beside the data of a run, in the size of the parent's images."""
     data = Path(run.manifest.config.data)
-    source = open_test_set(str(data.with_name("test.tar")))
+    beside = next(file for name in ("test.tar", "val.tar") if (file := data.with_name(name)).exists())
+    source = open_test_set(str(beside))
     assert source.classes == tuple(run.manifest.data.classes)
     transform = evaluation_transform(run.manifest.data.side, run.manifest.data.interpolation)
     pixels = np.stack([transform(source.image(i)) for i in range(len(source.targets))])
