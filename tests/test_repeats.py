@@ -15,7 +15,7 @@ QUICK = LatencyConfig(device="cpu", max_seconds=0.05, warmup_seconds=0.0, block_
 
 
 def test_a_busy_machine_is_told_once_and_at_its_worst_in_the_end(caplog, monkeypatch):
-    waited = iter([0.0, 2e3, 0.0, 9e3, 0.0, 1e3])  # seconds before and after each measurement
+    waited = iter([0.0, 2e3, 0.0, 9e6, 0.0, 1e3])  # seconds before and after each measurement
     monkeypatch.setattr(protocol, "WaitingTime", lambda: SimpleNamespace(seconds=lambda: next(waited)))
     monkeypatch.setattr(protocol.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(protocol, "threads", lambda _: nullcontext())  # in truth there is one
