@@ -18,6 +18,7 @@ from nas.models import create_backbone
 from nas.objectives.paired import pack
 from nas.onnx import export_onnx
 from nas.quantisation import quantise_onnx
+from nas.replay import replay
 from nas.scoring.accuracy.held_out import held_out_hits, normaliser
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
@@ -113,6 +114,8 @@ def test_a_search_in_int8(tmp_path):
     hits = held_out_hits(network, data, "cpu", "int8")
     assert trial.scores.hits == pack(hits)
     assert trial.scores.accuracy == 100 * hits.double().mean()
+    again = replay(run, SearchConfig.from_run(run), latency=False, limit=1)
+    assert [c.agrees for row in again.rows for c in row.comparisons if c.kind == "accuracy"] == [True]
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def test_a_runtime_that_cannot_run_some_networks_does_not_stop_a_search(tmp_path
         return RUNTIMES["eager"](probe, images, config)
 
     monkeypatch.setitem(RUNTIMES, "compile", sometimes)
-    run = search(quick(tmp_path, runtime="compile", trials=4))
+    run = search(quick(tmp_path, latency=(LatencyConfig(runtime="compile", max_seconds=0.02),), trials=4))
     failed = [t for t in run.trials() if t.state == "failed"]
     assert failed
     assert {t.failure for t in failed} == {

@@ -351,6 +351,10 @@ def test_what_a_teacher_does_to_the_order(calibrated, tmp_path, monkeypatch):
     assert "taught@1" not in report["ensemble"]["members"]
     again = calibrate(configure(CalibrationConfig(MINI), path), path)
     assert again.rows("scores") == found.rows("scores")
+    (tmp_path / "0.safetensors").rename(tmp_path / "moved.safetensors")
+    assert calibrate(configure(CalibrationConfig(MINI), path), path).report() == report, "nothing is left to be taught"
+    with pytest.raises(RunError, match=r"0\.safetensors"):
+        calibrate(configure(CalibrationConfig(MINI), path, count=11), path)
     with pytest.raises(RunError, match="another `teacher`"):
         calibrate(replace(config(**teacher), teacher_weights=str(tmp_path / "1.safetensors")), path)
 
@@ -361,7 +365,7 @@ def test_a_calibration_of_a_release_without_options_keeps_its_epochs(calibrated,
     del recorded["options"]
     (path / "calibration.json").write_text(json.dumps(recorded))
     effort = configure(CalibrationConfig(MINI), path).effort
-    assert (effort.count, effort.epochs, effort.repeats) == (10, 2, 3)
+    assert (effort.count, effort.epochs, effort.repeats) == (16, 2, 12), "the space has 16 points"
 
 
 def moved(calibrated: Calibration, path, **changes) -> Calibration:

@@ -32,7 +32,7 @@ from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..space import SearchSpace, space_from_dict
 from ..teachers import absolute_places, check_teacher, teacher_of_candidates
 from . import steps
-from .report import trust_report
+from .report import TAUGHT, trust_report
 from .steps import Effort, OnStep, Steps
 
 log = logging.getLogger(__name__)
@@ -129,11 +129,13 @@ def configure(new: CalibrationConfig, out: Path | None = None, **changes: Any) -
 
 
 def _effort_so_far(found: Calibration) -> dict[str, int]:
-    """Returns `count`, `epochs` and `repeats` as the trainings show them. Earlier releases did not store these."""
+    """Returns the epochs of the trainings and at least the usual numbers. Earlier releases did not store these."""
     seed, curves = found.manifest.seed, found.truths()
     first, again = ([curve[-1].epoch for (_, its), curve in curves.items() if its == s] for s in (seed, seed + 1))
     epochs = max(first, default=0)
-    return {"count": len(first), "epochs": epochs, "repeats": max(again.count(epochs), 3)} if epochs else {}
+    count = max(len(first), min(defaults.CALIBRATION_COUNT, found.space.size))
+    repeats = max(again.count(epochs), min(defaults.CALIBRATION_REPEATS, count))
+    return {"count": count, "epochs": epochs, "repeats": repeats} if epochs else {}
 
 
 def check_given(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -185,7 +187,14 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
     }
     taught = None
     if config.teacher is not None:
-        teacher = teacher_of_candidates(config.teacher, config.teacher_weights, data, config.data, config.max_images)
+        try:
+            teacher = teacher_of_candidates(
+                config.teacher, config.teacher_weights, data, config.data, config.max_images
+            )
+        except (UsageError, RunError) as error:
+            if not (is_calibration(path) and _all_taught(Calibration.open(path))):
+                raise
+            return reported_again(path, config.effort, error)
         taught = Tuning(teacher, learning_rate=LEARNING_RATE)
     with locked_folder(path, FILE, "calibration"):
         recorded: dict[str, Any] = {"space": config.space.to_dict(), "options": options}
@@ -193,6 +202,13 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
         found = open_or_create(path, config.effort, data, Path(config.data).name, recorded)
         Steps(_Networks(config, data, found.manifest.reference_ms, taught), config.effort, found, on_step).run()
         return write_report(found, config.epochs)
+
+
+def _all_taught(found: Calibration) -> bool:
+    """Whether all architectures were trained with the teacher."""
+    taught = [row for row in found.rows("scores") if row["estimator"].startswith(TAUGHT)]
+    keys, names = {key for key, _ in found.truths()}, {row["estimator"] for row in taught}
+    return bool(names) and len({(row["key"], row["estimator"]) for row in taught}) >= len(keys) * len(names)
 
 
 def write_report(found: Calibration, epochs: int) -> Calibration:

@@ -133,8 +133,8 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
         return {name: share for name in ("test", "holdout") if (share := result.get(name)) is not None}
     assert subject.trial is not None
     scores, data = subject.trial.scores, subject.data
-    if scores.accuracy is None:
-        return {}
+    if scores.accuracy is None or (subject.run and "accuracy_int8" in subject.run.manifest.config.objectives):
+        return {}  # that of the quantised network is not that of these weights
     accuracy, error = scores.accuracy, scores.accuracy_std or 0.0
     if subject.run is not None and subject.run.manifest.config.cross_fit:  # the weights are those of its first training
         accuracy = scores.curve[-1][1]

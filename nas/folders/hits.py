@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import RunError
 from ..interval import Interval
 from ..objectives.agreement import list_pairs
-from ..objectives.objectives import OBJECTIVES, Scores
+from ..objectives.objectives import Scores
 from ..objectives.paired import Hits, paired_difference, unpack
 from ..space import has_grafts
 from .trial import Trial
@@ -69,16 +69,17 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     known = {pair: difference for pair, difference in found.items() if difference is not None}
     if not known or len(known) < len(found) or not any(o.field == "accuracy" for o in run.objectives):
         return ""
+    label = next(o.label for o in run.objectives if o.field == "accuracy")
     widest, config = max(d.half_width for d in known.values()), run.manifest.config
     text = (
-        f"{OBJECTIVES['accuracy'].label}: differences between neighbours of this front are known to "
+        f"{label}: differences between neighbours of this front are known to "
         f"±{widest:.1f} points or better (95 %, both on the same "
         f"{num_scored(run):,} held-out images; the seeds of the trainings add to it)"
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
     text += f"; statistically tied, so in either order: {tied}" if tied else ""
     could = config.proxy == "train" and not config.cross_fit and not has_grafts(run.manifest.space)
-    could = could and config.teacher is None and config.proxy_images is None  # as `check_for_cross_fit` has it
+    could = could and config.teacher is None and config.proxy_images is None and config.finish_epochs is None
     return f"{text}; a new run with `cross_fit` knows them better" if could and widest > WIDE else text
 
 

@@ -123,6 +123,8 @@ def calibrate_grafts(config: GraftCalibration, out: Path | None = None, on_step:
         run = Run.open(config.run)
         if not isinstance(run.space, GraftSpace):
             raise UsageError(f"{run.path} is a run without a `parent`: give `space` and `data` to calibrate a space")
+        if "accuracy_int8" in run.manifest.config.objectives:
+            raise UsageError(f"{run.path} scores forms in int8, and a calibration only in fp32: it cannot judge them")
         device = None if config.device is None else resolve_device(config.device)
         here: dict[str, Any] = {
             "data": config.data,

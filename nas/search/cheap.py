@@ -1,8 +1,8 @@
 """What is known without scoring: counts in closed form, and latencies that a profile predicts.
 
-Parameters and MACs are always counted. Where they are no objectives, the sampler `surrogate` learns from them. Counting
-the first hundred networks takes half a second in a small space and several seconds in a large one. It takes less once
-their pieces are cached. Scoring one of them takes minutes.
+Parameters and MACs are counted for the sampler `surrogate`, which learns from them also where they are no objectives.
+Counting the first hundred networks takes half a second in a small space and several seconds in a large one. It takes
+less once their pieces are cached. Scoring one of them takes minutes.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
     Raises:
         RunError, UsageError: if the calibration or the parent does not fit.
     """
-    if "accuracy_int8" in config.objectives:
+    if "accuracy_int8" in config.objectives and config.only != MEASURE:
         check_quantiser()
     limit, parent = config.trial_timeout_minutes, _parent(config)
     if parent is not None:

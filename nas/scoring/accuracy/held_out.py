@@ -79,12 +79,12 @@ def _quantised(model: nn.Module, data: ImageData) -> Callable[[torch.Tensor], to
     chosen = torch.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).long()
     images = normaliser(data, "cpu")(train.read(chosen))
     weight = next(model.parameters(), images)
-    probe = deploy(model, images[:INT8_BATCH].to(weight)).cpu()
     example = images[torch.arange(INT8_BATCH) % len(images)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     try:
+        probe = deploy(model, images[:INT8_BATCH].to(weight)).cpu()
         graph = quantise_onnx(export_onnx(probe, example), images, INT8_BATCH)
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # errors of exporters have any type
