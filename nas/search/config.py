@@ -185,7 +185,6 @@ class SearchConfig:
             raise UsageError(f"`proxy` = {self.proxy} is for a search with a `parent`: give one, or use another proxy")
         check_for_teacher(self)
         check_for_cross_fit(self)
-        check_for_finish(self)
         if (ESTIMATORS[self.proxy].needs == CALIBRATION) != (self.calibration is not None):
             raise UsageError("`calibration` = FOLDER and `proxy` = ensemble need each other: give both or neither")
         for name in (
@@ -204,6 +203,7 @@ class SearchConfig:
             most = MAX_WORKERS if name == "workers" else MAX_COUNT
             if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
                 raise UsageError(f"{name} is {value!r}: it must be a whole number from 1 to {most:,}")
+        check_for_finish(self)
         for name in (
             "timeout_minutes",
             "trial_timeout_minutes",
