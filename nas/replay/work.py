@@ -149,6 +149,7 @@ def replay(
     recorded = run.trials(tuned=False)  # a graft is compared as it was before its tuning
     trials, left_out = _chosen(run, recorded, front, limit)
     evaluator, conditions = evaluator_of(run, config)
+    evaluator = replace(evaluator, role=replace(evaluator.role, keeps_states=False))
     if not latency:  # in eager mode, which has no int8
         conditions = {**conditions, "dtype": first.dtype}
     _check(run, {n: v for n, v in conditions.items() if n not in PLACE and (latency or n not in TIMING)})
