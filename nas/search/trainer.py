@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..architecture import Candidate
+from ..architecture import Candidate, Graft
 from ..errors import TrialFailure
 from ..folders.checkpoint import pack_state, resume
 from ..folders.run import Run
@@ -18,7 +18,7 @@ from ..folders.states import save_state
 from ..repeats import REPEATS
 from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
 from ..scoring.memory import failing_without_memory
-from .evaluate import Evaluator
+from .evaluate import MOST_HITS, Evaluator
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Trainer:
         except TrialFailure as failure:
             return {"failure": f"{failure.reason}: {failure}"}
         assert estimate.weights is not None
+        num_images = len(self.evaluator.data.holdout)
+        kept = num_images <= MOST_HITS or isinstance(candidate, Graft)  # grafts race by them
         if keeps and fidelity.epochs == self.fidelity.epochs:
             self.run.save_weights(candidate.key, estimate.weights, tuned=True)
         return {
@@ -70,8 +72,8 @@ class Trainer:
             "epochs": fidelity.epochs,
             "curve": [[rung.epoch, rung.accuracy] for rung in estimate.curve],
             "seconds": estimate.curve[-1].seconds,
-            "num_images": len(self.evaluator.data.holdout),
-            "hits": estimate.hits,
+            "num_images": num_images,
+            "hits": estimate.hits if kept else "",
         }
 
     def _within_memory(self, run: Callable[[Fidelity], Estimate], fidelity: Fidelity) -> Estimate:
