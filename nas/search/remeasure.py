@@ -190,7 +190,7 @@ def _score_baselines(study: optuna.Study, run: Run, evaluator: Evaluator, names:
     known: dict[str, Any] = run.attributes.get(BASELINES, {})
     free = replace(evaluator, budgets={})
     for name in names:
-        if name in known:
+        if name in known and not _is_short(known[name], run.manifest.config.finish_epochs):
             continue
         log.info("scoring the baseline %s", name)
         try:
@@ -202,6 +202,11 @@ def _score_baselines(study: optuna.Study, run: Run, evaluator: Evaluator, names:
             entry = {"failure": failure}
         add_baseline(study, known, name, entry)
     return [name for name in names if "scores" in known[name]]
+
+
+def _is_short(entry: Mapping[str, Any], epochs: int | None) -> bool:
+    """Whether a baseline was scored before the front was trained for so many epochs; None if it never is."""
+    return epochs is not None and "scores" in entry and epochs not in dict(entry["scores"].get("curve", ()))
 
 
 def _rivals(run: Run) -> dict[str, Candidate]:

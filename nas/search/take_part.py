@@ -109,6 +109,13 @@ def take_part(
     return run
 
 
+def _for_longer(evaluator: Evaluator, epochs: int) -> Evaluator:
+    """Returns an evaluator that trains baselines as long as the front, without states to continue from."""
+    fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
+    proxy, role = replace(evaluator.proxy, fidelity=fidelity), replace(evaluator.role, keeps_states=False)
+    return replace(evaluator, proxy=proxy, role=role)
+
+
 def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Evaluator, reason: str | None) -> None:
     """Scores the baselines, measures the front again, writes the tables and says why the search ended early."""
     exhausted, infeasible = reason == giving_up.EXHAUSTED, reason == giving_up.INFEASIBLE
@@ -122,6 +129,7 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
             tune(state.study, run, evaluator, config.space, config)
         elif config.finish_epochs is not None:
             train_front(state.study, run, evaluator, config.epochs, config.finish_epochs)
+            evaluator = _for_longer(evaluator, config.finish_epochs)
         finish(state.study, run, evaluator, config.baselines)
     finally:
         run.write_tables()
