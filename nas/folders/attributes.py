@@ -17,6 +17,8 @@ BASELINES, REMEASURED, ELSEWHERE, STAGES = "baselines", "remeasured", "elsewhere
 RACED, TUNED, CONTROL = "raced", "tuned", "control"
 """Study attributes that `nas.search.tune` writes, and `nas.search.further` the first two. `entry_name` says how these
 two are stored."""
+FINISHED = "finished"
+"""Study attribute that `nas.search.further` writes at its end: the number of complete trials from which it chose."""
 WHOLE = "whole"
 """Name of the whole network among its measured parts."""
 
@@ -31,7 +33,7 @@ def entry_name(name: str, key: str) -> str:
 
 
 def add_baseline(study: optuna.Study, known: dict[str, Any], name: str, entry: Mapping[str, Any]) -> None:
-    """Adds a baseline to the study and to the known ones.
+    """Adds a baseline to the study and to the known ones, or replaces its entry.
 
     Args:
         study: the study.
@@ -39,7 +41,8 @@ def add_baseline(study: optuna.Study, known: dict[str, Any], name: str, entry: M
         name: name of the baseline.
         entry: its `scores` as plain data or its `failure`, and its `graft` if it is one.
     """
-    known[name] = {**entry, "number": len(known)}  # a storage returns its attributes in any order
+    number = known.get(name, {}).get("number", len(known))
+    known[name] = {**entry, "number": number}  # a storage returns its attributes in any order
     study.set_user_attr(entry_name(BASELINES, name), known[name])
 
 

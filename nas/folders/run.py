@@ -36,12 +36,12 @@ from ..scoring.latency.config import LatencyConfig, run_latency
 from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
-from .attributes import BASELINES, RACED, REMEASURED, STAGES, TUNED, gathered
+from .attributes import BASELINES, REMEASURED, STAGES, gathered
 from .files import reading_manifest, write_file
 from .manifest import FORMAT, Manifest
 from .shapes import RUN
 from .tables import columns, front_dict, table
-from .trial import Trial, read_trial, remeasured_scores, remeasured_trial, with_tuning
+from .trial import Trial, read_trial, remeasured_scores, remeasured_trial, with_tunings
 from .verdicts import to_scale, verdicts
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ class Run:
 
         Args:
             remeasured: whether latencies that were measured again after the search replace the first ones.
-            tuned: whether accuracies after tuning or a longer training replace those that the search scored. Candidates
-                without it are then pruned, because their accuracies cannot be compared.
+            tuned: whether accuracies after tuning or a longer training replace those that the search scored, see
+                `with_tunings`.
 
         Raises:
             RunError: if the storage is missing or damaged.
@@ -179,8 +179,8 @@ class Run:
             if trial.state == "complete" and any(o.read(trial.scores) is None for o in self.objectives):
                 raise RunError(f"trial {trial.number} of {self.path} is damaged: it is complete without its scores")
         attributes = self.attributes if remeasured or tuned else {}
-        if tuned and (entries := attributes.get(TUNED)):
-            trials = [with_tuning(t, entries, attributes.get(RACED, {})) for t in trials]
+        if tuned:
+            trials = with_tunings(trials, attributes)
         again = attributes.get(REMEASURED, {}) if remeasured else {}
         if not again:
             return trials

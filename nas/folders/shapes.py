@@ -123,6 +123,7 @@ STUDY = {
     "elsewhere?": {str: {str: (_INTERVAL, _FAILURE)}},
     "raced?": {str: (_TUNED, _FAILURE)},
     "tuned?": {str: (_TUNED, _FAILURE)},
+    "finished?": COUNT,
     "control?": ({"key": LINE, **_TUNED}, {"key": LINE, **_FAILURE}),
     "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
 }

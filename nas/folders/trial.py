@@ -13,6 +13,7 @@ from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
 from ..objectives.latency import Latency
 from ..objectives.objectives import Scores
+from .attributes import FINISHED, RACED, TUNED
 from .shapes import TRIAL
 
 
@@ -26,6 +27,7 @@ class Trial:
         architecture: the candidate; None if the trial ended before it was drawn.
         scores: its measured scores.
         failure: `reason: message` of a failed trial, or the reason why a trial was pruned; else ''.
+        frozen: whether it was pruned because its training was not continued to the last epoch after the search.
     """
 
     number: int
@@ -33,6 +35,7 @@ class Trial:
     architecture: Candidate | None
     scores: Scores = field(default_factory=Scores)
     failure: str = ""
+    frozen: bool = False
 
     @property
     def key(self) -> str:
@@ -42,12 +45,13 @@ class Trial:
     @property
     def stopped(self) -> bool:
         """Whether its training ended early because it could hardly reach the front."""
-        return self.state == "pruned" and bool(self.scores.curve) and self.scores.accuracy is None
+        ended = self.state == "pruned" and not self.frozen
+        return ended and bool(self.scores.curve) and self.scores.accuracy is None
 
     @property
     def scored(self) -> bool:
         """Whether it counts towards the number of candidates that a search must score."""
-        return self.state == "complete" or self.stopped or self.untuned
+        return self.state == "complete" or self.stopped or self.frozen or self.untuned
 
     @property
     def untuned(self) -> bool:
@@ -80,7 +84,24 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     )
 
 
-def with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]) -> Trial:
+def with_tunings(trials: list[Trial], attributes: Mapping[str, Any]) -> list[Trial]:
+    """Returns trials with their accuracies after a longer training.
+
+    Complete trials without one are then pruned, because their accuracies cannot be compared. Where the front of
+    architectures has not been trained to the end, or trials have followed since, all keep the accuracies of the search.
+
+    Args:
+        trials: all trials of a run, as the search scored them.
+        attributes: attributes of the run's study.
+    """
+    tuned, complete = attributes.get(TUNED), [t for t in trials if t.state == "complete"]
+    of_grafts = any(isinstance(t.architecture, Graft) for t in complete)
+    if not tuned or not (of_grafts or attributes.get(FINISHED) == len(complete)):
+        return trials
+    return [_with_tuning(t, tuned, attributes.get(RACED, {})) for t in trials]
+
+
+def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]) -> Trial:
     """Returns a complete trial with its accuracy after a longer training; a trial that had none is pruned.
 
     Args:
@@ -114,7 +135,8 @@ def _frozen(trial: Trial, entry: Mapping[str, Any] | None) -> Trial:
     """Returns a trial whose training did not reach the last epoch, with its entry of `raced` if it has one."""
     scores = trial.scores if entry is None else trained_scores(trial.scores, entry)
     failure = f"frozen after epoch {scores.curve[-1][0]}: others were more likely to end on the front"
-    return replace(trial, state="pruned", scores=replace(scores, accuracy=None, accuracy_std=None), failure=failure)
+    scores = replace(scores, accuracy=None, accuracy_std=None)
+    return replace(trial, state="pruned", scores=scores, failure=failure, frozen=True)
 
 
 def tuned_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:

@@ -110,12 +110,18 @@ def verdicts(run: Run) -> list[str]:
     return lines + doubts(run.objectives, front, num_scored(run), accuracy_verdict(run, front))
 
 
+def is_trained_on(run: Run, front: Sequence[Trial]) -> bool:
+    """Whether the front of a run was trained on to the epochs of `finish_epochs`."""
+    wanted = run.manifest.config.finish_epochs
+    return wanted is not None and {epoch for t in front for epoch, _ in t.scores.curve[-1:]} == {wanted}
+
+
 def _lengths(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> list[str]:
     """Says how long the front and the other candidates were trained, in a run that trains its front on."""
     wanted = run.manifest.config.finish_epochs
     if wanted is None:
         return []
-    if {t.scores.curve[-1][0] for t in front} != {wanted}:
+    if not is_trained_on(run, front):
         return [f"the front is not trained for {wanted} epochs yet: resume the search, which trains it on"]
     counts = Counter(t.scores.curve[-1][0] for t in trials if t.scores.curve)
     told = ", ".join(f"{count} after epoch {epochs}" for epochs, count in sorted(counts.items()))

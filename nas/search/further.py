@@ -1,8 +1,9 @@
 """Trains the candidates of a search further after its last trial, until the whole front was trained equally long.
 
 `nas.search.thaw` says who is trained on. The results are attributes of the study, as those of tunings are: `raced:KEY`
-after each rung and `tuned:KEY` at the end. So a search that is killed loses at most the rung that was under way, and
-continues with the same results.
+after each rung, `tuned:KEY` after the last one, and `finished` when the whole front is done. So a search that is killed
+loses at most the rung that was under way, and continues with the same results. Until then the run shows the accuracies
+of the search.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import optuna
 
-from ..folders.attributes import RACED, TUNED, entry_name
+from ..folders.attributes import FINISHED, RACED, TUNED, entry_name
 from ..folders.run import Run
 from ..scoring.accuracy import Fidelity
 from .early_stopping import costs_of
@@ -56,5 +57,6 @@ def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int,
 
     costs = [costs_of(run.objectives, t.scores) for t in trials]
     freeze_and_thaw(costs, [t.scores.accuracy or 0.0 for t in trials], len(epochs) - 1, advance)
+    study.set_user_attr(FINISHED, len(trials))
     for state in run.unfinished_tunings():
         state.unlink()
