@@ -13,6 +13,7 @@ from ..architecture import Candidate, Graft
 from ..data import ImageData, Images, load_data, scaled
 from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
+from ..folders.attributes import TUNED
 from ..folders.manifest import Data, Manifest
 from ..folders.run import Run, is_run
 from ..folders.training import Trained, TrainingManifest, is_training, load_weights
@@ -83,10 +84,10 @@ class Subject:
 
     @property
     def proxy_epochs(self) -> int:
-        """Epochs of the search's short training of this network."""
+        """Epochs of the training in the search that the weights come from. A frozen candidate keeps its first ones."""
         assert self.run is not None
-        curve = self.trial.scores.curve if self.trial is not None else ()
-        return curve[-1][0] if curve else self.run.manifest.config.epochs
+        longer = self.run.attributes.get(TUNED, {}).get(self.key, {})
+        return int(longer.get("epochs", self.run.manifest.config.epochs))
 
     @property
     def weights(self) -> str:

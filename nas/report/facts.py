@@ -27,6 +27,7 @@ from ..folders.run import Run
 from ..folders.shapes import TRAINED, TRAINED_FRONT
 from ..folders.tables import kind_of
 from ..folders.trial import Trial
+from ..folders.verdicts import is_trained_on
 from ..foreign_files import is_file, read_json
 from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES, Objective, Scores, wants_accuracy
@@ -228,13 +229,13 @@ def endings(trials: Sequence[Trial]) -> Rows:
     found: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         found.setdefault(_ending(trial), []).append(trial)
-    order = ("scored", "stopped early", "over budget", "failed", "running")
+    order = ("scored", "frozen", "stopped early", "over budget", "failed", "running")
     return [
         {
             "state": state,
             "reason": reason,
             "count": len(ended),
-            "last": ended[-1].failure if state in ("failed", "stopped early", "over budget") else "",
+            "last": ended[-1].failure if state not in ("scored", "running") else "",
         }
         for (state, reason), ended in sorted(found.items(), key=lambda item: (order.index(item[0][0]), -len(item[1])))
     ]
@@ -243,6 +244,8 @@ def endings(trials: Sequence[Trial]) -> Rows:
 def _ending(trial: Trial) -> tuple[str, str]:
     if trial.state == "complete":
         return "scored", "in every objective"
+    if trial.frozen:
+        return "frozen", "its training was not continued, because others were more likely to end on the front"
     if trial.stopped:
         return "stopped early", "its training could not reach the front"
     if trial.state == "pruned":
@@ -258,7 +261,7 @@ def _over(trial: Trial) -> list[str]:
 
 def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
     """Returns the budgets, and how many trials exceeded each."""
-    over = Counter(name for t in trials if t.state == "pruned" and not t.stopped for name in _over(t))
+    over = Counter(name for t in trials if t.state == "pruned" and not (t.stopped or t.frozen) for name in _over(t))
     return [
         {"label": OBJECTIVES[name].label, "limit": format_value(OBJECTIVES[name], value), "over": over[name]}
         for name, value in run.manifest.config.budgets.items()
@@ -347,17 +350,18 @@ def _kendall(run: Run, rows: Rows) -> str | None:
     return f"{tau:.2f}"
 
 
-def trust(run: Run, spell: Callable[[str], str]) -> dict[str, Any]:
+def trust(run: Run, front: Sequence[Trial], spell: Callable[[str], str]) -> dict[str, Any]:
     """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable.
 
     `spell` changes the verdicts, in which arguments stand in backquotes.
     """
     told, config = run.manifest.trust, run.manifest.config
+    longer = config.finish_epochs if is_trained_on(run, front) else None
     return {
         "wants_accuracy": wants_accuracy(config.objectives),
         "trained": run.manifest.proxy_trained,
         "proxy": config.proxy,
-        "epochs": config.finish_epochs or config.epochs,
+        "epochs": longer or config.epochs,
         "told": told
         and {
             "kendall": format_figure(Interval.of(told["kendall"])),
@@ -374,9 +378,10 @@ def trust(run: Run, spell: Callable[[str], str]) -> dict[str, Any]:
 def key_figures(run: Run, trials: Sequence[Trial], front: list[Trial]) -> Rows:
     """Returns the most important figures of a run."""
     scored = sum(t.scored for t in trials)
-    stopped = sum(t.stopped for t in trials)
+    ended = {"stopped early": sum(t.stopped for t in trials), "frozen": sum(t.frozen for t in trials)}
+    note = ", ".join(f"{count} {how}" for how, count in ended.items() if count)
     figures = [
-        {"name": "architectures scored", "value": str(scored), "note": f"{stopped} stopped early" if stopped else ""},
+        {"name": "architectures scored", "value": str(scored), "note": note},
         {"name": "on the front", "value": str(len(front)), "note": ""},
     ]
     for objective in run.objectives if front else ():

@@ -102,7 +102,7 @@ def _panels(run: Run, trials: list[Any], front: list[Any], spell: Callable[[str]
         ),
         "mixers": facts.mixers_by_stage(trials, front),
         "importance": facts.knob_importance(run),
-        "trust": facts.trust(run, spell),
+        "trust": facts.trust(run, front, spell),
         "endings": facts.endings(trials),
         "budgets": facts.budgets(run, trials),
         "baselines": facts.baselines(run, front),
