@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 import search_spaces
 from nas.data import load_data
-from nas.errors import RunError
+from nas.errors import RunError, UsageError
 from nas.explain import explain
+from nas.export.subject import Subject, of_run
 from nas.folders import states
+from nas.folders.attributes import TUNED
 from nas.folders.run import Run
 from nas.objectives.pareto import non_dominated
+from nas.report.facts import endings, key_figures, trust
 from nas.scoring.accuracy import Fidelity, Training, train
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
@@ -92,6 +96,13 @@ def test_the_front_is_trained_equally_long_as_if_in_one_go(unbroken: tuple[Run, 
     assert frozen
     assert all(t.scored and t.scores.accuracy is None and t.failure.startswith("frozen after epoch ") for t in frozen)
     assert epochs == sum(t.scores.curve[-1][0] for t in run.trials())  # no epoch was repeated
+    ended = {row["state"]: row["count"] for row in endings(run.trials())}
+    assert ended == {"scored": len(run.trials()) - len(frozen), "frozen": len(frozen)}
+    assert key_figures(run, run.trials(), run.front())[0]["note"] == f"{len(frozen)} frozen"
+    assert trust(run, run.front(), str)["epochs"] == LAST
+    longer = replace(frozen[0], scores=replace(frozen[0].scores, curve=((1, 10.0), (2, 20.0))))
+    assert Subject(longer.key, nn.Identity(), run, longer).proxy_epochs == 1  # its weights are those of the search
+    assert {of_run(run, point).proxy_epochs for point in run.front()} == {LAST}
     evaluator, _ = evaluator_of(run, local_config(run))
     data = load_data("digits", max_images=120)
     point = run.front()[0]
@@ -100,7 +111,7 @@ def test_the_front_is_trained_equally_long_as_if_in_one_go(unbroken: tuple[Run, 
     assert point.scores.curve == tuple((rung.epoch, rung.accuracy) for rung in whole.curve)
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [1, 5])
 def test_an_interrupted_run_ends_as_an_unbroken_one_and_repeats_nothing(
     unbroken: tuple[Run, int], tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int
 ) -> None:
@@ -116,6 +127,11 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_and_repeats_nothing(
         finally:
             log.removeHandler(handler)
         assert len(epochs) < whole
+        killed = Run.open(out)
+        assert (TUNED in killed.attributes) == (at == 5)  # the second kill comes in the last rung
+        assert {(t.state, t.scores.curve[-1][0]) for t in killed.trials()} == {("complete", 1)}
+        assert f"not trained for {LAST} epochs yet" in " ".join(killed.verdicts())
+        assert trust(killed, killed.front(), str)["epochs"] == 1
         resumed = search(local_config(Run.open(out)))
     assert len(epochs) == whole
     assert results(resumed) == results(run)
@@ -135,11 +151,20 @@ def test_without_room_for_states_trainings_begin_again_with_the_same_results(
 def test_a_run_that_ended_can_be_trained_on_and_go_on(unbroken: tuple[Run, int], tmp_path: Path) -> None:
     """A run of an earlier release has no states, and its front was trained for one epoch."""
     out = tmp_path / "run"
-    assert {t.state for t in search(config(out, finish_epochs=None)).trials()} == {"complete"}
+    before = search(config(out, finish_epochs=None, baselines=("test_vit", "test_resnet")))
+    assert {t.state for t in before.trials()} == {"complete"}
+    assert {scores.curve[-1][0] for scores in before.baselines().values()} == {1}
     run = search(replace(local_config(Run.open(out)), finish_epochs=LAST))
     assert results(run) == results(unbroken[0])
+    assert [(name, s.curve[-1][0]) for name, s in run.baselines().items()] == [
+        ("test_vit", LAST),
+        ("test_resnet", LAST),
+    ]
     with pytest.raises(RunError, match=f"trains its front for {LAST} epochs"):
         search(replace(local_config(run), finish_epochs=2 * LAST))
+    with epochs_counted() as epochs:
+        search(local_config(run))
+    assert not epochs  # the baselines are scored again only once
     more = search(replace(local_config(run), trials=8))
     assert sum(t.scored for t in more.trials()) == 8
     assert {point.scores.curve[-1][0] for point in more.front()} == {LAST}
@@ -150,6 +175,11 @@ def test_a_run_is_explained_at_one_length_of_training(unbroken: tuple[Run, int],
     found = explain(run, run.front()[0].key)
     assert found.trial.scores.curve[-1][0] == 1
     assert found.observed == 10
+
+
+def test_a_number_of_epochs_that_is_text_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match="finish_epochs is '8': it must be a whole number"):
+        SearchConfig(search_spaces.load("mini"), finish_epochs="8")  # type: ignore[arg-type]
 
 
 def test_a_frozen_candidate_comes_back_when_its_rival_turns_out_worse() -> None:
