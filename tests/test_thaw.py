@@ -25,7 +25,7 @@ from nas.objectives.pareto import non_dominated
 from nas.report.facts import endings, key_figures, trust
 from nas.scoring.accuracy import Fidelity, Training, train
 from nas.scoring.latency import LatencyConfig
-from nas.search import SearchConfig, search
+from nas.search import SearchConfig, evaluate, search, trainer
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 from nas.search.thaw import freeze_and_thaw, predict
@@ -175,6 +175,14 @@ def test_a_run_is_explained_at_one_length_of_training(unbroken: tuple[Run, int],
     found = explain(run, run.front()[0].key)
     assert found.trial.scores.curve[-1][0] == 1
     assert found.observed == 10
+
+
+def test_longer_trainings_keep_no_more_hits_than_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (evaluate, trainer):
+        monkeypatch.setattr(module, "MOST_HITS", 29)  # 30 images are held out
+    run = search(config(tmp_path / "run", trials=2, finish_epochs=2))
+    assert run.front()[0].scores.curve[-1][0] == 2
+    assert {t.scores.hits for t in run.trials()} == {""}
 
 
 def test_a_number_of_epochs_that_is_text_is_refused_in_words() -> None:
