@@ -32,7 +32,7 @@ from nas.machine.description import describe_machine
 from nas.models.mixers import build_mixer
 from nas.models.mixers.attention import attend
 from nas.scoring.cost import count_cost
-from nas.scoring.latency import DTYPES
+from nas.scoring.latency.config import FLOATS
 
 MAPS = ((56, 48), (28, 96), (14, 192), (7, 384))
 """(side, width) of a stage's map."""
@@ -222,14 +222,14 @@ def profile(name: str, device: str, dtype: torch.dtype) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    parser.add_argument("--dtype", default="fp32", choices=tuple(FLOATS))
     parser.add_argument("--compile", action="store_true", help="torch.compile the mixers")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16, help="images a training step")
     options = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
-    dtype, device = getattr(torch, DTYPES[options.dtype]), options.device
+    dtype, device = getattr(torch, FLOATS[options.dtype]), options.device
     machine = describe_machine("cuda:0" if device == "cuda" else "cpu")
     print(f"# Token mixers, {date.today()}\n")
     print(

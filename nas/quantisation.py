@@ -7,17 +7,15 @@ form with 8-bit kernels.
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .onnx import INPUT
+from .quiet import quiet
 
 QUANTISED = ("Conv", "Gemm", "MatMul")
 """ONNX operations that run in 8 bits if they have weights. Products of two activations, as in attention, stay in
@@ -42,7 +40,7 @@ def quantise_onnx(model: bytes, images: torch.Tensor, batch: int | None = None) 
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory(prefix="mixnas-") as place, _quiet():
+    with tempfile.TemporaryDirectory(prefix="mixnas-") as place, quiet():
         plain, prepared, done = (Path(place) / name for name in ("plain.onnx", "prepared.onnx", "done.onnx"))
         plain.write_bytes(model)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
@@ -76,16 +74,3 @@ class _Calibration:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return iter(self.get_next, None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses warnings and log lines, which do not help the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +23,9 @@ from ..folders.manifest import Data
 from ..folding import Fused, fold_batch_norms, fuse_branches
 from ..onnx import INPUT, OPSET, OUTPUT, export_program
 from ..quantisation import quantise_onnx
+from ..quiet import quiet
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
-from ..scoring.latency.config import QUANTISER
+from ..scoring.latency.config import QUANTISER, missing_packages
 from .checks import Call, logits_of
 from .subject import Subject
 
@@ -79,7 +76,7 @@ class Material:
         # random, because a program keeps its example; two images, because a batch of one would become a constant
         example = torch.randn(self.batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
         free = ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
-        with _quiet():
+        with quiet():
             program = torch.export.export(folded, (example,), dynamic_shapes=free)
         for module in program.graph_module.modules():
             if isinstance(module, torch.fx.GraphModule):
@@ -137,7 +134,7 @@ class Format:
         Raises:
             UsageError: if one is missing; it names the extra to install.
         """
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        missing = missing_packages(self.packages)
         if missing:
             raise UsageError(f"format {name} needs {' and '.join(missing)}: pip install 'mixnas[onnx]'")
 
@@ -178,7 +175,7 @@ def _make_timm(material: Material, folder: Path) -> None:
         pretrained_cfg["pool_size"] = resolutions(architecture, *size[1:])[-1]
         arguments["architecture"] = architecture.to_dict()
     try:
-        with _quiet():
+        with quiet():
             save_for_hf(
                 subject.model,
                 str(folder),
@@ -209,12 +206,12 @@ def _time_timm(material: Material, folder: Path, config: LatencyConfig) -> Prepa
 
 
 def _make_torch(material: Material, folder: Path) -> None:
-    with _quiet():
+    with quiet():
         torch.export.save(material.program, folder / FORMATS["torch"].file)
 
 
 def _load_torch(folder: Path) -> Call:
-    with _quiet():
+    with quiet():
         program = torch.export.load(folder / FORMATS["torch"].file)
         module: nn.Module = program.module()
     (images,) = (n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
@@ -239,7 +236,7 @@ def _for_any_number(call: Call, batch: Any) -> Call:
 def _time_torch(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
     from torch.export.passes import move_to_device_pass
 
-    with _quiet():
+    with quiet():
         program = move_to_device_pass(torch.export.load(folder / FORMATS["torch"].file), config.device)
     return prepare_call(program.module(), material.subject.input_size, config)
 
@@ -287,19 +284,6 @@ def _onnx_format(file: str, note: str, **options: Any) -> Format:
         packages=QUANTISER,
         **options,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses the warnings and log lines of exporters, which do not help the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 FORMATS: dict[str, Format] = {

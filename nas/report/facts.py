@@ -359,6 +359,7 @@ def trust(run: Run, front: Sequence[Trial], spell: Callable[[str], str]) -> dict
     longer = config.finish_epochs if is_trained_on(run, front) else None
     return {
         "wants_accuracy": wants_accuracy(config.objectives),
+        "quantised": "accuracy_int8" in config.objectives,
         "trained": run.manifest.proxy_trained,
         "proxy": config.proxy,
         "epochs": longer or config.epochs,

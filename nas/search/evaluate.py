@@ -250,8 +250,7 @@ class Evaluator:
             except TrialFailure as failure:
                 if failure.reason != "out_of_memory":
                     raise
-                told = f"A training ran out of memory ({failure}). It is repeated with less memory."
-                REPEATS.tell(log, "trainings out of memory", told)
+                tell_of_less_memory(failure)
         evaluator, fidelity = tries[-1]
         return evaluator._with_proxy(scores, model, create, judge, fidelity)
 
@@ -351,6 +350,12 @@ class Evaluator:
             measure_latency(model, self.data.input_size, config, self.references.get(config.label))
             for config in self.latency
         ]
+
+
+def tell_of_less_memory(failure: TrialFailure) -> None:
+    """Says once, and counts from then on, that a training is repeated with less memory."""
+    told = f"A training ran out of memory ({failure}). It is repeated with less memory."
+    REPEATS.tell(log, "trainings out of memory", told)
 
 
 def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +14,9 @@ from ..errors import TrialFailure
 from ..folders.checkpoint import pack_state, resume
 from ..folders.run import Run
 from ..folders.states import save_state
-from ..repeats import REPEATS
 from ..scoring.accuracy import Estimate, Fidelity, Rung, Training, train
 from ..scoring.memory import failing_without_memory
-from .evaluate import MOST_HITS, Evaluator
-
-log = logging.getLogger(__name__)
+from .evaluate import MOST_HITS, Evaluator, tell_of_less_memory
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,7 @@ class Trainer:
         except TrialFailure as failure:
             if failure.reason != "out_of_memory" or fidelity.batch_size < 4:
                 raise
-            told = f"A training ran out of memory ({failure}). It is repeated with less memory."
-            REPEATS.tell(log, "trainings out of memory", told)
+            tell_of_less_memory(failure)
         return failing_without_memory(partial(run, replace(fidelity, chunks=2)))
 
     def _train(
