@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -802,6 +803,30 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
     assert len(epochs) == (len(after) if epoch == 1 else 2 * len(after))  # else the first epoch is not repeated
     assert not copy.unfinished_tunings()
     assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
+
+
+def test_a_tuning_goes_on_from_the_training_that_scored_the_graft(
+    run: Run, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.path / "parent", tmp_path / "run" / "parent")
+    begun: list[int] = []
+    run_epoch = Training.run_epoch
+    monkeypatch.setattr(Training, "run_epoch", lambda self, *given: begun.append(self.epoch) or run_epoch(self, *given))
+    parent = replace(_parent(run.path.parent / "weights.safetensors"), proxy="train")
+    found = graft(parent, replace(config, control=False, out=tmp_path / "run"), {"latency": 0.95})
+    monkeypatch.undo()
+    scored = {t.key: t.architecture for t in found.trials(tuned=False) if t.state == "complete"}
+    tuned = found.attributes["tuned"]
+    rivals = {form.key: form for form in found.space.rivals().values()}
+    assert Counter(begun) == {0: len(scored | rivals), 1: len(tuned)}
+    assert not found.unfinished_tunings()
+    evaluator, _ = evaluator_of(found, local_config(found))
+    for key in (min(tuned.keys() & scored.keys()), min(tuned.keys() - scored.keys())):
+        form = (scored | rivals)[key]
+        at = evaluator.at(form)
+        whole = train(at.build(form), at.images, replace(at.proxy.fidelity, epochs=2), at.proxy.seed, at.role.device)
+        assert tuned[key]["hits"] == whole.hits
+    assert all("epoch 1" in t.failure for t in found.trials() if t.failure.startswith("not tuned"))
 
 
 def test_a_graft_that_is_beaten_for_sure_is_tuned_for_the_first_epoch_only(run: Run) -> None:

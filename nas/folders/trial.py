@@ -118,7 +118,7 @@ def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any
         scores = replace(
             trial.scores, accuracy=None, accuracy_std=None, hits="", accuracy_assembled=trial.scores.accuracy
         )
-        first = raced.get(trial.key, {}).get("epochs")
+        first = trial.scores.curve[-1][0] if trial.scores.curve else raced.get(trial.key, {}).get("epochs")
         failure = (
             "not tuned, because others looked better before tuning"
             if first is None

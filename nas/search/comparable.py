@@ -192,10 +192,18 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
             shares=config.workers > 1,
             share_device=config.share_device,
             threads=max(1, torch.get_num_threads() // config.workers),
-            keeps_states=config.finish_epochs is not None,
+            keeps_states=_goes_on(config, parent),
         ),
         parent=parent,
     )
+
+
+def _goes_on(config: SearchConfig, parent: Parent | None) -> bool:
+    """Whether trainings of the search are continued after it: those of grafts are the first epochs of their tuning."""
+    if parent is None:
+        return config.finish_epochs is not None
+    alone = config.proxy_repeats == 1 and not config.cross_fit
+    return config.proxy == "train" and alone and config.tune_epochs >= config.epochs
 
 
 def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:

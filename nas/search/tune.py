@@ -1,10 +1,10 @@
 """Tunes the best grafts of a search, and the parent's forms that need no search, all in the same way.
 
-Accuracies after the first epoch say which grafts go on to the end. They are the search's own scores, or else the grafts
-with the best assembled accuracies are tuned for that epoch first. A front is made of networks alone that were tuned to
-the end. The results are attributes of the study,
-`raced:KEY` and `tuned:KEY` (accuracy, and which held-out images were right); the weights lie in the run folder. A
-killed search goes on from the last state of the tuning that was under way, with the same results.
+Accuracies after the first epochs say which grafts go on to the end. These epochs are the search's own scores, or else
+the grafts with the best assembled accuracies are tuned for one epoch first. A front is made of networks alone that were
+tuned to the end. The results are attributes of the study, `raced:KEY` and `tuned:KEY` (accuracy, and which held-out
+images were right); the weights lie in the run folder. Each tuning begins where the search's own ended, and a killed one
+at its last state, with the same results as in one go.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, add_baseline, entry_name
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
+from ..folders.states import save_state
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
+from ..objectives.objectives import Scores
 from ..scoring.accuracy.training import LEARNING_RATE
 from ..space import GraftSpace
 from .config import SearchConfig
@@ -34,7 +36,7 @@ from .trainer import Trainer
 log = logging.getLogger(__name__)
 
 FIRST_EPOCHS = 1
-"""Epochs after which the best are chosen."""
+"""Epochs after which the best are chosen, where the search scored without a tuning."""
 WIDER = 2
 """Number of grafts that are tuned for the first epochs, for each one that is tuned to the end."""
 
@@ -49,15 +51,15 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
         space: the space, whose rivals become baselines of the run.
         config: the configuration of the search: epochs and number of tunings, and whether there is a control.
     """
-    tuner = _Tuner(study, run, evaluator, config.tune_epochs)
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
+    scored = _first_epochs(run, trials, config)
+    first = config.epochs if scored else FIRST_EPOCHS
+    tuner = _Tuner(study, run, evaluator, config.tune_epochs, first, scored)
     _score_rivals(study, run, evaluator, space.rivals(), tuner, trials)
-    if config.tune_epochs > FIRST_EPOCHS:
-        raced = _first_epochs(run, trials, config)
-        if not raced:
+    if config.tune_epochs > first:
+        if not scored:
             tuner.race(starters(run, trials, WIDER * config.tune_count))
-            raced = tuner.raced
-        chosen = winners(run, trials, raced, config.tune_count)
+        chosen = winners(run, trials, tuner.raced, config.tune_count)
     else:
         chosen = starters(run, trials, config.tune_count)
     tuner.tune_all(chosen)
@@ -67,14 +69,14 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
 
 
 def _first_epochs(run: Run, trials: Sequence[Trial], config: SearchConfig) -> dict[str, Any]:
-    """Returns the scores of a search as entries of `raced`, if they are tunings of the first epochs; else none."""
-    if config.proxy != "train" or config.epochs != FIRST_EPOCHS or not all(t.scores.hits for t in trials):
+    """Returns the scores of a search as entries of `raced`, if they come from tunings; else none."""
+    if config.proxy != "train" or not all(t.scores.hits for t in trials):
         return {}
     return {
         t.key: {
             "accuracy": t.scores.accuracy,
             "accuracy_std": t.scores.accuracy_std,
-            "epochs": FIRST_EPOCHS,
+            "epochs": config.epochs,
             "num_images": run.manifest.data.num_holdout,
             "hits": t.scores.hits,
         }
@@ -83,21 +85,38 @@ def _first_epochs(run: Run, trials: Sequence[Trial], config: SearchConfig) -> di
 
 
 class _Tuner:
-    """Tunes grafts, unless they are tuned already."""
+    """Tunes grafts, unless they are tuned already.
 
-    def __init__(self, study: optuna.Study, run: Run, evaluator: Evaluator, epochs: int) -> None:
-        self._study, self._run, self._evaluator = study, run, evaluator
+    Args:
+        study: the study, which gets the results as attributes.
+        run: the run.
+        evaluator: the evaluator of the run.
+        epochs: epochs of a whole tuning.
+        first: epochs after which the best are chosen.
+        scored: entries of `raced` for the grafts that the search tuned for these epochs.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        run: Run,
+        evaluator: Evaluator,
+        epochs: int,
+        first: int,
+        scored: Mapping[str, Any],
+    ) -> None:
+        self._study, self._run, self._evaluator, self._first = study, run, evaluator, first
         self._fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
         self._trainer = Trainer(run, evaluator, self._fidelity)
         attributes = run.attributes
-        self.raced: dict[str, Any] = dict(attributes.get(RACED, {}))
+        self.raced: dict[str, Any] = {**attributes.get(RACED, {}), **scored}
         self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
 
     def race(self, grafts: Sequence[Graft]) -> None:
         """Tunes grafts for the first epochs, one after the other."""
         left = [graft for graft in grafts if graft.key not in self.raced and graft.key not in self.done]
         for number, graft in enumerate(left, start=1):
-            log.info("tuning %s, epochs %d: %d of %d", graft.key, FIRST_EPOCHS, number, len(left))
+            log.info("tuning %s, epochs %d: %d of %d", graft.key, self._first, number, len(left))
             self._begin(graft)
 
     def tune_all(self, grafts: Sequence[Graft]) -> None:
@@ -111,7 +130,7 @@ class _Tuner:
 
     def tune(self, graft: Graft) -> Mapping[str, Any]:
         """Tunes a graft to the end; returns its entry of `tuned`, which holds a `failure` if it cannot be tuned."""
-        if self._fidelity.epochs > FIRST_EPOCHS and graft.key not in self.raced:
+        if self._fidelity.epochs > self._first and graft.key not in self.raced:
             self._begin(graft)
         if graft.key not in self.done:
             self._finish(graft, self._trainer.entry(graft, self._fidelity))
@@ -122,7 +141,7 @@ class _Tuner:
         """Tunes a graft for the first epochs, and records a failure as that of the whole tuning."""
         if graft.key in self.done:
             return
-        entry = self._trainer.entry(graft, replace(self._fidelity, epochs=FIRST_EPOCHS))
+        entry = self._trainer.entry(graft, replace(self._fidelity, epochs=self._first))
         if "failure" in entry:
             self._finish(graft, entry)
         else:
@@ -164,7 +183,7 @@ def _score_rivals(
             continue
         log.info("scoring and tuning the %s", name)
         try:
-            scores = scored.get(graft.key) or free.evaluate(graft).scores
+            scores = scored.get(graft.key) or _measured(run, free, graft)
             entry = tuner.tune(graft)
             if "failure" in entry:
                 found = {"failure": entry["failure"]}
@@ -173,6 +192,14 @@ def _score_rivals(
         except TrialFailure as failure:
             found = {"failure": f"{failure.reason}: {failure}"}
         add_baseline(study, known, name, found)
+
+
+def _measured(run: Run, evaluator: Evaluator, graft: Graft) -> Scores:
+    """Scores a graft, and keeps the state of its first epochs."""
+    evaluation = evaluator.evaluate(graft)
+    if evaluation.state is not None:
+        save_state(run, graft.key, evaluation.state)
+    return evaluation.scores
 
 
 def _for_control(run: Run, space: GraftSpace) -> Graft | None:
