@@ -12,7 +12,7 @@ import re
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
 from nas.graft.calibrate import GraftCalibration, calibrate_grafts, configure
 from nas.graft.distil import Distillation, distil, multiply_adds
+from nas.graft.forms import outclassed
 from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
 from nas.graft.parent import train_parent
@@ -546,10 +547,34 @@ def test_layers_learn_to_answer_like_those_of_the_parent_and_a_kill_changes_noth
     for own in options:
         a, b = (load_weights_of(tmp_path / name, own) for name in ("whole", "killed"))
         assert all(torch.equal(a[name], b[name]) for name in a)
+    _, last = options
+
+    def left(errors: Mapping[Replacement, float]) -> list[Replacement]:
+        return [last] if last in errors else []
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(parent, options, images, how, tmp_path / "left", killed, behind=left)
+    first, behind = distil(parent, options, images, how, tmp_path / "left", behind=left)
+    assert first == unbroken[0]  # it learns the same beside one that is taught no further
+    assert behind.error > unbroken[1].error
     short = distil(parent, options, images, replace(how, epochs=1), tmp_path / "killed")  # taught otherwise: anew
     assert distil(parent, options, images, replace(how, epochs=1), tmp_path / "killed") == short
     assert all(a.error < b.error for a, b in zip(unbroken, short, strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in parent.state_dict().items())
+
+
+def test_options_that_learn_worse_than_a_cheaper_one_are_taught_no_further() -> None:
+    place, other = (Place((f"layers.{i}",), 64, 64, 8, 1, "nchw", 0, "stage") for i in range(2))
+    first, second, third = LIBRARIES["default"].options(place)[:3]
+    alone = LIBRARIES["default"].options(other)[0]
+    bundles = [[(first,), (second,), (third,)], [(alone,)]]
+    work = {first: 10, second: 9, third: 11, alone: 99}
+    assert outclassed(bundles, work, {first: 0.5, second: 0.4, third: 0.3, alone: 9.0}) == {first}
+    assert outclassed(bundles, work, {first: 0.41, second: 0.4, third: 0.3, alone: 9.0}) == set()  # hardly worse
+    assert outclassed(bundles, work, {second: 0.0, third: 0.0, alone: 0.0}) == {third}
+    together = [[(first, alone), (second, third)]]
+    assert outclassed(together, work, {first: 0.1, alone: 0.1, second: 0.2, third: 0.2}) == set()
+    assert outclassed(together, work, {first: 0.2, alone: 0.2, second: 0.2, third: 0.1}) == {first, alone}
 
 
 def test_the_error_of_a_layer_is_that_of_the_definition(images: ImageData, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Teaches layers of ours to answer like the parent's layers in whose place they may stand, all at once.
 
 The frozen parent sees augmented training images, and images without labels if there are any. Each option gets what its
-place takes there, and learns what its place returns. The seed and the number of a step determine all that is random in
-it, so a killed distillation resumes from its last checkpoint as if it had never stopped.
+place takes there, and learns what its place returns, until it falls behind a cheaper option of the place. The seed and
+the number of a step determine all that is random in it, so a killed distillation resumes from its last checkpoint as if
+it had never stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,9 @@ CHECKPOINT_SECONDS = 60.0
 STATE = "state.pt"
 TESTED_IMAGES = 512
 """Largest number of training images on which the final error of an option is computed."""
+
+Behind = Callable[[Mapping[Replacement, float]], Collection[Replacement]]
+"""Takes the errors of options in an epoch, and returns those that need not be taught further."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def distil(
     folder: Path,
     on_step: Callable[[Step], None] | None = None,
     initial: Mapping[Replacement, Mapping[str, torch.Tensor]] = MappingProxyType({}),
+    behind: Behind | None = None,
 ) -> tuple[Taught, ...]:
     """Teaches options to answer like the layers of a network; resumes what was interrupted.
 
@@ -91,6 +96,8 @@ def distil(
         folder: where weights, errors and checkpoints are kept.
         on_step: called with the progress after each step.
         initial: weights that layers begin with, by their names in them. All others begin with random weights.
+        behind: chooses after each epoch which options are not taught further; None teaches all to the end. It does not
+            change what the others learn.
 
     Raises:
         RunError: if the folder is damaged.
@@ -104,7 +111,7 @@ def distil(
         if recorded == how.recorded and [one.replacement for one in taught] == list(options):
             return taught
         shutil.rmtree(folder)  # it holds other layers, or these layers after another teaching
-    work = _Work(model, options, data, how, folder, initial)
+    work = _Work(model, options, data, how, folder, initial, behind)
     work.run(on_step)
     return work.finish()
 
@@ -120,8 +127,9 @@ class _Work:
         how: Distillation,
         folder: Path,
         initial: Mapping[Replacement, Mapping[str, torch.Tensor]],
+        behind: Behind | None,
     ) -> None:
-        self.data, self.how, self.folder = data, how, folder
+        self.data, self.how, self.folder, self.behind = data, how, folder, behind
         self.device = torch.device(how.device)
         self.model = copy.deepcopy(model).to(self.device).eval()
         self.options = tuple(options)
@@ -134,6 +142,8 @@ class _Work:
         self.size = min(how.batch_size, len(self.pixels))
         self.steps = len(self.pixels) // self.size
         self.step, self.error = 0, 0.0
+        self.learning = list(range(len(self.options)))  # the others fell behind
+        self.sums = torch.zeros(len(self.options))  # of the errors in the epoch
         self.normalise = normaliser(data, how.device)
         resume(folder / STATE, self._load)
 
@@ -152,6 +162,8 @@ class _Work:
                     "set a smaller `train_batch_size`, or `library` = mini or none"
                 ) from None
             self.step += 1
+            if self.step % self.steps == 0 and self.step < total:
+                self._leave_behind()
             if self.step % self.steps == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()
                 saved = time.monotonic()
@@ -176,29 +188,45 @@ class _Work:
         self.layers.train()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
-            errors = self._errors(pixels)
-            loss = torch.stack(errors).sum()
+            errors = torch.stack(self._errors(pixels, self.learning))
+            loss = errors.sum()
         if not math.isfinite(loss.item()):
             raise NasError(f"the error of the layers that were taught became {loss.item()} in step {self.step + 1}")
         loss.backward()
-        self.error = loss.item() / len(self.options)
-        for layer in self.layers:
-            nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        self.error = loss.item() / len(self.learning)
+        self.sums[self.learning] += errors.detach().float().cpu()
+        for i in self.learning:
+            nn.utils.clip_grad_norm_(self.layers[i].parameters(), 1.0)
         self.optimizer.step()
 
-    def _errors(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the error of each option on a batch of uint8 images."""
-        ends = [path for option in self.options for path in (option.paths[0], option.paths[-1])]
+    def _leave_behind(self) -> None:
+        """Ends the teaching of options that fell behind in the epoch."""
+        if self.behind is not None:
+            errors = {self.options[i]: float(self.sums[i]) / self.steps for i in self.learning}
+            left = self.behind(errors)
+            if left:
+                log.info(
+                    "%d of %d layers are taught no further, because a cheaper one learns better",
+                    len(left),
+                    len(self.learning),
+                )
+            self.learning = [i for i in self.learning if self.options[i] not in left]
+        self.sums.zero_()
+
+    def _errors(self, pixels: torch.Tensor, which: Sequence[int]) -> list[torch.Tensor]:
+        """Returns the error of each of these options on a batch of uint8 images."""
+        options = [self.options[i] for i in which]
+        ends = [path for option in options for path in (option.paths[0], option.paths[-1])]
         with torch.no_grad(), watching(self.model, ends) as calls:
             self.model(self.normalise(pixels))
         at = run_once(calls)
         errors = []
-        for option, layer in zip(self.options, self.layers, strict=True):
+        for option, i in zip(options, which, strict=True):
             taken, returned = at[option.paths[0]].taken, at[option.paths[-1]].returned
             assert taken is not None
             assert returned is not None
             target = returned.float()
-            errors.append((layer(taken).float() - target).pow(2).mean() / target.var().clamp_min(1e-6))
+            errors.append((self.layers[i](taken).float() - target).pow(2).mean() / target.var().clamp_min(1e-6))
         return errors
 
     def finish(self) -> tuple[Taught, ...]:
@@ -207,7 +235,7 @@ class _Work:
         sums, count = torch.zeros(len(self.options)), 0
         with torch.inference_mode():
             for pixels in self.data.train.pixels[:TESTED_IMAGES].split(128):
-                sums += len(pixels) * torch.stack(self._errors(pixels.to(self.device))).cpu()
+                sums += len(pixels) * torch.stack(self._errors(pixels.to(self.device), range(len(self.options)))).cpu()
                 count += len(pixels)
         if not sums.isfinite().all():
             raise NasError("the error of a layer that was taught is not finite: try fewer `distil_epochs`")
@@ -224,6 +252,8 @@ class _Work:
             "options": [option.to_json() for option in self.options],
             "how": self.how.recorded,
             "step": self.step,
+            "learning": self.learning,
+            "sums": self.sums,
             "layers": self.layers.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -236,6 +266,8 @@ class _Work:
         self.layers.load_state_dict(state["layers"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
+        self.learning = list(state.get("learning", self.learning))
+        self.sums = state.get("sums", self.sums)
 
 
 @dataclass(frozen=True)

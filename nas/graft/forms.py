@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..scoring.latency import LatencyConfig
 from ..search.parent import Parent
 from ..space import GraftSpace, Option
 from ..training.loop import Step
-from .distil import Distillation, distil, multiply_adds
+from .distil import Behind, Distillation, distil, multiply_adds
 from .donors import Donor
 from .harms import Harms
 from .options import Library
@@ -35,6 +36,8 @@ LEAST_SHARE = 0.03
 """Share of the parent's multiply-adds below which it does not pay to replace the layers of a place."""
 MOST_WORK = 0.8
 """Largest number of multiply-adds of an option, as a share of those of the layers that it replaces."""
+BEHIND = 1.05
+"""An option is taught no further if its error in an epoch is so many times that of a cheaper one in its place."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ def space_of(
     of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
     harms = Harms(of_parent, data, offer.how.device, trained.path, of)
     parts = tuple(_ordered(group, harms) for group in groups)
-    taught = _taught(model, offered, data, replace(offer, how=replace(offer.how, of=of)), trained.path, on_step)
-    stand = _standing(taught, parts, work)
+    bundles = _bundles(offered, parts)
+    offer = replace(offer, how=replace(offer.how, of=of))
+    taught = _taught(model, offered, data, offer, trained.path, on_step, partial(outclassed, bundles, work))
+    stand = _standing(bundles, work, {one.replacement: one.error for one in taught})
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
@@ -168,6 +173,7 @@ def _taught(
     offer: Offer,
     folder: Path,
     on_step: Callable[[Step], None] | None,
+    behind: Behind,
 ) -> tuple[Taught, ...]:
     """Teaches layers to answer like those of the parent; those of donors begin with the donors' weights."""
     if not offered:
@@ -177,7 +183,7 @@ def _taught(
     of = offer.how.of if data.unlabelled is None else key_of(f"{offer.how.of} {data.unlabelled.fingerprint}")
     how = replace(offer.how, of=of, donors={donor.name: donor.sha256 for donor in offer.donors})
     initial = {own: given for donor in offer.donors for own, given in donor.initial(offered).items()}
-    return distil(model, offered, data, how, folder / LIBRARY, on_step, initial)
+    return distil(model, offered, data, how, folder / LIBRARY, on_step, initial, behind)
 
 
 def _in_groups(narrow: Sequence[Narrowing], parts: Sequence[Sequence[str]]) -> tuple[tuple[Narrowing, ...], ...]:
@@ -188,36 +194,61 @@ def _in_groups(narrow: Sequence[Narrowing], parts: Sequence[Sequence[str]]) -> t
     return tuple(map(tuple, inner.values()))
 
 
-def _standing(
-    taught: Sequence[Taught], parts: Sequence[Sequence[str]], work: Mapping[Replacement, int]
-) -> tuple[tuple[Option, ...], ...]:
-    """Returns the options of each place, without those that learnt no better than a cheaper one.
+def _bundles(offered: Sequence[Replacement], parts: Sequence[Sequence[str]]) -> list[list[Option]]:
+    """Returns the options of each place.
 
     All mixers of a part of the network are replaced together, so that the space stays small.
 
     Args:
-        taught: the options, with their errors.
+        offered: what may stand somewhere.
         parts: the blocks of each part that can be dropped.
-        work: multiply-adds of each option.
     """
-    bundles: dict[object, dict[str, list[Taught]]] = {}
-    for one in taught:
-        own = one.replacement
+    bundles: dict[object, dict[str, list[Replacement]]] = {}
+    for own in offered:
         together = own.paths if own.grain == "stage" else _part_of(own.paths[0].rpartition(".")[0], parts)
-        bundles.setdefault(together, {}).setdefault(own.label, []).append(one)
-    stand = []
+        bundles.setdefault(together, {}).setdefault(own.label, []).append(own)
+    found = []
     for options in bundles.values():
-        size = max(len(each) for each in options.values())
-        costs = {
-            tuple(one.replacement for one in each): (
-                sum(one.error for one in each),
-                sum(work[one.replacement] for one in each),
-            )
-            for each in options.values()
-            if len(each) == size
-        }
+        size = max(map(len, options.values()))
+        found.append([tuple(option) for option in options.values() if len(option) == size])
+    return found
+
+
+def _standing(
+    bundles: Sequence[Sequence[Option]], work: Mapping[Replacement, int], errors: Mapping[Replacement, float]
+) -> tuple[tuple[Option, ...], ...]:
+    """Returns the options of each place, without those that learnt no better than a cheaper one."""
+    stand = []
+    for options in bundles:
+        costs = _costs(options, work, errors)
         stand.append(tuple(option for option, cost in costs.items() if not _beaten(cost, costs.values())))
     return tuple(stand)
+
+
+def outclassed(
+    bundles: Sequence[Sequence[Option]], work: Mapping[Replacement, int], errors: Mapping[Replacement, float]
+) -> set[Replacement]:
+    """Returns the options that learn clearly worse than a cheaper one in their place.
+
+    Args:
+        bundles: the options of each place.
+        work: multiply-adds of each option.
+        errors: errors of the options that are still taught.
+    """
+    found: set[Replacement] = set()
+    for options in bundles:
+        costs = _costs([option for option in options if option[0] in errors], work, errors)
+        for option, (error, macs) in costs.items():
+            if _beaten((error / BEHIND, macs), [other for other in costs.values() if other != (error, macs)]):
+                found.update(option)
+    return found
+
+
+def _costs(
+    options: Sequence[Option], work: Mapping[Replacement, int], errors: Mapping[Replacement, float]
+) -> dict[Option, tuple[float, float]]:
+    """Returns the error and the multiply-adds of each option, summed over its layers."""
+    return {option: (sum(errors[own] for own in option), sum(work[own] for own in option)) for option in options}
 
 
 def _part_of(block: str, parts: Sequence[Sequence[str]]) -> object:
