@@ -830,22 +830,27 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
     assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
 
 
-def test_a_tuning_goes_on_from_the_training_that_scored_the_graft(
-    run: Run, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@table("proxy_images", [None, 60])
+def test_a_tuning_has_all_images_and_goes_on_from_the_training_that_scored_the_graft(
+    run: Run, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy_images: int | None
 ) -> None:
-    shutil.copytree(run.path / "parent", tmp_path / "run" / "parent")
+    """A graft that was scored on fewer images is tuned from the beginning."""
+    out = tmp_path / str(proxy_images)
+    shutil.copytree(run.path / "parent", out / "parent")
     begun: list[int] = []
     run_epoch = Training.run_epoch
     monkeypatch.setattr(Training, "run_epoch", lambda self, *given: begun.append(self.epoch) or run_epoch(self, *given))
     parent = replace(_parent(run.path.parent / "weights.safetensors"), proxy="train")
-    found = graft(parent, replace(config, control=False, out=tmp_path / "run"), {"latency": 0.95})
+    changed = replace(config, control=False, trials=3, proxy_images=proxy_images, out=out)
+    found = graft(parent, changed, {"latency": 0.95})
     monkeypatch.undo()
     scored = {t.key: t.architecture for t in found.trials(tuned=False) if t.state == "complete"}
     tuned = found.attributes["tuned"]
     rivals = {form.key: form for form in found.space.rivals().values()}
-    assert Counter(begun) == {0: len(scored | rivals), 1: len(tuned)}
+    again = len(tuned) if proxy_images else 0
+    assert Counter(begun) == {0: len(scored | rivals) + again, 1: len(tuned)}
     assert not found.unfinished_tunings()
-    evaluator, _ = evaluator_of(found, local_config(found))
+    evaluator, _ = evaluator_of(found, replace(local_config(found), proxy_images=None))
     for key in (min(tuned.keys() & scored.keys()), min(tuned.keys() - scored.keys())):
         form = (scored | rivals)[key]
         at = evaluator.at(form)

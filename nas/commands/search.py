@@ -251,7 +251,8 @@ OF_PARENT = {
     "--proxy-images",
     type=int,
     section=ACCURACY,
-    help="Number of training images for the proxy, a stratified sample.  [default: all]",
+    help="Number of training images for the proxy, a stratified sample. (Forms of a parent are tuned on all.)  "
+    "[default: all]",
 )
 @option(
     "--proxy-size", type=int, section=ACCURACY, help="Side of the proxy's images in pixels.  [default: the input size]"

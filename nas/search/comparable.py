@@ -202,8 +202,8 @@ def _goes_on(config: SearchConfig, parent: Parent | None) -> bool:
     """Whether trainings of the search are continued after it: those of grafts are the first epochs of their tuning."""
     if parent is None:
         return config.finish_epochs is not None
-    alone = config.proxy_repeats == 1 and not config.cross_fit
-    return config.proxy == "train" and alone and config.tune_epochs >= config.epochs
+    alike = config.proxy_repeats == 1 and not config.cross_fit and config.proxy_images is None
+    return config.proxy == "train" and alike and config.tune_epochs >= config.epochs
 
 
 def _ensemble(config: SearchConfig, data: ImageData) -> dict[str, Any] | None:

@@ -54,7 +54,8 @@ class SearchConfig:
         proxy_repeats: number of seeds over which the proxy's score is averaged.
         cross_fit: whether each quarter of the images is held out in turn, so that accuracy is measured on all images. A
             candidate then has up to four trainings. Only for the proxy `train`.
-        proxy_images: number of training images for the proxy, a stratified sample; None for all.
+        proxy_images: number of training images for the proxy, a stratified sample; None for all. Grafts are tuned to
+            the end on all images.
         proxy_size: side in pixels of the proxy's images, in training and validation; None for the input size.
         teacher: a trained folder, an exported folder or `timm:NAME` whose outputs every candidate also learns in its
             short training; None trains on the labels alone.

@@ -3,8 +3,8 @@
 Accuracies after the first epochs say which grafts go on to the end. These epochs are the search's own scores, or else
 the grafts with the best assembled accuracies are tuned for one epoch first. A front is made of networks alone that were
 tuned to the end. The results are attributes of the study, `raced:KEY` and `tuned:KEY` (accuracy, and which held-out
-images were right); the weights lie in the run folder. Each tuning begins where the search's own ended, and a killed one
-at its last state, with the same results as in one go.
+images were right); the weights lie in the run folder. Each tuning begins where the search's own ended (if that had the
+same images), and a killed one at its last state, with the same results as in one go.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class _Tuner:
         first: int,
         scored: Mapping[str, Any],
     ) -> None:
+        evaluator = _on_all_images(evaluator)
         self._study, self._run, self._evaluator, self._first = study, run, evaluator, first
         self._fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
         self._trainer = Trainer(run, evaluator, self._fidelity)
@@ -192,6 +193,19 @@ def _score_rivals(
         except TrialFailure as failure:
             found = {"failure": f"{failure.reason}: {failure}"}
         add_baseline(study, known, name, found)
+
+
+def _on_all_images(evaluator: Evaluator) -> Evaluator:
+    """Returns an evaluator that trains on all images, where the scores of the search come from fewer."""
+    proxy, data = evaluator.proxy, evaluator.data
+    tuning = proxy.fidelity.tuning
+    assert tuning is not None
+    if proxy.data is None or len(proxy.data.train) == len(data.train):
+        return evaluator
+    teacher = replace(tuning.teacher)  # its answers to other images are not these
+    taught = replace(data, train=data.taught(), unlabelled=None)
+    fidelity = replace(proxy.fidelity, tuning=replace(tuning, teacher=teacher, data=taught))
+    return replace(evaluator, proxy=replace(proxy, fidelity=fidelity, data=None))
 
 
 def _measured(run: Run, evaluator: Evaluator, graft: Graft) -> Scores:
