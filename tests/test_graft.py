@@ -922,6 +922,20 @@ def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config
     assert len(again.trials()) == len(run.trials())
     with pytest.raises(UsageError, match="another `parent`"):
         graft(ParentConfig("timm:test_vit", weights), config)
+    usual = ParentConfig(f"timm:{PARENT}", weights)
+    assert graft(usual, replace(config, trials=5)).trials() == again.trials()  # what is left out is the run's own
+    other = run.path.parent / "other.safetensors"
+    other.write_bytes(b"other")
+    own = run.path.parent / "own.json"
+    own.write_text('{"mixers": ["strip", "hadamard"], "depths": [1]}')  # what `mini` offers
+    graft(replace(usual, library=str(own)), replace(config, trials=5))
+    changes = ({"weights": other}, {"library": "wide"}, {"grain": "mixer"}, {"distil_epochs": 7}, {"epochs": 3})
+    with pytest.raises(UsageError, match="another `budget of latency`"):
+        graft(usual, config, {"latency": 0.5})
+    for change in changes:
+        (name,) = change
+        with pytest.raises(UsageError, match=f"another `(parent_)?{name}`"):
+            graft(replace(usual, **change), config)
 
 
 def test_the_command_with_a_share_of_the_latency_resumes(run: Run) -> None:

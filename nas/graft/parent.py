@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import defaults
-from ..architecture import GRAINS, Graft
+from ..architecture import GRAINS, Graft, key_of
 from ..data import same_data
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
-from ..foreign_files import is_file
+from ..foreign_files import LINE, is_file, read_json
 from ..search.comparable import load_images
 from ..search.config import SearchConfig
 from ..targets import Target, resolve
@@ -22,10 +23,14 @@ from ..training.loop import Step
 from ..training.recipes import Auto
 from ..training.work import train
 from .donors import Donor
+from .options import library
 
 log = logging.getLogger(__name__)
 
 MAX_DISTIL_EPOCHS = 1000
+ASKED = "asked.json"
+"""File in the folder of the parent with what the search was begun with (`ParentConfig.asked`)."""
+BUDGET = "budget of latency"
 HELD_OUT = 0.5
 """Largest share of the images that the parent's training holds out. It is more than a search holds out."""
 
@@ -72,6 +77,50 @@ class ParentConfig:
             raise UsageError(f"`donor` does not go with `grain` = {self.grain}, because a donor gives whole blocks")
         if len({donor.name for donor in self.donors}) < len(self.donors):
             raise UsageError("`donor` names a network twice")
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The settings, each as a short text: files by their hash, libraries by what they offer.
+
+        Raises:
+            UsageError: if a file is missing or damaged.
+        """
+        offered = library(self.library)
+        return {
+            "weights": "" if self.weights is None else sha256_of(self.weights),
+            "parent_epochs": str(self.epochs),
+            "library": "none" if offered is None else key_of(repr(offered)),
+            "grain": self.grain,
+            "distil_epochs": str(self.distil_epochs),
+            "donor": ", ".join(f"{donor.name} {donor.sha256}" for donor in self.donors),
+            "proxy": self.proxy,
+            "epochs": str(self.proxy_epochs),
+        }
+
+    def record(self, folder: Path, share: float | None) -> None:
+        """Writes what a search was begun with into the folder of its parent, and its budget as a share of the latency."""
+        write_file(folder / ASKED, json.dumps({**self.asked, BUDGET: str(share)}, indent=1) + "\n")
+
+    def check_resumed(self, folder: Path, share: float | None) -> None:
+        """Refuses settings with which a search was not begun. Defaults stand for those of the search.
+
+        Args:
+            folder: the folder of the parent of the search. An earlier release recorded nothing there.
+            share: the budget of latency as a share of the parent's; None for that of the search.
+
+        Raises:
+            UsageError: if a setting is neither the default nor that of the search.
+            RunError: if the record is damaged.
+        """
+        if not is_file(folder / ASKED, RunError):
+            return
+        recorded = read_json(folder / ASKED, "a record of a search", {str: LINE}, RunError)
+        usual = {**ParentConfig(self.target).asked, BUDGET: str(None)}
+        for name, value in {**self.asked, BUDGET: str(share)}.items():
+            if value not in (usual[name], recorded.get(name)):
+                raise UsageError(
+                    f"{folder.parent} was begun with another `{name}`: leave it out to resume, or give another `out`"
+                )
 
     def resolved(self) -> Target:
         """Finds the network.

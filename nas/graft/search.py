@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..defaults import GRAIN
 from ..errors import UsageError
+from ..folders.files import PARENT
 from ..folders.join import find_run
 from ..folders.run import Run
 from ..folders.training import Trained
@@ -71,7 +72,9 @@ def graft(
     if config.input_size is None and target.origin.data.get("input_size"):
         config = replace(config, input_size=target.origin.data["input_size"][1])
     if find_run(out):
-        return _resumed(Run.open(out), name, config, on_trial)
+        run = Run.open(out)
+        _check_resumed(run, name, parent, share)
+        return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
     trained = train_parent(parent, config, on_step)
@@ -86,6 +89,7 @@ def graft(
         ms = _latency_ms(trained, config.latency[0], data.input_size)
         budgets["latency"] = share * ms
         log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
+    parent.record(trained.path, share)
     start = tuple(dict.fromkeys((*space.rivals().values(), *hopeful)))
     return search(
         replace(
@@ -112,10 +116,19 @@ def _checked(shares: Mapping[str, float]) -> float | None:
     return share
 
 
-def _resumed(run: Run, name: str, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:
-    """Resumes the search of a run, if it has the same parent; its parent is trained and its space is known already."""
+def _check_resumed(run: Run, name: str, parent: ParentConfig, share: float | None) -> None:
+    """Refuses to resume a run that was begun with something else.
+
+    Raises:
+        UsageError: if it was.
+    """
     if not isinstance(run.space, GraftSpace) or run.space.name != space_name(name):
         raise UsageError(f"{run.path} is a run with another `parent` or without one: give another `out`")
+    parent.check_resumed(run.path / PARENT, share)
+
+
+def _resumed(run: Run, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:
+    """Resumes the search of a run, whose parent is trained and whose space is known already."""
     if not isinstance(config.space, GraftSpace):
         given = {} if config.unlabelled is None else {"unlabelled": config.unlabelled}
         config = configure(config, run.path, trials=config.trials, **given)
