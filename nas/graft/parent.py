@@ -98,7 +98,7 @@ class ParentConfig:
         }
 
     def record(self, folder: Path, share: float | None) -> None:
-        """Writes what a search was begun with into the folder of its parent, and its budget as a share of the latency."""
+        """Writes what a search was begun with into the folder of its parent, with its budget as a share of latency."""
         write_file(folder / ASKED, json.dumps({**self.asked, BUDGET: str(share)}, indent=1) + "\n")
 
     def check_resumed(self, folder: Path, share: float | None) -> None:
