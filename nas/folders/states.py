@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from ..scoring.accuracy import Training
+from .checkpoint import pack_state
 from .files import write_file
 from .run import Run
 
 MAX_STATES = 4 << 30
 """Bytes of states that a run folder keeps. A training without a state begins again, with the same results."""
+LARGEST = MAX_STATES // 8
+"""Bytes above which the state of a scored candidate is not kept: few of them would fit, and each takes memory."""
+TENSORS = 4
+"""Number of tensors of a state for each parameter: the weights, their average and two moments of AdamW."""
+
+
+def kept_state(training: Training | None) -> bytes | None:
+    """Returns the state of a candidate's training as bytes; None without a training, or if it is too large."""
+    if training is None or TENSORS * sum(p.nbytes for p in training.network.parameters()) > LARGEST:
+        return None
+    return pack_state(training.state())
 
 
 def save_state(run: Run, key: str, state: bytes) -> None:

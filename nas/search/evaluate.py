@@ -19,7 +19,7 @@ from torch import nn
 from ..architecture import Candidate, Graft
 from ..data import FOLDS, ImageData, reduced, rotated
 from ..errors import TrialFailure, UsageError
-from ..folders.checkpoint import pack_state
+from ..folders.states import kept_state
 from ..folding import Fused, fuse_branches
 from ..machine.devices import seeded
 from ..machine.limits import training_threads
@@ -338,8 +338,7 @@ class Evaluator:
             scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
-        state = None if running is None else pack_state(running.state())
-        return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks, state=state)
+        return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks, state=kept_state(running))
 
     def _memory(self, model: nn.Module) -> float:
         at = self.latency[0]
