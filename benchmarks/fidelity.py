@@ -95,7 +95,7 @@ class Curves:
         """All candidates reach the first rung; then `mixnas search --finish-epochs` says who is trained on."""
         begun = self.accuracy[:, first]
         further = freeze_and_thaw(
-            self.ms[:, None], begun, last - first, lambda i, rung: float(self.accuracy[i, first + rung])
+            self.ms[:, None], begun, last - first, lambda which, rung: list(self.accuracy[which, first + rung])
         )
         return np.concatenate([self.accuracy[:, :first], further], 1)
 

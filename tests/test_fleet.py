@@ -423,7 +423,8 @@ def test_what_waits_is_given_to_one_worker_alone(tmp_path, server, request):
     knobs = Knobs({"x": tuple(range(20))})
     first = fleet_of(tmp_path, url, knobs, "first")
     for x in range(20):
-        first.study.enqueue_trial({"x": x})
+        first.study.enqueue_trial({"x": x}, {claims.RETRY: -1})
+    first.study.enqueue_trial({"x": 0})  # nobody has begun it
     taken: list[int] = []
 
     def take(name: str) -> None:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import logging
+import multiprocessing
 import pickle
 import re
 import shutil
@@ -766,6 +767,15 @@ class _Interrupts(logging.Handler):
             raise KeyboardInterrupt
 
 
+class _Kills(_Interrupts):
+    """Kills a process that trains at a message with some words, once."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.done and self.words in record.getMessage():
+            self.done = True
+            multiprocessing.active_children()[0].kill()
+
+
 def _forget_tunings(run: Run) -> None:
     """Deletes the results of all tunings from a study, which has no call for that."""
     with contextlib.closing(sqlite3.connect(run.path / "study.db")) as database, database:
@@ -806,7 +816,7 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
     copy = Run.open(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(copy.path / "tuned")
     _forget_tunings(copy)
-    log, handler = logging.getLogger("nas.search.tune"), _Interrupts("epochs 2: 1 of")
+    log, handler = logging.getLogger("nas.search.side_by_side"), _Interrupts("epochs 2: 1 of")
     states: list[Path] = []
     log.addHandler(handler)
     caplog.set_level(logging.INFO, log.name)
@@ -828,6 +838,33 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_if_it_had_not_been(
     assert len(epochs) == (len(after) if epoch == 1 else 2 * len(after))  # else the first epoch is not repeated
     assert not copy.unfinished_tunings()
     assert {key: entry["hits"] for key, entry in after.items()} == {key: before[key]["hits"] for key in after}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_tunings_side_by_side_give_the_same_results_also_if_a_process_dies(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, killed: bool
+) -> None:
+    log = logging.getLogger("nas.search.side_by_side")
+    caplog.set_level(logging.INFO, log.name)
+    killer, tuned = _Kills("epochs 1: 2 of"), []
+    for workers in (1, 2):
+        copy = Run.open(shutil.copytree(run.path, tmp_path / str(workers)))
+        shutil.rmtree(copy.path / "tuned")
+        _forget_tunings(copy)
+        if killed and workers == 2:
+            log.addHandler(killer)
+        try:
+            search(replace(local_config(copy), workers=workers))
+        finally:
+            log.removeHandler(killer)
+        assert sum(t.state == "complete" for t in copy.trials(tuned=False)) == copy.manifest.config.trials
+        tuned.append({key: entry["hits"] for key, entry in copy.attributes["tuned"].items()})
+        assert all(copy.weights_file(key).is_file() for key in tuned[-1])
+    assert len(tuned[0]) > 1
+    assert tuned[0] == tuned[1]
+    assert killer.done == killed == ("died" in caplog.text)
+    assert not multiprocessing.active_children()
+    assert not copy.unfinished_tunings()
 
 
 @table("proxy_images", [None, 60])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_and_repeats_nothing(
     unbroken: tuple[Run, int], tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int
 ) -> None:
     run, whole = unbroken
-    log, handler = logging.getLogger("nas.search.further"), Interrupts(at)
+    log, handler = logging.getLogger("nas.search.side_by_side"), Interrupts(at)
     caplog.set_level(logging.INFO, log.name)
     log.addHandler(handler)
     out = tmp_path / "run"
@@ -194,9 +194,9 @@ def test_a_frozen_candidate_comes_back_when_its_rival_turns_out_worse() -> None:
     accuracy = np.array([[50.0, 50.0], [49.0, 60.0], [51.0, 71.0], [52.0, 72.0], [40.0, 50.0]])
     trained: list[int] = []
 
-    def advance(candidate: int, rung: int) -> float:
-        trained.append(candidate)
-        return float(accuracy[candidate, rung])
+    def advance(candidates: Sequence[int], rung: int) -> list[float | None]:
+        trained.extend(candidates)
+        return [float(accuracy[i, rung]) for i in candidates]
 
     known = freeze_and_thaw([[0], [1], [2], [3], [4]], accuracy[:, 0], 1, advance)
     assert sorted(trained[:3]) == [0, 2, 3]  # candidate 1 costs more than 0, which is more accurate at first
@@ -211,8 +211,8 @@ def test_the_predicted_front_is_always_finished_and_a_failure_is_never_on_it() -
         accuracy = np.cumsum(rng.normal(10, 3, (12, 4)), 1)
         broken = int(rng.integers(12))
 
-        def advance(candidate: int, rung: int, accuracy=accuracy, broken=broken) -> float | None:
-            return None if candidate == broken else float(accuracy[candidate, rung])
+        def advance(candidates: Sequence[int], rung: int, accuracy=accuracy, broken=broken) -> list[float | None]:
+            return [None if i == broken else float(accuracy[i, rung]) for i in candidates]
 
         known = freeze_and_thaw(costs, accuracy[:, 0], 3, advance)
         assert np.isnan(known[broken, 1:]).all()

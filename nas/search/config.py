@@ -143,6 +143,11 @@ class SearchConfig:
     only: str = changeable(defaults.ONLY)
 
     @property
+    def processes(self) -> int:
+        """Number of processes of this machine that train at the same time."""
+        return self.workers if self.engine == "local" else 1
+
+    @property
     def device(self) -> str:
         """The device of the first latency target. It also trains, unless `train_device` names another."""
         return self.latency[0].device

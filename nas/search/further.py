@@ -9,6 +9,7 @@ of the search.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +20,14 @@ from ..folders.run import Run
 from ..scoring.accuracy import Fidelity
 from .early_stopping import costs_of
 from .evaluate import Evaluator
+from .side_by_side import SideBySide
 from .thaw import freeze_and_thaw
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int, last: int) -> None:
+def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int, last: int, processes: int = 1) -> None:
     """Trains on the candidates that may end on the front.
 
     Args:
@@ -34,6 +36,7 @@ def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int,
         evaluator: the evaluator of the run.
         begun: epochs of the search's trainings.
         last: epochs after which a training ends.
+        processes: number of trainings at a time.
     """
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
     epochs = [begun, *(rung for rung in Fidelity(last).rungs if rung > begun)]
@@ -41,22 +44,23 @@ def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int,
     attributes = run.attributes
     known: dict[str, Any] = {**attributes.get(RACED, {}), **attributes.get(TUNED, {})}
 
-    def advance(candidate: int, rung: int) -> float | None:
-        architecture = trials[candidate].architecture
-        assert architecture is not None
-        entry = known.get(architecture.key, {})
-        if "failure" not in entry and epochs[rung] > entry.get("epochs", begun):
-            log.info("training %s on to epoch %d of %d", architecture.key, epochs[rung], last)
-            entry = trainer.entry(architecture, replace(trainer.fidelity, epochs=epochs[rung]))
+    def advance(candidates: Sequence[int], rung: int) -> list[float | None]:
+        architectures = [one for i in candidates if (one := trials[i].architecture) is not None]
+        left = [
+            one
+            for one in architectures
+            if "failure" not in (entry := known.get(one.key, {})) and epochs[rung] > entry.get("epochs", begun)
+        ]
+        for one, entry in trainings.entries(left, epochs[rung]):
             ended = "failure" in entry or epochs[rung] == last
-            study.set_user_attr(entry_name(TUNED if ended else RACED, architecture.key), entry)
-            known[architecture.key] = entry
-        if "failure" in entry:
-            return None
-        return float(dict(entry["curve"])[epochs[rung]])
+            study.set_user_attr(entry_name(TUNED if ended else RACED, one.key), entry)
+            known[one.key] = entry
+        entries = [known.get(one.key, {}) for one in architectures]
+        return [None if "failure" in entry else float(dict(entry["curve"])[epochs[rung]]) for entry in entries]
 
     costs = [costs_of(run.objectives, t.scores) for t in trials]
-    freeze_and_thaw(costs, [t.scores.accuracy or 0.0 for t in trials], len(epochs) - 1, advance)
+    with SideBySide(trainer, processes, "training on") as trainings:
+        freeze_and_thaw(costs, [t.scores.accuracy or 0.0 for t in trials], len(epochs) - 1, advance)
     study.set_user_attr(FINISHED, len(trials))
     for state in run.unfinished_tunings():
         state.unlink()

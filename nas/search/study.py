@@ -127,8 +127,7 @@ def search(
             log.info("created the run %s: space %s, images %s", run.path, config.space.name, data.name)
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
-        processes = config.workers - 1 if config.engine == "local" else 0
-        with storage_errors(run.path), local_workers(run, processes), REPEATS.summarised(log):
+        with storage_errors(run.path), local_workers(run, config.processes - 1), REPEATS.summarised(log):
             return take_part(open_state(run, config, problem), run, config, evaluator, on_trial)
 
 

@@ -128,7 +128,7 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         if isinstance(config.space, GraftSpace):
             tune(state.study, run, evaluator, config.space, config)
         elif config.finish_epochs is not None:
-            train_front(state.study, run, evaluator, config.epochs, config.finish_epochs)
+            train_front(state.study, run, evaluator, config.epochs, config.finish_epochs, config.processes)
             evaluator = _for_longer(evaluator, config.finish_epochs)
         finish(state.study, run, evaluator, config.baselines)
     finally:

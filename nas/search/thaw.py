@@ -8,7 +8,7 @@ all, because its rivals turned out worse. At the end the whole front is trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,9 +23,9 @@ PRIOR_ERROR, PRIOR_WEIGHT = 0.7, 4.0
 """Assumed error of the prediction from one rung to the next, as a share of the spread of the first scores, and the
 number of observations that the assumption counts as (`benchmarks/proxy_trust.md`)."""
 
-Advance = Callable[[int, int], float | None]
-"""Trains a candidate on to a rung and returns its accuracy in percent there. Takes the index of the candidate and that
-of the rung. Returns None if the training fails."""
+Advance = Callable[[Sequence[int], int], Sequence[float | None]]
+"""Trains candidates on to a rung and returns their accuracies in percent there, None for a training that fails. Takes
+the indices of the candidates and that of the rung."""
 
 
 def freeze_and_thaw(costs: ArrayLike, first: ArrayLike, steps: int, advance: Advance) -> Floats:
@@ -38,7 +38,7 @@ def freeze_and_thaw(costs: ArrayLike, first: ArrayLike, steps: int, advance: Adv
         costs: losses of the candidates in all objectives except accuracy, of shape (n, objectives); less is better.
         first: accuracies of the candidates in percent at rung 0, of shape (n,).
         steps: number of further rungs.
-        advance: trains a candidate on. It is called for one rung after the other.
+        advance: trains candidates on. It is called for one rung after the other.
 
     Returns:
         Accuracies in percent, of shape (n, steps + 1). They are NaN at rungs that a candidate did not reach.
@@ -48,8 +48,7 @@ def freeze_and_thaw(costs: ArrayLike, first: ArrayLike, steps: int, advance: Adv
     failed = np.zeros(len(curves), dtype=bool)
 
     def train(candidates: list[int], rung: int) -> list[int]:
-        for i in candidates:
-            accuracy = advance(i, rung)
+        for i, accuracy in zip(candidates, advance(candidates, rung), strict=True):
             failed[i] = accuracy is None
             curves[i, rung] = np.nan if accuracy is None else accuracy
         return [i for i in candidates if not failed[i]]

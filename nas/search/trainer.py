@@ -33,6 +33,10 @@ class Trainer:
     evaluator: Evaluator
     fidelity: Fidelity
 
+    def up_to(self, epochs: int, candidate: Candidate) -> dict[str, Any]:
+        """Trains a candidate up to a number of epochs; returns what the study records of it."""
+        return self.entry(candidate, replace(self.fidelity, epochs=epochs))
+
     def entry(
         self,
         candidate: Candidate,

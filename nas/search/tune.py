@@ -26,11 +26,13 @@ from ..folders.states import save_state
 from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
 from ..objectives.objectives import Scores
+from ..scoring.accuracy import Fidelity
 from ..scoring.accuracy.training import LEARNING_RATE
 from ..space import GraftSpace
 from .config import SearchConfig
 from .evaluate import Evaluator
 from .race import starters, winners
+from .side_by_side import SideBySide
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,18 +56,23 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     trials = [t for t in run.trials(remeasured=False, tuned=False) if t.state == "complete"]
     scored = _first_epochs(run, trials, config)
     first = config.epochs if scored else FIRST_EPOCHS
-    tuner = _Tuner(study, run, evaluator, config.tune_epochs, first, scored)
-    _score_rivals(study, run, evaluator, space.rivals(), tuner, trials)
-    if config.tune_epochs > first:
-        if not scored:
-            tuner.race(starters(run, trials, WIDER * config.tune_count))
-        chosen = winners(run, trials, tuner.raced, config.tune_count)
-    else:
-        chosen = starters(run, trials, config.tune_count)
-    tuner.tune_all(chosen)
+    whole = _on_all_images(evaluator)
+    fidelity = replace(whole.proxy.fidelity, epochs=config.tune_epochs, max_seconds=None)
+    with SideBySide(Trainer(run, whole, fidelity), config.processes, "tuning") as trainings:
+        tuner = _Tuner(study, run, trainings, first, scored)
+        _score_rivals(study, run, evaluator, space.rivals(), tuner, trials)
+        if config.tune_epochs > first:
+            if not scored:
+                tuner.race(starters(run, trials, WIDER * config.tune_count))
+            chosen = winners(run, trials, tuner.raced, config.tune_count)
+        else:
+            chosen = starters(run, trials, config.tune_count)
+        tuner.tune(chosen)
+    for state in run.unfinished_tunings():
+        state.unlink()
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
         log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)
-        study.set_user_attr(CONTROL, {"key": graft.key, **tuner.from_random_weights(graft)})
+        study.set_user_attr(CONTROL, {"key": graft.key, **_from_random_weights(run, whole, fidelity, graft)})
 
 
 def _first_epochs(run: Run, trials: Sequence[Trial], config: SearchConfig) -> dict[str, Any]:
@@ -90,81 +97,54 @@ class _Tuner:
     Args:
         study: the study, which gets the results as attributes.
         run: the run.
-        evaluator: the evaluator of the run.
-        epochs: epochs of a whole tuning.
+        trainings: trains them.
         first: epochs after which the best are chosen.
         scored: entries of `raced` for the grafts that the search tuned for these epochs.
     """
 
     def __init__(
-        self,
-        study: optuna.Study,
-        run: Run,
-        evaluator: Evaluator,
-        epochs: int,
-        first: int,
-        scored: Mapping[str, Any],
+        self, study: optuna.Study, run: Run, trainings: SideBySide, first: int, scored: Mapping[str, Any]
     ) -> None:
-        evaluator = _on_all_images(evaluator)
-        self._study, self._run, self._evaluator, self._first = study, run, evaluator, first
-        self._fidelity = replace(evaluator.proxy.fidelity, epochs=epochs, max_seconds=None)
-        self._trainer = Trainer(run, evaluator, self._fidelity)
+        self._study, self._run, self._trainings, self._first = study, run, trainings, first
         attributes = run.attributes
         self.raced: dict[str, Any] = {**attributes.get(RACED, {}), **scored}
         self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
 
     def race(self, grafts: Sequence[Graft]) -> None:
-        """Tunes grafts for the first epochs, one after the other."""
+        """Tunes grafts for the first epochs. A failure counts as that of the whole tuning."""
         left = [graft for graft in grafts if graft.key not in self.raced and graft.key not in self.done]
-        for number, graft in enumerate(left, start=1):
-            log.info("tuning %s, epochs %d: %d of %d", graft.key, self._first, number, len(left))
-            self._begin(graft)
+        for graft, entry in self._trainings.entries(left, self._first):
+            if "failure" in entry:
+                self._finish(graft.key, entry)
+            else:
+                self.raced[graft.key] = entry
+                self._study.set_user_attr(entry_name(RACED, graft.key), entry)
 
-    def tune_all(self, grafts: Sequence[Graft]) -> None:
-        """Tunes grafts to the end, one after the other, and deletes the states of all others."""
+    def tune(self, grafts: Sequence[Graft]) -> None:
+        """Tunes grafts to the end, so that `done` has an entry for each; with a `failure` if it cannot be tuned."""
+        epochs = self._trainings.most_epochs
+        if epochs > self._first:
+            self.race(grafts)
         left = [graft for graft in grafts if graft.key not in self.done]
-        for number, graft in enumerate(left, start=1):
-            log.info("tuning %s, epochs %d: %d of %d", graft.key, self._fidelity.epochs, number, len(left))
-            self.tune(graft)
-        for state in self._run.unfinished_tunings():
-            state.unlink()
+        for graft, entry in self._trainings.entries(left, epochs):
+            self._finish(graft.key, entry)
 
-    def tune(self, graft: Graft) -> Mapping[str, Any]:
-        """Tunes a graft to the end; returns its entry of `tuned`, which holds a `failure` if it cannot be tuned."""
-        if self._fidelity.epochs > self._first and graft.key not in self.raced:
-            self._begin(graft)
-        if graft.key not in self.done:
-            self._finish(graft, self._trainer.entry(graft, self._fidelity))
-        entry: Mapping[str, Any] = self.done[graft.key]
-        return entry
+    def _finish(self, key: str, entry: Mapping[str, Any]) -> None:
+        self.done[key] = entry
+        self._study.set_user_attr(entry_name(TUNED, key), entry)
+        self._run.tuning_file(key).unlink(missing_ok=True)
 
-    def _begin(self, graft: Graft) -> None:
-        """Tunes a graft for the first epochs, and records a failure as that of the whole tuning."""
-        if graft.key in self.done:
-            return
-        entry = self._trainer.entry(graft, replace(self._fidelity, epochs=self._first))
-        if "failure" in entry:
-            self._finish(graft, entry)
-        else:
-            self.raced[graft.key] = entry
-            self._study.set_user_attr(entry_name(RACED, graft.key), entry)
 
-    def _finish(self, graft: Graft, entry: Mapping[str, Any]) -> None:
-        self.done[graft.key] = entry
-        self._study.set_user_attr(entry_name(TUNED, graft.key), entry)
-        self._run.tuning_file(graft.key).unlink(missing_ok=True)
+def _from_random_weights(run: Run, evaluator: Evaluator, fidelity: Fidelity, graft: Graft) -> dict[str, Any]:
+    """Trains a graft with random weights as long as the others are tuned, with the same teacher.
 
-    def from_random_weights(self, graft: Graft) -> dict[str, Any]:
-        """Trains a graft with random weights as long as the others are tuned, with the same teacher.
-
-        The learning rate is that of trainings from scratch. Returns an entry like those of `tuned`.
-        """
-        tuning = self._fidelity.tuning
-        assert tuning is not None
-        fidelity = replace(self._fidelity, tuning=replace(tuning, learning_rate=LEARNING_RATE))
-        at = self._evaluator.at(graft)
-        build = partial(at.seeded, lambda: create_graft(graft, len(at.data.classes)))
-        return self._trainer.entry(graft, fidelity, build, keeps=False)
+    The learning rate is that of trainings from scratch. Returns an entry like those of `tuned`.
+    """
+    assert fidelity.tuning is not None
+    fidelity = replace(fidelity, tuning=replace(fidelity.tuning, learning_rate=LEARNING_RATE))
+    at = evaluator.at(graft)
+    build = partial(at.seeded, lambda: create_graft(graft, len(at.data.classes)))
+    return Trainer(run, evaluator, fidelity).entry(graft, fidelity, build, keeps=False)
 
 
 def _score_rivals(
@@ -175,23 +155,28 @@ def _score_rivals(
     tuner: _Tuner,
     trials: Sequence[Trial],
 ) -> None:
-    """Tunes forms of the parent and records them as baselines; measures those that are no complete trial."""
+    """Records forms of the parent as baselines, measures those that are no complete trial, and tunes all of them."""
     scored = {trial.key: trial.scores for trial in trials}
     known: dict[str, Any] = run.attributes.get(BASELINES, {})
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
-        if name in known:
-            continue
-        log.info("scoring and tuning the %s", name)
-        try:
-            scores = scored.get(graft.key) or _measured(run, free, graft)
-            entry = tuner.tune(graft)
-            if "failure" in entry:
-                found = {"failure": entry["failure"]}
-            else:
-                found = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
-        except TrialFailure as failure:
-            found = {"failure": f"{failure.reason}: {failure}"}
+        if name not in known:
+            log.info("scoring the %s", name)
+            try:
+                scores = scored.get(graft.key) or _measured(run, free, graft)
+                found: dict[str, Any] = {"scores": scores.to_dict(), "graft": graft.to_dict()}
+            except TrialFailure as failure:
+                found = {"failure": f"{failure.reason}: {failure}"}
+            add_baseline(study, known, name, found)
+    measured = {name: Scores.from_dict(known[name]["scores"]) for name in rivals if "failure" not in known[name]}
+    left = {name: scores for name, scores in measured.items() if scores.accuracy_assembled is None}  # not tuned yet
+    tuner.tune([rivals[name] for name in left])
+    for name, scores in left.items():
+        graft, entry = rivals[name], tuner.done[rivals[name].key]
+        if "failure" in entry:
+            found = {"failure": entry["failure"]}
+        else:
+            found = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
         add_baseline(study, known, name, found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,10 @@ class Teacher:
     std: tuple[float, ...]
     side: int | None = None
     _kept: _Kept = field(default_factory=_Kept, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what another process gets: all but the answers, which may be large."""
+        return {**self.__dict__, "_kept": _Kept()}
 
     @property
     def fingerprint(self) -> str:

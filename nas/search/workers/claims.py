@@ -128,7 +128,7 @@ class Fleet:
         """Draws a trial for this worker, with a point that no other trial has: from the queue, or a new one.
 
         Args:
-            new: whether it may be a new one.
+            new: whether it may be one that nobody has begun.
 
         Returns:
             The trial and its point; None where nothing is left to draw, or where a trial that was handed on must come
@@ -137,7 +137,7 @@ class Fleet:
         while True:
             self.study._thread_local.cached_all_trials = None  # as `ask` does, for samplers that read the cache
             found = self.trials()
-            taken = self._take(found)
+            taken = self._take([t for t in found if new or has_begun(t)])
             if taken is None:
                 if not new or len(self.known) >= self.knobs.size or self._is_ahead(found):
                     return None
@@ -340,6 +340,11 @@ def _beat(trial: FrozenTrial) -> tuple[Any, Any]:
 def _place(trial: FrozenTrial) -> str:
     worker = trial.user_attrs.get(WORKER)
     return f"{worker['host']}, process {worker['pid']}" if worker else "of unknown place"
+
+
+def has_begun(trial: FrozenTrial) -> bool:
+    """Whether a trial of the queue was begun before: handed on, or to be repeated. A start point was not."""
+    return RETRY in trial.user_attrs or LEFT in trial.user_attrs
 
 
 def _to_repeat(trial: FrozenTrial) -> bool:

@@ -16,7 +16,7 @@ from ..evaluate import ALL
 from ..samplers.history import DIED, RELEASED, SPARED
 from ..samplers.table import suggest
 from ..state import Asked, State
-from .claims import LEFT, WORKER, Fleet
+from .claims import LEFT, WORKER, Fleet, has_begun
 
 WAIT_SECONDS = 1.0
 """Pause between two looks at what the other processes do."""
@@ -93,6 +93,7 @@ class Shared:
 
         Where enough trials count, those that wait to be repeated are scored, and those that were handed on are spared:
         another search may draw their points again. Where the search ended before that, both wait for the next start.
+        Start points that nobody has begun wait too.
         """
         if not self._lead:
             return
@@ -107,7 +108,7 @@ class Shared:
         while True:
             fleet.bury()
             found = state.study.get_trials(deepcopy=False, states=open_states)
-            queue = [t for t in found if t.state == TrialState.WAITING]
+            queue = [t for t in found if t.state == TrialState.WAITING and has_begun(t)]
             if done and queue:
                 for trial in queue:
                     if LEFT in trial.user_attrs or fleet.worker.only != ALL:
