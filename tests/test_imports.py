@@ -22,7 +22,7 @@ ORDER = (
     "nas.architecture nas.consent nas.streams nas.memory_format nas.fingerprint nas.quiet",
     "nas.foreign_files",
     "nas.objectives nas.machine nas.data nas.folding nas.onnx",
-    "nas.display nas.quantisation",
+    "nas.display nas.quantisation nas.coreml",
     "nas.space nas.models nas.scoring",
     "nas.storage nas.counts",
     "nas.folders",
@@ -173,6 +173,7 @@ def test_scoring_knows_neither_architectures_nor_optuna(module):
 
 
 SLOW = {"scipy", "pandas", "sklearn", "matplotlib", "plotly", "thop", "onnx", "onnxruntime", "openvino"}
+SLOW |= {"coremltools"}
 
 
 @table("module", NAS)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     default="timm",
     callback=names,
     metavar="NAME,…",
-    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX). The timm files are always written.",
+    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), coreml. The timm files are always written.",
 )
 @option(
     "--weights",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     "--batch",
     type=int,
     metavar="N",
-    help="Fixed batch size of the torch, onnx and int8 files, which some devices need.  [default: any number]",
+    help="Fixed batch size of all other files than timm's, which some devices need.  [default: any number; coreml: 1]",
 )
 @option("--data", help="Current place of the images.  [default: their place at the time of training]")
 @option("--data-root", help="Current folder of torch/NAME and hfds/NAME sets.")

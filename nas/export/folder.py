@@ -28,7 +28,7 @@ from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
 from .card import model_card
-from .checks import ALLOWED_FLIPS, check_batches, compare, logits_of
+from .checks import check_batches, compare, logits_of
 from .formats import FORMATS, Format, Material, normalised, preprocessing
 from .subject import AUTO, Subject, load_pictures, of_run, of_training
 
@@ -278,7 +278,7 @@ def _write_formats(
             kind.make(material, folder)
             files[name] = _describe(folder / kind.file) | _check(name, kind, material, folder)
             if kind.deployed:
-                files[name]["batch"] = material.batch
+                files[name]["batch"] = kind.images(material.batch)
         except Exception as error:  # exporters may raise any exception
             if name == "timm" or isinstance(error, OSError):
                 raise
@@ -312,7 +312,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
     else:
         flips = (1 - figures["top1_agreement"]) * figures["num_images"]
         far = figures["max_relative_difference"]
-        if not (far <= kind.tolerance and flips <= max(1.0, ALLOWED_FLIPS * figures["num_images"])):
+        if not (far <= kind.tolerance and flips <= max(1.0, kind.flips * figures["num_images"])):
             raise NasError(
                 f"the {name} file differs from the trained network by {far:.2g} of its largest logit, and in the class "
                 f"of {flips:.0f} of {figures['num_images']} images: not written"
@@ -328,7 +328,8 @@ def _measure(material: Material, folder: Path, files: dict[str, dict[str, Any]],
             if FORMATS[name].runtime != runtime:
                 continue
             try:
-                at = replace(config, runtime=runtime, batch_size=material.batch or config.batch_size)
+                images = FORMATS[name].images(material.batch) or config.batch_size
+                at = replace(config, runtime=runtime or config.runtime, batch_size=images)
                 ready[name] = FORMATS[name].prepare(material, folder, at)
             except (TrialFailure, UsageError) as error:
                 files[name]["latency"] = {"failure": str(error)}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
+from .. import coreml
 from ..architecture import Graft, resolutions
 from ..data import BACKGROUND
 from ..errors import NasError, RunError, UsageError
@@ -26,7 +27,7 @@ from ..quantisation import quantise_onnx
 from ..quiet import quiet
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
 from ..scoring.latency.config import QUANTISER, missing_packages
-from .checks import Call, logits_of
+from .checks import ALLOWED_FLIPS, Call, logits_of
 from .subject import Subject
 
 DECODING = {
@@ -72,10 +73,14 @@ class Material:
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
         """The deployed form as a program: training branches fused, batch norms folded."""
+        return self.program_of(self.batch)
+
+    def program_of(self, batch: int | None) -> torch.export.ExportedProgram:
+        """Returns the deployed form as a program for `batch` images; None allows any number."""
         folded = fold_batch_norms(self.fused.model, self.images[:2]).requires_grad_(False)
         # random, because a program keeps its example; two images, because a batch of one would become a constant
-        example = torch.randn(self.batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
-        free = ({0: torch.export.Dim("batch", min=1)},) if self.batch is None else None
+        example = torch.randn(batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
+        free = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
         with quiet():
             program = torch.export.export(folded, (example,), dynamic_shapes=free)
         for module in program.graph_module.modules():
@@ -87,8 +92,12 @@ class Material:
     @cached_property
     def onnx(self) -> bytes:
         """The program as an ONNX model."""
-        metadata = {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
-        return export_program(self.program, metadata)
+        return export_program(self.program, self.metadata)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The description of `preprocessing.json`, as a file keeps it."""
+        return {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
 
     @cached_property
     def onnx_logits(self) -> torch.Tensor:
@@ -105,13 +114,16 @@ class Format:
         make: writes the file into a folder.
         load: loads the file from a folder, and returns the network as a function.
         prepare: prepares the file for timing.
-        runtime: name in `RUNTIMES` of the runtime that runs it.
+        runtime: name in `RUNTIMES` of the runtime that runs it; None if it only runs on other devices.
         note: description for the model card.
         version: package that runs it.
         packages: packages that it needs, beside torch and timm.
+        extra: the extra of this package that installs them.
         deployed: whether it holds the deployed form, which may have a fixed batch size.
+        images: number of images of a pass, from the export's `batch`; None for any number.
         tolerance: largest difference of its logits from eager, and between batch sizes, as a share of the largest
             logit.
+        flips: share of the images whose class may change by rounding, because two of their logits are nearly equal.
         lossy: whether its logits may differ from eager; its accuracy is then limited instead, and the tolerance applies
             to batch sizes only.
     """
@@ -120,12 +132,15 @@ class Format:
     make: Callable[[Material, Path], None]
     load: Callable[[Path], Call]
     prepare: Callable[[Material, Path, LatencyConfig], Prepared]
-    runtime: str
+    runtime: str | None
     note: str
     version: str
     packages: tuple[str, ...] = ()
+    extra: str = "onnx"
     deployed: bool = True
+    images: Callable[[int | None], int | None] = lambda batch: batch
     tolerance: float = 1e-3
+    flips: float = ALLOWED_FLIPS
     lossy: bool = False
 
     def check_installed(self, name: str) -> None:
@@ -136,7 +151,7 @@ class Format:
         """
         missing = missing_packages(self.packages)
         if missing:
-            raise UsageError(f"format {name} needs {' and '.join(missing)}: pip install 'mixnas[onnx]'")
+            raise UsageError(f"format {name} needs {' and '.join(missing)}: pip install 'mixnas[{self.extra}]'")
 
 
 def preprocessing(subject: Subject) -> dict[str, Any]:
@@ -286,6 +301,19 @@ def _onnx_format(file: str, note: str, **options: Any) -> Format:
     )
 
 
+def _make_coreml(material: Material, folder: Path) -> None:
+    program = material.program_of(FORMATS["coreml"].images(material.batch))
+    write_file(folder / FORMATS["coreml"].file, coreml.convert(program, material.metadata))
+
+
+def _load_coreml(folder: Path) -> Call:
+    return _for_any_number(*coreml.load((folder / FORMATS["coreml"].file).read_bytes()))
+
+
+def _time_coreml(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
+    raise UsageError("Core ML only runs on Apple's devices: measure the file in Xcode")
+
+
 FORMATS: dict[str, Format] = {
     "timm": Format(
         file="model.safetensors",
@@ -314,6 +342,20 @@ FORMATS: dict[str, Format] = {
         make=_make_int8,
         tolerance=0.1,
         lossy=True,
+    ),
+    "coreml": Format(
+        file="model.mlpackage.zip",
+        make=_make_coreml,
+        load=_load_coreml,
+        prepare=_time_coreml,
+        runtime=None,
+        note="a zipped ML program for Core ML in float16; mixnas computed its operators, and Core ML did not run it",
+        version="coremltools",
+        packages=("coremltools",),
+        extra="coreml",
+        images=lambda batch: batch or 1,
+        tolerance=1e-2,
+        flips=1e-2,
     ),
 }
 """Name -> format. `timm` is the folder itself and always written."""

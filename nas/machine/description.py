@@ -52,7 +52,7 @@ def describe_software() -> dict[str, Any]:
     """Returns versions of Python and of the packages that affect scores, and the commit of a source checkout."""
     names = (
         *("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "triton"),
-        *("onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
+        *("onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "coremltools"),
     )
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in names:
