@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     default="timm",
     callback=names,
     metavar="NAME,…",
-    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), coreml. The timm files are always written.",
+    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), coreml (not run by Core ML). The timm "
+    "files are always written.",
 )
 @option(
     "--weights",
