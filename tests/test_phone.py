@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -217,15 +218,13 @@ def leftovers(phone: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "columns", ["{model},{cost:.6g},19812352,97,{run}", "{model},1e-9,{cost:.6g},19812352,97,{run}"]
+    "columns", ["{model},0.004{run},19812352,97,{run}", "{model},1e-9,0.004{run},19812352,97,{run}"]
 )
 def test_the_times_and_the_output_come_from_the_phone(phone, files, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS_OF", columns)
     done = call(files, "--runs", "7", "--threads", "2", "--cores", "1")
     assert done.returncode == 0, done.stderr
-    times_ms = json.loads(done.stdout)["latency_ms"]
-    assert len(times_ms) == 7
-    assert all(1e-4 < value < 100 for value in times_ms), "seconds become milliseconds"
+    assert json.loads(done.stdout)["latency_ms"] == pytest.approx([4.0, 4.1, 4.2, 4.3, 4.4, 4.5, 4.6])
     np.testing.assert_allclose(np.load(files[0][2]), files[1], rtol=1e-5)
     _, timer = (phone / "log").read_text().splitlines()
     assert timer.startswith("onnxruntime_perf_test 1 ")  # on one core
@@ -345,6 +344,7 @@ def test_a_call_that_is_terminated_leaves_nothing_on_the_phone(phone, files, mon
     process = subprocess.Popen([sys.executable, EXAMPLE, *files[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (phone / "log").exists() or "perf_test" not in (phone / "log").read_text():
         assert process.poll() is None
+        time.sleep(0.05)
     assert leftovers(phone) == {"mixnas-phone"}
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30)[1] == b"terminated\n"
