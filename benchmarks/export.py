@@ -14,7 +14,8 @@ import torch
 
 import nas.models  # noqa: F401
 from nas.export.checks import compare, logits_of
-from nas.export.formats import FORMATS, Material
+from nas.export.formats import FORMATS
+from nas.export.material import Material
 from nas.export.subject import Subject
 from nas.folders.training import Asked, Trained, TrainingManifest
 from nas.scoring.latency import LatencyConfig, measure_latencies

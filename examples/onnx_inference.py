@@ -17,11 +17,10 @@ import sys
 import tarfile
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageOps
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
@@ -101,15 +100,23 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
     return pixels.transpose(2, 0, 1)
 
 
-def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> None:
+def load_onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """Returns the network as a function from images to logits, and its batch size; 0 if it takes any."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    takes = given.shape[0]  # a number if it was exported with `--batch N`
+    return lambda images: session.run(None, {given.name: images})[0], takes if isinstance(takes, int) else 0
+
+
+def main(export: Path, images: Path, file: str, each: bool, load: Callable = load_onnx, batch: int = 32) -> None:
     """Prints the class of each image, or the share of correct ones."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a class may have any name
     if not (export / "preprocessing.json").is_file():
         sys.exit(f"{export} is no export: give the folder that `mixnas export` printed, such as RUN/exports/KEY")
     told = json.loads((export / "preprocessing.json").read_text(encoding="utf-8-sig"))
-    session = onnxruntime.InferenceSession(str(export / file), providers=["CPUExecutionProvider"])
-    takes = session.get_inputs()[0].shape[0]  # a number if it was exported with `--batch N`
-    fixed = takes if isinstance(takes, int) else 0
+    network, fixed = load(export / file)
     right = labelled = count = 0
     waiting = []
 
@@ -117,8 +124,7 @@ def main(export: Path, images: Path, file: str, each: bool, batch: int = 32) -> 
         nonlocal right, labelled, count
         empty = np.zeros_like(waiting[0][2])
         stack = np.stack([prepared for _, _, prepared in waiting] + [empty] * (fixed - len(waiting)))
-        (logits,) = session.run([told["output"]], {told["input"]: stack})
-        for (name, wanted, _), scores in zip(waiting, logits, strict=False):
+        for (name, wanted, _), scores in zip(waiting, network(stack), strict=False):
             found = told["class_names"][int(scores.argmax())]
             count += 1
             labelled += wanted in told["class_names"]
@@ -153,7 +159,7 @@ from nas.search import SearchConfig, search
 place = Path(sys.argv[1])
 run = search(SearchConfig(space=search_spaces.load("mini"), objectives=("macs", "accuracy"), trials=1, epochs=1,
                           max_images=300, out=place / "run"))
-export(run, run.front()[0].key, place / "export", Settings(formats=("onnx",)))
+export(run, run.front()[0].key, place / "export", Settings(formats=tuple(sys.argv[2:])))
 held = load_data("digits", max_images=300).holdout
 for i, (pixels, label) in enumerate(zip(held.pixels, held.labels)):
     folder = place / "images" / str(int(label))
@@ -161,16 +167,22 @@ for i, (pixels, label) in enumerate(zip(held.pixels, held.labels)):
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
 """
 
-if __name__ == "__main__":
+
+def start(description: str, load: Callable, files: Sequence[str], formats: Sequence[str]) -> None:
+    """Reads the arguments of the program; without arguments, exports `formats` of a network and classifies images."""
     if len(sys.argv) == 1 and importlib.util.find_spec("nas") is not None:
         with tempfile.TemporaryDirectory() as place:
-            subprocess.run([sys.executable, "-c", DEMONSTRATION, place], check=True, capture_output=True)
-            main(Path(place) / "export", Path(place) / "images", "model.onnx", each=False)
+            subprocess.run([sys.executable, "-c", DEMONSTRATION, place, *formats], check=True, capture_output=True)
+            main(Path(place) / "export", Path(place) / "images", files[0], False, load)
     else:
-        parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+        parser = argparse.ArgumentParser(description=description.partition("\n")[0])
         parser.add_argument("export", type=Path)
         parser.add_argument("images", type=Path)
-        parser.add_argument("--file", default="model.onnx", help="or model.int8.onnx")
+        parser.add_argument("--file", default=files[0], help=f"or {' or '.join(files[1:])}")
         parser.add_argument("--each", action="store_true", help="print the class of every image")
-        arguments = parser.parse_args()
-        main(arguments.export, arguments.images, arguments.file, arguments.each)
+        asked = parser.parse_args()
+        main(asked.export, asked.images, asked.file, asked.each, load)
+
+
+if __name__ == "__main__":
+    start(__doc__, load_onnx, ("model.onnx", "model.int8.onnx"), ("onnx",))

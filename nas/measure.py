@@ -160,6 +160,7 @@ def _row(network: _Network, latency: Latency, config: LatencyConfig) -> dict[str
         "waited": latency.waited,
         "seconds": latency.seconds,
         "prepare_seconds": latency.prepare_seconds,
+        "delegated": latency.delegated,
         "images_per_second": config.batch_size * 1e3 / latency.ms,
         "macs": cost.macs,
         "flops": cost.flops,

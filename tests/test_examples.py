@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from nas.scoring.latency import RUNTIME_TRAITS
+
 EXAMPLES = sorted([*(folder := Path(__file__).parent.parent / "examples").glob("*.py"), *folder.glob("*.ipynb")])
 
 
-SLOW = ("board", "detection", "onnx_inference", "own_space", "search_to_timm")
+SLOW = ("board", "detection", "litert_inference", "onnx_inference", "own_space", "search_to_timm")
 
 
 def program(example: Path, folder: Path) -> Path:
@@ -31,6 +33,8 @@ def program(example: Path, folder: Path) -> Path:
     [pytest.param(path, marks=pytest.mark.slow if path.stem in SLOW else (), id=path.stem) for path in EXAMPLES],
 )
 def test_example_runs(example, tmp_path):
+    if example.stem == "litert_inference" and (missing := RUNTIME_TRAITS["litert"].missing):
+        pytest.skip(f"needs {', '.join(missing)}")
     done = subprocess.run(
         [sys.executable, str(program(example, tmp_path))],
         cwd=tmp_path,

@@ -443,7 +443,7 @@ def test_tables_agree():
     assert TOLERANCE.keys() == DTYPES.keys()
 
 
-SLOW = ("onnxruntime", "compile", "openvino", "command")
+SLOW = ("onnxruntime", "compile", "openvino", "litert", "command")
 """Runtimes that take seconds to make a network ready; the others go through every test of the table."""
 CASES = [
     pytest.param(
@@ -535,7 +535,7 @@ class Unexportable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "runtime", ["onnxruntime", *(pytest.param(n, marks=pytest.mark.slow) for n in ("openvino", "command"))]
+    "runtime", ["onnxruntime", *(pytest.param(n, marks=pytest.mark.slow) for n in ("openvino", "litert", "command"))]
 )
 def test_what_a_runtime_cannot_run_is_a_failure_with_its_reason(runtime):
     need(runtime)

@@ -14,13 +14,14 @@ import search_spaces
 from nas.data import load_data
 from nas.errors import UsageError
 from nas.folders.run import Run
+from nas.litert import LiteRT, export_litert, quantise_litert
 from nas.models import create_backbone
 from nas.objectives.paired import pack
 from nas.onnx import export_onnx
 from nas.quantisation import quantise_onnx
 from nas.replay import replay
 from nas.scoring.accuracy.held_out import held_out_hits, normaliser
-from nas.scoring.latency import LatencyConfig
+from nas.scoring.latency import RUNTIME_TRAITS, LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.config import local_config
 
@@ -35,17 +36,30 @@ def in_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
 
 
-def test_a_quantised_layer_computes_what_the_arithmetic_says():
+def by_onnxruntime(network: nn.Module, images: torch.Tensor) -> np.ndarray:
+    import onnxruntime
+
+    graph = quantise_onnx(export_onnx(network, images), images, len(images))
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images.numpy()})[0]
+
+
+def by_litert(network: nn.Module, images: torch.Tensor) -> np.ndarray:
+    if missing := RUNTIME_TRAITS["litert"].missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    quantised = LiteRT(quantise_litert(export_litert(network, images), images), threads=1)
+    quantised.put(images.numpy())
+    quantised.run()
+    return quantised.output().numpy()
+
+
+@pytest.mark.parametrize("run", [by_onnxruntime, pytest.param(by_litert, marks=pytest.mark.slow)])
+def test_a_quantised_layer_computes_what_the_arithmetic_says(run):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
     network[1].weight.data *= torch.tensor([1.0, 3.0, 0.1, 10.0, 0.5])[:, None]  # each channel has its own scale
     images = torch.randn(64, 3, 2, 2)
-    import onnxruntime
-
-    graph = quantise_onnx(export_onnx(network, images), images, len(images))
-    (found,) = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(
-        None, {"images": images.numpy()}
-    )
+    found = run(network, images)
     x, weight, bias = images.flatten(1).numpy(), network[1].weight.detach().numpy(), network[1].bias.detach().numpy()
     steps = np.abs(weight).max(1, keepdims=True) / 127
     exact = x @ weight.T + bias
@@ -128,5 +142,7 @@ def test_a_search_in_int8(tmp_path):
 def test_what_int8_does_not_go_with(tmp_path, changes, words):
     with pytest.raises(UsageError, match=words):
         search(settings(tmp_path / "run", **changes))
-    with pytest.raises(UsageError, match="not int8, which needs `runtime` = onnxruntime or openvino or command"):
+    with pytest.raises(
+        UsageError, match="not int8, which needs `runtime` = onnxruntime or openvino or litert or command"
+    ):
         LatencyConfig(runtime="eager", dtype="int8")

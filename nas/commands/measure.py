@@ -96,6 +96,8 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
         if row["form"]:
             click.echo(f"{row['target']}: counted and measured {row['form']}")
         print_uncounted(row["target"], row["uncounted"])
+        if row["delegated"] is not None:
+            click.echo(f"{row['target']}: the backend of {row['runtime']} runs {row['delegated']:.1%} of the operators")
         if row["disputed"]:
             click.echo(f"counted by what ran in {row['target']}, more than the rules say: {', '.join(row['disputed'])}")
         if not row["within_target"]:

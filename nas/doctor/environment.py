@@ -244,6 +244,7 @@ ENVIRONMENT: dict[str, Check] = {
     "torchvision and timm": _check_torchvision_and_timm,
     "ONNX Runtime": partial(_check_runtime, "onnxruntime"),
     "OpenVINO": partial(_check_runtime, "openvino"),
+    "LiteRT": partial(_check_runtime, "litert"),
     "cores": _check_cores,
     "memory": _check_memory,
     "disk": _check_disk,

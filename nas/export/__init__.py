@@ -1,4 +1,4 @@
-"""Exports a trained network as a folder for timm, ONNX Runtime or torch; using it does not need this project.
+"""Exports a trained network as a folder for timm, ONNX Runtime, LiteRT or torch; using it does not need this project.
 
 config.json           configuration of timm: entry point, architecture, image size, mean and deviation, class names
 model.safetensors     the weights
@@ -7,7 +7,7 @@ mixnas_model/         source of the model, which registers the entry point when 
 preprocessing.json    how an image becomes the network's input, for programs without torch
 README.md             the model card: what the network is, how to load it, what was measured on which machine
 export.json           the same figures as data: size and checksum of each file, its distance from eager, its latency
-model.onnx, model.int8.onnx, model.pt2   further formats, if asked for
+model.onnx, model.int8.onnx, model.tflite, model.int8.tflite, model.pt2   further formats, if asked for
 """
 
 from ..targets import read_config

@@ -352,16 +352,16 @@ def _files(report: Mapping[str, Any]) -> str:
             _latency(file.get("latency")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines)
-    software = report["software"]
+    text, software = "\n".join(lines), report["software"]
+    programs = dict.fromkeys(("torch", "timm", *(FORMATS[name].version for name in report["files"])))
     fixed = any(file.get("batch") for file in report["files"].values())
     together = "Whatever else is in its batch, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
     text += f"\n\nCompared with the trained network in eager torch on {as_text(report['compared_on'])}"
-    if (int8 := report["files"].get("int8")) is not None:
+    for name, int8 in ((name, file) for name, file in report["files"].items() if FORMATS[name].lossy):
         change = int8.get("change")
         text += (
             f"; `{int8['file']}` with `{int8['against']}`. Its ranges are the extremes over {int8['calibrated_on']} "
-            "training images (ONNX Runtime's static quantisation)"
+            f"training images ({FORMATS[name].quantiser})"
         )
         if change is not None:
             text += (
@@ -371,7 +371,7 @@ def _files(report: Mapping[str, Any]) -> str:
     text += (
         f". {together} the same logits (int8: nearly).\n"
         f"{_machine(report['machine'])}; "
-        + ", ".join(f"{name} {software[name]}" for name in ("torch", "timm", "onnxruntime") if name in software)
+        + ", ".join(f"{name} {software[name]}" for name in programs if name in software)
         + f"; {report['created']}.\n"
     )
     for name, why in report["failures"].items():

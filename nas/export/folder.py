@@ -29,7 +29,8 @@ from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencie
 from ..targets import EXPORT, is_export
 from .card import model_card
 from .checks import check_batches, compare, logits_of
-from .formats import FORMATS, Format, Material, normalised, preprocessing
+from .formats import FORMATS, Format
+from .material import Material, normalised, preprocessing
 from .subject import AUTO, Subject, load_pictures, of_run, of_training
 
 log = logging.getLogger(__name__)
@@ -302,13 +303,13 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
     call = kind.load(folder)
     found = logits_of(call, material.images, material.batch)
     check_batches(call, material.images, found, kind.tolerance)
-    figures = compare(found, material.onnx_logits if kind.lossy else material.expected, material.labels)
+    figures = compare(found, kind.expected(material), material.labels)
     if kind.lossy:
         drop = -figures["change"]["points"] if "change" in figures else 0.0
         if not drop <= MAX_DROP:
             raise NasError(f"it loses {drop:.1f} points of accuracy on {figures['num_images']} images: not written")
         assert material.calibration is not None
-        figures |= {"against": FORMATS["onnx"].file, "calibrated_on": len(material.calibration)}
+        figures |= {"against": FORMATS[kind.against].file, "calibrated_on": len(material.calibration)}
     else:
         flips = (1 - figures["top1_agreement"]) * figures["num_images"]
         far = figures["max_relative_difference"]

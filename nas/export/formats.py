@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,92 +17,18 @@ from torch import nn
 
 from .. import coreml
 from ..architecture import Graft, resolutions
-from ..data import BACKGROUND
-from ..errors import NasError, RunError, UsageError
+from ..errors import RunError, UsageError
 from ..folders.files import write_file
-from ..folders.manifest import Data
-from ..folding import Fused, fold_batch_norms, fuse_branches
-from ..onnx import INPUT, OPSET, OUTPUT, export_program
+from ..litert import quantise_litert
+from ..onnx import OPSET
 from ..quantisation import quantise_onnx
 from ..quiet import quiet
-from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_model, prepare_onnx
-from ..scoring.latency.config import QUANTISER, missing_packages
-from .checks import ALLOWED_FLIPS, Call, logits_of
-from .subject import Subject
-
-DECODING = {
-    "frame": "first",
-    "orientation": "EXIF",
-    "background": list(BACKGROUND),
-    "grey": (
-        "16-bit values are divided by 257; of other integer and float images white is the least of 1 (floats only), "
-        "255 and 65535 that no value exceeds; with values beyond these black and white are the image's extremes"
-    ),
-}
-"""How an encoded image becomes 8-bit RGB (`nas.data.decoding`), for people and programs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """A network and the images that its export needs; computes intermediate forms once for all formats.
-
-    Args:
-        subject: the network.
-        images: normalised images on which files are compared.
-        labels: their labels; None for random images.
-        calibration: normalised training images; None if they cannot be read.
-        batch: fixed batch size of the deployed form; None allows any batch size.
-    """
-
-    subject: Subject
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    calibration: torch.Tensor | None
-    batch: int | None = None
-
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        """The logits of the images in eager torch."""
-        return logits_of(self.subject.model, self.images)
-
-    @cached_property
-    def fused(self) -> Fused:
-        """The network without the branches that only its training needs."""
-        return fuse_branches(self.subject.model, self.images[:2])
-
-    @cached_property
-    def program(self) -> torch.export.ExportedProgram:
-        """The deployed form as a program: training branches fused, batch norms folded."""
-        return self.program_of(self.batch)
-
-    def program_of(self, batch: int | None) -> torch.export.ExportedProgram:
-        """Returns the deployed form as a program for `batch` images; None allows any number."""
-        folded = fold_batch_norms(self.fused.model, self.images[:2]).requires_grad_(False)
-        # random, because a program keeps its example; two images, because a batch of one would become a constant
-        example = torch.randn(batch or 2, *self.subject.input_size, generator=torch.Generator().manual_seed(0))
-        free = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
-        with quiet():
-            program = torch.export.export(folded, (example,), dynamic_shapes=free)
-        for module in program.graph_module.modules():
-            if isinstance(module, torch.fx.GraphModule):
-                for node in module.graph.nodes:
-                    node.meta.pop("stack_trace", None)  # it contains paths of this machine
-        return program
-
-    @cached_property
-    def onnx(self) -> bytes:
-        """The program as an ONNX model."""
-        return export_program(self.program, self.metadata)
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        """The description of `preprocessing.json`, as a file keeps it."""
-        return {name: json.dumps(value) for name, value in preprocessing(self.subject).items()}
-
-    @cached_property
-    def onnx_logits(self) -> torch.Tensor:
-        """The logits of the ONNX model."""
-        return logits_of(_session(self.onnx), self.images, self.batch)
+from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_loaded, prepare_model, prepare_onnx
+from ..scoring.latency.config import LITERT, QUANTISER, missing_packages
+from ..scoring.latency.runtimes import load_litert
+from .calls import for_any_number, litert_call, onnx_call
+from .checks import ALLOWED_FLIPS, Call
+from .material import Material, preprocessing
 
 
 @dataclass(frozen=True)
@@ -126,6 +52,9 @@ class Format:
         flips: share of the images whose class may change by rounding, because two of their logits are nearly equal.
         lossy: whether its logits may differ from eager; its accuracy is then limited instead, and the tolerance applies
             to batch sizes only.
+        expected: returns the logits that those of the file are compared with.
+        against: for a lossy format, the name of the format that gives these logits.
+        quantiser: for a lossy format, the program that makes it, for the model card.
     """
 
     file: str
@@ -142,6 +71,14 @@ class Format:
     tolerance: float = 1e-3
     flips: float = ALLOWED_FLIPS
     lossy: bool = False
+    expected: Callable[[Material], torch.Tensor] = lambda material: material.expected
+    against: str = ""
+    quantiser: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages that are not installed."""
+        return missing_packages(self.packages)
 
     def check_installed(self, name: str) -> None:
         """Checks that the packages of the format are installed.
@@ -149,34 +86,8 @@ class Format:
         Raises:
             UsageError: if one is missing; it names the extra to install.
         """
-        missing = missing_packages(self.packages)
-        if missing:
-            raise UsageError(f"format {name} needs {' and '.join(missing)}: pip install 'mixnas[{self.extra}]'")
-
-
-def preprocessing(subject: Subject) -> dict[str, Any]:
-    """Describes how an image becomes the input, and what the output means, for programs without torch and timm."""
-    data = subject.data
-    return {
-        "input": INPUT,
-        "output": OUTPUT,
-        "layout": "NCHW, RGB, float32",
-        "decoding": DECODING,
-        "input_size": list(subject.input_size),
-        # a search scales the largest central square; a full training scales the shorter side, then crops
-        "order": ["crop", "resize"] if subject.trained is None else ["resize", "crop"],
-        "interpolation": data.interpolation,
-        "scale": 1 / 255,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "class_names": list(data.classes),
-    }
-
-
-def normalised(pixels: torch.Tensor, data: Data) -> torch.Tensor:
-    """Normalises uint8 images for the network."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (data.mean, data.std))
-    return (pixels.float() - mean) / std
+        if self.missing:
+            raise UsageError(f"format {name} needs {' and '.join(self.missing)}: pip install 'mixnas[{self.extra}]'")
 
 
 def _make_timm(material: Material, folder: Path) -> None:
@@ -230,22 +141,7 @@ def _load_torch(folder: Path) -> Call:
         program = torch.export.load(folder / FORMATS["torch"].file)
         module: nn.Module = program.module()
     (images,) = (n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
-    return _for_any_number(module, images.meta["val"].shape[0])
-
-
-def _for_any_number(call: Call, batch: Any) -> Call:
-    """Wraps a network with a fixed batch size, so that it takes any number of images.
-
-    If `batch` is not a number, the network takes any number already.
-    """
-    if not isinstance(batch, int):
-        return call
-
-    def padded(images: torch.Tensor) -> torch.Tensor:
-        missing = images.new_zeros(-len(images) % batch, *images.shape[1:])
-        return torch.cat([call(chunk) for chunk in torch.cat([images, missing]).split(batch)])[: len(images)]
-
-    return padded
+    return for_any_number(module, images.meta["val"].shape[0])
 
 
 def _time_torch(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
@@ -263,25 +159,36 @@ def _make_onnx(material: Material, folder: Path) -> None:
 def _make_int8(material: Material, folder: Path) -> None:
     import onnx
 
-    if material.calibration is None:
-        raise NasError("it is calibrated on training images, which cannot be read: say by `data` where they are")
-    model = onnx.load_from_string(quantise_onnx(material.onnx, material.calibration, material.batch))
+    model = onnx.load_from_string(quantise_onnx(material.onnx, material.ranges, material.batch))
     del model.metadata_props[:]
     for key, value in preprocessing(material.subject).items():
         model.metadata_props.add(key=key, value=json.dumps(value))
     write_file(folder / FORMATS["int8"].file, model.SerializeToString())
 
 
-def _session(model: bytes) -> Call:
-    import onnxruntime
+def _make_litert(material: Material, folder: Path) -> None:
+    write_file(folder / FORMATS["litert"].file, material.litert)
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return _for_any_number(
-        lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]),
-        session.get_inputs()[0].shape[0],
+
+def _make_litert_int8(material: Material, folder: Path) -> None:
+    write_file(folder / FORMATS["litert-int8"].file, quantise_litert(material.litert, material.ranges))
+
+
+def _litert_format(file: str, note: str, **options: Any) -> Format:
+    """Makes a format that LiteRT runs."""
+    return Format(
+        file=file,
+        load=lambda folder: litert_call((folder / file).read_bytes()),
+        prepare=lambda material, folder, config: prepare_loaded(
+            partial(load_litert, (folder / file).read_bytes()), material.subject.input_size, config
+        ),
+        runtime="litert",
+        note=note,
+        version="ai-edge-litert",
+        packages=LITERT,
+        extra="litert",
+        images=lambda batch: batch or 1,
+        **options,
     )
 
 
@@ -289,7 +196,7 @@ def _onnx_format(file: str, note: str, **options: Any) -> Format:
     """Makes a format that ONNX Runtime runs."""
     return Format(
         file=file,
-        load=lambda folder: _session((folder / file).read_bytes()),
+        load=lambda folder: onnx_call((folder / file).read_bytes()),
         prepare=lambda material, folder, config: prepare_onnx(
             (folder / file).read_bytes(), material.subject.input_size, config
         ),
@@ -307,7 +214,7 @@ def _make_coreml(material: Material, folder: Path) -> None:
 
 
 def _load_coreml(folder: Path) -> Call:
-    return _for_any_number(*coreml.load((folder / FORMATS["coreml"].file).read_bytes()))
+    return for_any_number(*coreml.load((folder / FORMATS["coreml"].file).read_bytes()))
 
 
 def _time_coreml(material: Material, folder: Path, config: LatencyConfig) -> Prepared:
@@ -342,6 +249,20 @@ FORMATS: dict[str, Format] = {
         make=_make_int8,
         tolerance=0.1,
         lossy=True,
+        expected=lambda material: material.onnx_logits,
+        against="onnx",
+        quantiser="ONNX Runtime's static quantisation",
+    ),
+    "litert": _litert_format("model.tflite", "for LiteRT (TensorFlow Lite): batch norms folded", make=_make_litert),
+    "litert-int8": _litert_format(
+        "model.int8.tflite",
+        "for LiteRT: weights (by channel) and inputs of convolutions and linear layers in 8 bits",
+        make=_make_litert_int8,
+        tolerance=0.1,
+        lossy=True,
+        expected=lambda material: material.litert_logits,
+        against="litert",
+        quantiser="static quantisation of AI Edge Quantizer",
     ),
     "coreml": Format(
         file="model.mlpackage.zip",

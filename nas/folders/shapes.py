@@ -99,7 +99,7 @@ _INTERVAL = {"ms": POSITIVE, "low_ms": FIGURE, "high_ms": FIGURE}
 _LATENCY = {
     **_INTERVAL,
     **dict.fromkeys(("spread", "raw_ms", "q1_ms", "q3_ms", "drift", "waited", "prepare_seconds"), FIGURE),
-    **{"passes": COUNT, "rounds": COUNT, "steady": bool},
+    **{"passes": COUNT, "rounds": COUNT, "steady": bool, "delegated?": FIGURE},
 }
 _BY_TYPE = {"int | None": (COUNT, None), "float | None": (FIGURE, None), "bool | None": (bool, None)}
 SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type in _BY_TYPE} | {

@@ -16,6 +16,7 @@ from ...changeable import changeable
 from ...errors import UsageError, unknown_name
 from ...foreign_files import LINE, POSITIVE
 from ...machine.devices import check_device_name, resolve_device
+from ...quiet import import_quietly
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,8 @@ def import_package(name: str) -> Any:
 
     On import, OpenVINO reports to Google Analytics without asking. Blocking its telemetry package prevents this.
     """
+    if name in LITERT:
+        return import_quietly(name)
     if name == "openvino":
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module(name)
@@ -81,7 +84,9 @@ def import_package(name: str) -> Any:
 
 _ONNX = ("onnx", "onnxscript")
 QUANTISER = (*_ONNX, "onnxruntime")
-"""Packages that quantise a model (`nas.quantisation`)."""
+"""Packages that quantise an ONNX model (`nas.quantisation`)."""
+LITERT = ("ai_edge_litert", "litert_torch", "ai_edge_quantizer")
+"""Packages that convert, quantise and run a LiteRT model (`nas.litert`)."""
 RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
     "eager": RuntimeTraits(channels_last=True),
     "compile": RuntimeTraits(channels_last=True),
@@ -90,6 +95,7 @@ RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
     "openvino": RuntimeTraits(
         devices=("cpu",), dtypes=("fp32", "bf16", "int8"), packages=(*_ONNX, "openvino"), extra="openvino"
     ),
+    "litert": RuntimeTraits(devices=("cpu",), dtypes=("fp32", "int8"), packages=LITERT, extra="litert"),
     "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16", "int8"), packages=_ONNX, extra="onnx"),
 }
 """Name -> traits. `nas.scoring.latency.runtimes.RUNTIMES` holds the code under the same names."""
@@ -218,7 +224,7 @@ class LatencyConfig:
             raise UsageError(
                 f"runtime {self.runtime} needs {' and '.join(traits.missing)}: pip install 'mixnas[{traits.extra}]'"
             )
-        if self.dtype == "int8":
+        if self.dtype == "int8" and "onnx" in traits.packages:
             check_quantiser()
 
     @property

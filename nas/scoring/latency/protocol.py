@@ -89,6 +89,14 @@ def prepare_onnx(model: bytes, input_size: tuple[int, int, int], config: Latency
         return ONNX_RUNTIMES[config.runtime](model, random_images(input_size, config), config)
 
 
+def prepare_loaded(
+    load: Callable[[torch.Tensor, LatencyConfig], Prepared], input_size: tuple[int, int, int], config: LatencyConfig
+) -> Prepared:
+    """Prepares a finished file with `load`, which takes the images and the conditions. The output is not checked."""
+    with exclusive(config.device), _measuring_setup(config):
+        return load(random_images(input_size, config), config)
+
+
 def prepare_call(
     call: Callable[[torch.Tensor], torch.Tensor], input_size: tuple[int, int, int], config: LatencyConfig
 ) -> Prepared:
@@ -242,6 +250,7 @@ def _measure(
             summarise(np.array(o), np.array(r), stored_ms, config.target),
             seconds=seconds / len(networks),
             prepare_seconds=network.seconds,
+            delegated=network.delegated,
             waited=waited,
             threads=torch.get_num_threads(),
         )

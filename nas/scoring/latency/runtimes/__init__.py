@@ -1,6 +1,16 @@
 """Runtimes: each prepares a network, runs it once for its output, and times passes."""
 
+from .litert import load_litert
 from .prepared import Prepared, random_images
 from .table import ONNX_RUNTIMES, RUNTIMES, TOLERANCE, prepare, prepare_chain
 
-__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "TOLERANCE", "Prepared", "prepare", "prepare_chain", "random_images"]
+__all__ = [
+    "ONNX_RUNTIMES",
+    "RUNTIMES",
+    "TOLERANCE",
+    "Prepared",
+    "load_litert",
+    "prepare",
+    "prepare_chain",
+    "random_images",
+]

@@ -21,6 +21,7 @@ class Prepared:
         output: runs one pass and returns the output, as float32 on the CPU.
         deviation: deviation of the output from eager's, max|a - b| / max|b|.
         seconds: time of the preparation.
+        delegated: share of the operators that the runtime's backend runs, if others run elsewhere; None if all do.
         keeps: objects that must live as long as this one.
     """
 
@@ -29,6 +30,7 @@ class Prepared:
     output: Callable[[], torch.Tensor]
     deviation: float = 0.0
     seconds: float = 0.0
+    delegated: float | None = None
     keeps: tuple[object, ...] = ()
 
 

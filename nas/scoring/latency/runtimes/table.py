@@ -20,6 +20,7 @@ from ....quantisation import quantise_onnx
 from ...memory import is_out_of_memory
 from ..config import LatencyConfig
 from .command import prepare_command
+from .litert import prepare_litert
 from .onnx_models import prepare_onnxruntime, prepare_openvino
 from .prepared import Prepared, to_cpu
 from .pytorch import prepare_compiled, prepare_cudagraph, prepare_eager
@@ -202,5 +203,8 @@ RUNTIMES: dict[str, Runtime] = {
     "eager": prepare_eager,
     "compile": prepare_compiled,
     "cudagraph": prepare_cudagraph,
-    **{name: _of_module(load) for name, load in ONNX_RUNTIMES.items()},
+    "onnxruntime": _of_module(prepare_onnxruntime),
+    "openvino": _of_module(prepare_openvino),
+    "litert": prepare_litert,
+    "command": _of_module(prepare_command),
 }
