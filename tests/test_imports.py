@@ -22,7 +22,7 @@ ORDER = (
     "nas.architecture nas.consent nas.streams nas.memory_format nas.fingerprint nas.quiet",
     "nas.foreign_files",
     "nas.objectives nas.machine nas.data nas.folding nas.onnx",
-    "nas.display nas.litert nas.quantisation nas.coreml",
+    "nas.display nas.litert nas.quantisation nas.coreml nas.ncnn nas.executorch",
     "nas.space nas.models nas.scoring",
     "nas.storage nas.counts",
     "nas.folders",
@@ -173,7 +173,7 @@ def test_scoring_knows_neither_architectures_nor_optuna(module):
 
 
 SLOW = {"scipy", "pandas", "sklearn", "matplotlib", "plotly", "thop", "onnx", "onnxruntime", "openvino"}
-SLOW |= {"coremltools", "ai_edge_litert", "litert_torch", "ai_edge_quantizer"}
+SLOW |= {"ncnn", "pnnx", "executorch", "coremltools", "ai_edge_litert", "litert_torch", "ai_edge_quantizer"}
 
 
 @table("module", NAS)

@@ -27,9 +27,11 @@ from conftest import table
 from quick import REFERENCE_SIZE, ROUNDS
 from torch import nn
 
+from nas.architecture import Softmax
 from nas.errors import TrialFailure, UsageError
 from nas.machine.turns import WAITING, exclusive, shared
 from nas.models import Backbone
+from nas.models.mixers import build_mixer
 from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import (
@@ -443,7 +445,7 @@ def test_tables_agree():
     assert TOLERANCE.keys() == DTYPES.keys()
 
 
-SLOW = ("onnxruntime", "compile", "openvino", "litert", "command")
+SLOW = ("onnxruntime", "compile", "openvino", "litert", "command", "ncnn", "executorch")
 """Runtimes that take seconds to make a network ready; the others go through every test of the table."""
 CASES = [
     pytest.param(
@@ -535,7 +537,14 @@ class Unexportable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "runtime", ["onnxruntime", *(pytest.param(n, marks=pytest.mark.slow) for n in ("openvino", "litert", "command"))]
+    "runtime",
+    [
+        "onnxruntime",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("openvino", "litert", "command", "ncnn", "executorch")
+        ),
+    ],
 )
 def test_what_a_runtime_cannot_run_is_a_failure_with_its_reason(runtime):
     need(runtime)
@@ -544,6 +553,31 @@ def test_what_a_runtime_cannot_run_is_a_failure_with_its_reason(runtime):
         prepare_model(Unexportable(), (3, 8, 8), config)
     assert caught.value.reason == "runtime"
     assert "\n" not in str(caught.value)
+
+
+def test_operators_that_ncnn_lacks_are_named():
+    need("ncnn")
+    windows = build_mixer(16, Softmax(heads=2, window=4), 1).eval()
+    with pytest.raises(TrialFailure, match=r"ncnn cannot run it: it has no layer for .*Tensor\.unflatten") as caught:
+        prepare_model(windows, (16, 8, 8), LatencyConfig(runtime="ncnn", **QUICK))
+    assert caught.value.reason == "runtime"
+
+
+@pytest.mark.slow
+def test_executorch_says_how_much_its_backend_runs_and_networks_with_other_threads_stay_right():
+    need("executorch")
+    networks = [
+        prepare_model(SMALL, (3, 16, 16), LatencyConfig(runtime="executorch", threads=threads, **QUICK))
+        for threads in (1, 2)
+    ]
+    assert [network.delegated for network in networks] == [1.0, 1.0]
+    with torch.inference_mode():
+        first, second, again = (networks[i].output() for i in (0, 1, 0))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, second)
+    windows = build_mixer(16, Softmax(heads=2, window=4), 1).eval()  # tensors of seven dimensions
+    part = prepare_model(windows, (16, 8, 8), LatencyConfig(runtime="executorch", batch_size=2, **QUICK))
+    assert 0 < part.delegated < 1
 
 
 def test_a_wrong_output_is_never_timed(monkeypatch):

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     default="timm",
     callback=names,
     metavar="NAME,…",
-    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), litert (.tflite), litert-int8, coreml (not "
-    "run by Core ML). The timm files are always written.",
+    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), litert (.tflite), litert-int8, ncnn, "
+    "executorch, coreml (not run by Core ML). The timm files are always written.",
 )
 @option(
     "--weights",
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     "--batch",
     type=int,
     metavar="N",
-    help="Fixed batch size of all other files than timm's, which some devices need.  [default: any number; coreml and "
-    "litert: 1]",
+    help="Fixed batch size of all other files than timm's, which some devices need.  [default: any number; coreml, "
+    "litert and executorch: 1]",
 )
 @option("--data", help="Current place of the images.  [default: their place at the time of training]")
 @option("--data-root", help="Current folder of torch/NAME and hfds/NAME sets.")

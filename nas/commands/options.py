@@ -225,7 +225,7 @@ def latency(several: bool = False) -> Decorator:
             "--runtime",
             "runtime",
             defaults.RUNTIME,
-            "Runtime: eager, compile, cudagraph, onnxruntime, openvino, litert or command",
+            "Runtime: eager, compile, cudagraph, onnxruntime, openvino, litert, ncnn, executorch or command",
         ),
         timing(
             "--precision",

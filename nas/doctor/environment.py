@@ -245,6 +245,8 @@ ENVIRONMENT: dict[str, Check] = {
     "ONNX Runtime": partial(_check_runtime, "onnxruntime"),
     "OpenVINO": partial(_check_runtime, "openvino"),
     "LiteRT": partial(_check_runtime, "litert"),
+    "ncnn": partial(_check_runtime, "ncnn"),
+    "ExecuTorch": partial(_check_runtime, "executorch"),
     "cores": _check_cores,
     "memory": _check_memory,
     "disk": _check_disk,

@@ -343,9 +343,9 @@ def _files(report: Mapping[str, Any]) -> str:
     ]
     for name, file in report["files"].items():
         cells = [
-            f"`{file['file']}`",
+            " and ".join(f"`{part['file']}`" for part in (file, *file.get("beside", ()))),
             FORMATS[name].note + (_images_a_pass(file["batch"]) if "batch" in file else ""),
-            f"{file['bytes'] / 1e6:.2f}",
+            f"{sum(part['bytes'] for part in (file, *file.get('beside', ()))) / 1e6:.2f}",
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
             _top1(file),

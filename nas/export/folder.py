@@ -58,7 +58,8 @@ class Settings:
         batch: fixed batch size of every file except timm's; None allows any batch size.
 
     Raises:
-        UsageError: if a format is unknown, its packages are not installed, or `batch` is set and no format can fix it.
+        UsageError: if a format is unknown, its packages are not installed, or `batch` is set and no format can fix it,
+            or one takes another number.
     """
 
     formats: tuple[str, ...] = ("timm",)
@@ -78,6 +79,9 @@ class Settings:
         if self.batch is not None and not any(FORMATS[name].deployed for name in self.formats):
             fixed = ", ".join(name for name, kind in FORMATS.items() if kind.deployed)
             raise UsageError(f"`batch` is for the formats {fixed}: name one by `formats`")
+        for name in self.formats if self.batch is not None else ():
+            if FORMATS[name].deployed and (most := FORMATS[name].images(self.batch)) != self.batch:
+                raise UsageError(f"a pass of {self.batch} images: format {name} takes {most}; leave `batch` out")
 
 
 @dataclass(frozen=True)
@@ -219,11 +223,13 @@ def broken_file(folder: Path) -> str:
     """
     if not is_export(folder):
         return ""
-    shape = {"files": {str: {"file": LINE, "sha256": LINE}}}
-    for entry in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
-        file = folder / Path(entry["file"]).name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            return str(entry["file"])
+    file_shape = {"file": LINE, "sha256": LINE}
+    shape = {"files": {str: file_shape | {"beside?": [file_shape]}}}
+    for described in read_json(folder / EXPORT, "an export's report", shape, RunError)["files"].values():
+        for entry in (described, *described.get("beside", ())):
+            file = folder / Path(entry["file"]).name
+            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+                return str(entry["file"])
     return ""
 
 
@@ -277,13 +283,15 @@ def _write_formats(
         log.info("%s: writing and checking %s", material.subject.key, name)
         try:
             kind.make(material, folder)
-            files[name] = _describe(folder / kind.file) | _check(name, kind, material, folder)
+            described, *beside = (_describe(folder / file) for file in kind.files)
+            files[name] = described | _check(name, kind, material, folder) | ({"beside": beside} if beside else {})
             if kind.deployed:
                 files[name]["batch"] = kind.images(material.batch)
         except Exception as error:  # exporters may raise any exception
             if name == "timm" or isinstance(error, OSError):
                 raise
-            (folder / kind.file).unlink(missing_ok=True)
+            for file in kind.files:
+                (folder / file).unlink(missing_ok=True)
             known = isinstance(error, NasError)
             failures[name] = one_line(str(error) if known else f"{type(error).__name__}: {error}", 300)
     return files, failures

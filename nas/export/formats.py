@@ -24,8 +24,9 @@ from ..onnx import OPSET
 from ..quantisation import quantise_onnx
 from ..quiet import quiet
 from ..scoring.latency import LatencyConfig, Prepared, prepare_call, prepare_loaded, prepare_model, prepare_onnx
-from ..scoring.latency.config import LITERT, QUANTISER, missing_packages
+from ..scoring.latency.config import LITERT, QUANTISER, RUNTIME_TRAITS, missing_packages
 from ..scoring.latency.runtimes import load_litert
+from . import phones
 from .calls import for_any_number, litert_call, onnx_call
 from .checks import ALLOWED_FLIPS, Call
 from .material import Material, preprocessing
@@ -37,6 +38,7 @@ class Format:
 
     Args:
         file: name of its file in the folder.
+        beside: names of further files.
         make: writes the file into a folder.
         load: loads the file from a folder, and returns the network as a function.
         prepare: prepares the file for timing.
@@ -68,12 +70,18 @@ class Format:
     extra: str = "onnx"
     deployed: bool = True
     images: Callable[[int | None], int | None] = lambda batch: batch
+    beside: tuple[str, ...] = ()
     tolerance: float = 1e-3
     flips: float = ALLOWED_FLIPS
     lossy: bool = False
     expected: Callable[[Material], torch.Tensor] = lambda material: material.expected
     against: str = ""
     quantiser: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all its files in the folder."""
+        return self.file, *self.beside
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -277,6 +285,31 @@ FORMATS: dict[str, Format] = {
         images=lambda batch: batch or 1,
         tolerance=1e-2,
         flips=1e-2,
+    ),
+    "ncnn": Format(
+        file=phones.NCNN_FILES[0],
+        beside=phones.NCNN_FILES[1:],
+        make=lambda material, folder: phones.write_ncnn(material.program_of(1), folder),
+        load=phones.ncnn_call,
+        prepare=lambda material, folder, config: phones.time_ncnn(folder, material.subject.input_size, config),
+        runtime="ncnn",
+        note="layers and float32 weights for ncnn: batch norms folded",
+        version="ncnn",
+        packages=RUNTIME_TRAITS["ncnn"].packages,
+        extra="ncnn",
+        images=lambda _: 1,
+    ),
+    "executorch": Format(
+        file=phones.EXECUTORCH_FILE,
+        make=lambda material, folder: phones.write_executorch(material.program_of(material.batch or 1), folder),
+        load=lambda folder: for_any_number(*phones.executorch_call(folder)),
+        prepare=lambda material, folder, config: phones.time_executorch(folder, material.subject.input_size, config),
+        runtime="executorch",
+        note="a program for ExecuTorch with its XNNPACK backend: batch norms folded",
+        version="executorch",
+        packages=RUNTIME_TRAITS["executorch"].packages,
+        extra="executorch",
+        images=lambda batch: batch or 1,
     ),
 }
 """Name -> format. `timm` is the folder itself and always written."""

@@ -53,7 +53,7 @@ def describe_software() -> dict[str, Any]:
     names = (
         *("mixnas", "torch", "torchvision", "timm", "optuna", "thop", "numpy", "triton"),
         *("onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "coremltools"),
-        *("ai-edge-litert", "litert-torch", "ai-edge-quantizer"),
+        *("ai-edge-litert", "litert-torch", "ai-edge-quantizer", "ncnn", "pnnx", "executorch"),
     )
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in names:

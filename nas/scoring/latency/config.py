@@ -97,6 +97,8 @@ RUNTIME_TRAITS: dict[str, RuntimeTraits] = {
     ),
     "litert": RuntimeTraits(devices=("cpu",), dtypes=("fp32", "int8"), packages=LITERT, extra="litert"),
     "command": RuntimeTraits(devices=(), dtypes=("fp32", "fp16", "int8"), packages=_ONNX, extra="onnx"),
+    "ncnn": RuntimeTraits(devices=("cpu",), dtypes=("fp32",), packages=("ncnn", "pnnx"), extra="ncnn"),
+    "executorch": RuntimeTraits(devices=("cpu",), dtypes=("fp32",), packages=("executorch",), extra="executorch"),
 }
 """Name -> traits. `nas.scoring.latency.runtimes.RUNTIMES` holds the code under the same names."""
 

@@ -2,6 +2,7 @@
 
 from .litert import load_litert
 from .prepared import Prepared, random_images
+from .program_models import load_executorch, load_ncnn
 from .table import ONNX_RUNTIMES, RUNTIMES, TOLERANCE, prepare, prepare_chain
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "RUNTIMES",
     "TOLERANCE",
     "Prepared",
+    "load_executorch",
     "load_litert",
+    "load_ncnn",
     "prepare",
     "prepare_chain",
     "random_images",

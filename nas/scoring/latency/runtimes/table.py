@@ -23,6 +23,7 @@ from .command import prepare_command
 from .litert import prepare_litert
 from .onnx_models import prepare_onnxruntime, prepare_openvino
 from .prepared import Prepared, to_cpu
+from .program_models import prepare_executorch, prepare_ncnn
 from .pytorch import prepare_compiled, prepare_cudagraph, prepare_eager
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2, "int8": 0.5}
@@ -207,4 +208,6 @@ RUNTIMES: dict[str, Runtime] = {
     "openvino": _of_module(prepare_openvino),
     "litert": prepare_litert,
     "command": _of_module(prepare_command),
+    "ncnn": prepare_ncnn,
+    "executorch": prepare_executorch,
 }
