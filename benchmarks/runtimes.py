@@ -3,7 +3,8 @@
     python benchmarks/runtimes.py [--device cpu] [--threads N] [--networks NAME,…] [--runtimes NAME,…] [--types NAME,…]
     python benchmarks/runtimes.py --threads 1 --runtimes litert --against onnxruntime --networks softmax,cas_vit_xs
 
-A network is a preset, a timm model, or a mixer: a network of the space `small` with this mixer in all stages. With
+A network is a preset, a timm model, or a mixer: a network of the space `small` with this mixer in all stages, or of
+`mobile` with `mobile:MIXER` (no windows) and `mobile:softmax with windows`. With
 `--against`, each network takes turns with itself in another runtime, and the table has the ratio of the latencies
 (below 1: faster than the other runtime) and the share of operators that the runtime's fast kernels run.
 
@@ -26,13 +27,17 @@ import timm
 import torch
 
 import search_spaces
+from nas.architecture import Softmax
 from nas.errors import NasError
 from nas.machine.description import describe_software, machine_name
 from nas.models import create_backbone
 from nas.scoring.latency import RUNTIME_TRAITS, Latency, LatencyConfig, measure_latencies, prepare_model
 from nas.scoring.latency.config import DTYPES
 
-PACKAGES = ("torch", "onnxruntime", "openvino", "ai-edge-litert", "litert-torch", "ai-edge-quantizer")
+PACKAGES = (
+    *("torch", "onnxruntime", "openvino", "ai-edge-litert", "litert-torch", "ai-edge-quantizer"),
+    *("ncnn", "pnnx", "executorch"),
+)
 NETWORKS = ("cas_vit_xs", "s2a_r_mini", "mobilenetv4_conv_small", "vit_tiny_patch16_224")
 MIXERS = ("softmax", "additive", "strip", "hadamard")
 BOARD = Path(__file__).parents[1] / "examples" / "board.py"
@@ -70,15 +75,19 @@ def main() -> None:
 
 
 def build(name: str) -> torch.nn.Module:
-    """Returns a timm model, a preset, or the first network of `small` with one mixer in all stages."""
+    """Returns a timm model, a preset, or the first network of a space with one mixer in all stages."""
     torch.manual_seed(0)
-    if name not in MIXERS:
+    space_name, _, rest = name.rpartition(":")
+    mixer, _, windows = rest.partition(" with ")
+    if mixer not in MIXERS:
         return timm.create_model(name).eval()
-    space, rng = search_spaces.load("small"), np.random.default_rng(0)
-    architecture = space.sample(rng)
-    while {stage.mixer.name for stage in architecture.stages} != {name}:
+    space, rng = search_spaces.load(space_name or "small"), np.random.default_rng(0)
+    while True:
         architecture = space.sample(rng)
-    return create_backbone(architecture, 1000).eval()
+        mixers = [stage.mixer for stage in architecture.stages]
+        has_windows = any(isinstance(m, Softmax) and m.window for m in mixers)
+        if {m.name for m in mixers} == {mixer} and has_windows == bool(windows):
+            return create_backbone(architecture, 1000).eval()
 
 
 def row(name: str, model: torch.nn.Module, runtime: str, dtype: str, arguments: argparse.Namespace) -> None:

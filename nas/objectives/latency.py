@@ -29,8 +29,8 @@ class Latency:
         steady: whether the interval came within the target; False if the time limit came first.
         waited: share of the time in which another program used this thread's core. This time is not part of any figure.
         prepare_seconds: seconds for export, compilation and session, which are not part of the latency.
-        delegated: share of the operators that the runtime's backend runs (LiteRT, ExecuTorch: XNNPACK). The others run in
-            slower kernels.
+        delegated: share of the operators that the runtime's backend runs (LiteRT, ExecuTorch: XNNPACK). The others run
+            in slower kernels.
         seconds: seconds that the measurement took.
         threads: number of CPU threads that torch used.
     """
