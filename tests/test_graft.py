@@ -326,8 +326,9 @@ def test_all_places_are_found(name: str, grain: str, found: list[tuple[str, int,
     assert {(p.layout, p.prefix) for p in seen} <= {("tokens", 1) if name == "test_vit" else ("nchw", 0)}
 
 
-@table("name", ["test_vit", "test_mambaout", "resnet18"])
+@table("name", ["test_vit", "test_mambaout", "resnet18", "cpubone_nano", "hgnetv2_b0"])
 def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name: str) -> None:
+    """In the last two, sequences of blocks lie in other ones."""
     model = timm.create_model(name, num_classes=5).eval()
     size = model.pretrained_cfg["input_size"] if name == "test_vit" else IMAGE
     for grain in ("stage", "mixer"):

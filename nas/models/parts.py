@@ -81,8 +81,9 @@ def places(model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], grain:
     groups = _groups(model, seen[0])
     prefixes = tuple(dict.fromkeys((0, int(getattr(model, "num_prefix_tokens", 0)))))
     chains = _mixers(model, groups) if grain == "mixer" else _sequences(model, groups, seen[0])
-    found = (_place(chain, seen, prefixes, grain) for chain in chains)
-    return tuple(place for place in found if place is not None)
+    found = [place for chain in chains if (place := _place(chain, seen, prefixes, grain)) is not None]
+    outermost = set(_outermost([path for place in found for path in place.paths]))
+    return tuple(place for place in found if outermost.issuperset(place.paths))  # none lies in another one
 
 
 def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
