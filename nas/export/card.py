@@ -354,7 +354,7 @@ def _files(report: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     text, software = "\n".join(lines), report["software"]
     programs = dict.fromkeys(("torch", "timm", *(FORMATS[name].version for name in report["files"])))
-    fixed = any(file.get("batch") for file in report["files"].values())
+    fixed = {bool(f.get("batch")) for name, f in report["files"].items() if FORMATS[name].deployed} == {True}
     together = "Whatever else is in its batch, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
     text += f"\n\nCompared with the trained network in eager torch on {as_text(report['compared_on'])}"
     for name, int8 in ((name, file) for name, file in report["files"].items() if FORMATS[name].lossy):

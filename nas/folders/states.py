@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ..scoring.accuracy import Training
 from .checkpoint import pack_state
 from .files import write_file
@@ -25,6 +27,9 @@ def kept_state(training: Training | None) -> bytes | None:
 def save_state(run: Run, key: str, state: bytes) -> None:
     """Writes the state of the training of a candidate, unless the other states fill the disk budget."""
     file = run.tuning_file(key)
-    others = sum(other.stat().st_size for other in run.unfinished_tunings() if other != file)
+    others = 0
+    for other in run.unfinished_tunings():
+        with contextlib.suppress(FileNotFoundError):  # another process deletes the states of finished trainings
+            others += other.stat().st_size if other != file else 0
     if others + len(state) <= MAX_STATES:
         write_file(file, state)

@@ -1,6 +1,6 @@
 """Calibrates the estimators of a search for grafts: long tunings of random forms against what a search knows before.
 
-The truths are tunings as the search tunes, only longer. The estimators are the sum of single harms, from which the
+The truths are tunings as the search scores by, only longer. The estimators are the sum of single harms, from which the
 search takes its first forms, the accuracy of what was assembled, and shorter tunings, by which it ranks forms.
 """
 

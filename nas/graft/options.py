@@ -8,7 +8,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..architecture import Additive, Hadamard, Mixer, Replacement, Softmax, Stage, Strip, check_mapping, mixer_from_dict
+from ..architecture import (
+    Additive,
+    Hadamard,
+    Mixer,
+    Replacement,
+    Softmax,
+    Stage,
+    Strip,
+    canonical_json,
+    check_mapping,
+    mixer_from_dict,
+    mixer_to_dict,
+)
+from ..architecture.checks import non_defaults
 from ..errors import UsageError, unknown_name
 from ..foreign_files import is_file, read_json
 from ..models.parts import Place
@@ -68,6 +81,13 @@ class Library:
                 at = {name: getattr(place, name) for name in ("width_in", "stride", "layout", "prefix", "grain")}
                 found.append(Replacement(place.paths, stage, **at))
         return list(dict.fromkeys(found))
+
+    def to_json(self) -> str:
+        """Returns canonical JSON of the fields that differ from their defaults."""
+        values = non_defaults(self)
+        if "mixers" in values:
+            values["mixers"] = [mixer_to_dict(mixer) for mixer in self.mixers]
+        return canonical_json(values)
 
     @classmethod
     def from_dict(cls, data: Any) -> Library:

@@ -89,10 +89,10 @@ class ParentConfig:
         return {
             "weights": "" if self.weights is None else sha256_of(self.weights),
             "parent_epochs": str(self.epochs),
-            "library": "none" if offered is None else key_of(repr(offered)),
+            "library": "none" if offered is None else key_of(offered.to_json()),
             "grain": self.grain,
             "distil_epochs": str(self.distil_epochs),
-            "donor": ", ".join(f"{donor.name} {donor.sha256}" for donor in self.donors),
+            "donor": key_of(" ".join(f"{donor.name} {donor.sha256}" for donor in self.donors)),
             "proxy": self.proxy,
             "epochs": str(self.proxy_epochs),
         }
@@ -119,7 +119,8 @@ class ParentConfig:
         for name, value in {**self.asked, BUDGET: str(share)}.items():
             if value not in (usual[name], recorded.get(name)):
                 raise UsageError(
-                    f"{folder.parent} was begun with another `{name}`: leave it out to resume, or give another `out`"
+                    f"{folder.parent} was begun with another `{name}`: give that one, or another `out`; without "
+                    "`parent`, the search resumes with its own settings"
                 )
 
     def resolved(self) -> Target:

@@ -7,11 +7,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..architecture import Candidate
 from ..machine.children import end_with_parent
@@ -26,7 +30,8 @@ class SideBySide:
     """Trains candidates in processes that end with the context.
 
     The processes write states and weights to the run folder themselves, so a killed search goes on from these. If one
-    of them dies, the rest is trained one after the other in this process, since memory may be short.
+    of them dies, the rest is trained one after the other in this process, since memory may be short. A training alone
+    has all cores, and results are promised to be equal only for equal numbers of threads.
 
     Args:
         trainer: trains a candidate.
@@ -35,10 +40,11 @@ class SideBySide:
     """
 
     def __init__(self, trainer: Trainer, processes: int, verb: str) -> None:
+        role = replace(trainer.evaluator.role, shares=False, threads=None)
+        self._lone = replace(trainer, evaluator=replace(trainer.evaluator, role=role))  # on all cores
         self._trainer, self._processes, self._verb = trainer, processes, verb
-        if processes == 1:
-            self._alone()
         self._pool: ProcessPoolExecutor | None = None
+        self._file: Path | None = None
         self._others = set(multiprocessing.active_children())
 
     def __enter__(self) -> SideBySide:
@@ -61,37 +67,52 @@ class SideBySide:
         """
         left = list(enumerate(candidates, start=1))
         under_way: dict[Future[dict[str, Any]], tuple[int, Candidate]] = {}
+        short: list[Candidate] = []  # of memory, which the trainings beside them may have used
+
+        def tell() -> tuple[int, Candidate]:
+            number, candidate = left[0]
+            told = self._verb, candidate.key, epochs, number, len(candidates)
+            log.info("%s %s, epochs %d: %d of %d", *told)
+            return left[0]
+
         while left or under_way:
-            most = min(self._processes, len(candidates))
-            while left and len(under_way) < most:
-                number, candidate = left.pop(0)
-                told = self._verb, candidate.key, epochs, number, len(candidates)
-                log.info("%s %s, epochs %d: %d of %d", *told)
-                if most == 1:
-                    yield candidate, self._trainer.up_to(epochs, candidate)
-                else:
-                    under_way[self._started().submit(_entry, epochs, candidate)] = number, candidate
-            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            if self._processes == 1 or len(candidates) == 1:
+                _, candidate = tell()
+                yield candidate, self._lone.up_to(epochs, candidate)
+                left.pop(0)
+                continue
             try:
-                for future in done:
+                while left and len(under_way) < self._processes:
+                    future = self._started().submit(_entry, epochs, tell()[1])
+                    under_way[future] = left.pop(0)
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     entry = future.result()
-                    yield under_way.pop(future)[1], entry
+                    _, candidate = under_way.pop(future)
+                    if entry.get("failure", "").startswith("out_of_memory"):
+                        short.append(candidate)
+                    else:
+                        yield candidate, entry
             except BrokenProcessPool:
                 log.warning("a process that trained died, so the other trainings run one after the other")
                 self._end()
-                self._alone()
+                self._processes = 1
+                for future in [f for f in under_way if not f.cancelled() and f.done() and f.exception() is None]:
+                    yield under_way.pop(future)[1], future.result()
                 left = [*under_way.values(), *left]
                 under_way.clear()
-
-    def _alone(self) -> None:
-        """Lets this process train, on all cores."""
-        evaluator = self._trainer.evaluator
-        role = replace(evaluator.role, shares=False, threads=None)
-        self._trainer, self._processes = replace(self._trainer, evaluator=replace(evaluator, role=role)), 1
+        if short:
+            self._end()
+        for candidate in short:
+            log.info("%s %s again, alone, because memory ran out", self._verb, candidate.key)
+            yield candidate, self._lone.up_to(epochs, candidate)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            how = multiprocessing.get_context("spawn"), _begin, (pickle.dumps(self._trainer), os.getpid())
+            # in a file, because arguments of a process stay in its memory and in that of this process
+            with tempfile.NamedTemporaryFile(prefix="mixnas-", delete=False) as file:
+                pickle.dump(self._trainer, file)
+            self._file = Path(file.name)
+            how = multiprocessing.get_context("spawn"), _begin, (file.name, os.getpid())
             self._pool = ProcessPoolExecutor(self._processes, *how)
         return self._pool
 
@@ -102,19 +123,25 @@ class SideBySide:
                 process.kill()
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 _TRAINER: list[Trainer] = []
 """The trainer of a process that trains."""
 
 
-def _begin(pickled: bytes, parent: int) -> None:
+def _begin(file: str, parent: int) -> None:
     """Prepares a process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search, which then ends this process
     end_with_parent(signal.SIGKILL, parent)
-    _TRAINER.append(pickle.loads(pickled))
+    with open(file, "rb") as pickled:
+        _TRAINER.append(pickle.load(pickled))
 
 
 def _entry(epochs: int, candidate: Candidate) -> dict[str, Any]:
     (trainer,) = _TRAINER
-    return trainer.up_to(epochs, candidate)
+    entry = trainer.up_to(epochs, candidate)
+    if trainer.evaluator.role.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # for the other processes on the GPU
+    return entry

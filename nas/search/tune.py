@@ -10,7 +10,7 @@ same images), and a killed one at its last state, with the same results as in on
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -67,9 +67,9 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
             chosen = winners(run, trials, tuner.raced, config.tune_count)
         else:
             chosen = starters(run, trials, config.tune_count)
+        _forget(run, {graft.key for graft in chosen})  # the disk budget of states is for the chosen ones
         tuner.tune(chosen)
-    for state in run.unfinished_tunings():
-        state.unlink()
+    _forget(run, set())
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
         log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)
         study.set_user_attr(CONTROL, {"key": graft.key, **_from_random_weights(run, whole, fidelity, graft)})
@@ -178,6 +178,13 @@ def _score_rivals(
         else:
             found = {"scores": tuned_scores(scores, entry).to_dict(), "graft": graft.to_dict()}
         add_baseline(study, known, name, found)
+
+
+def _forget(run: Run, kept: Set[str]) -> None:
+    """Deletes the states of all unfinished trainings but some."""
+    for state in run.unfinished_tunings():
+        if state.stem not in kept:
+            state.unlink(missing_ok=True)
 
 
 def _on_all_images(evaluator: Evaluator) -> Evaluator:

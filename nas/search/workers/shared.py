@@ -46,12 +46,18 @@ class Shared:
         fleet.kept.update(t.number for t in state.unfinished)
 
     def look(self) -> tuple[int, int]:
-        """Buries dead workers' trials, takes in what has ended and counts the rest."""
+        """Buries dead workers' trials, takes in what has ended and counts the rest.
+
+        Start points that nobody has begun count only once all points are known: else they would exceed the trials.
+        """
         found = self._fleet.bury()
         self._catch_up(found)  # or what ended since the last time would be neither scored nor under way
         trials = [t for t in found if not t.state.is_finished()]
-        waiting = sum(t.state == TrialState.WAITING and self._fleet.worker.does(t) for t in trials)
-        return len(trials) - waiting - len(self._state.unfinished), waiting
+        queue = [t for t in trials if t.state == TrialState.WAITING and self._fleet.worker.does(t)]
+        running = len(trials) - len(queue) - len(self._state.unfinished)
+        if len(self._state.known) < self._state.knobs.size:
+            queue = [t for t in queue if has_begun(t)]  # start points are given out first anyway
+        return running, len(queue)
 
     def ask(self) -> Asked | None:
         """Returns an unfinished trial, a trial of the queue or a new one, in this order."""
