@@ -144,7 +144,6 @@ def _conv(
 
 def _pool(
     pool: Callable[..., Tensor],
-    fill: float,
     x: Tensor,
     kernel_sizes: Tensor,
     strides: Tensor,
@@ -153,7 +152,7 @@ def _pool(
     ceil_mode: bool,
     exclude_padding_from_average: bool = False,
 ) -> Tensor:
-    padded = _padded(x, pad, pad_type, fill)
+    padded = _padded(x, pad, pad_type, -torch.inf if pool is functional.max_pool2d else 0.0)
     kernel, stride = kernel_sizes.tolist(), strides.tolist()
     means = pool(padded, kernel, stride, ceil_mode=ceil_mode)
     if exclude_padding_from_average:
@@ -252,7 +251,7 @@ def _gather_nd(x: Tensor, indices: Tensor) -> Tensor:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
-    "avg_pool": partial(_pool, functional.avg_pool2d, 0.0),
+    "avg_pool": partial(_pool, functional.avg_pool2d),
     "batch_norm": _batch_norm,
     "cast": lambda x, dtype: x,
     "clip": lambda x, alpha, beta: x.clamp(alpha, beta),
@@ -266,7 +265,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "leaky_relu": lambda x, alpha: torch.where(x >= 0, x, alpha * x),
     "linear": lambda x, weight, bias=None: functional.linear(x, weight, bias),
     "matmul": _matmul,
-    "max_pool": partial(_pool, functional.max_pool2d, -torch.inf),
+    "max_pool": partial(_pool, functional.max_pool2d),
     "maximum": lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)),
     "mul": lambda x, y: x * y,
     "pad": _pad,
