@@ -124,8 +124,12 @@ def _padded(x: Tensor, pad: Tensor, pad_type: str, fill: float = 0.0) -> Tensor:
         return x
     if pad_type != "custom":
         raise NasError(f"it cannot be checked: mixnas does not know the padding {pad_type}")
-    sides = [side for pair in reversed(pad.view(-1, 2).tolist()) for side in pair]
-    return functional.pad(x, sides, value=fill)
+    return functional.pad(x, _sides(pad), value=fill)
+
+
+def _sides(pad: Tensor) -> list[int]:
+    """Returns what comes before and after each dimension as torch takes it: the last dimension first."""
+    return [side for pair in reversed(pad.view(-1, 2).tolist()) for side in pair]
 
 
 def _conv(
@@ -163,7 +167,7 @@ def _pool(
 def _pad(x: Tensor, pad: Tensor, mode: str, constant_val: float) -> Tensor:
     if mode == "constant":
         return _padded(x, pad, "custom", constant_val)
-    sides = [side for pair in reversed(pad.view(-1, 2).tolist()) for side in pair]
+    sides = _sides(pad)
     while len(sides) > 4 and not any(sides[-2:]):
         del sides[-2:]
     return functional.pad(x, sides, mode=mode)

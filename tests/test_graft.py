@@ -968,7 +968,7 @@ def test_the_same_command_resumes_and_another_parent_is_refused(run: Run, config
     own.write_text('{"mixers": ["strip", "hadamard"], "depths": [1]}')  # what `mini` offers
     graft(replace(usual, library=str(own)), replace(config, trials=5))
     changes = ({"weights": other}, {"library": "wide"}, {"grain": "mixer"}, {"distil_epochs": 7}, {"epochs": 3})
-    with pytest.raises(UsageError, match="another `budget of latency`"):
+    with pytest.raises(UsageError, match="another `max`"):
         graft(usual, config, {"latency": 0.5})
     for change in changes:
         (name,) = change

@@ -182,38 +182,42 @@ def _make_litert_int8(material: Material, folder: Path) -> None:
     write_file(folder / FORMATS["litert-int8"].file, quantise_litert(material.litert, material.ranges))
 
 
-def _litert_format(file: str, note: str, **options: Any) -> Format:
-    """Makes a format that LiteRT runs."""
-    return Format(
-        file=file,
-        load=lambda folder: litert_call((folder / file).read_bytes()),
-        prepare=lambda material, folder, config: prepare_loaded(
-            partial(load_litert, (folder / file).read_bytes()), material.subject.input_size, config
-        ),
-        runtime="litert",
-        note=note,
-        version="ai-edge-litert",
-        packages=LITERT,
-        extra="litert",
-        images=lambda batch: batch or 1,
-        **options,
-    )
+def _time_litert(model: bytes, input_size: tuple[int, int, int], config: LatencyConfig) -> Prepared:
+    return prepare_loaded(partial(load_litert, model), input_size, config)
 
 
-def _onnx_format(file: str, note: str, **options: Any) -> Format:
-    """Makes a format that ONNX Runtime runs."""
+def _one_file(
+    file: str,
+    note: str,
+    call: Callable[[bytes], Call],
+    prepare: Callable[[bytes, tuple[int, int, int], LatencyConfig], Prepared],
+    **options: Any,
+) -> Format:
+    """Makes a format of one file, from functions of its content."""
     return Format(
         file=file,
-        load=lambda folder: onnx_call((folder / file).read_bytes()),
-        prepare=lambda material, folder, config: prepare_onnx(
+        load=lambda folder: call((folder / file).read_bytes()),
+        prepare=lambda material, folder, config: prepare(
             (folder / file).read_bytes(), material.subject.input_size, config
         ),
-        runtime="onnxruntime",
         note=note,
-        version="onnxruntime",
-        packages=QUANTISER,
         **options,
     )
+
+
+_onnx_format = partial(
+    _one_file, call=onnx_call, prepare=prepare_onnx, runtime="onnxruntime", version="onnxruntime", packages=QUANTISER
+)
+_litert_format = partial(
+    _one_file,
+    call=litert_call,
+    prepare=_time_litert,
+    runtime="litert",
+    version="ai-edge-litert",
+    packages=LITERT,
+    extra="litert",
+    images=lambda batch: batch or 1,
+)
 
 
 def _make_coreml(material: Material, folder: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 
+from ..errors import RunError
+from ..repeats import REPEATS
 from ..scoring.accuracy import Training
 from .checkpoint import pack_state
 from .files import write_file
 from .run import Run
+
+log = logging.getLogger(__name__)
 
 MAX_STATES = 4 << 30
 """Bytes of states that a run folder keeps. A training without a state begins again, with the same results."""
@@ -25,11 +30,19 @@ def kept_state(training: Training | None) -> bytes | None:
 
 
 def save_state(run: Run, key: str, state: bytes) -> None:
-    """Writes the state of the training of a candidate, unless the other states fill the disk budget."""
+    """Writes the state of the training of a candidate, unless the other states fill the disk budget.
+
+    Nothing depends on a state, so one that cannot be written is only told.
+    """
     file = run.tuning_file(key)
     others = 0
     for other in run.unfinished_tunings():
         with contextlib.suppress(FileNotFoundError):  # another process deletes the states of finished trainings
             others += other.stat().st_size if other != file else 0
-    if others + len(state) <= MAX_STATES:
+    if others + len(state) > MAX_STATES:
+        return
+    try:
         write_file(file, state)
+    except RunError as error:
+        told = f"The state of a training could not be kept, so a longer one begins again ({error})."
+        REPEATS.tell(log, "states that could not be kept", told)

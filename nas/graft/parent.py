@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MAX_DISTIL_EPOCHS = 1000
 ASKED = "asked.json"
 """File in the folder of the parent with what the search was begun with (`ParentConfig.asked`)."""
-BUDGET = "budget of latency"
+BUDGET = "max"
 HELD_OUT = 0.5
 """Largest share of the images that the parent's training holds out. It is more than a search holds out."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +10,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..architecture import Candidate
-from ..errors import RunError, TrialFailure
+from ..errors import TrialFailure
 from ..folders.states import save_state
 from ..folders.trial import Trial
 from ..objectives.objectives import OBJECTIVES, Scores, wants_accuracy
-from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS
 from .config import SearchConfig
 from .early_stopping import Judge, best_final
@@ -26,8 +24,6 @@ from .samplers.knobs import Point
 from .standing import Standing
 from .state import Asked, State
 from .workers.claims import LEFT, Fleet, Member
-
-log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """A trial counts as failed after its process died this many times."""
@@ -106,11 +102,7 @@ class Recorder:
         if evaluation.weights is not None and self._standing.keeps(done):
             self._standing.run.save_weights(done.key, evaluation.weights)
         if evaluation.state is not None:
-            try:
-                save_state(self._standing.run, done.key, evaluation.state)
-            except RunError as error:
-                told = f"The state of a training could not be kept, so a longer one begins again ({error})."
-                REPEATS.tell(log, "states that could not be kept", told)
+            save_state(self._standing.run, done.key, evaluation.state)
         self._end(asked.trial, TrialState.COMPLETE, [float(v) for v in values if v is not None])
 
     def _fail(self, trial: optuna.Trial, failure: TrialFailure) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..architecture import Candidate
+from ..errors import RunError
 from ..machine.children import end_with_parent
 from .trainer import Trainer
 
@@ -109,9 +110,15 @@ class SideBySide:
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
             # in a file, because arguments of a process stay in its memory and in that of this process
-            with tempfile.NamedTemporaryFile(prefix="mixnas-", delete=False) as file:
-                pickle.dump(self._trainer, file)
-            self._file = Path(file.name)
+            try:
+                with tempfile.NamedTemporaryFile(prefix="mixnas-", delete=False) as file:
+                    self._file = Path(file.name)
+                    pickle.dump(self._trainer, file)
+            except OSError as error:
+                why = error.strerror or error
+                raise RunError(
+                    f"cannot write what processes that train need to {tempfile.gettempdir()}: {why}"
+                ) from None
             how = multiprocessing.get_context("spawn"), _begin, (file.name, os.getpid())
             self._pool = ProcessPoolExecutor(self._processes, *how)
         return self._pool

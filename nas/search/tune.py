@@ -105,7 +105,8 @@ class _Tuner:
     def __init__(
         self, study: optuna.Study, run: Run, trainings: SideBySide, first: int, scored: Mapping[str, Any]
     ) -> None:
-        self._study, self._run, self._trainings, self._first = study, run, trainings, first
+        self._study, self._run, self._trainings = study, run, trainings
+        self._first, self._scored = first, bool(scored)
         attributes = run.attributes
         self.raced: dict[str, Any] = {**attributes.get(RACED, {}), **scored}
         self.done: dict[str, Any] = dict(attributes.get(TUNED, {}))
@@ -123,7 +124,7 @@ class _Tuner:
     def tune(self, grafts: Sequence[Graft]) -> None:
         """Tunes grafts to the end, so that `done` has an entry for each; with a `failure` if it cannot be tuned."""
         epochs = self._trainings.most_epochs
-        if epochs > self._first:
+        if epochs > self._first and not self._scored:
             self.race(grafts)
         left = [graft for graft in grafts if graft.key not in self.done]
         for graft, entry in self._trainings.entries(left, epochs):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,12 +23,7 @@ def prepare_ncnn(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) 
 
 def load_ncnn(model: ncnn.NcnnModel, images: torch.Tensor, config: LatencyConfig) -> Prepared:
     """Loads a model in ncnn."""
-    network, given = ncnn.load(model, torch.get_num_threads()), images.contiguous()
-
-    def run() -> Any:
-        return network(given)
-
-    return Prepared(run, cpu_clock(run), lambda: to_cpu(run()))
+    return _prepared(ncnn.load(model, torch.get_num_threads()), images)
 
 
 def prepare_executorch(probe: nn.Module, images: torch.Tensor, config: LatencyConfig) -> Prepared:
@@ -38,11 +34,11 @@ def prepare_executorch(probe: nn.Module, images: torch.Tensor, config: LatencyCo
 
 def load_executorch(model: bytes, images: torch.Tensor, config: LatencyConfig) -> Prepared:
     """Loads a `.pte` file in ExecuTorch."""
-    network, given = executorch.Network(model, torch.get_num_threads()), images.contiguous()
+    return _prepared(executorch.Network(model, torch.get_num_threads()), images)
 
-    def run() -> Any:
-        return network(given)
 
+def _prepared(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> Prepared:
+    run = partial(network, images.contiguous())
     return Prepared(run, cpu_clock(run), lambda: to_cpu(run()))
 
 
