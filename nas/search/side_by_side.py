@@ -44,7 +44,7 @@ class SideBySide:
         role = replace(trainer.evaluator.role, shares=False, threads=None)
         self._lone = replace(trainer, evaluator=replace(trainer.evaluator, role=role))  # on all cores
         self._trainer, self._processes, self._verb = trainer, processes, verb
-        self._pool: ProcessPoolExecutor | None = None
+        self._pools: list[ProcessPoolExecutor] = []
         self._file: Path | None = None
         self._others = set(multiprocessing.active_children())
 
@@ -67,7 +67,7 @@ class SideBySide:
             epochs: epochs up to which they are trained now.
         """
         left = list(enumerate(candidates, start=1))
-        under_way: dict[Future[dict[str, Any]], tuple[int, Candidate]] = {}
+        under_way: dict[Future[dict[str, Any]], tuple[ProcessPoolExecutor, tuple[int, Candidate]]] = {}
         short: list[Candidate] = []  # of memory, which the trainings beside them may have used
 
         def tell() -> tuple[int, Candidate]:
@@ -83,12 +83,13 @@ class SideBySide:
                 left.pop(0)
                 continue
             try:
-                while left and len(under_way) < self._processes:
-                    future = self._started().submit(_entry, epochs, tell()[1])
-                    under_way[future] = left.pop(0)
+                busy = {pool for pool, _ in under_way.values()}
+                for pool in [pool for pool in self._started() if pool not in busy][: len(left)]:
+                    future = pool.submit(_entry, epochs, tell()[1])
+                    under_way[future] = pool, left.pop(0)
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     entry = future.result()
-                    _, candidate = under_way.pop(future)
+                    _, (_, candidate) = under_way.pop(future)
                     if entry.get("failure", "").startswith("out_of_memory"):
                         short.append(candidate)
                     else:
@@ -98,8 +99,9 @@ class SideBySide:
                 self._end()
                 self._processes = 1
                 for future in [f for f in under_way if not f.cancelled() and f.done() and f.exception() is None]:
-                    yield under_way.pop(future)[1], future.result()
-                left = [*under_way.values(), *left]
+                    _, (_, candidate) = under_way.pop(future)
+                    yield candidate, future.result()
+                left = [*(candidate for _, candidate in under_way.values()), *left]
                 under_way.clear()
         if short:
             self._end()
@@ -107,8 +109,12 @@ class SideBySide:
             log.info("%s %s again, alone, because memory ran out", self._verb, candidate.key)
             yield candidate, self._lone.up_to(epochs, candidate)
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
+    def _started(self) -> list[ProcessPoolExecutor]:
+        """Returns a pool of one process for each training.
+
+        In Python 3.11, a pool that starts a process while another one of its own dies fails with an error of any kind.
+        """
+        if not self._pools:
             # in a file, because arguments of a process stay in its memory and in that of this process
             try:
                 with tempfile.NamedTemporaryFile(prefix="mixnas-", delete=False) as file:
@@ -120,16 +126,16 @@ class SideBySide:
                     f"cannot write what processes that train need to {tempfile.gettempdir()}: {why}"
                 ) from None
             how = multiprocessing.get_context("spawn"), _begin, (file.name, os.getpid())
-            self._pool = ProcessPoolExecutor(self._processes, *how)
-        return self._pool
+            self._pools = [ProcessPoolExecutor(1, *how) for _ in range(self._processes)]
+        return self._pools
 
     def _end(self) -> None:
         """Ends the processes at once: all that they have done is in the run folder."""
-        if self._pool is not None:
+        if self._pools:
             for process in set(multiprocessing.active_children()) - self._others:
                 process.kill()
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        while self._pools:
+            self._pools.pop().shutdown(cancel_futures=True)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
