@@ -246,7 +246,7 @@ def explain(run: Run, key: str) -> Explanation:
     here = knobs.point(space.encode(trial.architecture))
     changes = _changes(knobs, here)
     networks = {point: space.decode(knobs.read(point)) for point in changes}
-    tried = {t.architecture: t for t in trials if t.state != "running" and t.failure not in HANDED_ON}
+    tried = {t.architecture: t for t in trials if t.ended and t.failure not in HANDED_ON}
     fresh = [point for point in changes if networks[point] not in tried]
     known = [point for point in changes if networks[point] in tried]
     problem = problem_of(run, space)

@@ -384,8 +384,9 @@ def test_a_folder_in_use_keeps_its_lock(tmp_path):
 def test_an_architecture_that_is_being_scored_is_not_found_yet(exhausted):
     trials = exhausted.trials()
     assert exhausted.find(trials[0].key[:8], trials) is trials[0]
-    with pytest.raises(UsageError, match="no architecture"):
-        exhausted.find(trials[0].key, [replace(trials[0], state="running"), *trials[1:]])
+    for state in ("running", "queued"):
+        with pytest.raises(UsageError, match="no architecture"):
+            exhausted.find(trials[0].key, [replace(trials[0], state=state), *trials[1:]])
 
 
 def test_a_folder_joins_one_run_alone(tmp_path):

@@ -116,7 +116,7 @@ def _check_trials(patient: Patient) -> Finding:
         )
     if silent := [t.number for t in trials if t.state in ("pruned", "failed") and not t.failure]:
         return warning(f"trial {silent[0]} ended without a reason ({len(silent)} such)", "no score is lost by it")
-    counts = Counter(t.state for t in trials if t.state != "running")
+    counts = Counter(t.state for t in trials if t.ended)
     ended = ", ".join(f"{counts[state]} {state}" for state in ("complete", "pruned", "failed") if counts[state])
     scored, wanted = sum(t.scored for t in trials), patient.run.manifest.config.trials
     text = f"{ended or 'none has ended'}; {scored} of {wanted} wanted are scored"

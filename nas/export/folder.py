@@ -315,7 +315,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
     if kind.lossy:
         drop = -figures["change"]["points"] if "change" in figures else 0.0
         if not drop <= MAX_DROP:
-            raise NasError(f"it loses {drop:.1f} points of accuracy on {figures['num_images']} images: not written")
+            raise NasError(f"it loses {drop:.1f} points of accuracy on {figures['num_images']} images")
         assert material.calibration is not None
         figures |= {"against": FORMATS[kind.against].file, "calibrated_on": len(material.calibration)}
     else:
@@ -324,7 +324,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
         if not (far <= kind.tolerance and flips <= max(1.0, kind.flips * figures["num_images"])):
             raise NasError(
                 f"the {name} file differs from the trained network by {far:.2g} of its largest logit, and in the class "
-                f"of {flips:.0f} of {figures['num_images']} images: not written"
+                f"of {flips:.0f} of {figures['num_images']} images"
             )
     return figures
 

@@ -349,7 +349,7 @@ class Run:
             UsageError: if no trial or several trials match.
         """
         trials = self.trials() if trials is None else trials
-        found = {t.key: t for t in trials if t.architecture and t.key.startswith(key) and t.state != "running"}
+        found = {t.key: t for t in trials if t.architecture and t.key.startswith(key) and t.ended}
         if len(found) == 1:
             return next(iter(found.values()))
         if not found or not key:

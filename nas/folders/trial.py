@@ -23,7 +23,8 @@ class Trial:
 
     Args:
         number: position in the run, from 0.
-        state: `complete`, `pruned` (over a budget, or stopped early), `failed` or `running`.
+        state: `complete`, `pruned` (over a budget, or stopped early), `failed`,
+            `running`, or `queued` (no process has begun with it, or one handed it on).
         architecture: the candidate; None if the trial ended before it was drawn.
         scores: its measured scores.
         failure: `reason: message` of a failed trial, or the reason why a trial was pruned; else ''.
@@ -41,6 +42,11 @@ class Trial:
     def key(self) -> str:
         """The architecture's key. Empty if the trial has no architecture."""
         return self.architecture.key if self.architecture else ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no process will go on with it."""
+        return self.state not in ("running", "queued")
 
     @property
     def stopped(self) -> bool:
@@ -65,7 +71,7 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     Raises:
         RunError: if the record is damaged.
     """
-    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
+    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "queued"}
     attributes, where = frozen.user_attrs, f"trial {frozen.number}"
     check(attributes, TRIAL, where, RunError)
     described = attributes.get("architecture")

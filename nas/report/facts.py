@@ -229,13 +229,13 @@ def endings(trials: Sequence[Trial]) -> Rows:
     found: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         found.setdefault(_ending(trial), []).append(trial)
-    order = ("scored", "frozen", "stopped early", "over budget", "failed", "running")
+    order = ("scored", "frozen", "stopped early", "over budget", "failed", "running", "queued")
     return [
         {
             "state": state,
             "reason": reason,
             "count": len(ended),
-            "last": ended[-1].failure if state not in ("scored", "running") else "",
+            "last": ended[-1].failure if state not in ("scored", "running", "queued") else "",
         }
         for (state, reason), ended in sorted(found.items(), key=lambda item: (order.index(item[0][0]), -len(item[1])))
     ]
@@ -252,6 +252,8 @@ def _ending(trial: Trial) -> tuple[str, str]:
         return "over budget", ", ".join(_over(trial)) or "of the search"
     if trial.state == "failed":
         return "failed", trial.failure.partition(":")[0].replace("_", " ") or "for no known reason"
+    if trial.state == "queued":
+        return "queued", "no process has begun with them, or they wait for another part of their scoring"
     return "running", "or left by a process that was stopped"
 
 

@@ -55,7 +55,7 @@ def history_of(run: Run, knobs: Knobs, problem: Problem, trials: Sequence[Trial]
     with storage_errors(run.path), damage_reported(run.path):
         study = optuna.load_study(study_name=run.manifest.study, storage=run.storage())
         history = Reader(knobs).read(study, problem)
-    by_number, losses = {t.number: t for t in trials if t.state != "running"}, history.losses.copy()
+    by_number, losses = {t.number: t for t in trials if t.ended}, history.losses.copy()
     for row, number in enumerate(history.numbers):
         if history.complete[row] and number in by_number:  # a trial that ended since then is not in `trials`
             losses[row] = run.losses([by_number[number]])[0]
