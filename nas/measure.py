@@ -85,7 +85,7 @@ def _config(target: Target, conditions: dict[str, Any]) -> LatencyConfig:
     if target.run is None:
         return LatencyConfig(**{"device": "auto", **conditions}).here()
     # how long to measure is no condition of the run
-    own = replace(target.run.latency, target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
+    own = replace(target.run.latency[0], target=LatencyConfig.target, max_seconds=LatencyConfig.max_seconds)
     runtime = conditions.get("runtime", own.runtime)
     suited = dict(conditions)
     if runtime != "command":

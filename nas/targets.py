@@ -24,7 +24,7 @@ from .models import create_candidate
 from .models.presets import NOTES, PRESETS
 from .models.timm_models import check_network_name, create_network
 from .objectives.objectives import OBJECTIVES
-from .scoring.latency import LatencyConfig, reference_of
+from .scoring.latency import LatencyConfig, reference_of, target_labels
 
 EXPORT = "export.json"
 KINDS = "a preset, timm:NAME, an architecture file (.json), RUN@KEY, an exported or a trained folder"
@@ -36,14 +36,14 @@ class RunPoint:
 
     Args:
         name: name of the run.
-        latency: conditions under which the run measured latency, which `measure` repeats.
-        references: device and runtime -> latency of the reference network, by which the run normalised latencies.
+        latency: conditions under which the run measured latency, for each target. `measure` repeats the first.
+        references: target (`target_labels`) -> latency of the reference network, by which the run normalised latencies.
         machine: the machine of the run, with its number of torch threads.
         recorded: latency of the point that the run recorded, in milliseconds; None if it measured none.
     """
 
     name: str
-    latency: LatencyConfig
+    latency: tuple[LatencyConfig, ...]
     references: Mapping[str, float]
     machine: str
     recorded: Interval | None
@@ -92,10 +92,11 @@ class Target:
         """Returns the run's latency of the reference network; None if `config` or machine differ from the run's."""
         if self.run is None:
             return None
-        mine, theirs = self.run.latency.conditions, config.conditions
-        same = all(mine[name] == value for name, value in theirs.items() if name not in ("runtime", "folded"))
+        known, mine, theirs = self.run.latency, self.run.latency[0].conditions, config.conditions
+        same = all(mine[name] == value for name, value in theirs.items() if name not in ("runtime", "dtype", "folded"))
+        same &= config.dtype in {target.dtype for target in known}  # else another target may have the same label
         here = same and self.run.machine == f"{machine_name(config.device)}, {torch.get_num_threads()} threads"
-        return reference_of(self.run.references, config.label) if here else None
+        return reference_of(self.run.references, target_labels((*known, config))[-1]) if here else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _of_trial(run: Run, trial: Trial) -> Target:
     weights = run.weights_file(trial.key)
     return replace(
         target,
-        run=RunPoint(run.name, run.latency[0], manifest.latency_references, machine, recorded),
+        run=RunPoint(run.name, run.latency, manifest.latency_references, machine, recorded),
         origin=Origin(run.path, weights if weights.is_file() else None, data.recorded),
     )
 

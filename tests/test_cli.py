@@ -168,6 +168,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["search", "--calibration", "x"], 2, ["--calibration FOLDER"]),
         (["search", "--proxy", "ensemble", "--calibration", "/no/such"], 1, ["not a calibration"]),
         (["search", "--proxy-size", "4"], 2, ["too small"]),
+        (["search", "--precision", "fp32", "--precision", "int8"], 2, ["eager", "not int8", "onnxruntime"]),
         (["search", "--proxy-images", "1"], 2, ["at least 2"]),
         (["calibrate", "--device", "cpu", "--count", "3"], 2, ["count is 3"]),
         (["calibrate", "--device", "cpu", "--input-size", "4", "--out", "{tmp}/c"], 2, ["too small"]),

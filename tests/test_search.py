@@ -30,7 +30,7 @@ from nas.folders.run import Run
 from nas.models import create_backbone
 from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
-from nas.scoring.latency import LatencyConfig
+from nas.scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency, target_labels
 from nas.scoring.latency.config import IN_RUNS
 from nas.search import SearchConfig, configure, search, standing
 from nas.search import evaluate as evaluate_module
@@ -504,10 +504,24 @@ def test_a_resumed_run_stores_the_settings_that_it_may_change(tmp_path):
     assert SearchConfig.from_run(Run.open(path)) == config
 
 
-def test_every_device_is_measured_in_every_runtime():
+def test_every_device_is_measured_in_every_runtime_and_precision():
     config = configure(SearchConfig(MINI, ("macs", "params")), devices=("cpu", "cuda"), runtimes=("eager", "compile"))
-    labels = ["cpu-eager", "cpu-compile", "cuda-eager", "cuda-compile"]
-    assert [target.label for target in config.latency] == labels
+    assert target_labels(config.latency) == ("cpu-eager", "cpu-compile", "cuda-eager", "cuda-compile")
+    config = configure(config, devices=("cpu",), dtypes=("bf16", "fp32"))
+    labels = ("cpu-eager-bf16", "cpu-eager", "cpu-compile-bf16", "cpu-compile")
+    assert target_labels(config.latency) == labels
+    assert run_latency(json.loads(json.dumps(latency_in_run(config.latency)))) == config.latency
+    one = configure(config, dtype="bf16").latency
+    assert (target_labels(one), {c.dtype for c in one}) == (("cpu-eager", "cpu-compile"), {"bf16"})
+
+
+def test_further_targets_of_earlier_releases_have_the_precision_of_their_run():
+    """They named device and runtime alone, and labels without a precision."""
+    stored = latency_in_run(latency_targets([("cpu", "eager")], dtype="bf16")) | {"also": [["cpu", "compile"]]}
+    targets = run_latency(stored)
+    assert [(c.runtime, c.dtype) for c in targets] == [("eager", "bf16"), ("compile", "bf16")]
+    assert target_labels(targets) == ("cpu-eager", "cpu-compile")
+    assert latency_in_run(targets) == stored
 
 
 def test_a_search_may_begin_from_a_front(exhausted, tmp_path):
@@ -606,7 +620,7 @@ def test_bad_configurations_are_refused(tmp_path, change):
     [
         (),
         (LatencyConfig(), LatencyConfig()),
-        (LatencyConfig(), LatencyConfig(runtime="compile", dtype="bf16")),
+        (LatencyConfig(), LatencyConfig(dtype="bf16"), LatencyConfig(dtype="bf16")),
         (LatencyConfig(threads=1), LatencyConfig(runtime="compile", threads=2)),
         (LatencyConfig(warmup_seconds=5.0),),
     ],

@@ -16,7 +16,7 @@ import pytest
 from conftest import required, table
 
 import search_spaces
-from nas.errors import TrialFailure, UsageError
+from nas.errors import RunError, TrialFailure, UsageError
 from nas.folders.attributes import ELSEWHERE, REMEASURED, STAGES, WHOLE
 from nas.folders.run import Run
 from nas.folders.trial import Trial
@@ -28,8 +28,9 @@ from nas.models.timm_models import check_network_name, create_network
 from nas.objectives.agreement import compare_orders, rank_correlation, ties
 from nas.objectives.objectives import Scores, parse_objectives
 from nas.objectives.pareto import near_front, non_dominated
+from nas.report.scored import axis_title
 from nas.scoring.latency import RUNTIME_TRAITS, RUNTIMES, Latency, LatencyConfig, latency_targets
-from nas.search import SearchConfig, evaluate, remeasure, search
+from nas.search import SearchConfig, configure, evaluate, remeasure, search
 from nas.search.comparable import evaluator_of
 from nas.targets import resolve_all
 
@@ -419,6 +420,45 @@ def test_two_targets_are_two_objectives(tmp_path, monkeypatch):
     assert set(run.reference) == {o.name for o in run.objectives}
     with pytest.raises(UsageError, match="each may be named once"):
         quick(tmp_path, latency=on("eager", "eager"))
+
+
+def test_two_precisions_are_two_objectives(tmp_path):
+    latency = latency_targets([("cpu", "eager", "bf16"), ("cpu", "eager")], max_seconds=0.02)
+    run = search(quick(tmp_path, latency=latency, trials=2))
+    names = ["cpu-eager-bf16", "cpu-eager"]
+    assert [o.name for o in run.objectives[:2]] == [f"latency@{name}" for name in names]
+    run = search(configure(SearchConfig(run.space), run.path, trials=3))
+    assert run.latency == latency
+    assert list(run.attributes[REMEASURED]) == names
+    for trial in run.trials():
+        bf16, fp32, _ = (o.read(trial.scores) for o in run.objectives)
+        assert (trial.scores.latency.ms, trial.scores.others["cpu-eager"].ms) == (bf16, fp32)
+    titles = [axis_title(objective, run) for objective in run.objectives[:2]]
+    assert titles == [
+        "Latency on cpu-eager-bf16\n(ms, bf16, batch 1, batch norms folded)",
+        "Latency on cpu-eager\n(ms, fp32, batch 1, batch norms folded)",
+    ]
+    target = resolve_all(str(run.path))[0]
+    references = [target.reference_ms(LatencyConfig(dtype=dtype)) for dtype in ("bf16", "fp32", "fp16")]
+    assert references == [*run.manifest.latency_references.values(), None]
+    with pytest.raises(RunError, match=r"begun with also .* so scores would differ") as caught:
+        search(configure(SearchConfig(run.space), run.path, dtypes=("bf16",)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_in_one_precision_has_the_names_of_earlier_releases(tmp_path, monkeypatch):
+    """Which had one precision and named none, so that a resumed run finds its figures and its reference."""
+    monkeypatch.setitem(RUNTIMES, "compile", RUNTIMES["eager"])
+    latency = latency_targets([("cpu", "eager"), ("cpu", "compile")], dtype="bf16", max_seconds=0.02)
+    run = search(quick(tmp_path, latency=latency, trials=2))
+    config, conditions = run.manifest.config.recorded, run.manifest.conditions.recorded
+    assert (config["dtype"], config["also"]) == ("bf16", [["cpu", "compile"]])
+    assert conditions["also"] == [["cpu", "compile", conditions["device"]]]
+    assert run.targets == tuple(run.attributes[REMEASURED]) == ("cpu-eager", "cpu-compile")
+    assert {target for trial in run.trials() for target in trial.scores.others} == {"cpu-compile"}
+    target = resolve_all(str(run.path))[0]
+    references = [target.reference_ms(LatencyConfig(dtype=dtype)) for dtype in ("bf16", "fp32")]
+    assert references == [run.manifest.latency_references["cpu-eager"], None]
 
 
 def test_a_finished_front_measured_again_elsewhere(run):

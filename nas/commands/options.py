@@ -208,31 +208,31 @@ def latency(several: bool = False) -> Decorator:
     """Returns the options of latency measurement. All have names of fields of `LatencyConfig`.
 
     Args:
-        several: whether the user may name several devices and runtimes. Their options are then called `devices` and
-            `runtimes`.
+        several: whether the user may name several devices, runtimes and precisions. Their options are then called
+            `devices`, `runtimes` and `dtypes`.
     """
-    again = "; repeatable, each pair of device and runtime becomes an objective" if several else ""
+    again = "; repeatable, each combination of device, runtime and precision becomes an objective" if several else ""
     more: dict[str, Any] = {"multiple": True} if several else {}
 
-    def target(name: str, field: str, default: str, help: str) -> Decorator:
-        names = (name, f"{field}s") if several else (name,)
+    def target(*names: str, field: str, default: str, help: str) -> Decorator:
+        names = (*names, f"{field}s" if several else field)
         return timing(*names, default=[default] if several else default, help=f"{help}{again}.", **more)
 
     timing = partial(option, section=LATENCY)
     return together(
-        target("--device", "device", defaults.DEVICE, "Device: auto, cpu, cuda or cuda:i"),
+        target("--device", field="device", default=defaults.DEVICE, help="Device: auto, cpu, cuda or cuda:i"),
         target(
             "--runtime",
-            "runtime",
-            defaults.RUNTIME,
-            "Runtime: eager, compile, cudagraph, onnxruntime, openvino, litert, ncnn, executorch or command",
+            field="runtime",
+            default=defaults.RUNTIME,
+            help="Runtime: eager, compile, cudagraph, onnxruntime, openvino, litert, ncnn, executorch or command",
         ),
-        timing(
+        target(
             "--precision",
             "--dtype",
-            "dtype",
+            field="dtype",
             default=defaults.DTYPE,
-            help="Precision: fp32, bf16, fp16 or int8 (quantised).",
+            help="Precision: fp32, bf16, fp16 or int8 (quantised)",
         ),
         timing("--batch-size", type=int, default=defaults.BATCH_SIZE, help="Images per timed pass."),
         timing("--threads", type=int, help="CPU threads of the timed network.  [default: torch's own]"),

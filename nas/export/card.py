@@ -287,7 +287,7 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
         assert subject.run is not None
         conditions = subject.run.manifest.conditions
         rows.append(
-            f"| latency at {height}x{width} in the search: {as_text(subject.run.timing)}, "
+            f"| latency at {height}x{width} in the search: {as_text(subject.run.latency[0].in_words)}, "
             f"threads: {conditions.threads}, {plain(conditions.device)} | "
             f"{format_ms(latency.value)} (95 % interval {format_ends(*latency.ends)}) |"
         )

@@ -32,7 +32,7 @@ from ..errors import RunError, UsageError, one_line
 from ..foreign_files import is_file
 from ..objectives.objectives import Objective, Scores, parse_objectives
 from ..objectives.pareto import GrowingFront, hypervolume, non_dominated
-from ..scoring.latency.config import LatencyConfig, run_latency
+from ..scoring.latency.config import LatencyConfig, run_latency, timing_in_words
 from ..space import Space, space_from_dict
 from ..storage.connect import check_database, damage_reported, no_study, open_storage, storage_errors
 from ..streams import encodable
@@ -131,11 +131,8 @@ class Run:
 
     @property
     def timing(self) -> str:
-        """The timing conditions for people: runtime (if there is one target), data type, batch size and form."""
-        first = self.latency[0]
-        form = "batch norms folded" if first.folded else "batch norms not folded"
-        runtime = [] if len(self.targets) > 1 else [first.runtime]
-        return ", ".join([*runtime, first.dtype, f"batch {first.batch_size}", form])
+        """The timing conditions of all targets for people."""
+        return timing_in_words(self.latency)
 
     @property
     def name(self) -> str:

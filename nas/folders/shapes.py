@@ -36,7 +36,7 @@ CONFIG = {
     "share_device?": bool,
     "only?": LINE,
     **LATENCY,
-    "also?": [[LINE, LINE]],
+    "also?": [([LINE, LINE], [LINE, LINE, LINE])],
     "baselines?": [LINE],
     "start?": [dict],
     "data": str,

@@ -32,6 +32,7 @@ from ..scoring.latency import (
     prepare_modules,
     reference_ms,
     reference_of,
+    target_labels,
 )
 from ..space import SearchSpace
 
@@ -165,7 +166,7 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
     conditions, side = run.manifest.conditions, run.manifest.data.side
     latency = replace(run.latency[0], threads=conditions.threads)
     found.check(latency, side, conditions.device, f"{run.path} was measured")
-    reference = reference_of(run.manifest.latency_references, found.config.latency.label)
+    reference = reference_of(run.manifest.latency_references, target_labels(run.latency)[0])
     if reference is None:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference

@@ -22,6 +22,7 @@ from ..folders.trial import Trial
 from ..machine.description import describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Scores
+from ..scoring.latency import latency_in_run
 from ..search import SearchConfig
 from ..search.comparable import changed_conditions, evaluator_of
 from ..search.evaluate import Evaluator
@@ -193,7 +194,7 @@ def _place(machine: str, threads: int) -> str:
 def _is_here(run: Run, config: SearchConfig) -> bool:
     """Whether this process would time on the machine of the run, with the same number of threads."""
     try:
-        also = [[c.device, c.runtime, machine_name(resolve_device(c.device))] for c in config.latency[1:]]
+        also = [[*p, machine_name(resolve_device(p[0]))] for p in latency_in_run(config.latency)["also"]]
     except UsageError:  # a further device that is not here
         return False
     first = config.latency[0]

@@ -88,7 +88,8 @@ def interactive(scored: Scored) -> Any:
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
             values = values_of(which, everything)
             scale = "log" if uses_log_scale(values) else "linear"
-            update(title_text=escape(axis_title(which, scored[0][0])), type=scale, row=1, col=column)
+            title = escape(axis_title(which, scored[0][0])).replace("\n", "<br>")
+            update(title_text=title, type=scale, row=1, col=column)
             if scale == "log":
                 update(range=[math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)], row=1, col=column)
             elif any(run.baselines() for run, _, _ in scored):

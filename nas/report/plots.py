@@ -184,7 +184,8 @@ def _draw_hypervolume(runs: Sequence[Run], everything: Sequence[Sequence[Trial]]
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", loc="lower right")
-    axes.set_title(f"Hypervolume of the front; reference point: {corner}", fontsize="medium")
+    title = f"Hypervolume of the front; reference point: {corner}"
+    axes.set_title(textwrap.fill(title, 80, break_on_hyphens=False), fontsize="medium")
     return figure
 
 

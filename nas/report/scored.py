@@ -15,7 +15,7 @@ from ..folders.trial import Trial
 from ..interval import Interval
 from ..objectives.objectives import Objective
 from ..objectives.text import format_value
-from ..scoring.latency.config import CONDITIONS
+from ..scoring.latency.config import CONDITIONS, timing_in_words
 from ..space import FORMS, has_grafts
 from ..streams import encodable
 
@@ -72,10 +72,15 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def axis_title(objective: Objective, run: Run) -> str:
-    """Labels an axis: the objective with its unit, and for latency the timing conditions."""
+    """Labels an axis: the objective with its unit, and for latency the timing conditions.
+
+    The names of several targets are long, so that the conditions have a line of their own.
+    """
     unit = f" ({objective.unit})" if objective.unit else ""
     if objective.is_latency:
-        return f"{objective.label} (ms, {run.timing})"
+        at = dict(zip(run.targets, run.latency, strict=False)).get(objective.target, run.latency[0])
+        between = " " if len(run.latency) == 1 else "\n"
+        return f"{objective.label}{between}(ms, {timing_in_words(run.latency, at)})"
     return f"{objective.label}{unit}"
 
 

@@ -22,7 +22,7 @@ from ..machine.description import describe_software, machine_name
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
 from ..scoring.accuracy.held_out import FP32, INT8
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
-from ..scoring.latency import latency_in_run, reference_of
+from ..scoring.latency import latency_in_run, reference_of, target_labels
 from ..scoring.latency.config import check_quantiser
 from ..space import GraftSpace, Space, space_from_dict
 from ..teachers import teacher_of_candidates
@@ -85,9 +85,9 @@ def _parent(config: SearchConfig) -> Parent | None:
 
 
 def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:
-    """Returns the run's stored latencies of the reference network, by the targets' labels in this process."""
-    known = run.manifest.latency_references
-    return {c.label: ms for c in evaluator.latency if (ms := reference_of(known, c.label)) is not None}
+    """Returns the run's stored latencies of the reference network, by the targets' names in this process."""
+    known, labels = run.manifest.latency_references, target_labels(evaluator.latency)
+    return {label: ms for label in labels if (ms := reference_of(known, label)) is not None}
 
 
 def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str, Any]:
@@ -132,13 +132,12 @@ def _described(images: Unlabelled | None) -> dict[str, Any] | None:
 
 def measuring_conditions(config: SearchConfig) -> dict[str, Any]:
     """Returns the settings that affect measured scores. With `training_conditions`, they determine all scores."""
-    first, *further = config.latency
-    shared = latency_in_run(config.latency)
+    first, shared = config.latency[0], latency_in_run(config.latency)
     return {
         **{name: shared[name] for name in first.conditions},
         "device": machine_name(first.device),
         "threads": first.num_threads,
-        "also": [[target.device, target.runtime, machine_name(target.device)] for target in further],
+        "also": [[*place, machine_name(place[0])] for place in shared["also"]],
         "latency_protocol": LATENCY_PROTOCOL if "latency" in (*config.objectives, *config.budgets) else None,
     }
 

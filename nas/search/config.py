@@ -18,7 +18,7 @@ from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
 from ..objectives.objectives import parse_objectives, wants_accuracy
 from ..scoring.accuracy import CALIBRATION, ESTIMATORS, PARENT
-from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency
+from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency, target_labels
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace, Space
 from ..storage.connect import check_storage
@@ -40,7 +40,8 @@ class SearchConfig:
         space: the search space.
         objectives: two to four of `OBJECTIVES`.
         latency: conditions of latency measurement. Each further configuration is an objective of its own, and differs
-            from the first one only in device and runtime (`nas.scoring.latency.latency_targets` makes them).
+            from the first one only in device, runtime and precision (`nas.scoring.latency.latency_targets` makes
+            them).
         train_device: device that trains: `auto` (CUDA if available), `cpu`, `cuda` or `cuda:i`. None for the device of
             the first latency target.
         baselines: names of networks (timm's and presets) to score for comparison, in the same way as candidates.
@@ -173,12 +174,12 @@ class SearchConfig:
                 raise unknown_name(what, name, table)
         if not self.latency:
             raise UsageError("latency holds no configuration: give at least one, because its device also trains")
-        labels = [target.label for target in self.latency]
+        labels = target_labels(self.latency)
         stored = latency_in_run(self.latency)
         if run_latency(stored) != self.latency:
             raise UsageError(
-                f"latency targets {', '.join(labels)}: they may differ in device and runtime only, and a run keeps no "
-                "warmup_seconds, block_ms or seed. nas.scoring.latency.latency_targets makes targets that fit"
+                f"latency targets {', '.join(labels)}: they may differ in device, runtime and dtype only, and a run "
+                "keeps no warmup_seconds, block_ms or seed. nas.scoring.latency.latency_targets makes targets that fit"
             )
         if len(set(labels)) != len(labels):
             raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
@@ -285,6 +286,7 @@ def configure(
     *,
     devices: Sequence[str] = (),
     runtimes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
     warm_start: Sequence[str] = (),
     **changes: Any,
 ) -> SearchConfig:
@@ -293,9 +295,10 @@ def configure(
     Args:
         new: the configuration to which changes of a new run apply. An existing run has its own configuration.
         out: the run folder; None for a new one in `results`.
-        devices: measure latency on each of these devices, in each runtime. The first one also trains. Empty keeps the
-            configured devices.
+        devices: measure latency on each of these devices, in each runtime and precision. The first one also trains.
+            Empty keeps the configured devices.
         runtimes: measure latency in each of these runtimes. Empty keeps the configured runtimes.
+        dtypes: measure latency in each of these precisions. Empty keeps the configured precisions.
         warm_start: networks to score first, see `starting_points`.
         changes: fields of `SearchConfig`, and fields of `LatencyConfig` that change for all targets. Naming a program
             or a storage here allows its use (`nas.consent`).
@@ -312,10 +315,13 @@ def configure(
             raise UsageError("`warm_start` is for a new run: this one has begun")
         changes["start"] = starting_points(changes.get("space", new.space), warm_start)
     timing = {name: changes.pop(name) for name in IN_RUNS if name in changes}
-    places = [(target.device, target.runtime) for target in config.latency]
-    if devices or runtimes:
+    places: list[tuple[str, ...]] = [(target.device, target.runtime, target.dtype) for target in config.latency]
+    if "dtype" in timing:
+        places = list(dict.fromkeys((device, runtime, timing["dtype"]) for device, runtime, _ in places))
+    if devices or runtimes or dtypes:
         known = (dict.fromkeys(names) for names in zip(*places, strict=True))
-        places = list(product(*(given or before for given, before in zip((devices, runtimes), known, strict=True))))
+        given = zip((devices, runtimes, dtypes), known, strict=True)
+        places = list(product(*(names or before for names, before in given)))
     stored = latency_in_run(config.latency)
     shared = {name: stored[key] for name, key in IN_RUNS.items()} | timing
     return replace(config, out=out, latency=latency_targets(places, **shared), **changes)

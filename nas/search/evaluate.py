@@ -31,7 +31,7 @@ from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, Fidelity, Rung, Teacher, Training
 from ..scoring.accuracy.estimate import accuracy_error
 from ..scoring.cost import count_cost
-from ..scoring.latency import Latency, LatencyConfig, measure_latency
+from ..scoring.latency import Latency, LatencyConfig, measure_latency, target_labels
 from ..scoring.memory import failing_without_memory, measure_memory_mib
 from .early_stopping import Judge, Stopped
 from .parent import Parent
@@ -131,7 +131,7 @@ class Evaluator:
         objectives: names of the objectives.
         budgets: objective -> largest value allowed.
         latency: conditions of timing, for each target.
-        references: target (`LatencyConfig.label`) -> stored latency of the reference network, in milliseconds.
+        references: target (`target_labels`) -> stored latency of the reference network, in milliseconds.
         proxy: the source of accuracy, and the seed of initial weights.
         role: what this process does, and the device that trains.
         parent: the pretrained network, in a search for grafts.
@@ -277,9 +277,8 @@ class Evaluator:
                 if excess := excesses(scores, self.budgets):
                     return Evaluation(scores, excess)
             if "latency" in wanted:
-                first, *others = self._latencies(model)
-                labels = (config.label for config in self.latency[1:])
-                scores = replace(scores, latency=first, others=dict(zip(labels, others, strict=True)))
+                (_, first), *others = self._latencies(model)
+                scores = replace(scores, latency=first, others=dict(others))
         return Evaluation(scores, excesses(scores, self.budgets))
 
     def _deployed(self, model: nn.Module) -> Fused:
@@ -344,10 +343,10 @@ class Evaluator:
         at = self.latency[0]
         return measure_memory_mib(model, self.data.input_size, at.batch_size, at.device, at.torch_dtype)
 
-    def _latencies(self, model: nn.Module) -> list[Latency]:
+    def _latencies(self, model: nn.Module) -> list[tuple[str, Latency]]:
         return [
-            measure_latency(model, self.data.input_size, config, self.references.get(config.label))
-            for config in self.latency
+            (label, measure_latency(model, self.data.input_size, config, self.references.get(label)))
+            for label, config in zip(target_labels(self.latency), self.latency, strict=True)
         ]
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -37,6 +37,7 @@ from ..scoring.latency import (
     prepare_model,
     prepare_modules,
     reference_ms,
+    target_labels,
 )
 from ..scoring.memory import is_out_of_memory
 from .evaluate import Evaluator
@@ -89,27 +90,41 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     other = _onnxruntime(evaluator.latency)
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
         log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
-        study.set_user_attr(ELSEWHERE, {other.label: _measure(front, evaluator, other)})
-    _attribute(study, run.front(), evaluator, _targets(run, evaluator)[0][0])
+        study.set_user_attr(ELSEWHERE, {other.label: _measure(front, _Target(other.label, other))})
+    _attribute(study, run.front(), evaluator, _targets(run, evaluator)[0])
 
 
-def _targets(run: Run, evaluator: Evaluator) -> list[tuple[str, LatencyConfig]]:
-    """Returns the latency targets with their names in the run.
+class _Target(NamedTuple):
+    """A latency target with its name in the run, and the run's latency of the reference network if it has one."""
 
-    This process may have other names for them, if it uses another GPU of the same kind.
+    name: str
+    config: LatencyConfig
+    stored_ms: float | None = None
+
+    @property
+    def reference_ms(self) -> float:
+        return self.stored_ms or reference_ms(self.config)
+
+
+def _targets(run: Run, evaluator: Evaluator) -> list[_Target]:
+    """Returns the latency targets.
+
+    This process may have other names for them than the run, if it uses another GPU of the same kind.
     """
-    own = tuple(config.label for config in evaluator.latency)
-    return list(zip(run.targets if len(run.targets) == len(own) else own, evaluator.latency, strict=True))
+    own = target_labels(evaluator.latency)
+    names = run.targets if len(run.targets) == len(own) else own
+    stored = map(evaluator.references.get, own)
+    return list(map(_Target, names, evaluator.latency, stored))
 
 
 def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Builders) -> None:
     """Measures networks on every target in turns, unless all of them have been measured again already."""
     done: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
     targets = _targets(run, evaluator)
-    if all(set(networks) <= set(done.get(name, {})) for name, _ in targets):
+    if all(set(networks) <= set(done.get(target.name, {})) for target in targets):
         return
     log.info("measuring the front and networks near it again, in turns: %d networks", len(networks))
-    found = {name: done.get(name, {}) | _measure(networks, evaluator, c) for name, c in targets}
+    found = {target.name: done.get(target.name, {}) | _measure(networks, target) for target in targets}
     study.set_user_attr(REMEASURED, found)
 
 
@@ -121,10 +136,10 @@ def _copy_measured(study: optuna.Study, same: Mapping[str, str]) -> None:
         study.set_user_attr(REMEASURED, copied)
 
 
-def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: str) -> None:
-    """Measures the stem, stages and head of the front's networks on the first target, unless that is done already."""
-    config, start = evaluator.latency[0], time.monotonic()
-    known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(target, {}))
+def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator, target: _Target) -> None:
+    """Measures the stem, stages and head of the front's networks on a target, unless that is done already."""
+    config, start = target.config, time.monotonic()
+    known: dict[str, Any] = dict(study.user_attrs.get(STAGES, {}).get(target.name, {}))
     left = [t.architecture for t in front if isinstance(t.architecture, Architecture) and t.key not in known]
     if not left:
         return
@@ -132,7 +147,8 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
         log.info("the stages of the front are not timed one by one, because each would need a call of your program")
         return
     log.info("measuring the stages of the front, one by one: %d networks", len(left))
-    quick = replace(config, **PART | {"max_seconds": min(config.max_seconds, PART["max_seconds"])})
+    conditions = PART | {"max_seconds": min(config.max_seconds, PART["max_seconds"])}
+    quick = target._replace(config=replace(config, **conditions))
     for count, architecture in enumerate(left):
         if time.monotonic() - start > PARTS_SECONDS:
             log.info(
@@ -141,22 +157,22 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
             )
             return
         known[architecture.key] = _parts(architecture, evaluator, quick)
-        study.set_user_attr(STAGES, {target: known})
+        study.set_user_attr(STAGES, {target.name: known})
 
 
-def _parts(architecture: Architecture, evaluator: Evaluator, config: LatencyConfig) -> list[dict[str, Any]]:
+def _parts(architecture: Architecture, evaluator: Evaluator, target: _Target) -> list[dict[str, Any]]:
     """Measures the latency of the whole network and of each part, in turns.
 
     Returns:
         A row for the whole and for each part, in the order in which they run; empty if the runtime cannot run them.
     """
-    reference = evaluator.references.get(config.label) or reference_ms(config)
+    reference = target.reference_ms
     names = [WHOLE, "stem", *(f"stages.{i}" for i in range(len(architecture.stages))), "head"]
     try:
         backbone = evaluator.build(architecture).eval()
         assert isinstance(backbone, Backbone)
-        ready = list(prepare_modules(pieces_of(backbone), evaluator.data.input_size, config))
-        measured = measure_latencies(ready, config, reference)
+        ready = list(prepare_modules(pieces_of(backbone), evaluator.data.input_size, target.config))
+        measured = measure_latencies(ready, target.config, reference)
     except (TrialFailure, RuntimeError, MemoryError) as error:
         if not isinstance(error, TrialFailure) and not is_out_of_memory(error):
             raise
@@ -231,9 +247,9 @@ def _create_baseline(evaluator: Evaluator, name: str) -> nn.Module:
     return create_network(check_network_name(name), len(data.classes), data.input_size)
 
 
-def _measure(networks: Builders, evaluator: Evaluator, config: LatencyConfig) -> dict[str, dict[str, Any]]:
+def _measure(networks: Builders, target: _Target) -> dict[str, dict[str, Any]]:
     """Measures networks in turns; returns the latency of each by name, or its failure if the runtime cannot run it."""
-    reference = evaluator.references.get(config.label) or reference_ms(config)
+    config, reference = target.config, target.reference_ms
     ready: dict[str, Prepared] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, (build, input_size) in networks.items():

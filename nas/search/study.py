@@ -31,7 +31,7 @@ from ..objectives.objectives import Objective, parse_objectives, wants_accuracy
 from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
-from ..scoring.latency import LatencyConfig, reference_ms
+from ..scoring.latency import LatencyConfig, reference_ms, target_labels
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
@@ -245,7 +245,7 @@ def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Prof
         tuple(config.budgets),
         image,
         profile,
-        evaluator.references.get(evaluator.latency[0].label) if evaluator.latency else None,
+        evaluator.references.get(target_labels(evaluator.latency)[0]) if evaluator.latency else None,
     )
     return Problem(
         tuple(o.name for o in objectives), tuple(o.minimize for o in objectives), run.reference, cheap, config.budgets
@@ -256,7 +256,8 @@ def _references(config: SearchConfig, evaluator: Evaluator) -> dict[str, float]:
     """Returns target -> latency of the reference network, by which all latencies of this run are normalised."""
     if "latency" not in (*config.objectives, *config.budgets):
         return {}
-    return {target.label: reference_ms(target) for target in evaluator.latency}
+    labels = target_labels(evaluator.latency)
+    return {label: reference_ms(target) for label, target in zip(labels, evaluator.latency, strict=True)}
 
 
 def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditions: dict[str, Any]) -> Run:

@@ -21,6 +21,7 @@ from .config import (
     latency_targets,
     reference_of,
     run_latency,
+    target_labels,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "reference_ms",
     "reference_of",
     "run_latency",
+    "target_labels",
 ]
 
 _PLACES = {

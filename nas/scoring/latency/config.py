@@ -184,8 +184,13 @@ class LatencyConfig:
 
     @property
     def label(self) -> str:
-        """Short name of device and runtime, such as `cpu-onnxruntime`."""
+        """Short name of device and runtime, such as `cpu-onnxruntime`. `target_labels` names the targets of a run."""
         return f"{self.device}-{self.runtime}"
+
+    @property
+    def in_words(self) -> str:
+        """The main conditions for people: runtime, precision, batch size and form."""
+        return timing_in_words([self])
 
     @property
     def num_threads(self) -> int:
@@ -256,33 +261,55 @@ def latency_targets(
     """Returns one configuration for each target.
 
     Args:
-        places: device and runtime of each target.
+        places: device and runtime of each target, and its precision if that is not the shared one.
         command: the program of targets with the runtime `command`.
         channels_last: the memory format of targets whose runtime does not choose its own.
-        shared: further fields of `LatencyConfig`, the same for all targets.
+        shared: further fields of `LatencyConfig`, the same for all targets that say nothing else.
 
     Raises:
         UsageError: if a value is not allowed.
     """
     return tuple(
         LatencyConfig(
-            device=device,
-            runtime=runtime,
             command=command if runtime == "command" else None,
             channels_last=channels_last and runtime in RUNTIME_TRAITS and RUNTIME_TRAITS[runtime].channels_last,
-            **shared,
+            **shared | dict(zip(("device", "runtime", "dtype"), (device, runtime, *precision), strict=False)),
         )
-        for device, runtime in places
+        for device, runtime, *precision in places
     )
 
 
-# Names, in a run's `config`, of the settings that all targets share
+def target_labels(targets: Sequence[LatencyConfig]) -> tuple[str, ...]:
+    """Returns the names of a run's targets, such as `cpu-onnxruntime` and `cpu-onnxruntime-int8`.
+
+    Objectives, figures and stored latencies of the reference network go by these names. They have the precision only
+    if the run has several, and fp32 is never named. So the names in runs of releases with one precision stay valid.
+    """
+    several = len({target.dtype for target in targets}) > 1
+    return tuple(f"{t.label}-{t.dtype}" if several and t.dtype != defaults.DTYPE else t.label for t in targets)
+
+
+def timing_in_words(targets: Sequence[LatencyConfig], of: LatencyConfig | None = None) -> str:
+    """Returns timing conditions for people: runtime (if there is one target), precision, batch size and form.
+
+    Args:
+        targets: the targets of a run, whose labels name their runtimes if there are several.
+        of: the target to describe; None for all.
+    """
+    first = targets[0]
+    runtime = [] if len(targets) > 1 else [first.runtime]
+    precisions = " and ".join(dict.fromkeys(target.dtype for target in ([of] if of else targets)))
+    form = "batch norms folded" if first.folded else "batch norms not folded"
+    return ", ".join([*runtime, precisions, f"batch {first.batch_size}", form])
+
+
+# Names, in a run's `config`, of the settings that all targets share. Further targets may name another precision
 IN_RUNS = {
     f.name: {"target": "latency_target", "max_seconds": "latency_seconds"}.get(f.name, f.name)
     for f in fields(LatencyConfig)
     if f.name not in ("device", "runtime", "warmup_seconds", "block_ms", "seed")
 }
-"""Field of `LatencyConfig` that all targets of a run share -> its name in the run's configuration."""
+"""Field of `LatencyConfig` that targets of a run share -> its name in the run's configuration."""
 
 
 def run_latency(config: Mapping[str, Any]) -> tuple[LatencyConfig, ...]:
@@ -295,13 +322,14 @@ def run_latency(config: Mapping[str, Any]) -> tuple[LatencyConfig, ...]:
 def latency_in_run(latency: Sequence[LatencyConfig]) -> dict[str, Any]:
     """Returns the targets as fields of a run's `config`.
 
-    The fields are the first target's device and runtime, the further targets as `also`, and the shared settings.
+    The fields are the first target's device and runtime, the further targets as `also`, and the shared settings. A
+    further target names its precision only if that differs from the first target's, as earlier releases wrote none.
     """
     first, *further = latency
     return {
         "device": first.device,
         "runtime": first.runtime,
-        "also": [[config.device, config.runtime] for config in further],
+        "also": [[c.device, c.runtime, *([c.dtype] if c.dtype != first.dtype else [])] for c in further],
         **{key: getattr(first, name) for name, key in IN_RUNS.items()},
         "channels_last": any(config.channels_last for config in latency),
         "command": next((config.command for config in latency if config.command is not None), None),
@@ -309,7 +337,7 @@ def latency_in_run(latency: Sequence[LatencyConfig]) -> dict[str, Any]:
 
 
 def reference_of(references: Mapping[str, float], label: str) -> float | None:
-    """Returns the stored latency of the reference network on a target, by the target's `label`.
+    """Returns the stored latency of the reference network on a target, by the target's name (`target_labels`).
 
     If it is missing, the latency of a GPU with another number is taken. The caller must have checked that the machines
     are alike.
