@@ -213,10 +213,12 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
         now = {targets[i].name: Interval.of_latency(rows[i], "latency_") for i in members}
         held = compare_orders(before, now)
         rho = rank_correlation(*([figure.value for figure in each.values()] for each in (before, now)))
-        row = rows[next(iter(members))]
+        first = next(iter(members))
+        row, point = rows[first], targets[first].run
+        precision = f" in {row['dtype']}" if point is not None and row["dtype"] != point.latency[0].dtype else ""
         lines.append(
             f"{run}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "
-            f"{row['device']}-{row['runtime']} as in the run"
+            f"{row['device']}-{row['runtime']}{precision} as in the run"
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )
     return lines

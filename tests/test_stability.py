@@ -441,7 +441,7 @@ def test_two_precisions_are_two_objectives(tmp_path):
     target = resolve_all(str(run.path))[0]
     references = [target.reference_ms(LatencyConfig(dtype=dtype)) for dtype in ("bf16", "fp32", "fp16")]
     assert references == [*run.manifest.latency_references.values(), None]
-    with pytest.raises(RunError, match=r"begun with also .* so scores would differ") as caught:
+    with pytest.raises(RunError, match=r"begun with further targets .* so scores would differ") as caught:
         search(configure(SearchConfig(run.space), run.path, dtypes=("bf16",)))
     assert "\n" not in str(caught.value)
 

@@ -252,6 +252,7 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
     """
     for name, values in changed_conditions(run, conditions).items():
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
+        name = {"also": "further targets"}.get(name, name)
         detail = (
             f"it was begun with {name} {then}, not {now}"
             if then != now
