@@ -48,6 +48,7 @@ from nas.folders.graft_verdicts import graft_verdicts
 from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
 from nas.folders.shapes import STUDY
+from nas.folders.sums import read_sums
 from nas.folders.training import Trained, load_weights
 from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
@@ -63,12 +64,14 @@ from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.models.widths import importances, inner_channels, narrow_layers
+from nas.objectives.objectives import OBJECTIVES
 from nas.report.plots import plot
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import Training, train
 from nas.scoring.accuracy.training import estimate_batch_norms
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
+from nas.search.cheap import known_beforehand
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config, worker_config
 from nas.search.evaluate import TRAIN, Role
@@ -645,6 +648,18 @@ def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path)
     assert {
         graft.key for graft in shortlist(space, harms, LatencyConfig(device="cpu", threads=1, max_seconds=0.1), 0.0)
     } == set()
+    sums = read_sums(tmp_path)
+    assert sums is not None
+    known = known_beforehand(space, [OBJECTIVES["latency"], OBJECTIVES["accuracy"]], (), (32, 10), sums=sums)
+    assert known is not None
+    first = space.encode(space.whole)
+    told = known([first, first | {"width1": 0.5}, first | {"width1": 0.5, "part1.dropped": 2}])
+    (loss, narrow, both), (ms, _, least) = (told[name][0] for name in ("summed_loss", "summed_ms"))
+    assert (narrow - loss, both - loss) == pytest.approx((2.0, 2.0))  # dropped blocks harm nothing here
+    assert least < ms
+    (tmp_path / "sums.json").write_text('{"loss": 1, "ms": 0, "losses": {}, "times": {}}')
+    with pytest.raises(RunError, match=r"sums\.json is damaged"):
+        read_sums(tmp_path)
 
 
 def test_a_damaged_library_is_one_line(images: ImageData, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..architecture import Graft, Narrowing, Replacement, key_of
 from ..errors import TrialFailure
+from ..folders.sums import Sums, write_sums
 from ..foreign_files import POSITIVE
 from ..machine.turns import exclusive
 from ..scoring.latency import (
@@ -97,6 +98,7 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
         log.warning("parts of the network cannot be timed (%s), so the search begins without a shortlist", failure)
         return ()
     sums = _Sums(space, harms, times)
+    write_sums(harms.folder, sums.of_changes())
     points = [s for s in sums.front() if s.ms <= most_share * sums.times.whole]
     step = max(1.0, (len(points) - 1) / (COUNT - 1))
     chosen = [points[round(i * step)] for i in range(min(COUNT, len(points)))]
@@ -128,6 +130,17 @@ class _Sums:
             lost = self._harm(chosen)
             scaled += [_Sum(s.harm + lost, s.ms * (size / side) ** 2, {**s.choices, **chosen}) for s in front]
         return _best(scaled)
+
+    def of_changes(self) -> Sums:
+        """Returns what each choice adds alone, for the search. An image size counts by its number of pixels."""
+        losses: dict[str, dict[str, float]] = {}
+        times: dict[str, dict[str, float]] = {}
+        for name, choices in self.space.knobs.items():
+            changes = {str(choice): {name: choice} for choice in choices[1:]}
+            losses[name] = {text: self._harm(change) for text, change in changes.items()}
+            if name != SIZE:
+                times[name] = {text: self.times.added(self._graft(change)) for text, change in changes.items()}
+        return Sums(max(self.base, 1e-6), self.times.whole, losses, times)
 
     def _of_region(self, region: tuple[str, ...]) -> list[_Sum]:
         """Returns what the combinations of a region's choices add: the sum of their single harms."""

@@ -1,4 +1,4 @@
-"""What is known without scoring: counts in closed form, and latencies that a profile predicts.
+"""What is known without scoring: counts in closed form, latencies that a profile predicts, and sums for grafts.
 
 Parameters and MACs are counted for the sampler `surrogate`, which learns from them also where they are no objectives.
 Counting the first hundred networks takes half a second in a small space and several seconds in a large one. It takes
@@ -13,8 +13,10 @@ import numpy as np
 
 from ..counts import Pieces, count_pieces
 from ..folders.profile import Profile
+from ..folders.sums import Sums
 from ..objectives.objectives import OBJECTIVES, Objective
 from ..space import GraftSpace, Space
+from ..space.graft_space import SIZE
 from .samplers.knobs import Choices
 from .samplers.problem import Cheap, Floats
 
@@ -44,10 +46,12 @@ def known_beforehand(
     image: tuple[int, int],
     profile: Profile | None = None,
     reference_ms: float | None = None,
+    sums: Sums | None = None,
 ) -> Cheap | None:
     """Returns the function that computes what is known of any number of candidates: the cheap objectives and `INPUTS`.
 
-    Of grafts, nothing is known (None): to count one takes a forward pass, and a sampler asks for hundreds.
+    Of grafts, only the sums of single losses and times are known, or nothing (None): to count one takes a forward pass,
+    and a sampler asks for hundreds.
 
     Args:
         space: the search space.
@@ -57,9 +61,10 @@ def known_beforehand(
         profile: the profile that predicts latency on the first target; None predicts none.
         reference_ms: the run's latency of the reference network on that target, to which predictions are scaled; None
             keeps the scale of the profile.
+        sums: in a search for grafts, what single changes cost and save; None if this was not measured.
     """
     if isinstance(space, GraftSpace):
-        return None
+        return None if sums is None else _summed(space, sums)
     side, classes = image
     wanted = [*objectives, *(OBJECTIVES[name] for name in budgets)]
     counted = sorted({o.name for o in wanted} & set(COUNTS) | set(INPUTS))
@@ -77,5 +82,17 @@ def known_beforehand(
             ms = predicted * ((reference_ms or profile.reference_ms) / profile.reference_ms)
             found |= dict.fromkeys(timed, (ms, ms * share))
         return found
+
+    return cheap
+
+
+def _summed(space: GraftSpace, sums: Sums) -> Cheap:
+    """Returns the function that adds up the losses and the times of single changes: inputs of a surrogate."""
+
+    def cheap(choices: Sequence[Choices]) -> Mapping[str, tuple[Floats, Floats]]:
+        expected = np.array([sums.expected(c) for c in choices])
+        sides = np.array([float(c.get(SIZE, space.input_sizes[0])) for c in choices]) / space.input_sizes[0]
+        none = np.zeros(len(choices))
+        return {"summed_loss": (expected[:, 0], none), "summed_ms": (expected[:, 1] * sides**2, none)}
 
     return cheap

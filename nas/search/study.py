@@ -20,11 +20,12 @@ from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import FOLDER as CALIBRATION_FOLDER
 from ..folders.calibration import find_trust
-from ..folders.files import locked_folder
+from ..folders.files import PARENT, locked_folder
 from ..folders.join import find_run, join_run, remove_unfinished_study
 from ..folders.manifest import Manifest
 from ..folders.profile import Profile
 from ..folders.run import MANIFEST, Run, is_run
+from ..folders.sums import read_sums
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives, wants_accuracy
@@ -246,6 +247,7 @@ def _problem(run: Run, config: SearchConfig, evaluator: Evaluator, profile: Prof
         image,
         profile,
         evaluator.references.get(target_labels(evaluator.latency)[0]) if evaluator.latency else None,
+        read_sums(run.path / PARENT) if isinstance(config.space, GraftSpace) else None,
     )
     return Problem(
         tuple(o.name for o in objectives), tuple(o.minimize for o in objectives), run.reference, cheap, config.budgets
