@@ -31,11 +31,13 @@ class Table:
         knobs: what may be chosen.
         losses: latency and minus accuracy of every combination, in the order of the knobs' indices; NaN for spellings.
         counts: name -> count of every combination, such as parameters and MACs, in the same order.
+        earlier: another problem with the same knobs, as an earlier search may have met it; None if there is none.
     """
 
     knobs: Knobs
     losses: np.ndarray
     counts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    earlier: Table | None = None
 
     def scores(self, choices: Mapping[str, Any]) -> dict[str, float]:
         """What a training and a measurement would say."""
@@ -75,14 +77,17 @@ def _found(path: Path, argument: str) -> Path:
 
 
 def nas_bench_201(path: Path, latency: str) -> Table:
-    """The 15,625 cells, one knob for each of the six edges."""
+    """The 15,625 cells, one knob for each of the six edges. Earlier: the other latency, and 12 epochs of training."""
     data = np.load(_found(path, "--table, where nas_bench_201.npz lies"))
     operations = sorted({o for cell in data["arch"][:200] for o in re.findall(r"([a-z_0-9]+)~", str(cell))})
     cells = np.array([[operations.index(o) for o in re.findall(r"([a-z_0-9]+)~", str(cell))] for cell in data["arch"]])
     order = np.argsort(np.ravel_multi_index(tuple(cells.T), (5,) * 6))
     losses = np.stack([data[latency], -data["test200_cifar100"]], axis=1).astype(float)[order]
+    (other,) = {"lat_raspi4", "lat_2080ti_32"} - {latency}
+    before = np.stack([data[other], -data["val12_cifar100"]], axis=1).astype(float)[order]
     counts = {"params": data["params_cifar100"][order], "macs": data["macs_cifar100"][order]}
-    return Table(Knobs({f"edge{i}": tuple(operations) for i in range(1, 7)}), losses, counts)
+    knobs = Knobs({f"edge{i}": tuple(operations) for i in range(1, 7)})
+    return Table(knobs, losses, counts, Table(knobs, before, counts))
 
 
 def mini(path: Path) -> Table:
