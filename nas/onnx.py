@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ BATCH = "batch"
 """Name of the first dimension of input and output, if it is free."""
 OPSET = 20
 """Opset of models for other programs. It is the exporter's default, fixed here; ONNX Runtime accepts it since 1.17."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata in which the exporter notes the modules around a node, from the outermost to the innermost."""
 
 
 def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
@@ -132,4 +135,18 @@ def _export(
     finally:
         quiet.setLevel(level)
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    _name_by_module(model.graph)
+    return model
+
+
+def _name_by_module(graph: Any) -> None:
+    """Puts the path of its module before the name of each node: `stages.0.blocks.1.mlp.0/node_conv2d_7`.
+
+    The exporter keeps the path in metadata, which programs that change a model drop. They keep names.
+    """
+    for node in graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), None)
+        if scopes is not None:
+            modules = ast.literal_eval(scopes)[:-1]  # the last one is the node itself
+            node.name = f"{modules[-1] if modules else ''}/{node.name}"

@@ -8,8 +8,9 @@ form with 8-bit kernels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,17 @@ CALIBRATION_IMAGES = 256
 CALIBRATION_BATCH = 32
 
 
-def quantise_onnx(model: bytes, images: torch.Tensor, batch: int | None = None) -> bytes:
+def quantise_onnx(
+    model: bytes, images: torch.Tensor, batch: int | None = None, chosen: Callable[[str], bool] | None = None
+) -> bytes:
     """Returns the model with weights and inputs of its convolutions and linear layers in 8 bits.
 
     Args:
         model: an ONNX model in float32 with the input `nas.onnx.INPUT`.
         images: inputs over which the ranges of all activations are taken, of shape (N, ...). Ranges are the extremes.
         batch: batch size that the model takes; None if it takes any.
+        chosen: whether to quantise the layer with this path, one of `quantised_layers`. The others stay in float32.
+            None quantises all.
 
     Raises:
         Exception: of many types, if ONNX Runtime cannot quantise the model.
@@ -45,20 +50,49 @@ def quantise_onnx(model: bytes, images: torch.Tensor, batch: int | None = None) 
         plain.write_bytes(model)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
-        weights = {tensor.name for tensor in graph.initializer}
-        products = [n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
+        layers = _layers(graph)
+        products = [n.name for n in graph.node if n.op_type == "MatMul" and n.name not in layers]
+        left_out = [name for name, path in layers.items() if chosen is not None and not chosen(path)]
         quantize_static(
             prepared,
             done,
             _Calibration(images, batch or CALIBRATION_BATCH),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED),
-            nodes_to_exclude=products,
+            nodes_to_exclude=products + left_out,
             per_channel=True,
             activation_type=QuantType.QUInt8,  # x86 multiplies unsigned activations with signed weights fast
             weight_type=QuantType.QInt8,
         )
         return done.read_bytes()
+
+
+def quantised_layers(model: bytes) -> list[str]:
+    """Returns the paths of the modules whose layers `quantise_onnx` quantises, in the order in which they run.
+
+    A layer outside any module has the path "".
+    """
+    import onnx
+
+    return list(dict.fromkeys(_layers(onnx.load_from_string(model).graph).values()))
+
+
+def stage_of(path: str) -> str:
+    """Returns the stage that a module belongs to, by its path: `stages.1` for `stages.1.blocks.0.mlp`.
+
+    Stages are the numbered parts of a top-level module with a plural name, such as `stages` and `blocks` in ours and
+    timm's networks, and all other top-level modules, such as `stem`, `layer1` and `head`.
+    """
+    first, _, rest = path.partition(".")
+    number = rest.partition(".")[0]
+    return f"{first}.{number}" if first.endswith("s") and number.isdigit() else first
+
+
+def _layers(graph: Any) -> dict[str, str]:
+    """Returns name of node -> path of its module, for all nodes that have weights and can run in 8 bits."""
+    weights = {tensor.name for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type in QUANTISED and weights & set(node.input)]
+    return {node.name: node.name.partition("/")[0] if "/" in node.name else "" for node in nodes}
 
 
 class _Calibration:

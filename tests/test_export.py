@@ -659,6 +659,21 @@ def test_images_that_are_gone(run, tmp_path, caplog):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_error_of_each_stage(run, tmp_path):
+    folder = export(run, run.front()[0].key, tmp_path / "out", Settings(("int8",), per_stage=True))
+    report = json.loads((folder / "export.json").read_text())
+    *stages, whole = report["stages"]
+    assert [row["stage"] for row in stages] == ["stem", "stages.0", "stages.1", "stages.2", "head"]
+    assert whole["stage"] == "all"
+    assert whole["change"] == report["files"]["int8"]["change"]
+    assert whole["layers"] == sum(row["layers"] for row in stages)
+    assert 0 < max(row["error"] for row in stages) < 2 * whole["error"] < 0.2
+    card = (folder / "README.md").read_text()
+    assert re.search(rf"\n\| stages\.1 \| {stages[2]['layers']} \| {100 * stages[2]['error']:.2g} % \| [+-]\d", card)
+    with pytest.raises(UsageError, match="`per_stage` is for the format int8"):
+        Settings(("onnx",), per_stage=True)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))

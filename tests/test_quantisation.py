@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 import search_spaces
+from nas.architecture import Graft, Hadamard, Replacement, Stage
 from nas.data import load_data
 from nas.errors import UsageError
+from nas.export.by_stage import errors_by_stage
+from nas.folders.hits import change_by_int8
 from nas.folders.run import Run
+from nas.folding import deploy
 from nas.litert import LiteRT, export_litert, quantise_litert
-from nas.models import create_backbone
-from nas.objectives.paired import pack
+from nas.models import create_backbone, create_graft
+from nas.objectives.paired import pack, paired_difference
 from nas.onnx import export_onnx
-from nas.quantisation import quantise_onnx
+from nas.quantisation import QUANTISED, quantise_onnx, quantised_layers, stage_of
 from nas.replay import replay
+from nas.report.html import report
+from nas.report.quantised import fit, survival
 from nas.scoring.accuracy.held_out import held_out_hits, normaliser
 from nas.scoring.latency import RUNTIME_TRAITS, LatencyConfig
 from nas.search import SearchConfig, search
@@ -69,6 +78,77 @@ def test_a_quantised_layer_computes_what_the_arithmetic_says(run):
     assert np.abs(found - wanted).max() < 1.01 * step, "at most one step of rounding"
     assert np.abs(found - wanted).mean() < 0.1 * step
     assert np.abs(found - exact).mean() > 0.2 * step, "it is not the network in float32"
+
+
+class Two(nn.Module):
+    """A network with two stages of a layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(x.flatten(1)))
+
+
+def test_the_error_of_a_stage_is_that_of_its_8_bits_alone():
+    torch.manual_seed(0)
+    network, images = Two().eval(), torch.randn(64, 3, 2, 2)
+    rows = errors_by_stage(export_onnx(network, images), images, images, torch.arange(64) % 5, len(images))
+    assert [(row["stage"], row["layers"]) for row in rows] == [("stem", 1), ("head", 1), ("all", 2)]
+
+    def quantised(layer: nn.Linear, x: np.ndarray) -> np.ndarray:
+        weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        steps, exact = np.abs(weight).max(1, keepdims=True) / 127, x @ weight.T + bias
+        product = in_8_bits(x, x.min(), x.max()) @ (np.rint(weight / steps) * steps).T + bias
+        return in_8_bits(product, exact.min(), exact.max())
+
+    with torch.no_grad():
+        between = network.stem(images.flatten(1))
+        exact = network.head(between).numpy()
+        only_stem = network.head(torch.from_numpy(quantised(network.stem, images.flatten(1).numpy())).float()).numpy()
+        only_head = quantised(network.head, between.numpy())
+    for row, found in zip(rows, (only_stem, only_head), strict=False):
+        assert row["error"] == pytest.approx(((found - exact) ** 2).mean() / exact.var(0).mean(), rel=0.05)
+        hits, before = (logits.argmax(1) == np.arange(64) % 5 for logits in (found, exact))
+        assert row["change"]["points"] == pytest.approx(100 * (hits.mean() - before.mean()), abs=1.6)
+    assert rows[2]["error"] == pytest.approx(rows[0]["error"] + rows[1]["error"], rel=0.5)
+
+
+GRAFT = Graft(
+    "tf_efficientnet_lite0", 64, replaced=(Replacement(("blocks.2",), Stage(Hadamard(), 1, 40), width_in=24, stride=2),)
+)
+
+
+def mini() -> nn.Module:
+    return create_backbone(search_spaces.load("mini").sample(np.random.default_rng(0)), 10)
+
+
+@pytest.mark.parametrize(
+    ("build", "stages", "one"),
+    [
+        (mini, ["stem", "stages.0", "stages.1", "stages.2", "head"], "stages.1"),
+        # its linear layers get other names in the preparation
+        (partial(timm.create_model, "edgenext_xx_small"), ["stem", *(f"stages.{i}" for i in range(4)), "head"], "head"),
+        (
+            partial(create_graft, GRAFT, 10),
+            ["conv_stem", *(f"blocks.{i}" for i in range(7)), "conv_head", "classifier"],
+            "blocks.2",
+        ),
+    ],
+)
+def test_one_stage_can_be_quantised_alone(build, stages, one):
+    import onnx
+
+    images = torch.randn(2, 3, 64, 64)
+    model = export_onnx(deploy(build().eval(), images), images)
+    paths = quantised_layers(model)
+    assert list(dict.fromkeys(map(stage_of, paths))) == stages
+    nodes = onnx.load_from_string(quantise_onnx(model, images, 2, lambda path: stage_of(path) == one)).graph.node
+    dequantised = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    layers = [node for node in nodes if node.op_type in QUANTISED and node.input[1] in dequantised]
+    assert {node.name.partition("/")[0] for node in layers} == {path for path in paths if stage_of(path) == one}
+    assert stage_of("layer2.0.conv1") == "layer2", "its numbers count blocks"
 
 
 class Counts(nn.Module):
@@ -128,8 +208,27 @@ def test_a_search_in_int8(tmp_path):
     hits = held_out_hits(network, data, "cpu", "int8")
     assert trial.scores.hits == pack(hits)
     assert trial.scores.accuracy == 100 * hits.double().mean()
+    before = held_out_hits(network, data, "cpu")
+    assert trial.scores.hits_fp32 == pack(before)
+    assert change_by_int8(Run.open(run.path), trial) == paired_difference(hits.numpy(), before.numpy())
+    page = report([run]).read_text()
+    assert "Which mixers survive quantisation" in page
+    points = 100 * (hits.double().mean() - before.double().mean())
+    assert f'<td class="number">{trial.scores.accuracy:.2f} %</td><td class="number">{points:+.2f} [' in page
+    assert survival(run, [replace(t, scores=replace(t.scores, hits_fp32="")) for t in run.trials()], []) is None, "old"
     again = replay(run, SearchConfig.from_run(run), latency=False, limit=1)
     assert [c.agrees for row in again.rows for c in row.comparisons if c.kind == "accuracy"] == [True]
+
+
+def test_what_a_mixer_loses_is_fitted_by_its_share():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), 40)
+    truth = np.array([-0.2, -1.5, -0.4])
+    found = fit(shares, shares @ truth + rng.normal(0, 0.3, 40))
+    assert [interval.holds(value) for interval, value in zip(found, truth, strict=True)] == [True] * 3
+    assert all(0.1 < interval.half_width < 0.5 for interval in found)
+    assert fit(shares[:3], truth) is None
+    assert fit(np.repeat([[0.5, 0.5]], 9, axis=0), np.zeros(9)) is None, "nothing tells the mixers apart"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
 from ..scoring.accuracy.estimate import accuracy_error
-from .formats import FORMATS
+from .card_files import files_section
+from .escaping import as_text, machine_text, plain
 from .subject import Subject
-
-_MARKUP = re.compile(r"([\\`*_\[\]|~])")
 
 
 def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str:
@@ -58,26 +55,11 @@ def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str
 {chr(10).join(_figures(subject, report.get("deployed")))}
 
 {_training(subject)}
-Trained on: {_machine(machine)}; {as_text(machine["platform"])}. Software: {as_text(software)}.
+Trained on: {machine_text(machine)}; {as_text(machine["platform"])}. Software: {as_text(software)}.
 {_origin(subject)}
 ## Files
 
-{_files(report)}"""
-
-
-def plain(text: str) -> str:
-    """Makes a name safe inside Markdown code and tables: one line without backticks and bars."""
-    return " ".join(text.replace("`", "'").replace("|", "/").split())
-
-
-def as_text(text: object) -> str:
-    """Escapes foreign text for Markdown, so that it is shown literally in one line, never as markup or HTML."""
-    return " ".join(_MARKUP.sub(r"\\\1", html.escape(str(text), quote=False)).split())
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    gpu = f", {as_text(machine['gpu'])}" if "gpu" in machine else ""
-    return f"{as_text(machine['cpu'])}, {as_text(machine['cores'])} cores{gpu}"
+{files_section(report)}"""
 
 
 def _data_set(name: str) -> str:
@@ -334,67 +316,3 @@ def _origin(subject: Subject) -> str:
         return f"Training created {as_text(created)}.\n"
     of = f"Run `{plain(subject.run.name)}`, trial {subject.trial.number}"
     return f"{of}, created {as_text(subject.run.manifest.created)}.\n"
-
-
-def _files(report: Mapping[str, Any]) -> str:
-    lines = [
-        "| file | what | MB | largest difference of a logit | same class | top-1 | latency |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, file in report["files"].items():
-        cells = [
-            " and ".join(f"`{part['file']}`" for part in (file, *file.get("beside", ()))),
-            FORMATS[name].note + (_images_a_pass(file["batch"]) if "batch" in file else ""),
-            f"{sum(part['bytes'] for part in (file, *file.get('beside', ()))) / 1e6:.2f}",
-            f"{file['max_abs_difference']:.2g}",
-            f"{100 * file['top1_agreement']:.2f} %",
-            _top1(file),
-            _latency(file.get("latency")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    text, software = "\n".join(lines), report["software"]
-    programs = dict.fromkeys(("torch", "timm", *(FORMATS[name].version for name in report["files"])))
-    fixed = {bool(f.get("batch")) for name, f in report["files"].items() if FORMATS[name].deployed} == {True}
-    together = "Whatever else is in its batch, an image gets" if fixed else "Batches of 1, 2 and 5 give each image"
-    text += f"\n\nCompared with the trained network in eager torch on {as_text(report['compared_on'])}"
-    for name, int8 in ((name, file) for name, file in report["files"].items() if FORMATS[name].lossy):
-        change = int8.get("change")
-        text += (
-            f"; `{int8['file']}` with `{int8['against']}`. Its ranges are the extremes over {int8['calibrated_on']} "
-            f"training images ({FORMATS[name].quantiser})"
-        )
-        if change is not None:
-            text += (
-                f"; its top-1 changes by {change['points']:+.2f} points (95 % interval "
-                f"{format_ends(change['low'], change['high'], '+.2f')}, same {int8['num_images']:,} images)"
-            )
-    text += (
-        f". {together} the same logits (int8: nearly).\n"
-        f"{_machine(report['machine'])}; "
-        + ", ".join(f"{name} {software[name]}" for name in programs if name in software)
-        + f"; {report['created']}.\n"
-    )
-    for name, why in report["failures"].items():
-        text += f"\nNot written: {name} ({plain(why)}).\n"
-    return text
-
-
-def _images_a_pass(batch: int | None) -> str:
-    return ", any number of images" if batch is None else f", {batch} image{'' if batch == 1 else 's'} a pass"
-
-
-def _top1(file: Mapping[str, Any]) -> str:
-    share = file.get("top1")
-    return "" if share is None else f"{share['accuracy']:.2f} % ({format_ends(share['low'], share['high'], '.2f')})"
-
-
-def _latency(latency: Mapping[str, Any] | None) -> str:
-    if latency is None:
-        return "not measured"
-    if "failure" in latency:
-        return "cannot be timed"
-    return (
-        f"{format_ms(latency['ms'])} ({format_ends(latency['low_ms'], latency['high_ms'])}), {latency['runtime']}, "
-        f"{latency['device']}, threads: {latency['threads']}"
-        + (f", {latency['batch_size']} images a pass" if latency["batch_size"] > 1 else "")
-    )

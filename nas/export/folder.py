@@ -27,6 +27,7 @@ from ..repeats import REPEATS
 from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
+from .by_stage import errors_by_stage
 from .card import model_card
 from .checks import check_batches, compare, logits_of
 from .formats import FORMATS, Format
@@ -56,10 +57,11 @@ class Settings:
         data_root: folder of installed data sets, likewise.
         latency: conditions under which each file is timed in its own runtime; None times nothing.
         batch: fixed batch size of every file except timm's; None allows any batch size.
+        per_stage: whether to quantise one stage at a time too, and to report the error of each (format `int8`).
 
     Raises:
-        UsageError: if a format is unknown, its packages are not installed, or `batch` is set and no format can fix it,
-            or one takes another number.
+        UsageError: if a format is unknown, its packages are not installed, `batch` is set and no format can fix it, or
+            one takes another number, or `per_stage` is set without int8.
     """
 
     formats: tuple[str, ...] = ("timm",)
@@ -68,6 +70,7 @@ class Settings:
     data_root: str | None = None
     latency: LatencyConfig | None = None
     batch: int | None = None
+    per_stage: bool = False
 
     def __post_init__(self) -> None:
         for name in self.formats:
@@ -79,6 +82,8 @@ class Settings:
         if self.batch is not None and not any(FORMATS[name].deployed for name in self.formats):
             fixed = ", ".join(name for name, kind in FORMATS.items() if kind.deployed)
             raise UsageError(f"`batch` is for the formats {fixed}: name one by `formats`")
+        if self.per_stage and "int8" not in self.formats:
+            raise UsageError("`per_stage` is for the format int8: name it by `formats`")
         for name in self.formats if self.batch is not None else ():
             if FORMATS[name].deployed and (most := FORMATS[name].images(self.batch)) != self.batch:
                 raise UsageError(f"a pass of {self.batch} images: format {name} takes {most}; leave `batch` out")
@@ -187,7 +192,7 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
             made = Path(temporary) / folder.name
             made.mkdir()
-            files, failures = _write_formats(material, made, settings)
+            files, failures, stages = _write_formats(material, made, settings)
             if settings.latency is not None:
                 _measure(material, made, files, settings.latency)
             report = {
@@ -201,6 +206,7 @@ def export_subject(subject: Subject, folder: Path, settings: Settings) -> Export
                 "files": files,
                 "failures": failures,
             }
+            report |= {"stages": stages} if stages else {}
             if subject.architecture is None:
                 report["deployed"] = _deployed(material)
             _write_rest(subject, made, report)
@@ -273,16 +279,24 @@ def _deployed(material: Material) -> dict[str, Any]:
 
 def _write_formats(
     material: Material, folder: Path, settings: Settings
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Writes and checks the files, timm's first; deletes a file that fails its check."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[dict[str, Any]]]:
+    """Writes and checks the files, timm's first; deletes a file that fails its check.
+
+    Returns:
+        The description of each file, the failures, and the errors of stages in int8 if they are asked for.
+    """
     files: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
+    stages: list[dict[str, Any]] = []
     for name, kind in FORMATS.items():
         if name != "timm" and name not in settings.formats:
             continue
         log.info("%s: writing and checking %s", material.subject.key, name)
         try:
             kind.make(material, folder)
+            if name == "int8" and settings.per_stage:  # before the check, because a refused file needs it most
+                own = (material.images, material.labels, material.batch)
+                stages += errors_by_stage(material.onnx, material.ranges, *own)
             described, *beside = (_describe(folder / file) for file in kind.files)
             files[name] = described | _check(name, kind, material, folder) | ({"beside": beside} if beside else {})
             if kind.deployed:
@@ -294,7 +308,7 @@ def _write_formats(
                 (folder / file).unlink(missing_ok=True)
             known = isinstance(error, NasError)
             failures[name] = one_line(str(error) if known else f"{type(error).__name__}: {error}", 300)
-    return files, failures
+    return files, failures, stages
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -59,6 +59,20 @@ def accuracy_difference(run: Run, trial: Trial, other: Trial) -> Interval | None
     return paired_difference(hits, others)
 
 
+def change_by_int8(run: Run, trial: Trial) -> Interval | None:
+    """Returns by how much quantisation changes the accuracy of a candidate's weights, in percent points.
+
+    The 95 % interval covers the choice of images.
+
+    Returns:
+        None if the run did not keep which images are right in both precisions.
+    """
+    packed = (trial.scores.hits, trial.scores.hits_fp32)
+    if trial.scores.accuracy is None or not all(packed):
+        return None
+    return paired_difference(*(read_hits(run, text, f"trial {trial.number}") for text in packed))
+
+
 def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     """Says how well the differences of accuracy between neighbours of a front are known, and which may be chance.
 

@@ -66,5 +66,5 @@ def write_replay(file: Path, machine: str, rescored: Rescored, verdicts: Iterabl
     writer.writeheader()
     for ((trial, key), (scores, failure)), words in zip(rescored.items(), verdicts, strict=True):
         row = {"trial": trial, "key": key, "machine": machine, "failure": failure}
-        writer.writerow({**row, **words, "scores": json.dumps(replace(scores, hits="").to_dict())})
+        writer.writerow({**row, **words, "scores": json.dumps(replace(scores, hits="", hits_fp32="").to_dict())})
     write_file(file, buffer.getvalue())

@@ -109,12 +109,13 @@ SCORES = {f"{f.name}?": _BY_TYPE[str(f.type)] for f in fields(Scores) if f.type 
     "uncounted?": [LINE],
     "form?": LINE,
     "hits?": str,
+    "hits_fp32?": str,
     "curve?": [[COUNT, FIGURE]],
 }
 _FAILURE = {"failure": str}
 _TUNED = {
     **{"accuracy": FIGURE, "accuracy_std": FIGURE, "epochs": COUNT, "curve?": [[COUNT, FIGURE]]},
-    **{"num_images": COUNT, "hits": str},
+    **{"num_images": COUNT, "hits": str, "hits_fp32?": str},
 }
 STUDY = {
     "manifest?": dict,

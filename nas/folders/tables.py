@@ -14,7 +14,7 @@ from .trial import Trial
 if TYPE_CHECKING:
     from .run import Run
 
-UNLISTED = ("others", "curve", "uncounted", "form", "hits")
+UNLISTED = ("others", "curve", "uncounted", "form", "hits", "hits_fp32")
 """Scores that the tables leave out or show in another form."""
 
 
@@ -129,7 +129,8 @@ def _flat(run: Run, scores: Scores) -> dict[str, Any]:
     """Returns the scores by the column names of the tables."""
     named, data = columns(run), scores.to_dict()
     others = data.pop("others", {})
-    data.pop("hits", None)  # the study keeps them, and nobody reads them in a file
+    for name in ("hits", "hits_fp32"):  # the study keeps them, and nobody reads them in a file
+        data.pop(name, None)
     further = {f"latency_{part}@{target}": value for target, own in others.items() for part, value in own.items()}
     flags = {"macs_at_least": True} if scores.uncounted else {}
     return {named.get(name, name): value for name, value in data.items()} | further | flags

@@ -122,7 +122,12 @@ def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any
         return _frozen(trial, raced.get(trial.key))
     if entry is None:
         scores = replace(
-            trial.scores, accuracy=None, accuracy_std=None, hits="", accuracy_assembled=trial.scores.accuracy
+            trial.scores,
+            accuracy=None,
+            accuracy_std=None,
+            hits="",
+            hits_fp32="",
+            accuracy_assembled=trial.scores.accuracy,
         )
         first = trial.scores.curve[-1][0] if trial.scores.curve else raced.get(trial.key, {}).get("epochs")
         failure = (
@@ -158,6 +163,7 @@ def trained_scores(scores: Scores, entry: Mapping[str, Any]) -> Scores:
         accuracy_std=float(entry["accuracy_std"]),
         curve=tuple((int(epoch), float(value)) for epoch, value in entry.get("curve", ())),
         hits=entry["hits"],
+        hits_fp32=entry.get("hits_fp32", ""),
     )
 
 

@@ -35,6 +35,7 @@ class Scores:
         curve: (epochs, percent top-1) during the training. The curve of a stopped training ends where it stopped.
         hits: which held-out images are right, as text of `nas.objectives.paired.pack`: of `accuracy`, or of the last
             epoch of a stopped training. Empty if unknown.
+        hits_fp32: in a search with `accuracy_int8`, the same before quantisation. Empty if unknown.
         proxy: an untrained proxy's score, higher is better; its column is `proxy_NAME`.
         proxy_std: its standard error.
         scoring_seconds: seconds that the whole scoring took.
@@ -54,6 +55,7 @@ class Scores:
     accuracy_assembled: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
     hits: str = field(default="", repr=False)
+    hits_fp32: str = field(default="", repr=False)
     proxy: float | None = None
     proxy_std: float | None = None
     scoring_seconds: float | None = None

@@ -16,6 +16,7 @@ from ..objectives.text import format_value
 from . import facts
 from .interactive import MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, interactive
 from .particulars import particulars
+from .quantised import survival
 from .scored import MIXER_COLOURS, differences, read_runs
 
 PAGE = Path(__file__).parent / "page"
@@ -101,6 +102,7 @@ def _panels(run: Run, trials: list[Any], front: list[Any], spell: Callable[[str]
             f"{o.label} {format_value(o, run.reference[o.name])}".replace(" ", "\u00a0") for o in run.objectives
         ),
         "mixers": facts.mixers_by_stage(trials, front),
+        "survival": survival(run, trials, front),
         "importance": facts.knob_importance(run),
         "trust": facts.trust(run, front, spell),
         "endings": facts.endings(trials),

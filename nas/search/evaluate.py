@@ -330,11 +330,12 @@ class Evaluator:
                     return Evaluation(scores, {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
         if estimator.trained:
-            hits = estimates[0].hits if proxy.repeats == 1 else ""
+            hits, before = (estimates[0].hits, estimates[0].hits_fp32) if proxy.repeats == 1 else ("", "")
             if proxy.cross_fit:
                 score, std, hits = _together([e.hits for e in estimates], scored)
-            hits = hits if kept else ""
-            scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs), hits=hits)
+                before = before and _together([e.hits_fp32 for e in estimates], scored)[2]
+            scores = replace(scores, accuracy=score, accuracy_std=std, curve=_curve(rungs))
+            scores = replace(scores, hits=hits, hits_fp32=before) if kept else scores
         else:
             scores = replace(scores, proxy=score, proxy_std=std)
         return Evaluation(scores, {}, estimates[0].weights, chunks=fidelity.chunks, state=kept_state(running))

@@ -74,6 +74,7 @@ class Trainer:
             "seconds": estimate.curve[-1].seconds,
             "num_images": num_images,
             "hits": estimate.hits if kept else "",
+            "hits_fp32": estimate.hits_fp32 if kept else "",
         }
 
     def _within_memory(self, run: Callable[[Fidelity], Estimate], fidelity: Fidelity) -> Estimate:

@@ -86,6 +86,7 @@ def _first_epochs(run: Run, trials: Sequence[Trial], config: SearchConfig) -> di
             "epochs": config.epochs,
             "num_images": run.manifest.data.num_holdout,
             "hits": t.scores.hits,
+            "hits_fp32": t.scores.hits_fp32,
         }
         for t in trials
     }

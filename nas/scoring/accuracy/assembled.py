@@ -11,7 +11,7 @@ from torch import nn
 from ...data import ImageData
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, accuracy_error
-from .held_out import held_out_hits, top1
+from .held_out import held_out_hits, hits_before, top1
 from .training import estimate_batch_norms
 
 
@@ -49,4 +49,5 @@ def assembled(
         std=accuracy_error(score, len(data.holdout)),
         seconds=time.perf_counter() - start,
         hits=pack(hits),
+        hits_fp32=hits_before(network, data, device, fidelity.precision),
     )

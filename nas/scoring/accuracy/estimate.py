@@ -98,6 +98,7 @@ class Estimate:
         weights: trained weights by name, on the CPU. None if nothing was trained.
         curve: scores during the training.
         hits: which held-out images are right at the end, as in `Rung`. Candidates are then compared image by image.
+        hits_fp32: for the precision int8, the hits of the same weights before quantisation; else empty.
     """
 
     score: float
@@ -106,3 +107,4 @@ class Estimate:
     weights: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     curve: tuple[Rung, ...] = ()
     hits: str = field(default="", repr=False)
+    hits_fp32: str = field(default="", repr=False)

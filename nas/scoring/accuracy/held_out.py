@@ -11,6 +11,7 @@ from torch import nn
 from ...data import ImageData, Images, Part
 from ...errors import TrialFailure
 from ...folding import deploy
+from ...objectives.paired import pack
 from ...onnx import INPUT, export_onnx
 from ...quantisation import CALIBRATION_IMAGES, quantise_onnx
 
@@ -62,6 +63,14 @@ def held_out_hits(
             "non_finite", f"the trained network gives {int(broken)} of {len(held)} images logits that are not finite"
         )
     return torch.cat(hits).cpu()
+
+
+def hits_before(model: nn.Module, data: ImageData, device: str, precision: str) -> str:
+    """Returns the hits before quantisation, as text of `nas.objectives.paired.pack`; '' if the precision is fp32.
+
+    Args and errors are those of `held_out_hits`.
+    """
+    return pack(held_out_hits(model, data, device)) if precision == INT8 else ""
 
 
 def _quantised(model: nn.Module, data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:

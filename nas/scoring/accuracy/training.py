@@ -27,7 +27,7 @@ from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import reformat_moments, training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
-from .held_out import held_out_hits, normaliser, on_device, top1
+from .held_out import held_out_hits, hits_before, normaliser, on_device, top1
 from .teacher import Teacher
 
 RECIPE = 2
@@ -103,6 +103,7 @@ def train(
         weights={name: t.detach().to("cpu").contiguous() for name, t in network.state_dict().items()},
         curve=running.curve,
         hits=hits or pack(held_out_hits(network, data, device, fidelity.precision)),  # an earlier version kept none
+        hits_fp32=hits_before(network, data, device, fidelity.precision),
     )
 
 
