@@ -3,22 +3,17 @@
     python benchmarks/precision.py time --count 40 --size 224 --out benchmarks/precision.csv  # resumes
     python benchmarks/precision.py table benchmarks/precision.csv --imagenet timm_imagenet_speed.csv
     python benchmarks/precision.py accuracy --data cifar100/train.tar --count 4 --epochs 4
-    python benchmarks/precision.py mixed --out benchmarks/precision_mixed.csv  # resumes
-    python benchmarks/precision.py mixed-table benchmarks/precision_mixed.csv
 
 `time` measures random networks of the space `mobile` and some timm models in ONNX Runtime and OpenVINO. Both
 precisions of a network take turns. `table` compares the orders. `accuracy` trains networks of `small` with one mixer in
-all stages, and scores each in both precisions on the same held-out images. `mixed` times networks with some layers in
-int8 and the others in fp32.
+all stages, and scores each in both precisions on the same held-out images.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +33,11 @@ from nas.models import create_backbone
 from nas.objectives.paired import paired_difference
 from nas.objectives.pareto import non_dominated
 from nas.onnx import export_onnx
-from nas.quantisation import CALIBRATION_IMAGES, quantise_onnx, quantised_layers, stage_of
+from nas.quantisation import CALIBRATION_IMAGES, quantise_onnx
 from nas.scoring.accuracy import Fidelity, Training, train, trust
 from nas.scoring.accuracy.held_out import held_out_hits, normaliser
 from nas.scoring.cost import count_cost
-from nas.scoring.latency import Latency, LatencyConfig, measure_latencies, prepare_onnx
+from nas.scoring.latency import LatencyConfig, measure_latencies, prepare_onnx
 
 TIMM = (
     *("mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "mobilenetv4_conv_small"),
@@ -50,11 +45,6 @@ TIMM = (
     *("ghostnet_100", "mobileone_s0", "convnext_atto", "deit_tiny_patch16_224"),
 )
 BATCH = 32
-MIXED = 6
-MIXED_TIMM = (
-    *("mobilenetv3_small_100", "mobilenetv2_100", "efficientnet_b0"),
-    *("tf_efficientnet_lite0", "resnet18", "edgenext_xx_small"),
-)
 MIXERS = ("softmax", "additive", "strip", "hadamard")
 PLACES = tuple((runtime, precision) for runtime in ("onnxruntime", "openvino") for precision in ("fp32", "int8"))
 
@@ -77,14 +67,6 @@ def main() -> None:
     scoring.add_argument("--count", type=int, default=4, help="networks for each mixer")
     scoring.add_argument("--epochs", type=int, default=4)
     scoring.set_defaults(run=print_accuracies)
-    mixing = what.add_parser("mixed")
-    mixing.add_argument("--size", type=int, default=224)
-    mixing.add_argument("--seconds", type=float, default=1.5, help="most seconds for the turns of a form")
-    mixing.add_argument("--out", type=Path, required=True)
-    mixing.set_defaults(run=time_mixed)
-    mixed = what.add_parser("mixed-table")
-    mixed.add_argument("out", type=Path)
-    mixed.set_defaults(run=print_mixed)
     asked = parser.parse_args()
     asked.run(asked)
 
@@ -143,108 +125,6 @@ def timed(model: nn.Module, size: int, seconds: float) -> dict[str, object]:
             place = f"{runtime} {precision}"
             found |= {f"{place} ms": latency.ms, f"{place} low": latency.low_ms, f"{place} high": latency.high_ms}
     return found
-
-
-def time_mixed(asked: argparse.Namespace) -> None:
-    """Times networks with some layers in fp32 and the others in int8, in ONNX Runtime.
-
-    A first session of turns times fp32, int8, and int8 with one stage in fp32. The stages that are faster in fp32 form
-    the mixture. A second session times it afresh beside fp32 and int8, so that the choice does not flatter it.
-    """
-    done = {row["network"] for row in rows(asked.out)} if asked.out.exists() else set()
-    found = {key: model for key, model in networks(MIXED).items() if key not in TIMM}
-    for name, model in (found | dict.fromkeys(MIXED_TIMM)).items():
-        if name in done:
-            continue
-        torch.manual_seed(0)
-        model = (model or timm.create_model(name)).eval()
-        images = torch.randn(1, 3, asked.size, asked.size, generator=torch.Generator().manual_seed(0))
-        probe = deploy(model, images)
-        graph = export_onnx(probe, images)
-        stages = list(dict.fromkeys(map(stage_of, quantised_layers(graph))))
-        small = partial(without, graph, images)
-        forms = {"fp32": graph, "int8": small(set())}
-        forms |= {f"{stage} in fp32": small({stage}) for stage in stages}
-        first = turns(forms, asked.size, asked.seconds)
-        kept = [stage for stage in stages if first[f"{stage} in fp32"].ms < first["int8"].ms]
-        best = min(stages, key=lambda stage: first[f"{stage} in fp32"].ms)
-        gates, depthwise = special(probe, images)
-        forms = {
-            "fp32": graph,
-            "int8": forms["int8"],
-            f"mixture: {' '.join(kept)} in fp32": small(set(kept)),
-            f"best single: {best} in fp32": forms[f"{best} in fp32"],
-            "gates in fp32": small(gates),
-            "depthwise in fp32": small(depthwise),
-            "gates and depthwise in fp32": small(gates | depthwise),
-        }
-        second = turns(forms, asked.size, 3 * asked.seconds)
-        with asked.out.open("a", newline="") as stream:
-            writer = csv.writer(stream)
-            if not stream.tell():
-                writer.writerow(["network", "session", "form", "ms", "low", "high", "spread"])
-            for session, latencies in enumerate((first, second), start=1):
-                for form, latency in latencies.items():
-                    figures = (latency.ms, latency.low_ms, latency.high_ms, latency.spread)
-                    writer.writerow([name, session, form, *figures])
-        print(name, {form: round(latency.ms, 3) for form, latency in second.items()}, flush=True)
-
-
-def without(graph: bytes, images: torch.Tensor, left_out: set[str]) -> bytes:
-    """Quantises all layers but those of some stages, and those with some paths."""
-    return quantise_onnx(graph, images, 1, lambda path: not left_out & {path, stage_of(path)})
-
-
-def turns(graphs: dict[str, bytes], size: int, seconds: float) -> dict[str, Latency]:
-    """Times ONNX models in ONNX Runtime, in one session of turns."""
-    config = LatencyConfig(runtime="onnxruntime", threads=1, max_seconds=seconds)
-    prepared = [prepare_onnx(graph, (3, size, size), config) for graph in graphs.values()]
-    return dict(zip(graphs, measure_latencies(prepared, config), strict=True))
-
-
-def special(model: nn.Module, images: torch.Tensor) -> tuple[set[str], set[str]]:
-    """Returns the paths of convolutions on one pixel, which are mostly gates, and of depthwise ones."""
-    gates = set()
-
-    def note(path: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
-        return lambda _, __, output: gates.add(path) if output.shape[2:] == (1, 1) else None
-
-    convolutions = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    hooks = [module.register_forward_hook(note(path)) for path, module in convolutions.items()]
-    with torch.inference_mode():
-        model(images)
-    for hook in hooks:
-        hook.remove()
-    return gates, {path for path, m in convolutions.items() if m.groups == m.in_channels > 1}
-
-
-def print_mixed(asked: argparse.Namespace) -> None:
-    """Prints how much faster mixtures are than the better one of fp32 and int8, by the second session."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for row in rows(asked.out):
-        if row["session"] == "2":
-            found.setdefault(row["network"], {})[row["form"].partition(":")[0]] = row
-    names = [form for form in next(iter(found.values())) if form not in ("fp32", "int8")]
-    print(f"{machine_name('cpu')}, 1 thread; {date.today()}; onnxruntime {describe_software().get('onnxruntime')}\n")
-    print(f"| network | fp32, ms | int8 / fp32 | stages in fp32 | {' | '.join(names)} |")
-    print(f"|---|---:|---:|---|{'---:|' * len(names)}")
-    gains: dict[str, list[float]] = {name: [] for name in (*names, "best")}
-    for network, forms in found.items():
-        better = min((forms["fp32"], forms["int8"]), key=lambda row: float(row["ms"]))
-        ratios = {name: of_times(forms[name], better) for name in names}
-        for name in names:
-            gains[name].append(ratios[name].value)
-        gains["best"].append(min(1.0, *(ratio.value for ratio in ratios.values())))
-        kept = forms["mixture"]["form"].removeprefix("mixture: ").removesuffix("in fp32").strip() or "none"
-        shown = f"{float(forms['fp32']['ms']):.2f} | {text(of_times(forms['int8'], forms['fp32']))} | {kept}"
-        print(f"| {network} | {shown} | {' | '.join(text(ratio) for ratio in ratios.values())} |")
-    print("\nMedian: " + ", ".join(f"{name} {np.median(values):.3f}" for name, values in gains.items()))
-
-
-def of_times(row: dict[str, str], other: dict[str, str]) -> Interval:
-    """Returns the ratio of two latencies of one session, with its 95 % interval."""
-    ratio, half = float(row["ms"]) / float(other["ms"]), np.hypot(float(row["spread"]), float(other["spread"]))
-    return Interval(ratio, ratio * np.exp(-half), ratio * np.exp(half)) if row != other else Interval.exact(1.0)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
