@@ -21,6 +21,7 @@ from nas.export.by_stage import errors_by_stage
 from nas.folders.hits import change_by_int8
 from nas.folders.run import Run
 from nas.folding import deploy
+from nas.interval import Interval
 from nas.litert import LiteRT, export_litert, quantise_litert
 from nas.models import create_backbone, create_graft
 from nas.objectives.paired import pack, paired_difference
@@ -224,11 +225,15 @@ def test_what_a_mixer_loses_is_fitted_by_its_share():
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.ones(3), 40)
     truth = np.array([-0.2, -1.5, -0.4])
-    found = fit(shares, shares @ truth + rng.normal(0, 0.3, 40))
+    found = fit(shares, [Interval.exact(value) for value in shares @ truth + rng.normal(0, 0.3, 40)])
     assert [interval.holds(value) for interval, value in zip(found, truth, strict=True)] == [True] * 3
     assert all(0.1 < interval.half_width < 0.5 for interval in found)
-    assert fit(shares[:3], truth) is None
-    assert fit(np.repeat([[0.5, 0.5]], 9, axis=0), np.zeros(9)) is None, "nothing tells the mixers apart"
+    assert fit(np.repeat([[0.5, 0.5]], 9, axis=0), [Interval.exact(0.0)] * 9) is None, "nothing tells the mixers apart"
+
+
+def test_equal_changes_are_no_better_known_than_the_images_allow():
+    (found,) = fit(np.ones((4, 1)), [Interval(-0.2, -1.2, 0.8)] * 4)
+    assert (found.value, found.half_width) == pytest.approx((-0.2, 0.5))
 
 
 @pytest.mark.parametrize(

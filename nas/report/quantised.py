@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ def survival(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> dict[
         "count": len(changes),
         "images": num_scored(run),
         "stages": max((len(network.stages) for network in networks), default=0),
-        "mixers": _by_mixer(networks, np.array([changes[network.key].value for network in networks])),
+        "mixers": _by_mixer(networks, [changes[network.key] for network in networks]),
         "front": [
             {"key": t.key, "accuracy": f"{t.scores.accuracy:.2f} %", "change": _points(changes[t.key])}
             for t in front
@@ -47,28 +46,36 @@ def survival(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> dict[
     }
 
 
-def _by_mixer(networks: Sequence[Architecture], changes: NDArray[np.float64]) -> list[dict[str, Any]]:
+def _by_mixer(networks: Sequence[Architecture], changes: Sequence[Interval]) -> list[dict[str, Any]]:
     names = [[stage.mixer.name for stage in network.stages] for network in networks]
     mixers = [mixer for mixer in MIXER_TYPES if any(mixer in own for own in names)]
-    shares = np.array([[own.count(mixer) / len(own) for mixer in mixers] for own in names]).reshape(len(names), -1)
-    fitted: Sequence[Interval | None] = fit(shares, changes) or [None] * len(mixers)
-    places = range(max(map(len, names), default=0))
+    shares = np.array([[own.count(mixer) / len(own) for mixer in mixers] for own in names])
+    fitted = fit(shares, changes) if mixers else None
+
+    def cell(place: int, mixer: str) -> dict[str, Any]:
+        those = [c for own, c in zip(names, changes, strict=True) if own[place : place + 1] == [mixer]]
+        found = fit(np.ones((len(those), 1)), those) if those else None
+        return {"count": len(those), "text": "" if found is None else _points(found[0])}
+
     return [
         {
             "mixer": mixer,
-            "by_fit": "" if of_all is None else _points(of_all),
-            "cells": [_cell(changes[[len(own) > place and own[place] == mixer for own in names]]) for place in places],
+            "by_fit": "" if fitted is None else _points(fitted[i]),
+            "cells": [cell(place, mixer) for place in range(max(map(len, names)))],
         }
-        for mixer, of_all in zip(mixers, fitted, strict=True)
+        for i, mixer in enumerate(mixers)
     ]
 
 
-def fit(shares: NDArray[np.float64], changes: NDArray[np.float64]) -> list[Interval] | None:
-    """Fits changes by the share of stages with each mixer, by least squares.
+def fit(shares: NDArray[np.float64], changes: Sequence[Interval]) -> list[Interval] | None:
+    """Fits changes of accuracy by the share of stages with each mixer, by least squares.
+
+    A change may vary from network to network, and its image-wise interval says how well it is known. The result has the
+    wider one of the two intervals that follow.
 
     Args:
         shares: of shape (networks, mixers). Rows add up to 1.
-        changes: of shape (networks,).
+        changes: the change of each network.
 
     Returns:
         For each mixer, the change of a network with this mixer in all stages, with its 95 % interval; None if there are
@@ -77,26 +84,15 @@ def fit(shares: NDArray[np.float64], changes: NDArray[np.float64]) -> list[Inter
     from scipy.stats import t
 
     count, mixers = shares.shape
-    if count <= mixers or np.linalg.matrix_rank(shares) < mixers:
+    if count < mixers or np.linalg.matrix_rank(shares) < mixers:
         return None
-    found, *_ = np.linalg.lstsq(shares, changes, rcond=None)
-    variance = ((changes - shares @ found) ** 2).sum() / (count - mixers)
-    halves = t.ppf(0.975, count - mixers) * np.sqrt(variance * np.diag(np.linalg.inv(shares.T @ shares)))
+    values, errors = (np.array([getattr(c, name) for c in changes]) for name in ("value", "half_width"))
+    solve = np.linalg.pinv(shares)
+    found, halves = solve @ values, np.sqrt(solve**2 @ errors**2)
+    if count > mixers:
+        variance = ((values - shares @ found) ** 2).sum() / (count - mixers)
+        halves = np.maximum(halves, t.ppf(0.975, count - mixers) * np.sqrt(variance * (solve**2).sum(1)))
     return [Interval(*map(float, (x, x - half, x + half))) for x, half in zip(found, halves, strict=True)]
-
-
-def _cell(changes: NDArray[np.float64]) -> dict[str, Any]:
-    """Returns the mean of some changes with its 95 % interval, as text, and their number."""
-    from scipy.stats import t
-
-    count = len(changes)
-    if not count:
-        return {"text": "", "count": 0}
-    mean = float(changes.mean())
-    if count == 1:
-        return {"text": f"{mean:+.2f}", "count": 1}
-    half = float(t.ppf(0.975, count - 1) * changes.std(ddof=1)) / math.sqrt(count)
-    return {"text": _points(Interval(mean, mean - half, mean + half)), "count": count}
 
 
 def _points(change: Interval) -> str:
