@@ -102,6 +102,7 @@ def prepare(image: Image.Image, told: dict) -> np.ndarray:
 
 def load_onnx(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     """Returns the network as a function from images to logits, and its batch size; 0 if it takes any."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it reports every session to Microsoft
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 The names in `__all__` are the public face of the library. Each is loaded when it is first used.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -49,6 +50,9 @@ _PLACES = {
     "train": "training.work",
 }
 
+
+# ONNX Runtime (1.29 and newer) reports every session to Microsoft unless this is set before it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _load = on_first_use(__name__, _PLACES)
 

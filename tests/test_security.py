@@ -330,3 +330,17 @@ def check(result: dict[str, Any], them: Stranger, own: Path) -> None:
             assert words[0] in WRITERS, (words, what)
             place = next(Path(word.partition("@")[0]) for word in words if word.startswith(str(them.folder)))
             assert Path(what).is_relative_to(place), (words, what)
+
+
+def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """Its official builds since 1.29 do: they begin with files of their own in the user's cache."""
+    program = """
+import nas, torch
+from nas.export.calls import onnx_call
+from nas.onnx import export_onnx
+onnx_call(export_onnx(torch.nn.ReLU(), torch.ones(1, 3, 8, 8)))(torch.ones(1, 3, 8, 8))
+"""
+    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS")}  # others tell it that this is a test
+    kept |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=kept, check=True, timeout=120)
+    assert not list(tmp_path.rglob("*onnxruntime*"))
