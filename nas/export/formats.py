@@ -164,6 +164,10 @@ def _make_onnx(material: Material, folder: Path) -> None:
     write_file(folder / FORMATS["onnx"].file, material.onnx)
 
 
+def _make_fp16(material: Material, folder: Path) -> None:
+    write_file(folder / FORMATS["fp16"].file, material.onnx_fp16)
+
+
 def _make_int8(material: Material, folder: Path) -> None:
     import onnx
 
@@ -255,6 +259,13 @@ FORMATS: dict[str, Format] = {
         version="torch",
     ),
     "onnx": _onnx_format("model.onnx", f"opset {OPSET}: batch norms folded", make=_make_onnx),
+    "fp16": _onnx_format(
+        "model.fp16.onnx",
+        "weights and operators in float16, input and output in float32: for GPUs",
+        make=_make_fp16,
+        tolerance=2e-2,
+        flips=1e-2,
+    ),
     "int8": _onnx_format(
         "model.int8.onnx",
         "weights (by channel) and inputs of convolutions and linear layers in 8 bits (QDQ)",

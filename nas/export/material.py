@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,10 +78,13 @@ class Material:
 
     def program_of(self, batch: int | None) -> torch.export.ExportedProgram:
         """Returns the deployed form as a program for `batch` images; None allows any number."""
+        return self._program(self.deployed, batch)
+
+    def _program(self, network: nn.Module, batch: int | None) -> torch.export.ExportedProgram:
         example = self.example(batch or 2)  # two images, because a batch of one would become a constant
         free = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
         with quiet():
-            program = torch.export.export(self.deployed, (example,), dynamic_shapes=free)
+            program = torch.export.export(network, (example,), dynamic_shapes=free)
         for module in program.graph_module.modules():
             if isinstance(module, torch.fx.GraphModule):
                 for node in module.graph.nodes:
@@ -91,6 +95,11 @@ class Material:
     def onnx(self) -> bytes:
         """The program as an ONNX model."""
         return export_program(self.program, self.metadata)
+
+    @cached_property
+    def onnx_fp16(self) -> bytes:
+        """The deployed form in float16 as an ONNX model. Its input and output stay in float32."""
+        return export_program(self._program(_InHalf(self.deployed), self.batch), self.metadata)
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -122,6 +131,18 @@ class Material:
         if self.calibration is None:
             raise NasError("it is calibrated on training images, which cannot be read: say by `data` where they are")
         return self.calibration
+
+
+class _InHalf(nn.Module):
+    """A copy of a network in float16, with input and output in float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images.half())
+        return logits.float()
 
 
 def preprocessing(subject: Subject) -> dict[str, Any]:
