@@ -221,10 +221,11 @@ others = st.dictionaries(st.text(max_size=20), further, max_size=2)
 parts = {f.name for f in dataclasses.fields(Latency)} - {"interval", "seconds", "threads"}
 first = st.builds(Latency, intervals, **dict.fromkeys(sorted(parts), numbers))
 curves = st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), max_size=9).map(tuple)
-fields = {f.name for f in dataclasses.fields(Scores)} - {"latency", "others", "curve", "uncounted", "form", "hits"}
+names_of_texts = ("form", "hits", "hits_fp32")
+fields = {f.name for f in dataclasses.fields(Scores)} - {"latency", "others", "curve", "uncounted", *names_of_texts}
 measured = dict.fromkeys(sorted(fields), numbers)
 uncounted = st.lists(st.text(max_size=20), max_size=2).map(tuple)
-texts = dict.fromkeys(("form", "hits"), st.text(max_size=20))
+texts = dict.fromkeys(names_of_texts, st.text(max_size=20))
 scores = st.builds(
     Scores, **measured, **texts, latency=st.none() | first, others=others, curve=curves, uncounted=uncounted
 )
