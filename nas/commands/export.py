@@ -144,5 +144,8 @@ def _stages_table(key: str, rows: list[dict[str, Any]]) -> Table:
     table = new_table("stage in int8", "layers>", "error>", "top-1, change in points>")
     for row in rows:
         table.add_row(*cells_of(row))
-    table.caption = f"{key}: all other stages in float32; error: mean squared error of the logits / their variance"
+    table.caption = (
+        f"{key}: only this stage in 8 bits (all: the whole network); error: mean squared error of the logits / their "
+        "variance"
+    )
     return table

@@ -72,8 +72,8 @@ def stages_section(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"""
 ### Error of each stage in int8
 
-In each row, only this stage has 8 bits, and all others have float32. The error is the mean squared error of the
-logits, as a share of their variance over the images.
+In each row, only this stage has 8 bits, and all others have float32. In the last row, the whole network has 8 bits.
+The error is the mean squared error of the logits, as a share of their variance over the images.
 
 | stage | layers | error | top-1, change in points (95 % interval, same images) |
 |---|---|---|---|
