@@ -37,7 +37,7 @@ class Sums:
     times: Mapping[str, Mapping[str, float]]
 
     def expected(self, choices: Mapping[str, Choice]) -> tuple[float, float]:
-        """Returns the loss and the milliseconds that the sums expect. They are in the right order only roughly."""
+        """Returns the loss that the sums expect, and the milliseconds with the largest images: only a rough order."""
         found = []
         for whole, added in ((self.loss, self.losses), (self.ms, self.times)):
             total = whole + sum(added.get(name, {}).get(str(choice), 0.0) for name, choice in choices.items())

@@ -132,7 +132,7 @@ class _Sums:
         return _best(scaled)
 
     def of_changes(self) -> Sums:
-        """Returns what each choice adds alone, for the search. An image size counts by its number of pixels."""
+        """Returns what each choice adds alone, for the search. An image size adds no time: it scales the whole."""
         losses: dict[str, dict[str, float]] = {}
         times: dict[str, dict[str, float]] = {}
         for name, choices in self.space.knobs.items():
