@@ -24,6 +24,8 @@ from .streams import encodable
 
 NARROWEST, LOWEST = 60, 12
 """Columns and lines that a terminal must have; smaller ones get plain lines."""
+EVERY = 60.0
+"""Seconds between two lines of a bar where there is no terminal."""
 REFRESHES = 2.0
 """Drawings a second. Drawing takes time from what the command measures."""
 ENDING = "interrupted: stopping, a moment"
@@ -36,19 +38,22 @@ class Display:
     """Shows how far a command is while the display is entered.
 
     A terminal shows one row for each bar and below them the body. The rows go when the display ends. Elsewhere `say`
-    prints lines. If nothing was said by the end, each bar that has come anywhere is printed as one line.
+    prints lines. As long as nothing was said, a bar that moves is printed as a line now and then, and at the end each
+    bar that has come anywhere.
 
     Args:
         console: where to draw; None for standard error.
+        every: seconds between two such lines.
 
     Attributes:
         body: draws what stands below the bars. It is called again when the attribute or the terminal's size changes.
         ending: whether a signal has asked this process to end.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, every: float = EVERY) -> None:
         self.body: Body | None = None
         self.ending = False
+        self._every, self._printed = every, time.monotonic()
         self._bars: list[Bar] = []
         self._said = False
         self._handlers: dict[int, Any] = {}
@@ -91,8 +96,15 @@ class Display:
 
     def bar(self, name: str, total: float | None = None) -> Bar:
         """Adds a bar below those that are there; returns it."""
-        self._bars.append(Bar(name, total))
+        self._bars.append(Bar(name, total, self._moved))
         return self._bars[-1]
+
+    def _moved(self, bar: Bar) -> None:
+        """Prints a bar that has moved, if there is no terminal and nothing else tells how far the command is."""
+        now = time.monotonic()
+        if self._live is None and not self._said and now - self._printed >= self._every:
+            self._print(bar.line(bar.time()))
+            self._printed = now
 
     def drop(self, bar: Bar) -> None:
         """Takes a bar away, if it is there."""
@@ -107,8 +119,11 @@ class Display:
         """Prints a line, unless a terminal shows the bars."""
         if self._live is None:
             self._said = True
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType | Segment]:
         """The bars and the body, in fewer lines than the terminal has."""
@@ -142,14 +157,15 @@ class Bar:
     Args:
         name: what stands before the bar.
         total: how much there is to do, in any unit; None while that is not known.
+        moved: called with the bar after each update; None for nothing.
 
     Attributes:
         done: how much is done.
         note: what stands behind the bar.
     """
 
-    def __init__(self, name: str, total: float | None = None) -> None:
-        self.begun = time.monotonic()
+    def __init__(self, name: str, total: float | None = None, moved: Callable[[Bar], None] | None = None) -> None:
+        self.begun, self._tell = time.monotonic(), moved
         self.restart(name, total)
 
     def restart(self, name: str, total: float | None = None) -> None:
@@ -169,6 +185,8 @@ class Bar:
         now = time.monotonic()
         self.done, self.note, self._end = done, note, None if left is None else now + left
         self._clock.tick(done, now)
+        if self._tell is not None:
+            self._tell(self)
 
     def time(self) -> str:
         """Returns how long the work has taken and, if that can be said, how long the rest will take."""
@@ -181,9 +199,10 @@ class Bar:
         left = self._clock.left(self.total - self.done, now) if self._end is None else max(0.0, self._end - now)
         return passed if left is None else f"{passed}, about {minutes(left)} left"
 
-    def line(self) -> str:
-        """Returns the bar as a line of text."""
-        return f"{self.name}: {self.note + ', ' if self.note else ''}{minutes(time.monotonic() - self.begun)}"
+    def line(self, took: str = "") -> str:
+        """Returns the bar as a line of text, with the time that the work has taken so far or another text about it."""
+        took = took or minutes(time.monotonic() - self.begun)
+        return f"{self.name}: {self.note + ', ' if self.note else ''}{took}"
 
 
 class Clock:

@@ -220,6 +220,22 @@ def test_a_display_that_said_nothing_ends_with_a_line_for_each_bar(capsys):
     assert capsys.readouterr().err == "a line\n"
 
 
+def test_a_bar_without_a_terminal_tells_now_and_then_how_far_it_is(capsys):
+    with Display(Console(file=io.StringIO()), every=0.0) as display:
+        bar = display.bar("calibrating", 6)
+        for done in (1, 2):
+            bar.update(done, f"{done} of 6", left=60)
+        assert capsys.readouterr().err.splitlines() == [
+            f"calibrating: {done} of 6, 0:00:00, about 0:01:00 left" for done in (1, 2)
+        ]
+        display.say("a line")
+        bar.update(3)
+    assert capsys.readouterr().err == "a line\n"
+    with Display(Console(file=io.StringIO())) as display:
+        display.bar("calibrating", 6).update(1)
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("terminal", [{}, {"force_terminal": True, "width": 50}, {"force_terminal": True, "height": 8}])
 def test_elsewhere_there_are_plain_lines(run, trials, capsys, terminal):
     file = io.StringIO()
