@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -102,6 +103,24 @@ def test_what_chance_would_give_where_all_is_scored(tmp_path):
     assert "Proxy params (untrained)" in page
     assert "the front dominates 0 of 1 baselines" in page
     assert "baselines outside the picture: mobilenetv3_small_050" in page
+
+
+def test_numbers_of_baselines_do_not_cover_each_other(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or [])
+    x, y = run.objectives
+    at = [[o.read(trial.scores) for o in (x, y)] for trial in run.front()]
+    wide, high = (max(values) - min(values) for values in zip(*at, strict=True))
+    close = [(f"baseline {i}", at[0][0] + (i + 20 * (i > 2)) * wide / 50, at[0][1] - i * high / 40) for i in range(6)]
+    monkeypatch.setattr(plots, "baselines_of", lambda *_: close)
+    plots.plot([run])
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    labels = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(labels) == 6
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(labels, 2))
+    stars = figure.axes[0].transData.transform([at for _, *at in close])
+    assert not any(label.padded(3).contains(*star) for label in labels for star in stars)
 
 
 def test_three_objectives_give_two_panels(tmp_path, monkeypatch):

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP"
+STAR = 8.0
+"""Width of the star of a baseline, in points."""
+PLACES = (((5, -9), "left"), ((5, 3), "left"), ((-5, -9), "right"), ((-5, 3), "right"))
+"""Places of a label beside its star, best first: offsets in points, and the side of the label that is there."""
 MOST_LINES = 10
 """A legend with more lines stands at the top and is smaller, so that it does not cover the caption."""
 
@@ -157,6 +161,7 @@ def _draw(scored: Scored, spell: Callable[[str], str]) -> Figure:
     if caption := spell(caption_of(scored)):
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
         figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
+    _part_labels(figure)
     return figure
 
 
@@ -238,5 +243,26 @@ def _draw_run(
     known = baselines_of(run, x, y)
     for label, (_, at_x, at_y) in zip(star_labels(known), known, strict=True):
         axes.scatter([at_x], [at_y], s=70, marker="*", color="white", edgecolors=INK, linewidths=1, zorder=4)
-        style: Any = {"xytext": (5, -9), "textcoords": "offset points", "fontsize": 6.5, "color": INK}
-        axes.annotate(label, (at_x, at_y), annotation_clip=True, **style)
+        style: Any = {"textcoords": "offset points", "fontsize": 6.5, "color": INK, "zorder": 5}
+        axes.annotate(label, (at_x, at_y), PLACES[0][0], annotation_clip=True, **style)
+
+
+def _part_labels(figure: Figure) -> None:
+    """Moves labels of baselines to a side of their star where no other star and no other label is."""
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # lays the panels out, on which the places depend
+    for axes in figure.axes:
+        labels = [child for child in axes.texts if isinstance(child, Annotation)]
+        half = STAR / 2 * figure.dpi / 72
+        stars = (axes.transData.transform(label.xy) for label in labels)
+        taken = [Bbox([centre - half, centre + half]) for centre in stars]
+        for label in labels:
+            for place in (*PLACES, PLACES[0]):  # the first one again if none is free
+                label.xyann = place[0]
+                label.set(horizontalalignment=place[1])
+                own = label.get_window_extent()
+                if not any(own.overlaps(other) for other in taken):
+                    break
+            taken.append(own)
