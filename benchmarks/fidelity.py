@@ -106,38 +106,59 @@ class Curves:
         predicted front is trained up to the last rung. The budget (in epochs) includes this as well as it can be
         foreseen.
         """
-        epochs, known, begun = np.array(self.epochs[: last + 1]), self.unknown(last), min(FIRST, len(self.ms))
+        epochs, known, begun = self.epochs[: last + 1], self.unknown(last), min(FIRST, len(self.ms))
         known[:begun, 0] = self.accuracy[:begun, 0]
-        while True:
-            mean, error = predict(known[:begun])
-            at = (~np.isnan(known[:begun])).sum(1) - 1
-            front = np.flatnonzero(self.ranks(np.arange(begun), mean) == 0)
-            unfinished = front[at[front] < last]
-            if spent(known, epochs) + (epochs[last] - epochs[at[front]]).sum() >= budget:
-                break
-            gains = np.zeros(begun + 1)
-            for rung in range(1, last + 1):
-                rest = _error_from(known[:begun], rung) if rung < last else 0.0
-                shift = np.where(at < rung, np.sqrt(np.maximum(error**2 - rest**2, 0)), 0.0)
-                cost = np.where(at < rung, epochs[rung] - epochs[at], np.inf)
-                gains[:begun] = np.maximum(gains[:begun], self._gains(mean, shift) / cost)
+        while spent(known, epochs) + self.to_finish(known[:begun]) < budget:
+            mean, _ = predict(known[:begun])
+            gains = np.append(self.of_more(known[:begun]), 0.0)
             if begun < len(self.ms):
                 spread = np.append(np.zeros(begun), mean.std())
                 gains[begun] = self._gains(np.append(mean, mean.mean()), spread, absent=begun)[begun] / epochs[0]
             chosen = int(gains.argmax())
             if gains[chosen] <= 1e-12:
                 break
-            rung = 0 if chosen == begun else at[chosen] + 1
+            rung = int((~np.isnan(known[chosen])).sum())
             known[chosen, rung] = self.accuracy[chosen, rung]
             begun += chosen == begun
-        while len(unfinished):
+        known[:begun] = self.finish(known[:begun])
+        return known
+
+    def of_more(self, known: np.ndarray) -> np.ndarray:
+        """Returns the hypervolume for each epoch that training on the first candidates is expected to add.
+
+        Args:
+            known: accuracies of the first candidates, of shape (n, rungs), NaN where they were not trained.
+
+        Returns:
+            The gain of each candidate up to its best further rung, of shape (n,).
+        """
+        mean, error = predict(known)
+        epochs, last, at = np.array(self.epochs), known.shape[1] - 1, (~np.isnan(known)).sum(1) - 1
+        gains = np.zeros(len(known))
+        for rung in range(1, last + 1):
+            rest = _error_from(known, rung) if rung < last else 0.0
+            shift = np.where(at < rung, np.sqrt(np.maximum(error**2 - rest**2, 0)), 0.0)
+            cost = np.where(at < rung, epochs[rung] - epochs[at], np.inf)
+            gains = np.maximum(gains, self._gains(mean, shift) / cost)
+        return gains
+
+    def finish(self, known: np.ndarray) -> np.ndarray:
+        """Trains the predicted front of the first candidates up to the last rung; changes `known`, and returns it."""
+        last = known.shape[1] - 1
+        while True:
+            at = (~np.isnan(known)).sum(1) - 1
+            front = self.ranks(np.arange(len(known)), predict(known)[0]) == 0
+            unfinished = np.flatnonzero(front & (at < last))
+            if not len(unfinished):
+                return known
             for i in unfinished:
                 known[i, at[i] + 1] = self.accuracy[i, at[i] + 1]
-            mean, _ = predict(known[:begun])
-            at = (~np.isnan(known[:begun])).sum(1) - 1
-            front = np.flatnonzero(self.ranks(np.arange(begun), mean) == 0)
-            unfinished = front[at[front] < last]
-        return known
+
+    def to_finish(self, known: np.ndarray) -> float:
+        """Returns the epochs that the predicted front of the first candidates lacks."""
+        epochs, at = np.array(self.epochs[: known.shape[1]]), (~np.isnan(known)).sum(1) - 1
+        front = self.ranks(np.arange(len(known)), predict(known)[0]) == 0
+        return float((epochs[-1] - epochs[at[front]]).sum())
 
     def _gains(self, mean: np.ndarray, shift: np.ndarray, absent: int = -1) -> np.ndarray:
         """Returns the hypervolume that normal shifts of predictions are expected to add, each shift alone."""

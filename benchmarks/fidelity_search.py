@@ -20,6 +20,12 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from nas import optimize
+from nas.objectives.pareto import hypervolume
+from nas.search.samplers.history import History
+from nas.search.samplers.knobs import Knobs, Point
+from nas.search.samplers.problem import Problem
+from nas.search.samplers.surrogate.recommend import INITIAL, Surrogate
+from nas.search.thaw import predict
 
 EPOCHS = [1, 2, 4, 8, 12]
 MEAN, SPREAD = np.array([11.5, 16.4, 22.4, 29.0, 32.8]), np.array([1.27, 1.9, 2.3, 2.3, 2.3])
@@ -28,19 +34,27 @@ TRUTH = np.array([0.60, 0.73, 0.83, 0.94, 0.97])
 NOISE = np.array([0.44, 0.25, 0.31, 0.24, 0.24])
 """Share of the seed in the spread at each rung."""
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-TRIALS = (32, 64)
+KNOBS = Knobs({f"edge{i}": OPERATIONS for i in range(6)})
+BUDGETS = (100, 175, 280)
+"""Epochs of a search in all."""
+MOST = {1: 140, 2: 140, 4: 110, 8: 64, 12: 48}
+"""Epochs of a trial -> the largest number of trials."""
 WAYS = [
     (2, "early stopping", 2),
     (4, "early stopping", 4),
-    (1, "thaw", 4),
+    (8, "early stopping", 8),
+    (12, "early stopping", 12),
+    (12, "nothing", 12),
     (1, "thaw", 8),
     (2, "thaw", 8),
-    (2, "early stopping, thaw", 8),
-    (2, "early stopping, thaw", 12),
     (4, "early stopping, thaw", 8),
+    (1, "thaw", 12),
+    (2, "thaw", 12),
     (4, "early stopping, thaw", 12),
+    (1, "thaw between the trials", 8),
+    (1, "thaw between the trials", 12),
 ]
-"""Epochs that the sampler sees, what saves epochs, and the epochs of the front."""
+"""Epochs of a trial, what saves epochs, and the epochs of the front."""
 
 
 class Table:
@@ -51,6 +65,7 @@ class Table:
         cells = [tuple(re.findall(r"([a-z_0-9]+)~", str(text))) for text in data["arch"]]
         self.index = {cell: i for i, cell in enumerate(cells)}
         self.ms = data["lat_raspi4"].astype(float)
+        self.slowest = float(self.ms.max() * 1.1)
         late, early = _normal(data["test200_cifar100"]), _normal(data["val12_cifar100"])
         bias = _normal(early - late * (early @ late) / (late @ late))
         self.curves = np.empty((len(cells), len(EPOCHS)))
@@ -65,26 +80,82 @@ class Table:
     def searched(self, rung: int, trials: int, seed: int) -> Curves:
         """Returns the candidates that the surrogate draws if it sees the accuracies at a rung."""
         drawn: list[int] = []
-        slowest = float(self.ms.max() * 1.1)
+        slowest = self.slowest
 
         def evaluate(choices: dict[str, str]) -> dict[str, float]:
             drawn.append(self.index[tuple(choices[f"edge{i}"] for i in range(6))])
             return {"latency": float(self.ms[drawn[-1]]), "accuracy": float(self.curves[drawn[-1], rung])}
 
         optimize(
-            {f"edge{i}": OPERATIONS for i in range(6)},
+            KNOBS,
             evaluate,
             {"latency": "minimize", "accuracy": "maximize"},
             trials=trials,
             seed=seed,
             reference={"latency": slowest, "accuracy": 1.0},
         )
-        return Curves(self.ms[drawn], EPOCHS, self.curves[drawn], self.truth[drawn], slowest)
+        return self.cells(drawn)
+
+    def thawed_between(self, last: int, budget: float, seed: int) -> tuple[Curves, np.ndarray]:
+        """Searches with trials of one epoch, and trains on between them.
+
+        The surrogate learns from the predicted final accuracies and their errors. What comes next is what is expected
+        to gain most hypervolume for each epoch: the next rung of a known candidate, or a new candidate that is trained
+        to the end. The search ends when the budget is just enough to train the predicted front to the end.
+
+        Args:
+            last: the last rung.
+            budget: epochs in all.
+            seed: seed of the search.
+
+        Returns:
+            The candidates, and their accuracies of shape (n, rungs), NaN where they were not trained.
+        """
+        problem = Problem(("latency", "accuracy"), (True, False), {"latency": self.slowest, "accuracy": 1.0})
+        surrogate, points, drawn = Surrogate(KNOBS, problem), list[Point](), list[int]()
+        known, epochs = np.empty((0, last + 1)), EPOCHS[: last + 1]
+        corner = np.array([self.slowest, 0.0])
+        while True:
+            found = self.cells(drawn)
+            mean, error = predict(known) if points else (np.zeros(0), np.zeros(0))
+            of_more = found.of_more(known) if points else np.zeros(1)
+            if len(points) >= INITIAL and spent(known, epochs) + found.to_finish(known) >= budget:
+                return found, found.finish(known)
+            losses = np.stack([found.ms, -mean], 1)
+            rng = np.random.default_rng([seed, len(points), int((~np.isnan(known)).sum())])
+            new = surrogate.recommend(_history(points, losses, error), set(points), rng, seed)
+            of_new = np.inf if new.gain is None else new.gain * hypervolume(losses, corner) / epochs[-1]
+            if of_new >= of_more.max():
+                points.append(new.point)
+                drawn.append(self.index[tuple(OPERATIONS[i] for i in new.point)])
+                known = np.concatenate([known, np.full((1, last + 1), np.nan)])
+            at = len(points) - 1 if of_new >= of_more.max() else int(of_more.argmax())
+            rung = int((~np.isnan(known[at])).sum())
+            known[at, rung] = self.curves[drawn[at], rung]
+
+    def cells(self, which: list[int]) -> Curves:
+        """Returns some cells as candidates."""
+        return Curves(self.ms[which], EPOCHS, self.curves[which], self.truth[which], self.slowest)
 
     @property
     def whole(self) -> Curves:
         """All cells, whose front is the true one."""
-        return Curves(self.ms, EPOCHS, self.curves, self.truth, float(self.ms.max() * 1.1))
+        return self.cells(list(range(len(self.ms))))
+
+
+def _history(points: list[Point], losses: np.ndarray, error: np.ndarray) -> History:
+    """Returns the history of a study whose accuracies have standard errors."""
+    count, none = len(points), np.empty((0, 6), dtype=np.int64)
+    return History(
+        rows=np.array(points, dtype=np.int64).reshape(-1, 6),
+        losses=losses,
+        noise=np.stack([np.zeros(count), error], 1),
+        complete=np.ones(count, dtype=bool),
+        feasible=np.ones(count, dtype=bool),
+        constraints={},
+        pending=none,
+        numbers=tuple(range(count)),
+    )
 
 
 def _normal(values: np.ndarray) -> np.ndarray:
@@ -96,6 +167,8 @@ def _normal(values: np.ndarray) -> np.ndarray:
 def trained(found: Curves, sees: int, saves: str, last: int) -> np.ndarray:
     """Returns what is known after the trainings of a search, as the ways of `Curves` do."""
     first, end = EPOCHS.index(sees), EPOCHS.index(last)
+    if saves == "nothing":
+        return found.fixed(end)
     if saves == "early stopping":
         return found.stopping(end)
     if saves == "thaw":
@@ -114,23 +187,35 @@ def main() -> None:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--seeds", type=int, default=16)
     asked = parser.parse_args()
-    rows: dict[tuple[int, int, str, int], list[tuple[float, float]]] = {}
+    rows: dict[tuple[int, int, str, int], list[tuple[float, float, int]]] = {}
     for seed in range(asked.seeds):
         table = Table(asked.bench, seed)
-        drawn = {sees: table.searched(EPOCHS.index(sees), max(TRIALS), seed) for sees in sorted({w[0] for w in WAYS})}
-        for trials in TRIALS:
+        drawn = {sees: table.searched(EPOCHS.index(sees), most, seed) for sees, most in MOST.items()}
+        for budget in BUDGETS:
             for sees, saves, last in WAYS:
-                found = drawn[sees].first(trials)
-                known = trained(found, sees, saves, last)
-                rows.setdefault((trials, sees, saves, last), []).append(
-                    (spent(known, EPOCHS), found.lost(known, table.whole))
-                )
-    print("| trials | epochs of a trial | saved by | epochs of the front | epochs in all | hypervolume lost |")
-    print("|---:|---:|---|---:|---:|---:|")
-    for (trials, sees, saves, last), values in rows.items():
-        epochs, lost = np.mean(values, 0)
+                if saves == "thaw between the trials":
+                    found, known = table.thawed_between(EPOCHS.index(last), budget, seed)
+                else:
+                    found, known = _affordable(drawn[sees], sees, saves, last, budget)
+                result = (spent(known, EPOCHS), found.lost(known, table.whole), len(found.ms))
+                rows.setdefault((budget, sees, saves, last), []).append(result)
+    print("| epochs of a trial | saved by | epochs of the front | trials | epochs in all | hypervolume lost |")
+    print("|---:|---|---:|---:|---:|---:|")
+    for (_, sees, saves, last), values in rows.items():
+        epochs, lost, count = np.mean(values, 0)
         error = np.std(values, 0)[1] / len(values) ** 0.5
-        print(f"| {trials} | {sees} | {saves} | {last} | {epochs:.0f} | {lost:.2%} ± {error:.2%} |")
+        print(f"| {sees} | {saves} | {last} | {count:.0f} | {epochs:.0f} | {lost:.2%} ± {error:.2%} |")
+
+
+def _affordable(drawn: Curves, sees: int, saves: str, last: int, budget: float) -> tuple[Curves, np.ndarray]:
+    """Returns as many of the drawn candidates as a way can afford, and what is known of them. At least the initial."""
+    low, high = INITIAL, len(drawn.ms)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = spent(trained(drawn.first(middle), sees, saves, last), EPOCHS) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    found = drawn.first(low)
+    return found, trained(found, sees, saves, last)
 
 
 if __name__ == "__main__":
