@@ -1257,6 +1257,7 @@ def test_the_parent_holds_out_what_the_search_holds_out(run: Run, tmp_path: Path
     assert not Trained.open(tmp_path).spared("digits", most)
     assert trained.manifest.data.held["search"][0] == run.manifest.config.max_images
     assert trained.manifest.data.num_holdout == run.manifest.data.num_holdout
+    assert manifest["data"]["test"] is None, "a search reads no test image"
 
 
 @table(
@@ -1282,7 +1283,16 @@ def test_what_does_not_go_with_a_parent_is_refused_before_it_is_trained(config: 
     for changes, proxy, word in (({"baselines": ("resnet18",)}, "assembled", "baselines"), ({}, "zico", "assembled")):
         with pytest.raises(UsageError, match=word):
             graft(replace(parent, proxy=proxy), replace(config, **changes, out=tmp_path / "none"))
+    with pytest.raises(UsageError, match="cannot be made cheaper"):
+        graft(ParentConfig("timm:dla46_c", weights, library="none"), replace(config, out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_search_that_ended_before_its_run_was_created_is_not_mistaken_for_another(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path / "parent", tmp_path / "cut" / "parent")
+    with pytest.raises(UsageError, match="repeat the command that began it"):
+        search(SearchConfig(search_spaces.load("mini"), ("macs", "params"), trials=1, out=tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "run.json").exists()
 
 
 def test_a_control_needs_a_parent(config: SearchConfig, tmp_path: Path) -> None:

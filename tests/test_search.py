@@ -28,6 +28,8 @@ from nas.folders.files import locked_folder
 from nas.folders.join import join_run
 from nas.folders.run import Run
 from nas.models import create_backbone
+from nas.objectives.objectives import OBJECTIVES
+from nas.objectives.text import format_value
 from nas.scoring.accuracy import ESTIMATORS
 from nas.scoring.cost import count_cost
 from nas.scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency, target_labels
@@ -225,7 +227,8 @@ def test_a_budget_nothing_meets_ends_with_its_own_error_and_how_far_it_is_off(tm
     (line,) = [r.getMessage() for r in caplog.records if "scored nothing" in r.getMessage()]
     least = min(t.scores.params for t in Run.open(tmp_path / "run").trials()[:10])
     assert line.startswith("the last 10 trials scored nothing")
-    assert f"the nearest is {100 * (least / 10 - 1):.0f} % above `budgets` params" in line
+    nearest = format_value(OBJECTIVES["params"], least)
+    assert f"the nearest is at {nearest}, and `budgets` params is 10: raise it, or search a space of" in line
 
 
 def test_the_bend_is_the_nearest_to_the_best_in_everything(exhausted):

@@ -856,13 +856,15 @@ def test_a_command_that_is_stopped_twice_ends_the_same(images, file, tmp_path, n
     whole = subprocess.run(command(*quick(file, images, tmp_path / "whole")), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     for epoch in (4, 8):
-        with subprocess.Popen(
-            command(*quick(file, images, tmp_path / "cut")), stderr=subprocess.PIPE, text=True
-        ) as process:
+        words = command(*quick(file, images, tmp_path / "cut"))
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
             for line in process.stderr:
                 if line.startswith(f"epoch {epoch}/12"):
                     break
-            process.send_signal(number)
+            if number == signal.SIGKILL:
+                process.send_signal(number)
+            else:
+                os.killpg(process.pid, number)  # as a terminal, `timeout` and schedulers do
             rest = process.stderr.read()
             assert process.wait(timeout=60) == code, rest
             # nothing can be promised of what worker processes say when all ends under them

@@ -89,17 +89,11 @@ def space_of(
     assert not isinstance(architecture, Graft)
     named: str | Architecture = architecture or str(trained.manifest.model).removeprefix("timm:")
     model, side = trained.load_model(), data.input_size[1]
-    groups = droppable(model, data.input_size)
-    sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
-    narrow = inner_channels(model, data.input_size)
+    groups, sizes, narrow = cheaper_forms(model, name, data.input_size, offer)
     offered, work = _offered(model, [(3, size, size) for size in sizes], offer)
-    if not groups and len(sizes) == 1 and not offered and not narrow:
-        raise UsageError(
-            f"{name} cannot be made cheaper: it has no residual blocks and no inner channels, and takes one image size"
-        )
     log.info(
-        "the parent takes images of %s pixels, and its parts can lose %s blocks; ordering the blocks by harm",
-        *(", ".join(map(str, sizes)), ", ".join(str(len(group)) for group in groups) or "no"),
+        "the parent takes images of %s pixels; %d of its blocks can be dropped; ordering them by harm",
+        *(", ".join(map(str, sizes)), sum(map(len, groups))),
     )
     of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
     of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
@@ -114,6 +108,35 @@ def space_of(
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
     harms = Harms(replace(of_parent, ours=ours), data, offer.how.device, trained.path, of)
     return space, shortlist(space, harms, latency, most_share)
+
+
+def cheaper_forms(
+    model: nn.Module, name: str, input_size: tuple[int, int, int], offer: Offer
+) -> tuple[tuple[tuple[str, ...], ...], list[int], tuple[Narrowing, ...]]:
+    """Finds what of a network can be left out. Its weights do not matter.
+
+    Args:
+        model: the network, in eval mode.
+        name: its name.
+        input_size: (channels, height, width) of its images.
+        offer: what may stand in its places.
+
+    Returns:
+        Groups of blocks that can be dropped, sides of the images that it takes, and inner channels that can be fewer.
+
+    Raises:
+        UsageError: if nothing of it can be made cheaper.
+    """
+    side = input_size[1]
+    groups, narrow = droppable(model, input_size), inner_channels(model, input_size)
+    sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
+    if not groups and len(sizes) == 1 and not narrow and not _offered(model, [input_size], offer)[0]:
+        none = ", no library is offered for its places," if offer.library is None else ""
+        raise UsageError(
+            f"{name} cannot be made cheaper: it has no residual blocks and no inner channels{none} and it takes one "
+            "image size: give another `parent`" + (", or a `library`" if offer.library is None else "")
+        )
+    return groups, sizes, narrow
 
 
 def space_name(parent: str) -> str:

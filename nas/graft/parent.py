@@ -15,7 +15,6 @@ from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import LINE, is_file, read_json
-from ..search.comparable import load_images
 from ..search.config import SearchConfig
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
@@ -160,8 +159,6 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
         NasError: if the training fails.
     """
     assert config.out is not None
-    if config.unlabelled is not None:
-        load_images(config)  # what cannot be used is refused now, and not after the training
     out, target = config.out / PARENT, parent.resolved()
     if parent.weights is None and target.origin.folder is not None:
         if _fits(target.origin.folder, config):

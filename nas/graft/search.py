@@ -25,7 +25,7 @@ from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
 from .distil import Distillation
-from .forms import Offer, space_name, space_of
+from .forms import Offer, cheaper_forms, space_name, space_of
 from .options import library
 from .parent import ParentConfig, train_parent
 
@@ -77,18 +77,19 @@ def graft(
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
-    trained = train_parent(parent, config, on_step)
     data = load_images(config)
-    recorded = trained.manifest.data
-    data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
+    cheaper_forms(target.build().eval(), name, data.input_size, offer)  # refused now, and not after the training
+    trained = train_parent(parent, config, on_step)
+    recorded = trained.manifest.data
+    data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)
-    if share is not None:
+    if share is not None or "latency" in budgets:
         ms = _latency_ms(trained, config.latency[0], data.input_size)
-        budgets["latency"] = share * ms
-        log.info("the parent takes %.3g ms, so the budget is %.3g ms", ms, budgets["latency"])
+        budgets["latency"] = share * ms if share is not None else budgets["latency"]
+        log.info("the parent takes %.3g ms, and the budget is %.3g ms", ms, budgets["latency"])
     parent.record(trained.path, share)
     start = tuple(dict.fromkeys((*space.rivals().values(), *hopeful)))
     return search(

@@ -12,6 +12,7 @@ from ..errors import InfeasibleError, NasError
 from ..folders.trial import Trial
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_value
+from ..space import GraftSpace
 from .config import SearchConfig
 from .evaluate import excesses
 from .samplers.history import HANDED_ON
@@ -92,10 +93,12 @@ class GivingUp:
         ]
         if over:
             nearest, name = min(over)
+            budget = self._config.budgets[name]
+            least, most = (format_value(OBJECTIVES[name], v) for v in ((1 + nearest) * budget, budget))
             log.warning(
-                "the last %d trials scored nothing; of those over budget the nearest is %.0f %% above `budgets` %s: "
-                "raise it, or search a space of smaller networks; %d in a row end the search",
-                *(len(streak), 100 * nearest, name, MAX_OVER_BUDGET),
+                "the last %d trials scored nothing; of those over budget the nearest is at %s, and `budgets` %s is %s: "
+                "raise it, or %s; %d in a row end the search",
+                *(len(streak), least, name, most, _instead(self._config), MAX_OVER_BUDGET),
             )
 
 
@@ -121,5 +124,12 @@ def nothing_scored(trials: Sequence[Trial], config: SearchConfig, tried_enough: 
     budgets = " and ".join(parts) or ", ".join(config.budgets)
     return InfeasibleError(
         f"none of {len(trials)} architectures of space {config.space.name} meets the budget {budgets}: "
-        "raise it, or search a smaller space"
+        f"raise it, or {_instead(config)}"
     )
+
+
+def _instead(config: SearchConfig) -> str:
+    """Returns what a user can do about a budget that nothing meets, besides raising it."""
+    if isinstance(config.space, GraftSpace):
+        return "give a smaller `parent` or a smaller `input_size`"
+    return "search a space of smaller networks"

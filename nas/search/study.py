@@ -26,6 +26,7 @@ from ..folders.manifest import Manifest
 from ..folders.profile import Profile
 from ..folders.run import MANIFEST, Run, is_run
 from ..folders.sums import read_sums
+from ..folders.training import is_training
 from ..machine.description import describe_machine, describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Objective, parse_objectives, wants_accuracy
@@ -98,6 +99,11 @@ def search(
     assert config.out is not None
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
+    elif is_training(config.out / PARENT) and not isinstance(config.space, GraftSpace):
+        raise UsageError(
+            f"{config.out} holds the parent of a search that was interrupted before its run was created: "
+            "to go on, repeat the command that began it, with its `parent` and all other options"
+        )
     if not wants_accuracy(config.objectives):
         log.info("accuracy is not an objective, so the search trains nothing")
     if config.only == MEASURE:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UsageError
-from ..machine.children import end_with_parent
+from ..machine.children import end_with_parent, ending_signals
 from .augmentation import training_transform
 from .images import Subset, TrainingData, Transform, evaluation_transform, read_image
 from .randomness import seed_all
@@ -130,8 +130,8 @@ def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A worker inherits all open files, the lock of the training's folder among them. It must not outlive its parent.
     end_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the training ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in ending_signals():  # they may reach all processes; the training saves its state and ends its workers
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_size(data: TrainingData, recipe: Recipe) -> int:

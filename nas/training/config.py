@@ -34,7 +34,8 @@ class TrainConfig:
         teacher_weights: a safetensors file with the weights of `timm:NAME`.
         tensorboard: whether to write logs for TensorBoard too.
         share_device: whether to train without waiting for other processes that use the device.
-        search_images: hold out images that a search with this `max_images` holds out too; None draws from all.
+        search_images: for the parent of a search with this `max_images`: hold out images that the search holds out too,
+            and open no test split; None draws from all images.
         out: the folder of the training; None makes `trained/KEY` in the run folder, or a folder in `results` for a
             target without a run.
     """

@@ -134,6 +134,7 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
     data = open_data(
         *(config.data, config.test_data, config.data_root, config.input_size),
         *(_held(config, target, weights), normalisation),
+        with_test=config.search_images is None,
         classes=config.classes,
     )
     other_classes = weights == target.origin.weights and tuple(known.get("classes", data.classes)) != data.classes
