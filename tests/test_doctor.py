@@ -357,6 +357,15 @@ def test_a_folder_in_use_is_seen_and_its_trials_live(copied):
     assert found["tables"].state == "ok"
 
 
+@pytest.mark.parametrize(("wanted", "words"), [(3, "1 queued and not needed"), (4, "1 queued and waiting")])
+def test_trials_in_the_queue_of_a_finished_run_are_not_waited_for(copied, wanted, words):
+    edit = json.loads((copied / "run.json").read_text())
+    edit["config"]["trials"] = wanted
+    (copied / "run.json").write_text(json.dumps(edit))
+    sql("UPDATE trials SET state = 'WAITING' WHERE number = 3")(copied)
+    assert words in findings(copied)["trials"].text
+
+
 @pytest.mark.parametrize(
     ("worker", "state", "words"),
     [

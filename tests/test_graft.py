@@ -65,6 +65,7 @@ from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.models.widths import importances, inner_channels, narrow_layers
 from nas.objectives.objectives import OBJECTIVES
+from nas.report.html import report
 from nas.report.plots import plot
 from nas.report.trust import plot_trust
 from nas.scoring.accuracy import Training, train
@@ -743,6 +744,14 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     control = run.attributes["control"]
     assert control["key"] in tuned - {space.whole.key}
     assert any(line.startswith(f"from random weights, trained as long: {control['key']}") for line in run.verdicts())
+
+
+def test_a_report_of_forms_says_how_they_were_tuned(run: Run, tmp_path: Path) -> None:
+    page = report([run], tmp_path / "report.html").read_text()
+    assert "Accuracy is that of 2 epochs of tuning, which began with the parent's weights" in page
+    assert f"<code>mixnas calibrate {run.path}</code>" in page
+    assert "Which mixer won" not in page
+    assert 'href="#mixers-1"' not in page
 
 
 def test_many_baselines_have_numbers_that_the_legend_explains(run: Run, tmp_path: Path) -> None:

@@ -312,6 +312,15 @@ def test_a_folder_in_use_is_refused(single):
         again(run)
 
 
+@pytest.mark.parametrize(("wanted", "words"), [(1, "1 queued and not needed"), (2, "1 waiting in the queue")])
+def test_trials_in_the_queue_did_not_fail(capsys, single, wanted, words):
+    run = edit_manifest(single, lambda m: m["config"].update(trials=wanted))
+    optuna.load_study(study_name=run.manifest.study, storage=f"sqlite:///{run.path}/study.db").enqueue_trial({})
+    code, out, _ = call(capsys, "replay", str(run.path))
+    assert code == 0
+    assert f"without a score to compare: {words}\n" in out
+
+
 def test_a_limit_below_one_is_refused(single):
     run = single
     with pytest.raises(UsageError, match="the limit is 0"):

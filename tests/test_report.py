@@ -195,12 +195,14 @@ def test_failures_by_reason_and_budgets(tmp_path):
         trial = optuna.trial.create_trial(state=optuna.trial.TrialState[state], user_attrs={"failure": failure})
         study_of(run).add_trial(trial)
     study_of(run).enqueue_trial({})
-    rows = {(row["state"], row["reason"]): row for row in facts.endings(run.trials())}
+    scored = sum(t.scored for t in run.trials())
+    rows = {(row["state"], row["reason"]): row for row in facts.endings(run.trials(), scored + 1)}
     assert rows["failed", "out of memory"]["count"] == 2
     assert rows["failed", "out of memory"]["last"] == "out_of_memory: two"
     assert rows["failed", "timeout"]["count"] == 1
     assert rows["over budget", "latency, params"]["count"] == 1
-    assert [row["count"] for (state, _), row in rows.items() if state == "queued"] == [1]
+    assert [(row["count"], "wait" in why) for (state, why), row in rows.items() if state == "queued"] == [(1, True)]
+    assert any(row["reason"].startswith("not needed") for row in facts.endings(run.trials(), scored))
     assert sum(row["count"] for row in rows.values()) == len(run.trials())
     assert {row["label"]: row["over"] for row in facts.budgets(run, run.trials())} == {"Latency": 1, "Parameters": 1}
 

@@ -105,7 +105,8 @@ def _print_replay(found: Replay) -> None:
                 table.add_row(row.trial.key, str(row.trial.number), c.name, *cells)
         print_table(table)
     if found.left_out:
-        click.echo(f"{found.left_out} further trials have no score to compare, because they failed or never ended")
+        reasons = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
+        click.echo(f"further trials without a score to compare: {reasons}")
     click.echo(found.summary)
 
 

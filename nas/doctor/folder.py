@@ -102,6 +102,8 @@ def _address(url: str) -> tuple[str | None, int]:
 
 
 def _check_trials(patient: Patient) -> Finding:
+    from ..folders.trial import has_enough
+
     trials, again = patient.trials, f"mixnas search --out {patient.path} resumes the run"
     if [t.number for t in trials] != list(range(len(trials))):
         return problem("trials are missing from the study", "bring it back from a copy")
@@ -125,7 +127,8 @@ def _check_trials(patient: Patient) -> Finding:
         return warning(f"{text}; trial {dead[0]} was under way when its process ended ({len(dead)} such)", again)
     waiting = sum(t.state.name == "WAITING" for t in patient.optuna_trials)
     text += f"; {alive} under way" if alive else ""
-    text += f"; {waiting} waiting for a worker" if waiting else ""
+    if waiting:
+        text += f"; {waiting} queued and {'not needed' if has_enough(trials, wanted) else 'waiting for a worker'}"
     if unseen:
         return warning(f"{text}; {unseen} under way on other machines", "whether they live is not seen from here")
     return ok(text)

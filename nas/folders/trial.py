@@ -65,6 +65,11 @@ class Trial:
         return self.state == "pruned" and self.scores.accuracy is None and self.scores.accuracy_assembled is not None
 
 
+def has_enough(trials: Sequence[Trial], wanted: int) -> bool:
+    """Whether as many trials were scored as their search wants, so that queued ones are not needed."""
+    return sum(trial.scored for trial in trials) >= wanted
+
+
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     """Converts Optuna's record of a trial.
 

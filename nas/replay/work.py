@@ -9,7 +9,7 @@ for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.files import held_folder
 from ..folders.replay import ACCURACY, FILE, KINDS, LATENCY, Rescored, read_replay, write_replay
 from ..folders.run import Run
-from ..folders.trial import Trial
+from ..folders.trial import Trial, has_enough
 from ..machine.description import describe_software, machine_name
 from ..machine.devices import resolve_device
 from ..objectives.objectives import Scores
@@ -44,13 +44,13 @@ class Replay:
         run: the run.
         machine: the machine of the replay, with its threads and its version of torch.
         rows: the architectures, in the order of their trials.
-        left_out: number of trials without scores to compare: failed or unfinished ones.
+        left_out: why trials have no scores to compare -> their number.
     """
 
     run: Run
     machine: str
     rows: tuple[Replayed, ...]
-    left_out: int
+    left_out: Mapping[str, int]
 
     @property
     def disagreeing(self) -> list[Replayed]:
@@ -87,7 +87,7 @@ class Replay:
             "machine": self.machine,
             "agree": len(self.rows) - len(self.disagreeing),
             "of": len(self.rows),
-            "left_out": self.left_out,
+            "left_out": sum(self.left_out.values()),
             **{kind: self.count(kind) for kind in KINDS},
             "architectures": [
                 {
@@ -176,15 +176,21 @@ def replay(
     return Replay(run, machine, tuple(rows), left_out)
 
 
-def _chosen(run: Run, trials: list[Trial], front: bool, limit: int | None) -> tuple[list[Trial], int]:
-    """Returns the trials to score again, in the recorded order, and the number of trials without scores."""
+def _chosen(run: Run, trials: list[Trial], front: bool, limit: int | None) -> tuple[list[Trial], dict[str, int]]:
+    """Returns the trials to score again, in the recorded order, and why others have no scores -> their number."""
     scored = [t for t in trials if t.state in ("complete", "pruned") and t.architecture and t.scores.params is not None]
     if not scored:
         raise NasError(f"{run.path} has nothing to replay: no architecture is scored")
     if front:
         keys = {t.key for t in run.front()}
-        return [t for t in scored if t.key in keys and t.state == "complete"][:limit], 0
-    return scored[:limit], len(trials) - len(scored)
+        return [t for t in scored if t.key in keys and t.state == "complete"][:limit], {}
+    queued = sum(t.state == "queued" for t in trials)
+    enough = has_enough(trials, run.manifest.config.trials)
+    left_out = {
+        "failed or never ended": len(trials) - len(scored) - queued,
+        "queued and not needed" if enough else "waiting in the queue": queued,
+    }
+    return scored[:limit], {why: count for why, count in left_out.items() if count}
 
 
 def _place(machine: str, threads: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -26,13 +26,10 @@ from ..folders.attributes import BASELINES
 from ..folders.run import Run
 from ..folders.shapes import TRAINED, TRAINED_FRONT
 from ..folders.tables import kind_of
-from ..folders.trial import Trial
-from ..folders.verdicts import is_trained_on
+from ..folders.trial import Trial, has_enough
 from ..foreign_files import is_file, read_json
-from ..interval import Interval
-from ..objectives.objectives import OBJECTIVES, Objective, Scores, wants_accuracy
-from ..objectives.text import format_figure, format_interval, format_value
-from ..space import candidates_of
+from ..objectives.objectives import OBJECTIVES, Objective, Scores
+from ..objectives.text import format_interval, format_value
 from .scored import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
@@ -224,11 +221,17 @@ def knob_importance(run: Run) -> dict[str, Any] | None:
     }
 
 
-def endings(trials: Sequence[Trial]) -> Rows:
-    """Counts how trials ended, by reason, with the last message of each reason."""
+def endings(trials: Sequence[Trial], wanted: int) -> Rows:
+    """Counts how trials ended, by reason, with the last message of each reason.
+
+    Args:
+        trials: all trials of a run.
+        wanted: number of trials that its search must score.
+    """
     found: dict[tuple[str, str], list[Trial]] = {}
+    enough = has_enough(trials, wanted)
     for trial in trials:
-        found.setdefault(_ending(trial), []).append(trial)
+        found.setdefault(_ending(trial, enough), []).append(trial)
     order = ("scored", "frozen", "stopped early", "over budget", "failed", "running", "queued")
     return [
         {
@@ -241,7 +244,7 @@ def endings(trials: Sequence[Trial]) -> Rows:
     ]
 
 
-def _ending(trial: Trial) -> tuple[str, str]:
+def _ending(trial: Trial, enough: bool) -> tuple[str, str]:
     if trial.state == "complete":
         return "scored", "in every objective"
     if trial.frozen:
@@ -253,7 +256,8 @@ def _ending(trial: Trial) -> tuple[str, str]:
     if trial.state == "failed":
         return "failed", trial.failure.partition(":")[0].replace("_", " ") or "for no known reason"
     if trial.state == "queued":
-        return "queued", "no process has begun with them, or they wait for another part of their scoring"
+        waiting = "no process has begun with them, or they wait for another part of their scoring"
+        return "queued", "not needed: the search had scored enough before their turn" if enough else waiting
     return "running", "or left by a process that was stopped"
 
 
@@ -350,32 +354,6 @@ def _kendall(run: Run, rows: Rows) -> str | None:
         if same and front["kendall"]:
             return f"{tau:.2f} [{front['kendall']['low']:.2f}, {front['kendall']['high']:.2f}]"
     return f"{tau:.2f}"
-
-
-def trust(run: Run, front: Sequence[Trial], spell: Callable[[str], str]) -> dict[str, Any]:
-    """Returns how far accuracies can be trusted, by a calibration, and whether the order of latencies was stable.
-
-    `spell` changes the verdicts, in which arguments stand in backquotes.
-    """
-    told, config = run.manifest.trust, run.manifest.config
-    longer = config.finish_epochs if is_trained_on(run, front) else None
-    return {
-        "wants_accuracy": wants_accuracy(config.objectives),
-        "quantised": "accuracy_int8" in config.objectives,
-        "trained": run.manifest.proxy_trained,
-        "proxy": config.proxy,
-        "epochs": longer or config.epochs,
-        "told": told
-        and {
-            "kendall": format_figure(Interval.of(told["kendall"])),
-            "ceiling": format_figure(Interval.of(told["ceiling"])),
-            "epochs": told["epochs"],
-            "count": told["count"],
-            "what": candidates_of(run.manifest.space),
-            "calibration": told["calibration"],
-        },
-        "verdicts": [spell(line) for line in run.verdicts() if not line.startswith("proxy ")],
-    }
 
 
 def key_figures(run: Run, trials: Sequence[Trial], front: list[Trial]) -> Rows:

@@ -13,7 +13,9 @@ from typing import Any
 from ..folders.files import write_file
 from ..folders.run import Run
 from ..objectives.text import format_value
+from ..space import has_grafts
 from . import facts
+from .confidence import trust
 from .interactive import MIXER_SYMBOLS, RUN_STYLES, STYLE_WORDS, interactive
 from .particulars import particulars
 from .quantised import survival
@@ -102,10 +104,11 @@ def _panels(run: Run, trials: list[Any], front: list[Any], spell: Callable[[str]
             f"{o.label} {format_value(o, run.reference[o.name])}".replace(" ", "\u00a0") for o in run.objectives
         ),
         "mixers": facts.mixers_by_stage(trials, front),
+        "grafts": has_grafts(run.manifest.space),
         "survival": survival(run, trials, front),
         "importance": facts.knob_importance(run),
-        "trust": facts.trust(run, front, spell),
-        "endings": facts.endings(trials),
+        "trust": trust(run, front, spell),
+        "endings": facts.endings(trials, wanted),
         "budgets": facts.budgets(run, trials),
         "baselines": facts.baselines(run, front),
         "trained": facts.trained(run, trials),
