@@ -64,6 +64,11 @@ def is_file(path: Path, error: type[NasError]) -> bool:
         raise error(f"cannot read {path}: {why.strerror or why}") from None
 
 
+def why_no_file(path: Path) -> str:
+    """Says why a path is no regular file: it is a folder, or there is no such file."""
+    return "it is a folder, not a file" if path.is_dir() else "there is no such file"
+
+
 def read_text(path: Path, most: int, error: type[NasError]) -> str:
     """Returns the UTF-8 text of a regular file of at most `most` bytes.
 

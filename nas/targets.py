@@ -149,6 +149,8 @@ def resolve(text: str) -> Target:
         return _of_run(Run.open(run_path), key)
     if path.suffix == ".json" or "/" in text:
         raise UsageError(f"no target at {text}: give {KINDS}")
+    if timm.is_model(text):
+        raise UsageError(f"unknown target {text!r}: did you mean 'timm:{text}'?")
     raise unknown_name(f"target (not {KINDS.partition(', ')[2]})", text, PRESETS)
 
 

@@ -703,6 +703,8 @@ def test_what_can_be_started_from(images, file, first, tmp_path, caplog):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(RunError, match="does not hold the weights"):
         train(config(file, images, tmp_path / "y", init=str(tmp_path / "foreign.safetensors")))
+    with pytest.raises(UsageError, match="it is a folder"):
+        train(config(file, images, tmp_path / "y", init=str(tmp_path)))
 
 
 def test_a_timm_model_and_its_own_sizes(images, tmp_path):
@@ -825,8 +827,21 @@ def test_a_front_needs_a_run(target, words):
 
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(RunError, match="no weights at"):
-        load_weights(torch.nn.Linear(1, 1), tmp_path / "x.safetensors")
+    for file, why in ((tmp_path / "x.safetensors", "there is no such file"), (tmp_path, "it is a folder")):
+        with pytest.raises(RunError, match=f"no weights at .*: {why}"):
+            load_weights(torch.nn.Linear(1, 1), file)
+
+
+def test_weights_that_do_not_fit_are_counted_and_named(tmp_path):
+    network = timm.create_model("test_vit")
+    weights = {f"foreign.{i}": torch.zeros(1) for i in range(5)} | dict(list(network.state_dict().items())[6:])
+    weights["head.bias"] = torch.zeros(7)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(RunError) as error:
+        load_weights(network, tmp_path / "x.safetensors")
+    missing = ", ".join(list(network.state_dict())[:3])
+    assert f"tensors missing: 6, {missing}, …; tensors unexpected: 5, foreign.0" in str(error.value)
+    assert str(error.value).endswith("of another shape: 1, head.bias): is it a file of timm:test_vit?")
 
 
 # processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import socket
 import sqlite3
 from collections import Counter
@@ -73,7 +74,10 @@ def _check_storage(patient: Patient) -> Finding:
         return problem(str(error).replace(str(run.path), str(patient.path)), lost)
     text = f"{file.name} is sound and holds {count} trials"
     if unfinished:
-        return warning(f"{text}, but a process died while it wrote", f"mixnas search --out {patient.path} mends it")
+        return warning(
+            f"{text}, but a process died while it wrote",
+            f"mixnas search --out {shlex.quote(str(patient.path))} mends it",
+        )
     return ok(text)
 
 
@@ -104,7 +108,7 @@ def _address(url: str) -> tuple[str | None, int]:
 def _check_trials(patient: Patient) -> Finding:
     from ..folders.trial import has_enough
 
-    trials, again = patient.trials, f"mixnas search --out {patient.path} resumes the run"
+    trials, again = patient.trials, f"mixnas search --out {shlex.quote(str(patient.path))} resumes the run"
     if [t.number for t in trials] != list(range(len(trials))):
         return problem("trials are missing from the study", "bring it back from a copy")
     if lacking := incomplete_trials(patient.run, trials):
@@ -249,7 +253,7 @@ def _check_exports(patient: Patient) -> Finding:
     wanted = (*names, *(f"{PACKAGE}/{source}" for source in SOURCES))
     folders = [f for f in sorted((patient.path / "exports").glob("*")) if f.is_dir() and not f.name.startswith(".")]
     for folder in folders:
-        again = f"mixnas export {patient.path} --arch {folder.name} writes it again"
+        again = f"mixnas export {shlex.quote(str(patient.path))} --arch {folder.name} writes it again"
         # in exports of version 0.1.0, `architecture` is one file
         if missing := [n for n in wanted if not ((folder / n).exists() or (folder / f"{n}.py").exists())]:
             return problem(f"{folder} lacks {', '.join(missing)}", again)

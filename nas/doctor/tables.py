@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .patient import Patient
 def check_tables(patient: Patient) -> Finding:
     """Checks whether the tables in the run folder agree with the study, from which they can be written again."""
     trials, run = patient.remeasured_trials, patient.copied_run
-    front, again = run.front(trials), f"mixnas search --out {patient.path} writes them again"
+    front, again = run.front(trials), f"mixnas search --out {shlex.quote(str(patient.path))} writes them again"
     tables = {"trials.csv": run.table(trials), "front.csv": run.table(front, on_front=True)}
     stale = []
     for name, table in tables.items():

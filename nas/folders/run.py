@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,7 +77,7 @@ class Run:
             raise RunError(
                 f"{folder} is not a run folder: it has no run.json"
                 + (
-                    f" (mixnas search --out {folder} restores it from the study)"
+                    f" (mixnas search --out {shlex.quote(str(folder))} restores it from the study)"
                     if (folder / "study.db").is_file()
                     else ""
                 )

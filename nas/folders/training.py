@@ -13,6 +13,7 @@ Every file is written under a temporary name and then renamed.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,8 @@ from torch import nn
 
 from ..architecture import Candidate, candidate_from_dict
 from ..data import HOLDOUT_SHARE, SPLIT_SEED, same_data
-from ..errors import RunError
-from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
+from ..errors import RunError, one_line
+from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json, why_no_file
 from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
 from .checkpoint import resume, save_checkpoint
@@ -34,6 +35,8 @@ from .shapes import DATA, MACHINE, TRAINED
 
 FORMAT = 1
 MAX_CLASSES = 100_000
+SHOWN = 3
+"""Largest number of tensors of a kind that a message about a file names."""
 MANIFEST, CHECKPOINT, LOG, WEIGHTS, RESULT = (
     "train.json",
     "checkpoint.pt",
@@ -227,6 +230,11 @@ class Trained:
         channels, height, width = self.manifest.data.input_size
         return create_network(self.manifest.model, classes, (channels, height, width), **kwargs)
 
+    @property
+    def command(self) -> str:
+        """The command that resumes it, or trains its network further if it has finished."""
+        return f"mixnas train {shlex.quote(str(self.path))}"
+
     def load_model(self) -> nn.Module:
         """Returns the network with its final weights, in eval mode.
 
@@ -234,7 +242,7 @@ class Trained:
             RunError: if the training has not finished, or its weights are damaged.
         """
         if self.result is None:
-            raise RunError(f"{self.path} is not fully trained: resume it with mixnas train {self.path}")
+            raise RunError(f"{self.path} is not fully trained: resume it with {self.command}")
         model = self.build()
         load_weights(model, self.path / WEIGHTS)
         return model.eval()
@@ -276,16 +284,38 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         adapt: converts the file's weights to those of the network; None if they need no conversion.
 
     Raises:
-        RunError: if the file is missing or damaged, or does not fit.
+        RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not is_file(file, RunError):
-        raise RunError(f"no weights at {file}")
+        raise RunError(f"no weights at {file}: {why_no_file(file)}")
     try:
         weights = load_file(file)
-        model.load_state_dict(adapt(weights) if adapt else weights)
     except (SafetensorError, RuntimeError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise RunError(f"{file} is damaged, or does not hold the weights of this network ({why})") from None
+        raise RunError(f"{file} is damaged, or is no safetensors file ({one_line(str(error), 200)})") from None
+    weights = adapt(weights) if adapt else weights
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        why = _misfit(model.state_dict(), weights) or one_line(str(error), 200)
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
+        advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
+        raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
+
+
+def _misfit(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    """Counts and names the tensors that a network lacks in a file, and those of the file that it cannot take."""
+    kinds = {
+        # torch does without the counters of batch norms
+        "missing": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in found if name not in own],
+        "of another shape": [name for name in own if name in found and own[name].shape != found[name].shape],
+    }
+    return "; ".join(
+        f"tensors {kind}: {len(names)}, {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"
+        for kind, names in kinds.items()
+        if names
+    )

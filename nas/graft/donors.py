@@ -14,7 +14,7 @@ from torch import nn
 from ..architecture import Donation, Replacement
 from ..errors import RunError, UsageError
 from ..folders.files import sha256_of
-from ..foreign_files import is_file
+from ..foreign_files import is_file, why_no_file
 from ..models.grafts import StandIn
 from ..models.parts import Place, places
 from ..models.timm_models import check_network_name, create_network
@@ -53,7 +53,7 @@ class Donor:
             UsageError: if there is no such network or file, or the file is damaged or lacks a layer.
         """
         if not is_file(self.weights, UsageError):
-            raise UsageError(f"`donor_weights` = {self.weights}: there is no such file, which {self.name} needs")
+            raise UsageError(f"`donor_weights` = {self.weights}: {why_no_file(self.weights)}; {self.name} needs one")
         held = self._shapes()
         network = timm.create_model(self.name)
         heads = network.default_cfg.get("classifier") or ()

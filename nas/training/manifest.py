@@ -69,9 +69,9 @@ def check_same(trained: Trained, manifest: TrainingManifest) -> None:
     for name, value in manifest.recipe.items():
         if (before := recipe[name]) != value:
             what = f"recipe {before}" if name == "name" else f"{name}={before}"
+            resumes = f"`{trained.command}` resumes it, and " if trained.result is None else "it has finished, and "
             raise RunError(
-                f"{trained.path} was begun with {what}, not {value}: `mixnas train {trained.path}` resumes it, and "
-                "another training needs another `out`"
+                f"{trained.path} was begun with {what}, not {value}: {resumes}another training needs another `out`"
             )
     for name in ("fingerprint", "input_size"):
         if getattr(there.data, name) != getattr(manifest.data, name):

@@ -22,7 +22,7 @@ from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.run import Run
 from ..folders.training import MANIFEST, Trained, is_training
 from ..folders.trial import Trial
-from ..foreign_files import is_file
+from ..foreign_files import is_file, why_no_file
 from ..interval import Interval
 from ..machine.devices import seeded
 from ..models.backbone import Backbone
@@ -236,7 +236,8 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
         return target.origin.weights
     file = Path(config.init)
     if not is_file(file, UsageError):
-        raise UsageError(f"`init` = {config.init}: it must be auto, scratch or a .safetensors file")
+        why = why_no_file(file)
+        raise UsageError(f"`init` = {config.init}: {why}; it must be auto, scratch or a .safetensors file")
     return file
 
 
