@@ -16,6 +16,7 @@ from .foreign_files import is_file
 from .models.timm_models import check_network_name, create_network
 from .scoring.accuracy import Teacher
 from .targets import resolve
+from .words import counted
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def load_teacher(
         raise UsageError(f"`teacher` = {name}: give a trained folder, an exported folder or timm:NAME")
     count = int(getattr(model, "num_classes", 0))
     if count != len(classes):
-        raise UsageError(f"`teacher` = {name} knows {count} classes, the images have {len(classes)}")
+        raise UsageError(f"`teacher` = {name} knows {counted(count, 'class')}, the images have {len(classes)}")
     if tuple(known.get("classes", classes)) != tuple(classes):
         raise UsageError(f"`teacher` = {name} knows other classes than the images have, or has them in another order")
     model = model.eval().requires_grad_(False)

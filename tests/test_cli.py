@@ -186,6 +186,7 @@ def test_the_two_set_up_commands_stand_in_the_readme():
         (["export", "{tmp}"], 2, ["--arch", "--all"]),
         (["measure", "cas_vit_xx"], 2, ["cas_vit_xx", "'cas_vit_xs'"]),
         (["measure", "timm:resnet19"], 2, ["resnet19", "resnet18"]),
+        (["measure", "resnet18"], 2, ["did you mean 'timm:resnet18'?"]),
         (["measure", "cas_vit_xs", "--input-size", "8"], 2, ["too small"]),
         (["measure", "cas_vit_xs", "--dtype", "fp8"], 2, ["fp8", "bf16"]),
         (["measure", "timm:test_vit", "--input-size", "33"], 2, ["does not take images of 33x33"]),

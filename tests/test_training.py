@@ -44,6 +44,7 @@ from nas.training.augmentation import made_safe, training_transform
 from nas.training.batches import batch_size, steps_per_epoch, training_batches
 from nas.training.images import Held, open_data
 from nas.training.loop import scaled_side
+from nas.training.manifest import check_same
 from nas.training.randomness import seed_all
 from nas.training.recipes import RECIPES, Auto, Recipe, auto_recipe, find_recipe
 from nas.training.work import TrainConfig, final_accuracy, train, train_front
@@ -242,7 +243,7 @@ def test_test_images_of_other_classes_are_refused(images, tmp_path):
     (tmp_path / "red").mkdir()
     for name in ("green", "red"):
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
-    with pytest.raises(DataError, match="1 classes that the training split lacks, such as green"):
+    with pytest.raises(DataError, match="images of 1 class that the training split lacks, such as green"):
         open_data(str(images), str(tmp_path), None, 32, Held(0.0, 0))
 
 
@@ -470,6 +471,16 @@ def test_a_manifest_names_networks_of_timm_only(images, tmp_path):
         (trained.path / "train.json").write_text(json.dumps(manifest | change))
         with pytest.raises(RunError, match="must name an architecture or a model"):
             Trained.open(trained.path)
+
+
+def test_a_training_is_resumed_only_if_it_is_unfinished(first, tmp_path):
+    path = Path(shutil.copytree(first.path, tmp_path / "my run"))
+    manifest = replace(first.manifest, recipe=first.manifest.recipe | {"epochs": 99})
+    with pytest.raises(RunError, match="it has finished, and another training needs another `out`"):
+        check_same(Trained.open(path), manifest)
+    (path / "result.json").unlink()
+    with pytest.raises(RunError, match=f"`mixnas train '{path}'` resumes it"):
+        check_same(Trained.open(path), manifest)
 
 
 def test_options_are_not_ignored_where_a_folder_is_gone_on_with(first, tmp_path):

@@ -18,6 +18,7 @@ from ..folders.calibration import Calibration
 from ..interval import Interval
 from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
+from ..words import counted
 
 FEWEST = 10
 """Fewest truths for a report."""
@@ -73,7 +74,8 @@ def trust_report(found: Calibration, epochs: int) -> dict[str, Any]:
     if len(final) < FEWEST:
         known = ", ".join(f"{len(part)} of {e}" for e, part in sorted(rungs[first].items())) or "none"
         raise RunError(
-            f"{FEWEST} truths of {epochs} epochs are needed, known are {known}: resume, or set `epochs` to fit"
+            f"{FEWEST} truths of {counted(epochs, 'epoch')} are needed, known are {known}: resume, or set `epochs` "
+            "to fit"
         )
     latency = {row["key"]: float(row["latency_ms"]) for row in found.rows("pool") if not row["failure"]}
     if unknown := sorted(final.keys() - latency.keys()):

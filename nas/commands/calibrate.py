@@ -12,6 +12,7 @@ import click
 
 from .. import defaults
 from ..errors import UsageError
+from ..words import counted
 from .options import DEVICES, JSON, SEARCH_IMAGES, SHARE_DEVICE, SPACE, UNLABELLED, command, option, space, typed
 from .printing import new_table, print_json, print_table, program
 
@@ -145,7 +146,8 @@ def _print_trust(report: dict[str, Any], path: str) -> None:
         *(f"{band}>" for band in bands),
         "seconds>",
         "of a truth>",
-        title=f"{path}: {report['count']} truths of {report['epochs']} epochs ({report['truth_seconds']:.0f} s each)",
+        title=f"{path}: {report['count']} truths of {counted(report['epochs'], 'epoch')} "
+        f"({report['truth_seconds']:.0f} s each)",
     )
     ceiling = report["ceiling"]
     for row in [*report["rows"], {"estimator": f"truth, other seed ({ceiling['count']})", **ceiling}]:

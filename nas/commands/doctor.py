@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import NasError, UsageError, one_line
+from ..words import counted
 from .flags import FLAGS
 from .options import CLASSES, DATA_ROOT, IMAGES, JSON, STORAGE, command, option
 from .printing import new_table, print_json, print_table
@@ -66,10 +67,10 @@ def _doctor_data(name: str, data_root: str | None, classes: tuple[str, ...], as_
     for label, count in zip(listing.classes, listing.images, strict=True):
         table.add_row(one_line(label), f"{count:,}")
     table.add_section()
-    table.add_row(f"{len(listing.classes)} classes", f"{sum(listing.images):,}")
+    table.add_row(f"{counted(len(listing.classes), 'class')}", f"{sum(listing.images):,}")
     print_table(table)
     for other, count in listing.others.items():
-        click.echo(f"other split, never searched: {other}, {count:,} images")
+        click.echo(f"other split, never searched: {other}, {counted(count, 'image')}")
     for reason, count in listing.skipped.items():
         click.echo(f"skipped: {reason} ({count:,})")
     for note in listing.notes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UsageError
+from ..words import counted
 from .options import JSON, RUN, STORAGE, command, option
 from .printing import fits, new_table, print_json, print_message, print_table, print_uncounted, program
 
@@ -35,7 +36,7 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
     from ..objectives.text import format_score
     from ..report.scored import describe_stages
 
-    points = f"{len(front)} point{'' if len(front) == 1 else 's'}"
+    points = counted(len(front), "point")
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
     table = new_table(
         "key",

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .. import defaults
+from ..words import counted
 from .options import JSON, STORAGE, command, latency, option
 from .options import space as space_option
 from .printing import print_json
@@ -84,8 +85,8 @@ def profile_command(
     click.echo(f"{path}: networks profiled piece by piece: {report['networks']}")
     if held_out:
         click.echo(
-            f"predictions for {report['count']} other networks: {100 * report['within_5']:.0f} % within 5 % of the "
-            f"measured latency, {100 * report['within_10']:.0f} % within 10 %, mean absolute error "
+            f"predictions for {counted(report['count'], 'other network')}: {100 * report['within_5']:.0f} % within "
+            f"5 % of the measured latency, {100 * report['within_10']:.0f} % within 10 %, mean absolute error "
             f"{report['mape']:.1f} %"
             + (f", Spearman {report['spearman']:.3f}" if report["spearman"] is not None else "")
         )

@@ -11,6 +11,7 @@ import click
 
 from .. import defaults
 from ..errors import NasError
+from ..words import counted
 from .flags import FLAGS
 from .options import CLASSES, DATA_ROOT, DEVICES, IMAGES, RECIPE, SHARE_DEVICE, STORAGE, command, option
 from .printing import new_table, print_json, print_table, program
@@ -108,7 +109,7 @@ def _print_trained(trained: Trained, as_json: bool) -> None:
         return
     for part in ("holdout", "test"):
         if share := result[part]:
-            name = share.get("name", f"{share['num_images']} held-out training images")
+            name = share.get("name", counted(share["num_images"], "held-out training image"))
             click.echo(f"top-1 {share['accuracy']:.2f} % ({format_ends(share['low'], share['high'], '.2f')}) on {name}")
     click.echo(f"next:\n  {program()} export {shlex.quote(str(trained.path))} --format timm,onnx")
 

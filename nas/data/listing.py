@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import one_line
+from ..words import counted
 from .decoding import UnreadableImage, decode
 from .scan import readable
 from .splits import listed
@@ -41,9 +42,10 @@ class Listing:
     def line(self, name: str) -> str:
         """Returns the listing as one line, for a data set of this name."""
         total = sum(self.images)
-        text = f"{readable(name)}: {len(self.classes)} classes ({listed(self.classes)}), {total:,} images"
+        text = f"{readable(name)}: {counted(len(self.classes), 'class')} ({listed(self.classes)})"
+        text += f", {counted(total, 'image')}"
         text += f" in {self.split}" if self.split else ""
-        others = [f"{other} ({count:,} images)" for other, count in self.others.items()]
+        others = [f"{other} ({counted(count, 'image')})" for other, count in self.others.items()]
         skipped = [f"{reason} ({count:,})" for reason, count in self.skipped.items()]
         text += f"; other splits: {', '.join(others)}" if others else ""
         text += f"; skipped: {', '.join(skipped)}" if skipped else ""

@@ -23,6 +23,7 @@ from PIL import Image
 from ..defaults import MAX_IMAGES
 from ..errors import DataError, UsageError
 from ..repeats import REPEATS
+from ..words import counted
 from .decoding import UnreadableImage, quiet
 from .listing import NO_LABEL, Listing, Source
 from .sampling import FOLDS, SPLIT_SEED, search_split, stratified_parts, stratified_split
@@ -196,7 +197,8 @@ def _load(
     pixels, corrupt = decode_squares(source, ordered, size)
     if corrupt:
         shown = (f"{source.name(i)} ({why})" for i, why in corrupt)
-        log.warning("%s: %d images cannot be read, so they are skipped: %s", name, len(corrupt), listed(shown, 3, 120))
+        left, named = counted(len(corrupt), "image"), listed(shown, 3, 120)
+        log.warning("%s: %s cannot be read and will be skipped: %s", name, left, named)
     if len(corrupt) == len(ordered):
         first, why = source.name(corrupt[0][0]), corrupt[0][1]
         raise DataError(f"{name}: none of its {len(ordered)} images can be read; the first is {first} ({why})")
@@ -208,7 +210,8 @@ def _load(
     num_train = sum(int(i) not in bad for i in rest)
     train, holdout = Images(pixels[:num_train], labels[:num_train]), Images(pixels[num_train:], labels[num_train:])
     if not (len(train) and len(holdout)):
-        raise DataError(f"{name}: {len(labels)} images are too few to hold a part out: a class needs 4 or more")
+        few = counted(len(labels), "image")
+        raise DataError(f"{name}: found {few}, too few to hold a part out: a class needs 4 or more")
     digest = hashlib.sha256(pixels.numpy().data)
     digest.update(labels.numpy().data)
     mean, std = channel_statistics(train.pixels)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, UsageError
+from ..words import counted
 from .files import open_files
 from .installed import digits, hugging_face, torchvision
 from .listing import Opened, Source
@@ -109,7 +110,7 @@ def match_classes(source: Source, classes: Sequence[str], name: str) -> np.ndarr
     index = {c: i for i, c in enumerate(classes)}
     if missing := sorted({source.classes[t] for t in np.unique(source.targets)} - set(index)):
         raise DataError(
-            f"{name} has images of {len(missing)} classes that the training split lacks, such as {missing[0]}"
+            f"{name} has images of {counted(len(missing), 'class')} that the training split lacks, such as {missing[0]}"
         )
     order: np.ndarray = np.array([index.get(c, -1) for c in source.classes], dtype=np.int64)[source.targets]
     return order

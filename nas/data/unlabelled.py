@@ -14,6 +14,7 @@ import torch
 
 from ..errors import DataError
 from ..repeats import REPEATS
+from ..words import counted
 from .files import AGAIN, EVALUATED, open_unlabelled
 from .memory import ImageData, Unlabelled, decode_squares
 from .sampling import SPLIT_SEED
@@ -70,7 +71,8 @@ def with_unlabelled(
     pixels, corrupt = decode_squares(replace(source, interpolation=data.interpolation), chosen, data.input_size[1])
     if corrupt:
         shown = (f"{source.name(i)} ({why})" for i, why in corrupt)
-        log.warning("%s: %d images cannot be read, so they are skipped: %s", place, len(corrupt), listed(shown, 3, 120))
+        left, named = counted(len(corrupt), "image"), listed(shown, 3, 120)
+        log.warning("%s: %s cannot be read and will be skipped: %s", place, left, named)
     kept = _apart(pixels, data)
     left_out += kept.left_out + Counter({CORRUPT: len(corrupt)})
     why = ", ".join(f"{reason} ({count:,})" for reason, count in left_out.most_common() if count)

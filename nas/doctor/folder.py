@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import NasError, RunError
 from ..foreign_files import read_text
+from ..words import counted
 from .database import CONNECT_SECONDS, is_truncated
 from .findings import Finding, ok, problem, warning
 from .locks import is_alive
@@ -72,7 +73,7 @@ def _check_storage(patient: Patient) -> Finding:
         count = len(run.trials(remeasured=False))
     except NasError as error:  # its message names the copy, which is gone when people read it
         return problem(str(error).replace(str(run.path), str(patient.path)), lost)
-    text = f"{file.name} is sound and holds {count} trials"
+    text = f"{file.name} is sound and holds {counted(count, 'trial')}"
     if unfinished:
         return warning(
             f"{text}, but a process died while it wrote",
@@ -90,7 +91,7 @@ def _check_server(patient: Patient) -> Finding:
         except OSError as error:
             return problem(f"nothing answers at {host}:{port} ({error.strerror or error})", "start it, or its proxy")
     count = len(patient.copied_run.trials(remeasured=False))
-    return ok(f"{url} answers and holds {count} trials")
+    return ok(f"{url} answers and holds {counted(count, 'trial')}")
 
 
 def _address(url: str) -> tuple[str | None, int]:

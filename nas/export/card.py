@@ -19,6 +19,7 @@ from ..interval import Interval
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_ends, format_ms, format_value
 from ..scoring.accuracy.estimate import accuracy_error
+from ..words import counted
 from .card_files import files_section
 from .escaping import as_text, machine_text, plain
 from .subject import Subject
@@ -288,8 +289,8 @@ def _training(subject: Subject) -> str:
         manifest, result = subject.trained.manifest, subject.trained.result or {}
         return (
             f"The weights come from a full training: recipe `{plain(manifest.recipe['name'])}`, "
-            f"{result.get('epochs', manifest.recipe['epochs'])} epochs on {data.num_train:,} images of "
-            f"{height}x{width}, seed {manifest.seed}"
+            f"{counted(result.get('epochs', manifest.recipe['epochs']), 'epoch')} on "
+            f"{counted(data.num_train, 'image')} of {height}x{width}, seed {manifest.seed}"
             + ("" if manifest.init == "scratch" else f", starting from {_initial(manifest)}")
             + (f", taught by `{plain(manifest.asked.teacher)}`" if manifest.asked.teacher else "")
             + "."
@@ -298,15 +299,15 @@ def _training(subject: Subject) -> str:
     config = subject.run.manifest.config
     if isinstance(subject.architecture, Graft):
         unlabelled = subject.run.manifest.conditions.unlabelled
-        more = f" and {unlabelled['images']:,} images without labels" if unlabelled else ""
+        more = f" and {counted(unlabelled['images'], 'image')} without labels" if unlabelled else ""
         return (
             f"The weights are those of the parent, tuned in the search on {data.num_train:,} images of "
             f"{height}x{width}{more} with the parent as teacher, seed {config.seed}. The network is not fully trained."
         )
     return (
-        f"The weights come from the search's short training ({subject.proxy_epochs} epochs on {data.num_train:,} "
-        f"images of {height}x{width}, seed {config.seed}). They are good for ranking and as initial weights, but the "
-        "model is not fully trained."
+        f"The weights come from the search's short training ({counted(subject.proxy_epochs, 'epoch')} on "
+        f"{counted(data.num_train, 'image')} of {height}x{width}, seed {config.seed}). "
+        "They are good for ranking and as initial weights, but the model is not fully trained."
     )
 
 

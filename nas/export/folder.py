@@ -27,6 +27,7 @@ from ..repeats import REPEATS
 from ..scoring.cost import count_cost
 from ..scoring.latency import Latency, LatencyConfig, Prepared, measure_latencies
 from ..targets import EXPORT, is_export
+from ..words import counted
 from .by_stage import errors_by_stage
 from .card import model_card
 from .checks import check_batches, compare, logits_of
@@ -329,7 +330,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
     if kind.lossy:
         drop = -figures["change"]["points"] if "change" in figures else 0.0
         if not drop <= MAX_DROP:
-            raise NasError(f"it loses {drop:.1f} points of accuracy on {figures['num_images']} images")
+            raise NasError(f"it loses {drop:.1f} points of accuracy on {counted(figures['num_images'], 'image')}")
         assert material.calibration is not None
         figures |= {"against": FORMATS[kind.against].file, "calibrated_on": len(material.calibration)}
     else:
@@ -338,7 +339,7 @@ def _check(name: str, kind: Format, material: Material, folder: Path) -> dict[st
         if not (far <= kind.tolerance and flips <= max(1.0, kind.flips * figures["num_images"])):
             raise NasError(
                 f"the {name} file differs from the trained network by {far:.2g} of its largest logit, and in the class "
-                f"of {flips:.0f} of {figures['num_images']} images"
+                f"of {flips:.0f} of {counted(figures['num_images'], 'image')}"
             )
     return figures
 

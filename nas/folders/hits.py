@@ -12,6 +12,7 @@ from ..objectives.agreement import list_pairs
 from ..objectives.objectives import Scores
 from ..objectives.paired import Hits, paired_difference, unpack
 from ..space import has_grafts
+from ..words import counted
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def accuracy_verdict(run: Run, front: Sequence[Trial]) -> str:
     text = (
         f"{label}: differences between neighbours of this front are known to "
         f"±{widest:.1f} points or better (95 %, both on the same "
-        f"{num_scored(run):,} held-out images; the seeds of the trainings add to it)"
+        f"{counted(num_scored(run), 'held-out image')}; the seeds of the trainings add to it)"
     )
     tied = list_pairs([pair for pair, difference in known.items() if difference.holds(0.0)])
     text += f"; statistically tied, so in either order: {tied}" if tied else ""

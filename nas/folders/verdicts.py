@@ -12,6 +12,7 @@ from ..objectives.agreement import compare_orders, rank_correlation, ties
 from ..objectives.objectives import OBJECTIVES, Objective
 from ..objectives.text import format_figure
 from ..space import candidates_of
+from ..words import counted
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .graft_verdicts import graft_verdicts
 from .hits import accuracy_verdict, num_scored
@@ -53,7 +54,7 @@ def doubts(objectives: Sequence[Objective], front: Sequence[Trial], num_holdout:
         apart = 1.96 * math.sqrt(2) * max(errors)
         lines.append(
             f"accuracies less than {apart:.1f} points apart may differ by chance alone "
-            f"({num_holdout:,} held-out images)"
+            f"({counted(num_holdout, 'held-out image')})"
         )
     return lines
 
@@ -67,8 +68,8 @@ def trust_in_words(told: Mapping[str, Any], what: str = "architectures") -> str:
     """
     kendall, ceiling = (format_figure(Interval.of(told[name])) for name in ("kendall", "ceiling"))
     return (
-        f"proxy {told['estimator']}: Kendall {kendall} with trainings of {told['epochs']} epochs, these with another "
-        f"seed {ceiling}; {told['count']} {what}, {told['calibration']}"
+        f"proxy {told['estimator']}: Kendall {kendall} with trainings of {counted(told['epochs'], 'epoch')}, "
+        f"these with another seed {ceiling}; {told['count']} {what}, {told['calibration']}"
     )
 
 
@@ -122,12 +123,12 @@ def _lengths(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> list[
     if wanted is None:
         return []
     if not is_trained_on(run, front):
-        return [f"the front is not trained for {wanted} epochs yet: resume the search, which trains it on"]
+        return [f"the front is not trained for {counted(wanted, 'epoch')} yet: resume the search, which trains it on"]
     counts = Counter(t.scores.curve[-1][0] for t in trials if t.scores.curve)
     told = ", ".join(f"{count} after epoch {epochs}" for epochs, count in sorted(counts.items()))
     return [
-        f"every point of this front was trained for {wanted} epochs; of {counts.total()} candidates, trainings "
-        f"ended: {told}"
+        f"every point of this front was trained for {counted(wanted, 'epoch')}; "
+        f"of {counted(counts.total(), 'candidate')}, trainings ended: {told}"
     ]
 
 

@@ -30,6 +30,7 @@ from ..folders.trial import Trial, has_enough
 from ..foreign_files import is_file, read_json
 from ..objectives.objectives import OBJECTIVES, Objective, Scores
 from ..objectives.text import format_interval, format_value
+from ..words import counted
 from .scored import PLAIN_BLOCK, Scored, describe_stages
 
 TREES = 32
@@ -323,7 +324,7 @@ def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
                 "short": trial.scores.accuracy if trial.scores.accuracy is not None else trial.scores.proxy,
                 "accuracy": final["accuracy"],
                 "final": f"{final['accuracy']:.2f} % [{final['low']:.2f}, {final['high']:.2f}]",
-                "images": f"{final['num_images']:,} {'test' if result['test'] else 'held-out training'} images",
+                "images": counted(final["num_images"], "test image" if result["test"] else "held-out training image"),
                 "epochs": result["epochs"],
                 "minutes": result["seconds"] / 60,
             }

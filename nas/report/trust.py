@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folders.calibration import Calibration
+from ..words import counted
 from .plots import save_figure
 from .scored import COLOURS
 
@@ -49,7 +50,7 @@ def plot_trust(found: Calibration) -> list[Path]:
     axes.set_xlabel("Kendall correlation with the truth (95 % interval)")
     space, data = found.space.name, found.manifest.data_name
     axes.set_title(
-        f"{space} on {data}: {report['count']} truths of {report['epochs']} epochs "
+        f"{space} on {data}: {report['count']} truths of {counted(report['epochs'], 'epoch')} "
         f"({report['truth_seconds']:.0f} s each)",
         fontsize=10,
         loc="left",

@@ -40,6 +40,7 @@ from ..scoring.latency import (
     target_labels,
 )
 from ..scoring.memory import is_out_of_memory
+from ..words import counted
 from .evaluate import Evaluator
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     front = {t.key: _builder(evaluator, t.architecture) for t in run.front()}
     other = _onnxruntime(evaluator.latency)
     if other is not None and not set(front) <= set(study.user_attrs.get(ELSEWHERE, {}).get(other.label, {})):
-        log.info("measuring the front in %s too: %d networks", other.runtime, len(front))
+        log.info("measuring the front in %s too: %s", other.runtime, counted(len(front), "network"))
         study.set_user_attr(ELSEWHERE, {other.label: _measure(front, _Target(other.label, other))})
     _attribute(study, run.front(), evaluator, _targets(run, evaluator)[0])
 
@@ -123,7 +124,7 @@ def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Bu
     targets = _targets(run, evaluator)
     if all(set(networks) <= set(done.get(target.name, {})) for target in targets):
         return
-    log.info("measuring the front and networks near it again, in turns: %d networks", len(networks))
+    log.info("measuring the front and networks near it again, in turns: %s", counted(len(networks), "network"))
     found = {target.name: done.get(target.name, {}) | _measure(networks, target) for target in targets}
     study.set_user_attr(REMEASURED, found)
 
@@ -146,7 +147,7 @@ def _attribute(study: optuna.Study, front: Sequence[Trial], evaluator: Evaluator
     if config.runtime == "command":
         log.info("the stages of the front are not timed one by one, because each would need a call of your program")
         return
-    log.info("measuring the stages of the front, one by one: %d networks", len(left))
+    log.info("measuring the stages of the front, one by one: %s", counted(len(left), "network"))
     conditions = PART | {"max_seconds": min(config.max_seconds, PART["max_seconds"])}
     quick = target._replace(config=replace(config, **conditions))
     for count, architecture in enumerate(left):

@@ -38,6 +38,7 @@ from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace
 from ..storage.connect import check_storage, open_storage, storage_errors
 from ..teachers import absolute_places
+from ..words import counted
 from .cheap import known_beforehand
 from .checks import check_lead
 from .comparable import (
@@ -205,8 +206,8 @@ def _update(run: Run, config: SearchConfig) -> Run:
     before = run.manifest.config.recorded
     if before.get("finish_epochs") not in (None, config.finish_epochs):
         raise RunError(
-            f"{run.path} trains its front for {before['finish_epochs']} epochs: leave `finish_epochs` out, or give "
-            "another `out`"
+            f"{run.path} trains its front for {counted(before['finish_epochs'], 'epoch')}: leave `finish_epochs` out, "
+            "or give another `out`"
         )
     if asked == {name: before.get(name) for name in asked} and told == run.manifest.trust:
         return run

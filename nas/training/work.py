@@ -30,6 +30,7 @@ from ..repeats import REPEATS
 from ..results import RESULTS
 from ..scoring.accuracy import trust
 from ..targets import Target, resolve
+from ..words import counted
 from .batches import batch_size, default_workers, steps_per_epoch
 from .config import TrainConfig
 from .images import Held, TrainingData, open_data
@@ -189,7 +190,9 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
     if before is not None and chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest.recipe))
     recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
-    images = f"{len(data.train):,} images of {len(data.classes)} classes at {data.input_size[1]} pixels"
+    images = (
+        f"{counted(len(data.train), 'image')} of {counted(len(data.classes), 'class')} at {data.input_size[1]} pixels"
+    )
     start = "from weights" if pretrained else "from scratch"
     log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe), batch_size(data, recipe)))
     return recipe
