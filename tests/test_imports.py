@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: the parts of a line import only from the lines above it, and not from each other.
 ORDER = (
-    "nas.errors nas.interval nas.changeable nas.lazy nas.repeats nas.defaults nas.results",
+    "nas.words nas.errors nas.interval nas.changeable nas.lazy nas.repeats nas.defaults nas.results",
     "nas.architecture nas.consent nas.streams nas.memory_format nas.fingerprint nas.quiet",
     "nas.foreign_files",
     "nas.objectives nas.machine nas.data nas.folding nas.onnx",
