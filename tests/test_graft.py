@@ -754,6 +754,19 @@ def test_a_report_of_forms_says_how_they_were_tuned(run: Run, tmp_path: Path) ->
     assert 'href="#mixers-1"' not in page
 
 
+def test_the_front_tells_latencies_as_shares_of_the_parents(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main(["front", str(run.path)])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ +parent .* 1\.00x ", out, re.MULTILINE)
+    share = run.front()[0].scores.latency.ms / run.baselines()["parent"].latency.ms
+    assert re.search(rf"^ +{run.front()[0].key} .* {share:.2f}x ", out, re.MULTILINE)
+
+
 def test_many_baselines_have_numbers_that_the_legend_explains(run: Run, tmp_path: Path) -> None:
     assert len(run.baselines()) > 5
     (svg,) = (file for file in plot([run], tmp_path) if file.name == "front.svg")

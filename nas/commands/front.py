@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..folders.run import Run
     from ..folders.trial import Trial
-    from ..objectives.objectives import Scores
+    from ..objectives.objectives import Objective, Scores
 
 
 def _front_table(run: Run, front: list[Trial]) -> Table:
@@ -33,19 +33,18 @@ def _front_table(run: Run, front: list[Trial]) -> Table:
 
 def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> Table:
     from ..objectives.objectives import OBJECTIVES as ALL
-    from ..objectives.text import format_score
     from ..report.scored import describe_stages
 
     points = counted(len(front), "point")
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
     table = new_table(
         "key",
-        *(f"{o.label}>" for o in shown),
+        *_headers(run, shown),
         *([] if between_stages is None else ["stages"]),
         title=f"Pareto front of {run.path}: {points}, hypervolume {run.hypervolume(front):.5g}",
     )
     for trial in front:
-        cells = [format_score(objective, trial.scores) for objective in shown]
+        cells = _cells(run, shown, trial.scores)
         assert trial.architecture is not None
         if between_stages is not None:
             cells.append(
@@ -57,22 +56,51 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
     return table
 
 
-def print_front(run: Run, front: list[Trial]) -> None:
-    """Prints the front, the baselines with the points that dominate them, and the verdicts on the front."""
+def _headers(run: Run, shown: list[Objective]) -> list[str]:
+    """Returns the heads of columns: beside a latency, that as a share of the parent's, if the run has one."""
+    shares = {o.name for o in shown if _of_parent(run, o)}
+    return [head for o in shown for head in (f"{o.label}>", *(["of the parent>"] if o.name in shares else []))]
+
+
+def _cells(run: Run, shown: list[Objective], scores: Scores) -> list[str]:
+    """Returns the cells of these columns for a network."""
     from ..objectives.text import format_score
 
+    cells = []
+    for objective in shown:
+        cells.append(format_score(objective, scores))
+        if whole := _of_parent(run, objective):
+            value = objective.read(scores)
+            cells.append("" if value is None else f"{value / whole:.2f}x")
+    return cells
+
+
+def _of_parent(run: Run, objective: Objective) -> float | None:
+    """Returns the parent's latency, in milliseconds; None for other objectives, and without a parent."""
+    from ..folders.graft_verdicts import PARENT
+    from ..space import GraftSpace
+
+    if not objective.is_latency or not isinstance(run.space, GraftSpace):
+        return None
+    parent = run.baselines().get(PARENT)
+    return None if parent is None else objective.read(parent)
+
+
+def print_front(run: Run, front: list[Trial]) -> None:
+    """Prints the front, the baselines with the points that dominate them, and the verdicts on the front."""
     table = _front_table(run, front)
     print_table(table)
     if front and table.columns[-1].header != "stages":
         click.echo(f"stages: in a wider terminal, or {program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
     baselines, failed = run.baselines(), run.failed_baselines()
     if baselines or failed:
-        table = new_table("baseline", *(f"{o.label}>" for o in run.objectives), "dominated by")
+        shown = list(run.objectives)
+        headers = _headers(run, shown)
+        table = new_table("baseline", *headers, "dominated by")
         for name, scores in baselines.items():
-            cells = [format_score(objective, scores) for objective in run.objectives]
-            table.add_row(name, *cells, _dominated_by(run, front, scores))
+            table.add_row(name, *_cells(run, shown, scores), _dominated_by(run, front, scores))
         for name in failed:
-            table.add_row(name, *[""] * len(run.objectives), "could not be scored")
+            table.add_row(name, *[""] * len(headers), "could not be scored")
         print_table(table)
         for name, why in failed.items():
             print_message(f"{name} could not be scored: {why}")

@@ -14,7 +14,7 @@ from ..data import same_data
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
-from ..foreign_files import LINE, is_file, read_json
+from ..foreign_files import LINE, is_file, read_json, why_no_file
 from ..search.config import SearchConfig
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
@@ -132,7 +132,7 @@ class ParentConfig:
         for donor in self.donors:
             donor.check()
         if self.weights is not None and not is_file(self.weights, UsageError):
-            raise UsageError(f"`weights` = {self.weights}: there is no such file")
+            raise UsageError(f"`weights` = {self.weights}: {why_no_file(self.weights)}")
         if self.weights is None and target.origin.weights is None:
             raise UsageError(
                 f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
@@ -232,7 +232,7 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
         return False
     trained = Trained.open(folder)
     if trained.result is None:
-        raise RunError(f"{folder} is not fully trained: resume it with mixnas train {folder}")
+        raise RunError(f"{folder} is not fully trained: resume it with `{trained.command}`")
     return all(_same_images(trained, config).values())
 
 

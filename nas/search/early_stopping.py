@@ -18,7 +18,7 @@ from ..scoring.accuracy import Rung
 
 LEVEL = 0.75
 """Stop a training if its final accuracy is below the needed one with this probability. In measurements this saves 40 to
-66 % of the epochs, and costs less than 0.5 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
+66 % of the epochs, and costs 0.03 to 0.54 % of the hypervolume on average (`benchmarks/proxy_trust.md`)."""
 FEWEST = 8
 """Fewest finished trainings before any training is stopped."""
 
