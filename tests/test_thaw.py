@@ -22,7 +22,8 @@ from nas.folders import states
 from nas.folders.attributes import TUNED
 from nas.folders.run import Run
 from nas.objectives.pareto import non_dominated
-from nas.report.facts import endings, key_figures, trust
+from nas.report.confidence import trust
+from nas.report.facts import endings, key_figures
 from nas.scoring.accuracy import Fidelity, Training, train
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, evaluate, search, trainer
@@ -96,7 +97,7 @@ def test_the_front_is_trained_equally_long_as_if_in_one_go(unbroken: tuple[Run, 
     assert frozen
     assert all(t.scored and t.scores.accuracy is None and t.failure.startswith("frozen after epoch ") for t in frozen)
     assert epochs == sum(t.scores.curve[-1][0] for t in run.trials())  # no epoch was repeated
-    ended = {row["state"]: row["count"] for row in endings(run.trials())}
+    ended = {row["state"]: row["count"] for row in endings(run.trials(), run.manifest.config.trials)}
     assert ended == {"scored": len(run.trials()) - len(frozen), "frozen": len(frozen)}
     assert key_figures(run, run.trials(), run.front())[0]["note"] == f"{len(frozen)} frozen"
     assert trust(run, run.front(), str)["epochs"] == LAST
