@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,19 +71,7 @@ def main() -> None:
 def _search(asked: argparse.Namespace, seed: int) -> Run:
     """Runs the search of one seed, or resumes it."""
     out = asked.out / f"{asked.parent}-{asked.data.parent.name}-{asked.library}-{seed}"
-    if (out / "run.json").is_file():
-        return search(local_config(Run.open(out)))
-    config = SearchConfig(
-        search_spaces.load("mini"),
-        latency=(LatencyConfig(device="cpu", runtime="onnxruntime", threads=1),),
-        data=str(asked.data),
-        input_size=asked.input_size,
-        max_images=asked.images,
-        trials=asked.trials,
-        tune_epochs=asked.tune_epochs,
-        seed=seed,
-        out=out,
-    )
+    config = replace(config_of(asked, seed), trials=asked.trials, out=out)
     parent = ParentConfig(
         f"timm:{asked.parent}",
         asked.weights,
@@ -90,7 +80,28 @@ def _search(asked: argparse.Namespace, seed: int) -> Run:
         grain=asked.grain,
         proxy=asked.proxy,
     )
-    return graft(parent, config, {"latency": asked.budget})
+    return searched(parent, config, {"latency": asked.budget})
+
+
+def config_of(asked: argparse.Namespace, seed: int) -> SearchConfig:
+    """Returns the configuration of a search in ONNX Runtime with one thread."""
+    return SearchConfig(
+        search_spaces.load("mini"),
+        latency=(LatencyConfig(device="cpu", runtime="onnxruntime", threads=1),),
+        data=str(asked.data),
+        input_size=asked.input_size,
+        max_images=asked.images,
+        tune_epochs=asked.tune_epochs,
+        seed=seed,
+    )
+
+
+def searched(parent: ParentConfig, config: SearchConfig, shares: Mapping[str, float]) -> Run:
+    """Runs a search, or resumes it."""
+    assert config.out is not None
+    if (config.out / "run.json").is_file():
+        return search(local_config(Run.open(config.out)))
+    return graft(parent, config, shares)
 
 
 def _rows(run: Run, seed: int) -> list[str]:

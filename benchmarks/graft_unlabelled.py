@@ -3,8 +3,8 @@
     python benchmarks/graft_unlabelled.py --parent tf_efficientnet_lite0 --weights FILE --data trashnet/train.tar \\
         --images 500 --out FOLDER        # resumes
 
-Three searches have the same few labelled images and the same parent: without further images; with all other images of
-the archive, whose labels are not read; and without them, but tuned for as many steps as the second one. All tune the
+Three searches have the same few labelled images and the same parent: without further images; with other images of the
+archive, whose labels are not read (at most `--images`); and without them, but tuned for as many steps as the second. All tune the
 same forms, those that need no search. It prints a table in Markdown: the mean accuracy of these forms on the test split
 beside the data, which no search has seen, and the paired differences from the first search. An interval covers the test
 images and the forms, but not the seeds of the trainings.
@@ -17,17 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from graft import hits_of, open_tests
+from graft import config_of, hits_of, open_tests, searched
 
-import search_spaces
-from nas import SearchConfig
 from nas.architecture import candidate_from_dict
 from nas.folders.run import Run
 from nas.folders.training import load_weights
-from nas.graft import ParentConfig, graft
+from nas.graft import ParentConfig
 from nas.models.create import create_candidate
-from nas.scoring.latency import LatencyConfig
-from nas.search import search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 
@@ -48,38 +44,19 @@ def main() -> None:
     print("| seed | images without labels | epochs | forms | test, mean, % | difference, mean | better, worse |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for seed in map(int, asked.seeds.split(",")):
-        config = SearchConfig(
-            search_spaces.load("mini"),
-            latency=(LatencyConfig(device="cpu", runtime="onnxruntime", threads=1),),
-            data=str(asked.data),
-            input_size=asked.input_size,
-            max_images=asked.images,
-            trials=2,
-            tune_count=1,
-            tune_epochs=asked.tune_epochs,
-            seed=seed,
-            out=asked.out / f"labelled-{seed}",
-        )
+        config = replace(config_of(asked, seed), trials=2, tune_count=1, out=asked.out / f"labelled-{seed}")
         parent = ParentConfig(f"timm:{asked.parent}", asked.weights, asked.parent_epochs, library="none")
-        few = _searched(parent, config)
+        few = searched(parent, config, {})
         more = replace(parent, unlabelled=str(asked.data))
-        many = _searched(more, replace(config, out=asked.out / f"unlabelled-{seed}"))
+        many = searched(more, replace(config, out=asked.out / f"unlabelled-{seed}"), {})
         labelled = few.manifest.data.num_train
         unlabelled = many.manifest.conditions.unlabelled["images"]
         epochs = round(asked.tune_epochs * (labelled + unlabelled) / labelled)
-        longer = _searched(parent, replace(config, tune_epochs=epochs, out=asked.out / f"longer-{seed}"))
+        longer = searched(parent, replace(config, tune_epochs=epochs, out=asked.out / f"longer-{seed}"), {})
         before = _tested(few)
         runs = (few, 0, asked.tune_epochs), (many, unlabelled, asked.tune_epochs), (longer, 0, epochs)
         for run, number, length in runs:
             print(_row(seed, number, length, before, _tested(run)), flush=True)
-
-
-def _searched(parent: ParentConfig, config: SearchConfig) -> Run:
-    """Runs a search, or resumes it."""
-    assert config.out is not None
-    if (config.out / "run.json").is_file():
-        return search(local_config(Run.open(config.out)))
-    return graft(parent, config, {})
 
 
 def _tested(run: Run) -> dict[str, np.ndarray]:
