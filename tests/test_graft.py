@@ -1308,6 +1308,8 @@ def test_what_does_not_go_with_a_parent_is_refused_before_it_is_trained(config: 
     with pytest.raises(UsageError, match="cannot be made cheaper"):
         graft(ParentConfig("timm:dla46_c", weights, library="none"), replace(config, out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    with pytest.raises(RunError, match="weights"):  # it passed the check, and is built for these images
+        graft(ParentConfig("timm:test_vit", weights, library="none"), replace(config, out=tmp_path / "none"))
 
 
 def test_a_search_that_ended_before_its_run_was_created_is_not_mistaken_for_another(run: Run, tmp_path: Path) -> None:

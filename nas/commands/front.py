@@ -35,16 +35,16 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
     from ..objectives.objectives import OBJECTIVES as ALL
     from ..report.scored import describe_stages
 
-    points = counted(len(front), "point")
+    points, parent = counted(len(front), "point"), _parent(run)
     shown = list(run.objectives) + [ALL[n] for n in ("macs", "params") if n not in {o.name for o in run.objectives}]
     table = new_table(
         "key",
-        *_headers(run, shown),
+        *_headers(shown, parent),
         *([] if between_stages is None else ["stages"]),
         title=f"Pareto front of {run.path}: {points}, hypervolume {run.hypervolume(front):.5g}",
     )
     for trial in front:
-        cells = _cells(run, shown, trial.scores)
+        cells = _cells(shown, trial.scores, parent)
         assert trial.architecture is not None
         if between_stages is not None:
             cells.append(
@@ -56,34 +56,36 @@ def _front_columns(run: Run, front: list[Trial], between_stages: str | None) -> 
     return table
 
 
-def _headers(run: Run, shown: list[Objective]) -> list[str]:
-    """Returns the heads of columns: beside a latency, that as a share of the parent's, if the run has one."""
-    shares = {o.name for o in shown if _of_parent(run, o)}
-    return [head for o in shown for head in (f"{o.label}>", *(["of the parent>"] if o.name in shares else []))]
+def _parent(run: Run) -> Scores | None:
+    """Returns the scores of the parent in a search for its cheaper forms; None for other runs."""
+    from ..folders.graft_verdicts import PARENT
+    from ..space import GraftSpace
+
+    return run.baselines().get(PARENT) if isinstance(run.space, GraftSpace) else None
 
 
-def _cells(run: Run, shown: list[Objective], scores: Scores) -> list[str]:
+def _headers(shown: list[Objective], parent: Scores | None) -> list[str]:
+    """Returns the heads of columns: beside each latency its share of the parent's, if there is a parent."""
+    heads = ([f"{o.label}>", "of the parent>"] if _whole(o, parent) else [f"{o.label}>"] for o in shown)
+    return [head for both in heads for head in both]
+
+
+def _cells(shown: list[Objective], scores: Scores, parent: Scores | None) -> list[str]:
     """Returns the cells of these columns for a network."""
     from ..objectives.text import format_score
 
     cells = []
     for objective in shown:
         cells.append(format_score(objective, scores))
-        if whole := _of_parent(run, objective):
+        if whole := _whole(objective, parent):
             value = objective.read(scores)
             cells.append("" if value is None else f"{value / whole:.2f}x")
     return cells
 
 
-def _of_parent(run: Run, objective: Objective) -> float | None:
-    """Returns the parent's latency, in milliseconds; None for other objectives, and without a parent."""
-    from ..folders.graft_verdicts import PARENT
-    from ..space import GraftSpace
-
-    if not objective.is_latency or not isinstance(run.space, GraftSpace):
-        return None
-    parent = run.baselines().get(PARENT)
-    return None if parent is None else objective.read(parent)
+def _whole(objective: Objective, parent: Scores | None) -> float | None:
+    """Returns the parent's latency in milliseconds; None for other objectives, and without a parent."""
+    return objective.read(parent) if parent is not None and objective.is_latency else None
 
 
 def print_front(run: Run, front: list[Trial]) -> None:
@@ -94,11 +96,11 @@ def print_front(run: Run, front: list[Trial]) -> None:
         click.echo(f"stages: in a wider terminal, or {program()} describe {shlex.quote(f'{run.path}@{front[0].key}')}")
     baselines, failed = run.baselines(), run.failed_baselines()
     if baselines or failed:
-        shown = list(run.objectives)
-        headers = _headers(run, shown)
+        shown, parent = list(run.objectives), _parent(run)
+        headers = _headers(shown, parent)
         table = new_table("baseline", *headers, "dominated by")
         for name, scores in baselines.items():
-            table.add_row(name, *_cells(run, shown, scores), _dominated_by(run, front, scores))
+            table.add_row(name, *_cells(shown, scores, parent), _dominated_by(run, front, scores))
         for name in failed:
             table.add_row(name, *[""] * len(headers), "could not be scored")
         print_table(table)

@@ -125,8 +125,7 @@ def budgets(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tu
     if twice := [objective for objective in objectives if objectives.count(objective) > 1]:
         raise UsageError(f"--max {twice[0]} is given twice")
     if percent := [text for text in value if text.endswith("%")]:
-        objective = percent[0].partition("=")[0]
-        raise UsageError(f"--max {percent[0]}: write a share of the parent's {objective} as {objective}=0.5x")
+        raise UsageError(f"--max {percent[0]}: a share of the parent's latency is written as latency=0.5x")
     shares = {objective: float(found[1]) for objective, amount in pairs if (found := _SHARE.fullmatch(amount))}
     return parse_budgets([text for text in value if text.partition("=")[0] not in shares]), shares
 

@@ -24,6 +24,7 @@ from ..search.comparable import load_images
 from ..search.progress import Progress
 from ..space import GraftSpace
 from ..training.loop import Step
+from ..training.network import build
 from .distil import Distillation
 from .forms import Offer, cheaper_forms, space_name, space_of
 from .options import library
@@ -80,7 +81,7 @@ def graft(
     data = load_images(config)
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
-    cheaper_forms(target.build().eval(), name, data.input_size, offer)  # refused now, and not after the training
+    cheaper_forms(build(target, data, 0.0).eval(), name, data.input_size, offer)  # refuses before the training
     trained = train_parent(parent, config, on_step)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
@@ -88,7 +89,8 @@ def graft(
     budgets = dict(config.budgets)
     if share is not None or "latency" in budgets:
         ms = _latency_ms(trained, config.latency[0], data.input_size)
-        budgets["latency"] = share * ms if share is not None else budgets["latency"]
+        if share is not None:
+            budgets["latency"] = share * ms
         log.info("the parent takes %.3g ms, and the budget is %.3g ms", ms, budgets["latency"])
     parent.record(trained.path, share)
     start = tuple(dict.fromkeys((*space.rivals().values(), *hopeful)))

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data import ImageData
 from ..errors import UsageError
 from ..folders.training import load_weights
 from ..machine.devices import seeded
 from ..models import create_candidate
 from ..models.timm_models import create_network
+from ..repeats import REPEATS
 from ..scoring.accuracy import Teacher
 from ..targets import Target
 from ..teachers import load_teacher
@@ -29,7 +31,7 @@ from .recipes import Recipe
 log = logging.getLogger(__name__)
 
 
-def build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
+def build(target: Target, data: TrainingData | ImageData, drop_path: float) -> nn.Module:
     """Builds the network of a target with random weights, for the classes and the image size of the data.
 
     Args:
@@ -53,7 +55,7 @@ def build(target: Target, data: TrainingData, drop_path: float) -> nn.Module:
     try:
         return create(drop_path_rate=drop_path)
     except (TypeError, ValueError):
-        log.info("%s does not support drop path, so it is trained without", target.name)
+        REPEATS.once(log, f"{target.name} does not support drop path, so it is trained without")
         return create()
 
 
