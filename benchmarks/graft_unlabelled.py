@@ -4,10 +4,10 @@
         --images 500 --out FOLDER        # resumes
 
 Three searches have the same few labelled images and the same parent: without further images; with other images of the
-archive, whose labels are not read (at most `--images`); and without them, but tuned for as many steps as the second. All tune the
-same forms, those that need no search. It prints a table in Markdown: the mean accuracy of these forms on the test split
-beside the data, which no search has seen, and the paired differences from the first search. An interval covers the test
-images and the forms, but not the seeds of the trainings.
+archive, whose labels are not read (at most `--images`); and without them, but tuned for as many steps as the second.
+All tune the same forms, those that need no search. It prints a table in Markdown: the mean accuracy of these forms on
+the test split beside the data, which no search has seen, and the paired differences from the first search. An interval
+covers the test images, but not the seeds of the trainings.
 """
 
 from __future__ import annotations
