@@ -11,7 +11,8 @@ import timm
 
 from .data import ImageData
 from .errors import UsageError
-from .folders.training import Trained, is_training, load_weights
+from .folders.training import Trained, is_training
+from .folders.weights import load_weights
 from .foreign_files import is_file
 from .models.timm_models import check_network_name, create_network
 from .scoring.accuracy import Teacher
@@ -47,7 +48,7 @@ def load_teacher(
 
     Args:
         name: a trained folder, an exported folder or `timm:NAME`.
-        weights: a safetensors file with the weights of `timm:NAME`.
+        weights: a file with the weights of `timm:NAME`.
         classes: class names of the images, in the order of the labels.
         input_size: (channels, height, width) of the images.
         own_size: whether a trained teacher sees images in the size of its own training, scaled up if needed.
@@ -85,7 +86,9 @@ def load_teacher(
     return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)
 
 
-def teacher_of_candidates(name: str, weights: str | None, data: ImageData, source: str, max_images: int) -> Teacher:
+def teacher_of_candidates(
+    name: str, weights: str | None, data: ImageData, source: str, max_images: int | None
+) -> Teacher:
     """Loads a teacher for short trainings of candidates on these images. Warns if it saw those that are held out.
 
     Args:
@@ -93,7 +96,7 @@ def teacher_of_candidates(name: str, weights: str | None, data: ImageData, sourc
         weights: see `load_teacher`.
         data: the images of the short trainings.
         source: name of their data set, as for `nas.data.load_data`.
-        max_images: largest number of images that was taken of it.
+        max_images: largest number of images that was taken of it, if some of these are held out; None if others are.
 
     Raises:
         UsageError: if there is no such teacher, or it does not know the classes or take the images.

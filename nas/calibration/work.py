@@ -58,6 +58,7 @@ class CalibrationConfig:
         classes: class folders of a folder or an archive of images; empty finds them.
         input_size: side of the images in pixels; None takes the native size of the data.
         max_images: a larger training split is replaced by a stratified sample of this many images.
+        holdout_data: data set whose images are held out, as in `SearchConfig`.
         device: device that trains and times.
         count: number of architectures to train.
         epochs: epochs of a truth.
@@ -67,7 +68,7 @@ class CalibrationConfig:
         share_device: whether to train without waiting for other processes that use the device.
         teacher: a trained folder, an exported folder or `timm:NAME`. Candidates are then also trained shortly with it,
             to measure what it does to their order.
-        teacher_weights: a safetensors file with the weights of `timm:NAME`.
+        teacher_weights: a file with the weights of `timm:NAME`.
     """
 
     space: SearchSpace
@@ -76,6 +77,7 @@ class CalibrationConfig:
     classes: tuple[str, ...] = ()
     input_size: int | None = None
     max_images: int = defaults.MAX_IMAGES
+    holdout_data: str | None = None
     device: str = "cpu"
     count: int = defaults.CALIBRATION_COUNT
     epochs: int = defaults.CALIBRATION_EPOCHS
@@ -171,7 +173,11 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
     """
     config, path = replace(config, device=resolve_device(config.device)), out or config.folder
     try:
-        data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+        data = load_data(
+            *(config.data, config.input_size, config.data_root, config.max_images),
+            classes=config.classes,
+            holdout_data=config.holdout_data,
+        )
     except DataError as error:
         return reported_again(path, config.effort, error)
     reduction = config.space.largest()[0].reduction
@@ -182,15 +188,15 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
         "data_root": None if config.data_root is None else absolute(config.data_root),
         "classes": list(config.classes),
         "max_images": config.max_images,
+        "holdout_data": config.holdout_data and absolute(config.holdout_data),
         "input_size": data.input_size[1],
         **absolute_places(config.teacher, config.teacher_weights),
     }
     taught = None
     if config.teacher is not None:
         try:
-            teacher = teacher_of_candidates(
-                config.teacher, config.teacher_weights, data, config.data, config.max_images
-            )
+            split_images = config.max_images if config.holdout_data is None else None
+            teacher = teacher_of_candidates(config.teacher, config.teacher_weights, data, config.data, split_images)
         except (UsageError, RunError) as error:
             if not (is_calibration(path) and _all_taught(Calibration.open(path))):
                 raise

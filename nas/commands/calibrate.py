@@ -54,7 +54,11 @@ OF_RUN = ("command", "unlabelled")
     metavar="TARGET",
     help="Also train shortly with this network as teacher, and measure what it does to the order.",
 )
-@option("--teacher-weights", metavar="FILE", help="Weights of a teacher timm:NAME, a .safetensors file.")
+@option(
+    "--teacher-weights",
+    metavar="FILE",
+    help="Weights of a teacher timm:NAME: a .safetensors file or a checkpoint of torch.",
+)
 @option("--seed", type=click.IntRange(min=0), default=defaults.SEED, help="Random seed.")
 @option("--command", metavar="PROGRAM", help="For a RUN with --runtime command: its program. This allows running it.")
 @option(

@@ -159,6 +159,12 @@ CLASSES = option(
     section=IMAGES,
     help="Names of the class folders of --data, if it is not clear which they are.  [default: all]",
 )
+HOLDOUT_DATA = option(
+    "--holdout-data",
+    metavar="DATA",
+    help="Place of the held-out images on this machine, if the search was given --holdout-data.  "
+    "[default: the search's]",
+)
 UNLABELLED = option(
     "--unlabelled",
     metavar="DIR",
@@ -200,6 +206,12 @@ SEARCH_IMAGES = together(
         default=defaults.MAX_IMAGES,
         section=IMAGES,
         help="Use a stratified sample of at most this many training images.",
+    ),
+    option(
+        "--holdout-data",
+        metavar="DATA",
+        section=IMAGES,
+        help="Measure accuracy on these images, such as photos/val.  [default: a quarter of --data]",
     ),
     option("--input-size", type=int, section=IMAGES, help="Side of the images in pixels.  [default: the data's own]"),
 )

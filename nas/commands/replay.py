@@ -10,7 +10,7 @@ import click
 
 from ..errors import NasError
 from .flags import FLAGS
-from .options import JSON, RUN, STORAGE, TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
+from .options import HOLDOUT_DATA, JSON, RUN, STORAGE, TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
 from .printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the run's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@HOLDOUT_DATA
 @UNLABELLED
 @TEACHER
 @TEACHER_WEIGHTS
@@ -44,6 +45,7 @@ def replay_command(
     latency: bool | None,
     data: str | None,
     data_root: str | None,
+    holdout_data: str | None,
     unlabelled: str | None,
     teacher: str | None,
     teacher_weights: str | None,
@@ -64,7 +66,7 @@ def replay_command(
     from ..search.config import local_config
 
     run = Run.open(run_path)
-    images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
+    images = {"data": data, "data_root": data_root, "holdout_data": holdout_data, "unlabelled": unlabelled}
     taught = {"teacher": teacher, "teacher_weights": teacher_weights}
     devices = {"device": device, "train_device": train_device or device}
     config = local_config(run, command, latency is not False, **images, **taught, **devices)

@@ -65,13 +65,14 @@ OF_PARENT = {
     type=click.Path(path_type=Path),
     metavar="FILE",
     section=PARENT,
-    help="Pretrained weights of the parent, a .safetensors file.",
+    help="Pretrained weights of the parent: a .safetensors file or a checkpoint of torch.",
 )
 @option(
     "--parent-epochs",
     type=int,
     section=PARENT,
-    help="Epochs for which the parent is first trained on your images.  [default: depends on the number of images]",
+    help="Epochs for which the parent is first trained on your images; 0 takes it as it is.  "
+    "[default: depends on the number of images]",
 )
 @option(
     "--library",
@@ -245,7 +246,7 @@ OF_PARENT = {
     "--teacher-weights",
     metavar="FILE",
     section=ACCURACY,
-    help="Weights of a teacher timm:NAME, a .safetensors file.",
+    help="Weights of a teacher timm:NAME: a .safetensors file or a checkpoint of torch.",
 )
 @option(
     "--proxy-images",

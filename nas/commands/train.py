@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     section=RECIPE,
     help="Change a value of the recipe; repeatable.",
 )
-@option("--epochs", type=int, section=RECIPE, help="Number of epochs, the same as --set epochs=N.")
+@option(
+    "--epochs", type=int, section=RECIPE, help="Number of epochs, the same as --set epochs=N; 0 only tests the network."
+)
 @option("--data", section=IMAGES, help="Training split, as for `search`.  [default: the run's, else digits]")
 @option("--test-data", section=IMAGES, help="Images of the final test.  [default: the split beside --data, if any]")
 @DATA_ROOT
@@ -56,7 +58,10 @@ if TYPE_CHECKING:
     "--teacher", metavar="TARGET", section=RECIPE, help="Network to distil: a trained or exported folder, or timm:NAME."
 )
 @option(
-    "--teacher-weights", metavar="FILE", section=RECIPE, help="Weights of a teacher timm:NAME, a .safetensors file."
+    "--teacher-weights",
+    metavar="FILE",
+    section=RECIPE,
+    help="Weights of a teacher timm:NAME: a .safetensors file or a checkpoint of torch.",
 )
 @option("--device", default=defaults.DEVICE, section=DEVICES, help="auto, cpu, cuda or cuda:i.")
 @option("--workers", type=int, section=DEVICES, help="Processes that read and augment images.  [default: one per core]")

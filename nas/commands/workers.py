@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import defaults
-from .options import TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
+from .options import HOLDOUT_DATA, TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
 
 
 @command("worker")
@@ -17,6 +17,7 @@ from .options import TEACHER, TEACHER_WEIGHTS, UNLABELLED, command, option
 @option("--study", metavar="NAME", required=True, help="Name of the study, which is the name of its run folder.")
 @option("--data", metavar="DATA", help="Place of the images on this machine.  [default: the search's]")
 @option("--data-root", metavar="DIR", help="Folder of installed data sets on this machine.")
+@HOLDOUT_DATA
 @UNLABELLED
 @TEACHER
 @TEACHER_WEIGHTS
@@ -42,6 +43,7 @@ def worker_command(
     study: str,
     data: str | None,
     data_root: str | None,
+    holdout_data: str | None,
     unlabelled: str | None,
     teacher: str | None,
     teacher_weights: str | None,
@@ -61,7 +63,7 @@ def worker_command(
     from ..search.study import join, work
 
     run = join(storage, study, out)
-    images = {"data": data, "data_root": data_root, "unlabelled": unlabelled}
+    images = {"data": data, "data_root": data_root, "holdout_data": holdout_data, "unlabelled": unlabelled}
     taught = {"teacher": teacher, "teacher_weights": teacher_weights}
     config = worker_config(run, storage, only, command, device=device, train_device=train_device, **images, **taught)
     with Display() as display:

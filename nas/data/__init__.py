@@ -24,7 +24,17 @@ from .memory import (
     scaled,
 )
 from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
-from .sources import EMBEDDED, absolute, match_classes, open_data_set, open_split, open_test_set, same_data
+from .sources import (
+    EMBEDDED,
+    absolute,
+    match_classes,
+    open_apart,
+    open_data_set,
+    open_split,
+    open_test_set,
+    same_data,
+    shared_images,
+)
 from .splits import class_name, split_kind
 from .unlabelled import with_unlabelled
 
@@ -53,6 +63,7 @@ __all__ = [
     "load_data",
     "match_classes",
     "native_size",
+    "open_apart",
     "open_data_set",
     "open_split",
     "open_test_set",
@@ -63,6 +74,7 @@ __all__ = [
     "same_data",
     "scaled",
     "search_split",
+    "shared_images",
     "split_kind",
     "stratified_split",
     "with_unlabelled",

@@ -1,7 +1,7 @@
 """Image data for scoring: decoded once, kept in memory, and split so that a search never sees a test image.
 
 A search reads only the training split. A stratified share of it is held out to measure proxy accuracy, and the rest is
-used for training.
+used for training. A user may name other images to be held out instead; then the whole split is used for training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..repeats import REPEATS
 from ..words import counted
 from .decoding import UnreadableImage, quiet
 from .listing import NO_LABEL, Listing, Source
-from .sampling import FOLDS, SPLIT_SEED, search_split, stratified_parts, stratified_split
-from .sources import EMBEDDED, open_split
+from .sampling import FOLDS, SPLIT_SEED, search_split, stratified_parts, stratified_sample, stratified_split
+from .sources import EMBEDDED, match_classes, open_apart, open_split
 from .splits import listed
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ def load_data(
     max_images: int = MAX_IMAGES,
     seed: int = SPLIT_SEED,
     classes: Sequence[str] = (),
+    holdout_data: str | None = None,
 ) -> ImageData:
     """Reads, decodes and splits a data set, and logs one line about what was found.
 
@@ -163,11 +164,13 @@ def load_data(
         max_images: maximum number of images of the training split. A larger split is reduced to a stratified sample.
         seed: random seed of the sample and of the held-out part.
         classes: class folders of a folder or an archive. Empty means that they are found.
+        holdout_data: name of another data set, whose images are held out: those of its evaluation split, or all if it
+            has none. At most `max_images` are used. None holds out a quarter of the training split.
 
     Raises:
-        DataError: if the set is missing, cannot be read or is empty, has only one class, or has folders of unclear
+        DataError: if a set is missing, cannot be read or is empty, has only one class, or has folders of unclear
             meaning.
-        UsageError: if the name or a number is not allowed.
+        UsageError: if a name or a number is not allowed, or `holdout_data` has training images.
     """
     if max_images < 2:
         raise UsageError(f"`max_images` = {max_images}: at least 2 are needed")
@@ -175,7 +178,7 @@ def load_data(
         raise UsageError(f"the input size is {input_size}: it must be from 1 to {MAX_INPUT_SIZE} pixels")
     # the embedded set never changes, so small versions of it are cached; files on disk may change
     load = _load_embedded if name == EMBEDDED and (input_size or 0) <= 64 else _load
-    return load(name, input_size, data_root, max_images, seed, tuple(classes))
+    return load(name, input_size, data_root, max_images, seed, tuple(classes), holdout_data)
 
 
 def _load(
@@ -185,35 +188,44 @@ def _load(
     max_images: int,
     seed: int,
     classes: tuple[str, ...],
+    holdout_data: str | None,
 ) -> ImageData:
     source = open_split(name, data_root, classes)
     REPEATS.once(log, source.listing.line(name))
-    rest, held = search_split(source.targets, max_images, seed)
-    # images are decoded in the order of the parts, so that both parts are views of one block of memory
-    ordered = np.concatenate((rest, held))
-    if len(ordered) == 0:
+    apart, of_apart = source, source.targets
+    if holdout_data is None:
+        rest, held = search_split(source.targets, max_images, seed)
+        chosen = np.sort(np.concatenate((rest, held)))
+    else:
+        apart = open_apart(holdout_data, "holdout_data", source, data_root, classes)
+        of_apart = match_classes(apart, source.classes, holdout_data)
+        REPEATS.once(log, f"held out: {apart.listing.line(apart.place or holdout_data)}")
+        rest, held = (
+            stratified_sample(targets, max_images, np.random.default_rng(seed))
+            for targets in (source.targets, of_apart)
+        )
+        chosen = rest
+    if len(chosen) == 0:
         raise DataError(f"{name}: no images found")
-    size = input_size or native_size(source, np.sort(ordered))
-    pixels, corrupt = decode_squares(source, ordered, size)
-    if corrupt:
-        shown = (f"{source.name(i)} ({why})" for i, why in corrupt)
-        left, named = counted(len(corrupt), "image"), listed(shown, 3, 120)
-        log.warning("%s: %s cannot be read and will be skipped: %s", name, left, named)
-    if len(corrupt) == len(ordered):
-        first, why = source.name(corrupt[0][0]), corrupt[0][1]
-        raise DataError(f"{name}: none of its {len(ordered)} images can be read; the first is {first} ({why})")
-    bad = {index for index, _ in corrupt}
-    labels = torch.from_numpy(source.targets[[i for i in ordered if i not in bad]])
+    size = input_size or native_size(source, chosen)
+    train, bad = _decoded(source, source.targets, rest, size, name)
+    holdout, bad_held = _decoded(apart, of_apart, held, size, holdout_data or name)
+    labels = torch.cat((train.labels, holdout.labels))
+    corrupt = (*bad, *bad_held)
+    if not len(labels):
+        first, why = corrupt[0]
+        raise DataError(f"{name}: none of its {len(corrupt)} images can be read; the first is {first} ({why})")
     num_classes = len(labels.unique())
     if num_classes < 2:
         raise DataError(f"{name}: found images of {num_classes} class, but classification needs at least 2")
-    num_train = sum(int(i) not in bad for i in rest)
-    train, holdout = Images(pixels[:num_train], labels[:num_train]), Images(pixels[num_train:], labels[num_train:])
+    if holdout_data is not None and not len(holdout):
+        raise DataError(f"`holdout_data` = {holdout_data}: none of its images can be read")
     if not (len(train) and len(holdout)):
         few = counted(len(labels), "image")
         raise DataError(f"{name}: found {few}, too few to hold a part out: a class needs 4 or more")
-    digest = hashlib.sha256(pixels.numpy().data)
-    digest.update(labels.numpy().data)
+    digest = hashlib.sha256()
+    for values in (train.pixels, holdout.pixels, labels):
+        digest.update(values.numpy().data)
     mean, std = channel_statistics(train.pixels)
     return ImageData(
         name=name,
@@ -226,13 +238,28 @@ def _load(
         std=std,
         mirrored=name.lower() not in NOT_MIRRORED,
         num_available=len(source.targets),
-        corrupt=tuple(source.name(i) for i, _ in corrupt),
+        corrupt=tuple(name for name, _ in corrupt),
         fingerprint=digest.hexdigest()[:16],
         listing=source.listing,
     )
 
 
 _load_embedded = lru_cache(maxsize=4)(_load)
+
+
+def _decoded(
+    source: Source, targets: np.ndarray, chosen: np.ndarray, size: int, name: str
+) -> tuple[Images, list[tuple[str, str]]]:
+    """Decodes images, and warns of those that cannot be read. Also returns their names and the reasons."""
+    pixels, corrupt = decode_squares(source, chosen, size)
+    named_corrupt = [(source.name(i), why) for i, why in corrupt]
+    if corrupt:
+        shown = (f"{image} ({why})" for image, why in named_corrupt)
+        left, named = counted(len(corrupt), "image"), listed(shown, 3, 120)
+        log.warning("%s: %s cannot be read and will be skipped: %s", name, left, named)
+    bad = {index for index, _ in corrupt}
+    labels = torch.from_numpy(targets[[i for i in chosen if i not in bad]])
+    return Images(pixels, labels), named_corrupt
 
 
 @lru_cache(maxsize=1)

@@ -22,9 +22,14 @@ def search_split(targets: np.ndarray, max_images: int, seed: int) -> tuple[np.nd
         seed: random seed of the sample and of the held-out part.
     """
     rng = np.random.default_rng(seed)
-    chosen, _ = stratified_split(targets, max_images / max(len(targets), 1), rng, at_least=1)
+    chosen = stratified_sample(targets, max_images, rng)
     held, rest = stratified_split(targets[chosen], HOLDOUT_SHARE, rng)
     return chosen[rest], chosen[held]
+
+
+def stratified_sample(targets: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns the sorted indices of a random sample of at most about `most` images, with at least one of each class."""
+    return stratified_split(targets, most / max(len(targets), 1), rng, at_least=1)[0]
 
 
 def stratified_split(

@@ -101,6 +101,37 @@ def open_test_set(name: str, data_root: str | Path | None = None, classes: Seque
     return opened.train
 
 
+def open_apart(
+    name: str, argument: str, training: Source, data_root: str | Path | None = None, classes: Sequence[str] = ()
+) -> Source:
+    """Opens images that a user names to measure accuracy on, as `open_test_set` does.
+
+    Args:
+        name: name of their data set, see the module's docstring.
+        argument: what names them, for messages.
+        training: the images that are trained on.
+        data_root: folder of `torch/NAME` and `hfds/NAME` sets.
+        classes: as in `open_data_set`.
+
+    Raises:
+        DataError: as `open_data_set`.
+        UsageError: as `open_data_set`, or if some of them are training images.
+    """
+    found = open_test_set(name, data_root, classes)
+    if shared := shared_images(training, found):
+        many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
+        raise UsageError(f"`{argument}` = {name}: {many}these are the images that are trained on; give others")
+    return found
+
+
+def shared_images(one: Source, other: Source) -> int:
+    """Returns how many images of the other split are files of the first one too."""
+    if one.identity is None or other.identity is None:
+        return 0
+    known = {one.identity(i) for i in range(len(one.targets))}
+    return sum(other.identity(i) in known for i in range(len(other.targets)))
+
+
 def match_classes(source: Source, classes: Sequence[str], name: str) -> np.ndarray:
     """Returns the class indices of a split in the order of another split's classes.
 

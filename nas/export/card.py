@@ -178,7 +178,10 @@ def _weights_of_parent(graft: Graft, run_path: Path | None) -> str:
     manifest = Trained.open(folder).manifest if folder is not None and is_training(folder) else None
     if manifest is not None and manifest.init == "scratch":
         return "The parent was trained from scratch."
-    began = f"The parent's training began with the weights {_initial(manifest)}. " if manifest is not None else ""
+    began = ""
+    if manifest is not None:
+        had = "The parent has" if manifest.recipe["epochs"] == 0 else "The parent's training began with"
+        began = f"{had} the weights {_initial(manifest)}. "
     config = timm.get_pretrained_cfg(graft.parent, allow_unregistered=True) if isinstance(graft.parent, str) else None
     stated = f"timm states the licence `{plain(config.license)}` for its own. " if config and config.license else ""
     return f"{began}{stated}The licence of the weights that it began with applies to these."
@@ -260,7 +263,7 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
     if deployed is not None:
         rows += [f"| parameters{form} | {deployed['params']:,} |"] if form else []
         rows.append(f"| MACs at {height}x{width}{form} | {_count(deployed['macs'], deployed['macs_at_least'])} |")
-    words = {"test": "test images", "holdout": "held-out training images"}
+    words = {"test": "test images", "holdout": "held-out images"}
     for split, share in _accuracies(subject).items():
         rows.append(
             f"| top-1 on {share['num_images']:,} {words[split]} | {share['accuracy']:.2f} % "
@@ -287,6 +290,8 @@ def _training(subject: Subject) -> str:
     data, (_, height, width) = subject.data, subject.input_size
     if subject.trained is not None:
         manifest, result = subject.trained.manifest, subject.trained.result or {}
+        if manifest.recipe["epochs"] == 0:
+            return f"The weights are those of {_initial(manifest)}, without further training."
         return (
             f"The weights come from a full training: recipe `{plain(manifest.recipe['name'])}`, "
             f"{counted(result.get('epochs', manifest.recipe['epochs']), 'epoch')} on "

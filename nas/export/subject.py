@@ -16,8 +16,9 @@ from ..errors import DataError, RunError, UsageError, unknown_name
 from ..folders.attributes import TUNED
 from ..folders.manifest import Data, Manifest
 from ..folders.run import Run, is_run
-from ..folders.training import Trained, TrainingManifest, is_training, load_weights
+from ..folders.training import Trained, TrainingManifest, is_training
 from ..folders.trial import Trial
+from ..folders.weights import load_weights
 from ..models import create_candidate
 from ..quantisation import CALIBRATION_IMAGES
 from ..scoring.latency import LatencyConfig
@@ -197,7 +198,7 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | No
 def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
     config = run.manifest.config
     root, classes = data_root or config.data_root, tuple(config.classes)
-    data = _load(name or config.data, config.input_size, root, config.max_images, classes)
+    data = _load(name or config.data, config.input_size, root, config.max_images, classes, config.holdout_data)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(_other_data(data.name, f"run {run.name}"))
     chosen = sample(len(data.holdout), MAX_CHECKED)
@@ -247,9 +248,16 @@ def sample(count: int, most: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, side: int | None, data_root: str | None, max_images: int, classes: tuple[str, ...]) -> ImageData:
+def _load(
+    name: str,
+    side: int | None,
+    data_root: str | None,
+    max_images: int,
+    classes: tuple[str, ...],
+    holdout_data: str | None,
+) -> ImageData:
     """Loads a data set; it is decoded once for all points of a front."""
-    return load_data(name, side, data_root, max_images, classes=classes)
+    return load_data(name, side, data_root, max_images, classes=classes, holdout_data=holdout_data)
 
 
 def _run_around(path: Path) -> Path | None:

@@ -55,6 +55,7 @@ MANIFEST = {
         "count": COUNT,
         "epochs": COUNT,
         "repeats": COUNT,
+        "holdout_data?": (str, None),
         "unlabelled?": (str, None),
         "teacher?": (str, None),
         "teacher_weights?": (str, None),

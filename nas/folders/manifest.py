@@ -69,6 +69,7 @@ class StoredConfig(Record):
     seed: int
     classes: Sequence[str] = ()
     max_images: int = MAX_IMAGES
+    holdout_data: str | None = None
     trials: int = 0
     finish_epochs: int | None = None
     cross_fit: bool = False

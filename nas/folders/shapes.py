@@ -44,6 +44,7 @@ CONFIG = {
     "classes?": [str],
     "input_size": (SIDE, None),
     "max_images?": COUNT,
+    "holdout_data?": (str, None),
     "unlabelled?": (str, None),
     "trials?": COUNT,
     "epochs": COUNT,

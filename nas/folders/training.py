@@ -24,19 +24,18 @@ from torch import nn
 
 from ..architecture import Candidate, candidate_from_dict
 from ..data import HOLDOUT_SHARE, SPLIT_SEED, same_data
-from ..errors import RunError, one_line
-from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json, why_no_file
+from ..errors import RunError
+from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
 from ..models.timm_models import check_network_name, create_network
 from .checkpoint import resume, save_checkpoint
 from .files import reading_manifest, write_file
 from .manifest import Data, Record, nested
 from .shapes import DATA, MACHINE, TRAINED
+from .weights import load_weights
 
 FORMAT = 1
 MAX_CLASSES = 100_000
-SHOWN = 3
-"""Largest number of tensors of a kind that a message about a file names."""
 MANIFEST, CHECKPOINT, LOG, WEIGHTS, RESULT = (
     "train.json",
     "checkpoint.pt",
@@ -205,16 +204,20 @@ class Trained:
         result: dict[str, Any] = read_json(file, "a training's result", TRAINED, RunError)
         return result
 
-    def spared(self, data: str, max_images: int) -> bool:
-        """Whether it held out all images that a search holds out.
+    def spared(self, data: str, max_images: int | None) -> bool:
+        """Whether it was trained on no image that a search holds out.
 
         Args:
             data: name of the search's data set.
-            max_images: largest number of images that the search takes.
+            max_images: largest number of images that the search takes, of which it holds out a part. None if it holds
+                out images that lie elsewhere.
         """
+        if not same_data(data, self.manifest.data.name):
+            return False
         held = self.manifest.data.held
-        same = same_data(data, self.manifest.data.name) and held["search"] == [max_images, SPLIT_SEED]
-        return same and float(held["share"]) >= HOLDOUT_SHARE
+        return max_images is None or (
+            held["search"] == [max_images, SPLIT_SEED] and float(held["share"]) >= HOLDOUT_SHARE
+        )
 
     def build(self, **kwargs: Any) -> nn.Module:
         """Builds the network with untrained weights.
@@ -273,49 +276,3 @@ class Trained:
 def is_training(path: Path) -> bool:
     """Whether a folder holds a training."""
     return is_file(path / MANIFEST, RunError)
-
-
-def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
-    """Loads weights from a safetensors file into a network.
-
-    Args:
-        model: the network.
-        file: the weights.
-        adapt: converts the file's weights to those of the network; None if they need no conversion.
-
-    Raises:
-        RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not is_file(file, RunError):
-        raise RunError(f"no weights at {file}: {why_no_file(file)}")
-    try:
-        weights = load_file(file)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise RunError(f"{file} is damaged, or is no safetensors file ({one_line(str(error), 200)})") from None
-    weights = adapt(weights) if adapt else weights
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        why = _misfit(model.state_dict(), weights) or one_line(str(error), 200)
-        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-        known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
-        advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
-        raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
-
-
-def _misfit(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
-    """Counts and names the tensors that a network lacks in a file, and those of the file that it cannot take."""
-    kinds = {
-        # torch does without the counters of batch norms
-        "missing": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
-        "unexpected": [name for name in found if name not in own],
-        "of another shape": [name for name in own if name in found and own[name].shape != found[name].shape],
-    }
-    return "; ".join(
-        f"tensors {kind}: {len(names)}, {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"
-        for kind, names in kinds.items()
-        if names
-    )

@@ -38,7 +38,7 @@ from .harms import Harms
 
 HARMS = "harms"
 """Folder of the losses of single changes in the folder of a calibration."""
-STORED = ("count", "epochs", "repeats", "data", "data_root", "unlabelled")
+STORED = ("count", "epochs", "repeats", "data", "data_root", "holdout_data", "unlabelled")
 """Settings that a calibration keeps for the next call."""
 
 
@@ -49,8 +49,9 @@ class GraftCalibration:
     Args:
         run: the folder of a search with a parent.
         data: the images, if they lie elsewhere than the run says. A resumed calibration has them where it had them
-            last, and those of the next two arguments too.
+            last, and those of the next three arguments too.
         data_root: folder of the `torch/NAME` and `hfds/NAME` data sets, likewise.
+        holdout_data: held-out images, likewise.
         unlabelled: images without labels, likewise.
         device: device that tunes and times; None for those of the run.
         count: number of grafts to tune.
@@ -63,6 +64,7 @@ class GraftCalibration:
     run: Path
     data: str | None = None
     data_root: str | None = None
+    holdout_data: str | None = None
     unlabelled: str | None = None
     device: str | None = None
     count: int = defaults.CALIBRATION_COUNT
@@ -129,6 +131,7 @@ def calibrate_grafts(config: GraftCalibration, out: Path | None = None, on_step:
         here: dict[str, Any] = {
             "data": config.data,
             "data_root": config.data_root,
+            "holdout_data": config.holdout_data,
             "unlabelled": config.unlabelled,
             "device": device,
             "train_device": device,
@@ -154,6 +157,7 @@ def _recorded(run: Run, settings: SearchConfig, data: ImageData, conditions: Map
     options = {
         "data": absolute(settings.data),
         "data_root": settings.data_root and absolute(settings.data_root),
+        "holdout_data": settings.holdout_data and absolute(settings.holdout_data),
         "unlabelled": settings.unlabelled and absolute(settings.unlabelled),
         "classes": list(settings.classes),
         "max_images": settings.max_images,

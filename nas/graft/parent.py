@@ -40,9 +40,9 @@ class ParentConfig:
 
     Args:
         target: a timm model (`timm:NAME`), a preset, or the folder of a finished training or of an export.
-        weights: a safetensors file with its weights; None for those of the folder.
-        epochs: epochs for which it is trained on the user's images; None leaves them to the recipe `auto`. A finished
-            training on the same images is not trained again.
+        weights: a file with its weights (safetensors, or a checkpoint of torch); None for those of the folder.
+        epochs: epochs for which it is trained on the user's images; None leaves them to the recipe `auto`, and 0 takes
+            the weights as they are. A finished training on the same images is not trained again.
         library: layers of ours that are offered in places of the parent: `none`, `mini`, `default`, `wide` or a JSON
             file (`Library`).
         grain: what layers of ours replace: `stage` (whole blocks) or `mixer` (the token mixers inside them).
@@ -134,9 +134,7 @@ class ParentConfig:
         if self.weights is not None and not is_file(self.weights, UsageError):
             raise UsageError(f"`weights` = {self.weights}: {why_no_file(self.weights)}")
         if self.weights is None and target.origin.weights is None:
-            raise UsageError(
-                f"`parent` = {self.target} has no weights: give `weights`, a .safetensors file that holds them"
-            )
+            raise UsageError(f"`parent` = {self.target} has no weights: give `weights`, a file that holds them")
         if isinstance(target.architecture, Graft):
             raise UsageError(f"`parent` = {self.target} is a form of another network: give that network")
         return target
@@ -145,7 +143,8 @@ class ParentConfig:
 def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> Trained:
     """Trains the parent on the images of a search, in the folder of its run; resumes an interrupted training.
 
-    The images that the search holds out are held out here too, so that the parent's accuracy is comparable.
+    The images that the search holds out are held out here too, so that the parent's accuracy is comparable. If they lie
+    elsewhere, it is trained on all images of the training split.
 
     Args:
         parent: the pretrained network.
@@ -169,9 +168,10 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
             parent.target,
         )
     epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
+    held_out = HELD_OUT if config.holdout_data is None else 0.0
     settings = TrainConfig(
         target=parent.target,
-        recipe=Auto((f"holdout={HELD_OUT}", *epochs)),
+        recipe=Auto((f"holdout={held_out}", *epochs)),
         data=config.data,
         data_root=config.data_root,
         classes=config.classes,
@@ -221,7 +221,7 @@ def _same_images(trained: Trained, config: SearchConfig) -> dict[str, bool]:
     data = trained.manifest.data
     return {
         "data": same_data(config.data, data.name),
-        "max_images": trained.spared(config.data, config.max_images),
+        "max_images": trained.spared(config.data, config.split_images),
         "input_size": config.input_size in (None, data.side),
     }
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..data import ImageData
+from ..data.splits import listed
 from ..defaults import GRAIN
 from ..errors import UsageError
 from ..folders.files import PARENT
@@ -17,6 +19,8 @@ from ..folders.training import Trained
 from ..machine.devices import resolve_device
 from ..machine.turns import exclusive
 from ..results import search_folder
+from ..scoring.accuracy.held_out import held_out_hits
+from ..scoring.accuracy.trust import share_of
 from ..scoring.latency import LatencyConfig, measure_latency, reference_ms
 from ..search import SearchConfig, configure, search
 from ..search.checks import check_for_parent, check_lead
@@ -62,6 +66,11 @@ def graft(
     offered = library(parent.library)
     if offered is None and parent.grain != GRAIN:
         raise UsageError(f"`grain` = {parent.grain} says what layers of ours replace, and `library` = none offers none")
+    if parent.epochs == 0 and config.holdout_data is None:
+        raise UsageError(
+            "`parent_epochs` = 0 takes the parent's weights as they are, and they may have seen the images that the "
+            "search would hold out: give `holdout_data`, images that they have not seen"
+        )
     target = parent.resolved()
     name = Path(target.name.removeprefix("timm:").partition(",")[0]).name
     out = config.out or search_folder(f"graft-{name}", config.data)
@@ -85,6 +94,8 @@ def graft(
     trained = train_parent(parent, config, on_step)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
+    if parent.epochs == 0:
+        _tell_accuracy(trained, data, device)
     space, hopeful = space_of(trained, name, data, offer, config.latency[0], share or 1.0, on_step)
     budgets = dict(config.budgets)
     if share is not None or "latency" in budgets:
@@ -137,6 +148,22 @@ def _resumed(run: Run, config: SearchConfig, on_trial: Callable[[Progress], None
         config = configure(config, run.path, trials=config.trials, **given)
     log.info("resuming %s with its own parent, library, proxy and budgets", run.path)
     return search(config, on_trial)
+
+
+def _tell_accuracy(trained: Trained, data: ImageData, device: str) -> None:
+    """Tells the accuracy of a parent that was trained elsewhere. Warns if it seems to mean other classes."""
+    hits = held_out_hits(trained.load_model(), data, device)
+    found = share_of(int(hits.sum()), len(hits))
+    log.info(
+        "the parent classifies %.2f %% of the %d held-out images correctly (%.2f to %.2f)",
+        *(found["accuracy"], len(hits), found["low"], found["high"]),
+    )
+    if found["low"] < 100 / len(data.classes):
+        log.warning(
+            "that is no better than guessing: was it trained on these classes, in this order (%s), and on images of "
+            "%d pixels?",
+            *(listed(data.classes), data.input_size[1]),
+        )
 
 
 def _latency_ms(trained: Trained, latency: LatencyConfig, input_size: tuple[int, int, int]) -> float:

@@ -76,6 +76,8 @@ def check_for_cross_fit(config: SearchConfig) -> None:
         raise UsageError("`cross_fit` needs the objective accuracy and `proxy` = train, because it trains on each part")
     if config.teacher is not None:
         raise UsageError("`cross_fit` does not go with a `teacher`, which has seen images that are held out later")
+    if config.holdout_data is not None:
+        raise UsageError("`cross_fit` holds out each quarter of the images in turn: leave `holdout_data` out")
     if config.proxy_repeats > 1 or config.proxy_images is not None:
         raise UsageError(
             "`cross_fit` trains with several seeds on all images: leave `proxy_repeats` and `proxy_images` out"

@@ -70,7 +70,11 @@ def load_images(config: SearchConfig, unlabelled: bool = True) -> ImageData:
     Raises:
         DataError, UsageError: if the images cannot be used.
     """
-    data = load_data(config.data, config.input_size, config.data_root, config.max_images, classes=config.classes)
+    data = load_data(
+        *(config.data, config.input_size, config.data_root, config.max_images),
+        classes=config.classes,
+        holdout_data=config.holdout_data,
+    )
     if config.unlabelled is None or not unlabelled:
         return data
     return with_unlabelled(data, config.unlabelled, config.max_images, config.data_root, config.classes)
@@ -167,7 +171,7 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
         tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
     elif config.teacher is not None and teaches:
         teacher = teacher_of_candidates(
-            config.teacher, config.teacher_weights, proxy_data, config.data, config.max_images
+            config.teacher, config.teacher_weights, proxy_data, config.data, config.split_images
         )
         tuning = Tuning(teacher, learning_rate=LEARNING_RATE)
     fidelity = Fidelity(

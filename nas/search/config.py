@@ -49,6 +49,8 @@ class SearchConfig:
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: the class folders of a folder or an archive of images; empty to detect them.
         max_images: use a stratified sample of at most this many training images, and as many without labels.
+        holdout_data: data set whose images are held out: those of its evaluation split, or all if it has none. None
+            holds out a quarter of the training images.
         unlabelled: folder or `.tar` of images without labels, which join the training images where a parent answers.
         input_size: side of the images in pixels; None for the data's own.
         proxy: a row of `ESTIMATORS`, the source of `accuracy`.
@@ -60,7 +62,7 @@ class SearchConfig:
         proxy_size: side in pixels of the proxy's images, in training and validation; None for the input size.
         teacher: a trained folder, an exported folder or `timm:NAME` whose outputs every candidate also learns in its
             short training; None trains on the labels alone.
-        teacher_weights: a safetensors file with the weights of `timm:NAME`.
+        teacher_weights: a file with the weights of `timm:NAME`.
         profile: a folder of `mixnas profile`, made under the same conditions. The search then takes the latency on the
             first target from the profile's predictions before it measures, and has to learn only the accuracy.
         calibration: a folder of `mixnas calibrate`, which holds the ensemble of the proxy `ensemble`.
@@ -108,6 +110,7 @@ class SearchConfig:
     data_root: str | None = None
     classes: tuple[str, ...] = ()
     max_images: int = defaults.MAX_IMAGES
+    holdout_data: str | None = None
     unlabelled: str | None = changeable(None)
     input_size: int | None = None
     proxy: str = defaults.PROXY
@@ -147,6 +150,11 @@ class SearchConfig:
     def processes(self) -> int:
         """Number of processes of this machine that train at the same time."""
         return self.workers if self.engine == "local" else 1
+
+    @property
+    def split_images(self) -> int | None:
+        """`max_images`, if the images that are held out are some of these. None if they lie elsewhere."""
+        return self.max_images if self.holdout_data is None else None
 
     @property
     def device(self) -> str:
@@ -334,8 +342,8 @@ def local_config(run: Run, command: str | None = None, measures: bool = True, **
         run: the run.
         command: the run's program. Naming it here allows running it (`nas.consent`). None if the run has no program.
         measures: whether this process will time networks.
-        here: `data`, `data_root`, `unlabelled`, `teacher`, `teacher_weights`, `device` and `train_device` on this
-            machine; None keeps the run's.
+        here: `data`, `data_root`, `holdout_data`, `unlabelled`, `teacher`, `teacher_weights`, `device` and
+            `train_device` on this machine; None keeps the run's.
 
     Raises:
         UsageError: if the run names another program, or one that was not named here.

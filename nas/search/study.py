@@ -90,6 +90,7 @@ def search(
         latency=tuple(target.here() for target in config.latency),
         train_device=resolve_device(config.train_device) if config.train_device else None,
         data=absolute(config.data),
+        holdout_data=None if config.holdout_data is None else absolute(config.holdout_data),
         unlabelled=None if config.unlabelled is None else absolute(config.unlabelled),
         data_root=_absolute_folder(config.data_root),
         calibration=_absolute_folder(config.calibration),

@@ -28,10 +28,10 @@ class TrainConfig:
         seed: random seed.
         device: auto, cpu, cuda or cuda:i; with several processes, each has its own GPU.
         workers: processes that read and augment images for each training process; None shares all cores among them.
-        init: initial weights: auto (the trained weights of the target, if it has some), scratch, or a safetensors file.
+        init: initial weights: auto (the trained weights of the target, if it has some), scratch, or a file.
         teacher: a trained folder, an exported folder or `timm:NAME` that the network learns from; None is the parent
             for a graft of a run and none for other networks. `none` is no teacher.
-        teacher_weights: a safetensors file with the weights of `timm:NAME`.
+        teacher_weights: a file with the weights of `timm:NAME`.
         tensorboard: whether to write logs for TensorBoard too.
         share_device: whether to train without waiting for other processes that use the device.
         search_images: for the parent of a search with this `max_images`: hold out images that the search holds out too,

@@ -22,13 +22,13 @@ from ..data import (
     channel_statistics,
     match_classes,
     native_size,
+    open_apart,
     open_data_set,
-    open_test_set,
     quiet,
     search_split,
     stratified_split,
 )
-from ..errors import DataError, UsageError
+from ..errors import DataError
 from ..repeats import REPEATS
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def open_data(
     side = input_size or native_size(source, np.arange(len(labels)))
     test = None
     if with_test and test_name is not None:
-        test = _test_subset(_named_test(test_name, data_root, classes, source), source, test_name)
+        test = _test_subset(open_apart(test_name, "test_data", source, data_root, classes), source, test_name)
     elif with_test and opened.test is not None:
         try:
             found = opened.test()
@@ -221,23 +221,6 @@ def open_data(
         fingerprint=_fingerprint(source, rest),
         listing=source.listing,
     )
-
-
-def _named_test(test_name: str, data_root: str | None, classes: Sequence[str], training: Source) -> Source:
-    """Opens the data set that the user named for the final test.
-
-    Raises:
-        UsageError: if some of its images are training images too.
-    """
-    found = open_test_set(test_name, data_root, classes)
-    shared = 0
-    if found.identity is not None and training.identity is not None:
-        trained = {training.identity(i) for i in range(len(training.targets))}
-        shared = sum(found.identity(i) in trained for i in range(len(found.targets)))
-    if shared:
-        many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
-        raise UsageError(f"`test_data` = {test_name}: {many}these are the images that are trained on; give others")
-    return found
 
 
 def _test_subset(test: Source, training: Source, name: str) -> Subset:

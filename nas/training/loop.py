@@ -314,7 +314,7 @@ class TrainingLoop:
             {
                 "epochs": self.recipe.epochs,
                 "seconds": round(self.seconds, 1),
-                "images_per_second": self.rows[-1]["images_per_second"],
+                "images_per_second": self.rows[-1]["images_per_second"] if self.rows else 0.0,
                 "holdout": _without_loss(holdout),
                 "test": test and {"name": self.data.test_name, **_without_loss(test)},
             }
@@ -337,6 +337,8 @@ class TrainingLoop:
             self._write_log()
 
     def _write_log(self) -> None:
+        if not self.rows:
+            return
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(self.rows[-1]), lineterminator="\n")
         writer.writeheader()

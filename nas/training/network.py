@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data import ImageData
 from ..errors import UsageError
-from ..folders.training import load_weights
+from ..folders.weights import load_weights
 from ..machine.devices import seeded
 from ..models import create_candidate
 from ..models.timm_models import create_network
@@ -59,7 +59,7 @@ def build(target: Target, data: TrainingData | ImageData, drop_path: float) -> n
         return create()
 
 
-def fill(model: nn.Module, weights: Path, other_classes: bool) -> None:
+def fill(model: nn.Module, weights: Path, other_classes: bool, as_it_is: bool = False) -> None:
     """Loads weights; the classifier starts from zero if the classes or their number differ.
 
     A random classifier sends large gradients into features that are good already. timm draws the classifier of an
@@ -68,8 +68,13 @@ def fill(model: nn.Module, weights: Path, other_classes: bool) -> None:
 
     Args:
         model: the network.
-        weights: a safetensors file.
+        weights: a safetensors file or a checkpoint of torch.
         other_classes: whether the weights were trained on other classes.
+        as_it_is: whether the network will not be trained, and so needs a classifier for these classes.
+
+    Raises:
+        RunError: if the file is damaged or does not fit.
+        UsageError: if the network will not be trained, and the weights are for other classes.
     """
     own = model.state_dict()
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -78,6 +83,10 @@ def fill(model: nn.Module, weights: Path, other_classes: bool) -> None:
     def fitting(found: dict[str, Any]) -> dict[str, Any]:
         ours = {n for n in found if n in own and n.startswith(classifier)}
         reset = {n for n in ours if other_classes or found[n].shape != own[n].shape}
+        if reset and as_it_is:
+            theirs, wanted = (len(values[min(reset)]) for values in (found, own))
+            differs = f"{theirs} classes, and the images have {wanted}" if theirs != wanted else "other classes"
+            raise UsageError(f"{weights} is for {differs}: train it for one epoch or more, not 0")
         return {n: torch.zeros_like(own[n]) if n in reset else t for n, t in found.items()} if classifier else found
 
     load_weights(model, weights, fitting)

@@ -39,7 +39,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         recipe.schedule,
-        num_epochs=recipe.epochs,
+        num_epochs=max(1, recipe.epochs),  # timm refuses 0
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=min(recipe.min_learning_rate, recipe.learning_rate),
         min_lr=recipe.min_learning_rate,

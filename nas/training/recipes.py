@@ -22,7 +22,7 @@ class Recipe:
 
     Args:
         name: name of the recipe that it is derived from.
-        epochs: passes over the training images.
+        epochs: passes over the training images; 0 only tests the network with its initial weights.
         batch_size: images in a step, over all processes.
         optimizer: name of an optimizer of timm.
         learning_rate: highest learning rate; it is not scaled by `batch_size`.
@@ -87,7 +87,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses values that no training can use."""
         for field, least, most in (
-            ("epochs", 1, 100_000),
+            ("epochs", 0, 100_000),
             ("batch_size", 1, 2**20),
             ("learning_rate", 1e-12, 1e3),
             ("weight_decay", 0, 10),
@@ -123,12 +123,17 @@ class Recipe:
             raise UsageError(
                 f"scales={','.join(map(str, self.scales))}: they must be shares of the input size from 0.25 to 2"
             )
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup_epochs >= self.epochs > 0:
             raise UsageError(
                 f"warmup_epochs={self.warmup_epochs:g}: it must be fewer than the {self.epochs} epochs; set both"
             )
         if self.mixes and self.batch_size % 2:
             raise UsageError(f"batch_size={self.batch_size}: it must be even, because mixup and CutMix mix pairs")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the network is only tested."""
+        return not self.epochs
 
     @property
     def mixes(self) -> bool:
@@ -330,6 +335,11 @@ class Auto:
     def __post_init__(self) -> None:
         """Refuses settings that no image set makes possible."""
         self.choose(1000, 10, pretrained=False)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the network is only tested."""
+        return parse_settings(self.settings).get("epochs") == 0
 
     @property
     def holdout(self) -> float | None:

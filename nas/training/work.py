@@ -16,9 +16,10 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import SPLIT_SEED, same_data
+from ..data import SPLIT_SEED, open_data_set, open_test_set, same_data, shared_images
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
+from ..folders.manifest import StoredConfig
 from ..folders.run import Run
 from ..folders.training import MANIFEST, Trained, is_training
 from ..folders.trial import Trial
@@ -86,6 +87,8 @@ def _train(
 ) -> Trained:
     config = _with_defaults(config, target)
     weights = _initial(config, target)
+    if weights is None and config.recipe.untrained:
+        raise UsageError("`epochs` = 0 only tests trained weights, and there are none: give `init`")
     data, other_classes = _open(config, target, weights)
     out = config.out or _folder(config, target)
     with contextlib.ExitStack() as folder:
@@ -102,7 +105,7 @@ def _train(
         with seeded(config.seed):
             model = build(target, data, recipe.drop_path)
             if weights is not None:
-                fill(model, weights, other_classes)
+                fill(model, weights, other_classes, as_it_is=not recipe.epochs)
         check_sides(model, data, recipe, "the network")
         check_batch(model, data, recipe, processes)
         teacher = teacher_of(config, recipe, data, own_size=isinstance(target.architecture, Graft))
@@ -190,6 +193,8 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
     if before is not None and chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest.recipe))
     recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
+    if recipe.untrained:
+        return recipe
     images = (
         f"{counted(len(data.train), 'image')} of {counted(len(data.classes), 'class')} at {data.input_size[1]} pixels"
     )
@@ -205,8 +210,23 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
         if config.data is None:
             config = replace(config, data=of_run.data, data_root=config.data_root or of_run.data_root)
             config = replace(config, classes=config.classes or tuple(of_run.classes))
+        if config.test_data is None and of_run.holdout_data is not None and same_data(config.data, of_run.data):
+            config = replace(config, test_data=_tested_on(config, of_run))
     size = target.origin.data["input_size"][1] if "input_size" in target.origin.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
+
+
+def _tested_on(config: TrainConfig, of_run: StoredConfig) -> str | None:
+    """Returns what a search held out beside its data set, if that has no test split. None if it has one."""
+    assert of_run.holdout_data is not None
+    test = open_data_set(of_run.data, config.data_root, config.classes).test
+    held_out = open_test_set(of_run.holdout_data, config.data_root, config.classes)
+    if test is None or shared_images(test(), held_out):
+        log.info(
+            "the final test is on %s, by which the search chose this network: expect a little less on new images",
+            of_run.holdout_data,
+        )
+    return of_run.holdout_data if test is None else None
 
 
 def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
@@ -219,15 +239,17 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
         return held
     if target.run:
         of_run = Run.open(target.origin.folder).manifest.config
-        search = of_run.max_images, SPLIT_SEED
-        return replace(held, search=search) if same_data(config.data, of_run.data) else held
+        if not same_data(config.data, of_run.data):
+            return held
+        if of_run.holdout_data is None:
+            return replace(held, search=(of_run.max_images, SPLIT_SEED))
+        if share is None:
+            return replace(held, share=0.0)
     if is_training(target.origin.folder):
         before = Trained.open(target.origin.folder).manifest.data
         same = same_data(config.data, before.name)
         return replace(Held.from_dict(before.held), untested=held.untested) if same else held
-    log.warning(
-        "%s may have been trained on the images that are held out now: its training data is unknown", target.name
-    )
+    log.warning("%s may have been trained on the images that are held out now", target.name)
     return held
 
 
@@ -240,7 +262,7 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
     file = Path(config.init)
     if not is_file(file, UsageError):
         why = why_no_file(file)
-        raise UsageError(f"`init` = {config.init}: {why}; it must be auto, scratch or a .safetensors file")
+        raise UsageError(f"`init` = {config.init}: {why}; it must be auto, scratch or a file with weights")
     return file
 
 

@@ -1,0 +1,103 @@
+"""Loads weights from a file into a network: from safetensors, or from a checkpoint of torch or of timm's own training.
+
+Of a checkpoint, only tensors and plain data are read. The average of the weights comes first, if the file has one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm.models
+import torch
+from torch import nn
+
+from ..errors import RunError, one_line
+from ..foreign_files import is_file, why_no_file
+
+SHOWN = 3
+"""Largest number of tensors of a kind that a message about a file names."""
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+"""First bytes of a checkpoint of torch, in the format of today and in that before torch 1.6."""
+_HEADER_AT = 8
+"""Place of the first bracket in a safetensors file."""
+
+
+def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+    """Loads weights from a file into a network.
+
+    Args:
+        model: the network.
+        file: the weights: safetensors, or a checkpoint of torch.
+        adapt: converts the file's weights to those of the network; None if they need no conversion.
+
+    Raises:
+        RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
+    """
+    weights = read_weights(file)
+    weights = adapt(weights) if adapt else weights
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        why = _misfit(model.state_dict(), weights) or one_line(str(error), 200)
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
+        advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
+        raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights in a file by name.
+
+    Raises:
+        RunError: if the file is missing or damaged, or holds something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not is_file(file, RunError):
+        raise RunError(f"no weights at {file}: {why_no_file(file)}")
+    try:
+        if not _is_checkpoint(file):
+            found: dict[str, torch.Tensor] = load_file(file)
+            return found
+    except (SafetensorError, RuntimeError, OSError) as error:
+        why = one_line(str(error), 200)
+        raise RunError(f"{file} is damaged, or is no safetensors file and no checkpoint of torch ({why})") from None
+    try:
+        weights: Any = timm.models.load_state_dict(str(file), weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm names the objects in a long text
+            raise RunError(
+                f"{file} holds more than weights and plain data, such as a whole network: it is not read, because that "
+                "may run programs; save `model.state_dict()` instead"
+            ) from None
+        raise RunError(f"{file} is damaged ({one_line(str(error), 200) or type(error).__name__})") from None
+    if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise RunError(
+            f"{file} is a checkpoint of torch, but holds no weights by name: save `model.state_dict()` in it"
+        )
+    return dict(weights)
+
+
+def _is_checkpoint(file: Path) -> bool:
+    with file.open("rb") as opened:
+        start = opened.read(_HEADER_AT + 1)
+    return start.startswith(_ZIP) or (start.startswith(_PICKLE) and start[_HEADER_AT:] != b"{")
+
+
+def _misfit(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    """Counts and names the tensors that a network lacks in a file, and those of the file that it cannot take."""
+    kinds = {
+        # torch does without the counters of batch norms
+        "missing": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in found if name not in own],
+        "of another shape": [name for name in own if name in found and own[name].shape != found[name].shape],
+    }
+    return "; ".join(
+        f"tensors {kind}: {len(names)}, {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"
+        for kind, names in kinds.items()
+        if names
+    )

@@ -1,0 +1,279 @@
+"""A model of one's own: weights from elsewhere that are taken as they are, and judged by images that they never saw."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from images import build
+from safetensors.torch import load_file, save_file
+
+import search_spaces
+from nas.data import load_data
+from nas.errors import DataError, RunError, UsageError
+from nas.folders.run import Run
+from nas.folders.training import Trained
+from nas.folders.weights import load_weights
+from nas.graft import ParentConfig, graft
+from nas.graft.calibrate import calibrate_grafts, configure
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig
+from nas.search.comparable import evaluator_of
+from nas.search.config import local_config
+from nas.training.recipes import Auto
+from nas.training.work import TrainConfig, train
+
+MODEL = "test_convnext"
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training images, and three folders of others: beside them, of one of their classes, and of a foreign class."""
+    root = tmp_path_factory.mktemp("images")
+    places = ("photos/train/a/a*12.png", "photos/train/b/b*9.png", "photos/val/a/v*5.png", "photos/val/b/v*3.png")
+    build(root, [*places, "new/b/n*4.png", "foreign/a/f*3.png", "foreign/c/f*3.png"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(root: Path) -> Path:
+    """Weights of a model for two classes."""
+    file = root / "own.safetensors"
+    torch.manual_seed(3)
+    save_file(timm.create_model(MODEL, num_classes=2).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(root: Path) -> SearchConfig:
+    return SearchConfig(
+        search_spaces.load("mini"),
+        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.05),),
+        data=str(root / "photos" / "train"),
+        holdout_data=str(root / "photos" / "val"),
+        input_size=SIDE,
+        trials=2,
+        tune_epochs=1,
+        tune_count=1,
+        out=root / "run",
+    )
+
+
+@pytest.fixture(scope="module")
+def parent(weights: Path) -> ParentConfig:
+    return ParentConfig(f"timm:{MODEL}", weights, epochs=0, library="none")
+
+
+@pytest.fixture(scope="module")
+def run(parent: ParentConfig, config: SearchConfig) -> Run:
+    """A finished search for cheaper forms of the model."""
+    return graft(parent, config)
+
+
+# The images
+
+
+def test_named_images_are_held_out_and_all_others_are_trained_on(root: Path) -> None:
+    data = load_data(str(root / "photos"), SIDE, holdout_data=str(root / "photos" / "val"))
+    split = load_data(str(root / "photos"), SIDE)
+
+    def content(*parts: torch.Tensor) -> list[bytes]:
+        return sorted(image.numpy().tobytes() for part in parts for image in part)
+
+    assert content(data.train.pixels) == content(split.train.pixels, split.holdout.pixels)
+    assert data.holdout.labels.tolist() == [0] * 5 + [1] * 3
+    few = load_data(str(root / "photos"), SIDE, max_images=6, holdout_data=str(root / "photos" / "val"))
+    assert (few.train.labels.bincount().tolist(), few.holdout.labels.bincount().tolist()) == ([3, 3], [4, 2])
+
+
+def test_labels_follow_the_classes_of_the_training_images(root: Path) -> None:
+    data = load_data(str(root / "photos"), SIDE, holdout_data=str(root / "new"))  # its only class is the second one
+    assert data.holdout.labels.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("data", "named", "error"),
+    [
+        ("foreign", "foreign", "`holdout_data` = .*: these are the images that are trained on"),
+        ("photos", "foreign", "has images of 1 class that the training split lacks, such as c"),
+        ("photos", "nowhere", "no such file or folder"),
+    ],
+)
+def test_other_images_are_refused(root: Path, data: str, named: str, error: str) -> None:
+    with pytest.raises((DataError, UsageError), match=error):
+        load_data(str(root / data), SIDE, holdout_data=str(root / named))
+
+
+# The weights
+
+Formats = Callable[[dict[str, torch.Tensor], Path], object]
+FORMATS: dict[str, Formats] = {
+    "safetensors": save_file,
+    "plain": torch.save,
+    "of torch before 1.6": lambda w, file: torch.save(w, file, _use_new_zipfile_serialization=False),
+    "of timm's training": lambda w, file: torch.save(
+        {"state_dict": {n: 0 * t for n, t in w.items()}, "state_dict_ema": w, "args": Namespace(lr=0.1)}, file
+    ),
+    "of several GPUs": lambda w, file: torch.save({"model": {f"module.{n}": t for n, t in w.items()}}, file),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_weights_come_in_many_files(form: str, weights: Path, tmp_path: Path) -> None:
+    held = load_file(weights)
+    FORMATS[form](held, tmp_path / "weights")
+    network = timm.create_model(MODEL, num_classes=2)
+    load_weights(network, tmp_path / "weights")
+    assert all(torch.equal(tensor, held[name]) for name, tensor in network.state_dict().items())
+
+
+class Harmful:
+    """A program that pickle would run."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_no_program_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content, zipped in ((Harmful(), True), (Harmful(), False), (timm.create_model(MODEL), True)):
+        torch.save({"state_dict": content}, "weights.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(RunError, match=r"weights\.pth holds more than weights"):
+            load_weights(timm.create_model(MODEL), Path("weights.pth"))
+    assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (lambda file: torch.save({"epoch": 3}, file), "holds no weights by name"),
+        (lambda file: torch.save([1, 2], file), "is damaged"),
+        (lambda file: file.write_bytes(b"PK\x03\x04 and so on"), "is damaged"),
+        (lambda file: file.write_bytes(b"\x80\x02 and so on"), "is damaged|holds more"),
+        (lambda file: file.write_text("weights"), "no safetensors file and no checkpoint"),
+        (lambda file: file.write_bytes(b""), "no safetensors file and no checkpoint"),
+    ],
+)
+def test_another_file_is_one_line(content: Callable[[Path], object], error: str, tmp_path: Path) -> None:
+    content(tmp_path / "file")
+    with pytest.raises(RunError, match=error):
+        load_weights(timm.create_model(MODEL), tmp_path / "file")
+
+
+# A network that is taken as it is
+
+
+def stop(_: object) -> None:
+    """Ends a search before its first trial."""
+    raise KeyboardInterrupt
+
+
+def same_weights(trained: Trained, file: Path) -> bool:
+    """Whether a training ended with the weights of a file, to the bit."""
+    held = load_file(file)
+    return all(torch.equal(tensor, held[name]) for name, tensor in trained.load_model().state_dict().items())
+
+
+def test_without_epochs_a_network_is_only_tested(root: Path, weights: Path, tmp_path: Path) -> None:
+    untrained = Auto(("epochs=0",))
+    asked = TrainConfig(f"timm:{MODEL}", untrained, str(root / "photos"), input_size=SIDE, device="cpu", workers=0)
+    trained = train(replace(asked, init=str(weights), out=tmp_path / "own"))
+    assert all(
+        torch.equal(tensor, load_file(weights)[name]) for name, tensor in trained.load_model().state_dict().items()
+    )
+    assert trained.result is not None
+    assert trained.result["test"]["num_images"] == 8
+    with pytest.raises(UsageError, match="only tests trained weights"):
+        train(replace(asked, out=tmp_path / "none"))
+    save_file(timm.create_model(MODEL, num_classes=5).state_dict(), tmp_path / "five.safetensors")
+    with pytest.raises(UsageError, match="is for 5 classes, and the images have 2: train it for one epoch or more"):
+        train(replace(asked, init=str(tmp_path / "five.safetensors"), out=tmp_path / "five"))
+
+
+def test_a_parent_is_taken_as_it_is(run: Run, weights: Path) -> None:
+    trained = Trained.open(run.path / "parent")
+    assert all(
+        torch.equal(tensor, load_file(weights)[name]) for name, tensor in trained.load_model().state_dict().items()
+    )
+    assert (trained.manifest.data.num_train, trained.manifest.data.num_holdout) == (21, 0)
+    assert (run.manifest.data.num_train, run.manifest.data.num_holdout) == (21, 8)
+
+
+def test_it_needs_images_that_it_has_not_seen(parent: ParentConfig, config: SearchConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give `holdout_data`"):
+        graft(parent, replace(config, holdout_data=None, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_parent_of_other_classes_is_noticed(
+    config: SearchConfig, parent: ParentConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = timm.create_model(MODEL, num_classes=2)
+    head = network.get_classifier()
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.0, 9.0]))  # it always says the second class, which 3 of 8 images have
+    save_file(network.state_dict(), tmp_path / "wrong.safetensors")
+    wrong = replace(parent, weights=tmp_path / "wrong.safetensors")
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        graft(wrong, replace(config, out=tmp_path / "run"), on_trial=stop)
+    assert "the parent classifies 37.50 % of the 8 held-out images" in caplog.text
+    assert "no better than guessing" in caplog.text
+
+
+def test_a_finished_training_is_not_repeated(config: SearchConfig, root: Path, weights: Path, tmp_path: Path) -> None:
+    recipe = Auto(("epochs=1",))
+    asked = TrainConfig(
+        f"timm:{MODEL}", recipe, str(root / "photos" / "train"), input_size=SIDE, device="cpu", workers=0
+    )
+    own = train(replace(asked, init=str(weights), out=tmp_path / "own"))
+    with pytest.raises(KeyboardInterrupt):
+        graft(ParentConfig(str(own.path), library="none"), replace(config, out=tmp_path / "run"), on_trial=stop)
+    files = (folder / "model.safetensors" for folder in (own.path, tmp_path / "run" / "parent"))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+# The run
+
+
+def test_a_run_keeps_the_images_and_refuses_others(run: Run, root: Path) -> None:
+    assert run.manifest.config.holdout_data == str(root / "photos" / "val")
+    with pytest.raises(RunError, match="is not the data of run"):
+        evaluator_of(run, local_config(run, holdout_data=str(root / "new")))
+    evaluator, _ = evaluator_of(run, local_config(run, data=str(root / "photos")))  # the same images, named otherwise
+    assert len(evaluator.data.holdout) == 8
+
+
+def test_a_form_is_trained_on_all_images_and_tested_on_the_held_out_ones(
+    run: Run, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = f"{run.path}@{run.front()[0].key}"
+    with caplog.at_level(logging.INFO):
+        trained = train(TrainConfig(target, Auto(("epochs=1",)), device="cpu", workers=0))
+    assert (trained.manifest.data.num_train, trained.manifest.data.num_holdout) == (21, 0)
+    assert trained.result is not None
+    assert trained.result["test"]["num_images"] == 8
+    assert "by which the search chose this network" in caplog.text
+
+
+def test_a_calibration_of_the_run_keeps_them(run: Run, root: Path, tmp_path: Path) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    elsewhere = str(root / "photos")  # its evaluation split: the same images, named otherwise
+    config, path = configure(run.path, tmp_path / "calibration", data=str(root / "photos"), holdout_data=elsewhere)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_grafts(config, path, killed)
+    assert configure(path) == (config, path)
+
+
+def test_what_does_not_go_with_them_is_refused(config: SearchConfig) -> None:
+    with pytest.raises(UsageError, match=r"`cross_fit` .* leave `holdout_data` out"):
+        replace(config, cross_fit=True)
