@@ -141,7 +141,7 @@ def test_settings_change_a_recipe():
         (["epoch=3"], "such as epochs"),
         (["epochs"], "KEY=VALUE"),
         (["epochs=x"], "a whole number"),
-        (["epochs=0"], "from 1 to"),
+        (["epochs=-1"], "from 0 to"),
         (["learning_rate=nan"], "from 1e-12"),
         (["warmup_epochs=100"], "fewer than the 100 epochs"),
         (["batch_size=33"], "must be even"),
@@ -197,8 +197,8 @@ def test_auto_grows_with_the_images_and_follows_what_is_set():
     assert Auto().holdout is None
     with pytest.raises(UsageError, match="such as epochs"):
         Auto(("epoch=3",))
-    with pytest.raises(UsageError, match="must be from 1 to"):
-        find_recipe("auto", ["epochs=0"])
+    with pytest.raises(UsageError, match="must be from 0 to"):
+        find_recipe("auto", ["epochs=-1"])
 
 
 # images

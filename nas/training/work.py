@@ -183,7 +183,7 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
     if isinstance(asked, Recipe):
         recipe = asked
         total = recipe.epochs * steps_per_epoch(data, recipe)
-        if total < FEW_STEPS:
+        if not recipe.untrained and total < FEW_STEPS:
             log.warning(
                 "recipe %s takes %d steps on these %s images, too few to learn much: pass `recipe` = auto, which "
                 "follows the number of images",
