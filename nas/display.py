@@ -188,15 +188,18 @@ class Bar:
         if self._tell is not None:
             self._tell(self)
 
+    def left(self) -> float | None:
+        """Returns the seconds that the rest will take; None if that cannot be said, or nothing is left."""
+        now = time.monotonic()
+        if self.total is None or self.done >= self.total:
+            return None
+        return self._clock.left(self.total - self.done, now) if self._end is None else max(0.0, self._end - now)
+
     def time(self) -> str:
         """Returns how long the work has taken and, if that can be said, how long the rest will take."""
-        now = time.monotonic()
-        passed = minutes(now - self.begun)
-        if self.total is None:
-            return passed
-        if self.done >= self.total:
+        passed, left = minutes(time.monotonic() - self.begun), self.left()
+        if self.total is not None and self.done >= self.total:
             return f"{passed}, finishing"
-        left = self._clock.left(self.total - self.done, now) if self._end is None else max(0.0, self._end - now)
         return passed if left is None else f"{passed}, about {minutes(left)} left"
 
     def line(self, took: str = "") -> str:

@@ -23,7 +23,7 @@ from nas.folders.weights import load_weights
 from nas.graft import ParentConfig, graft
 from nas.graft.calibrate import calibrate_grafts, configure
 from nas.scoring.latency import LatencyConfig
-from nas.search import SearchConfig
+from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 from nas.training.recipes import Auto
@@ -241,6 +241,21 @@ def test_a_finished_training_is_not_repeated(config: SearchConfig, root: Path, w
 
 
 # The run
+
+
+def test_a_folder_among_the_images_is_refused(parent: ParentConfig, config: SearchConfig, root: Path) -> None:
+    inside = replace(config, out=root / "photos" / "train" / "run")
+    asked = TrainConfig(f"timm:{MODEL}", data=config.data, out=inside.out)
+    for begin in (lambda: search(inside), lambda: graft(parent, inside), lambda: train(asked)):
+        with pytest.raises(UsageError, match=r"`out` = .* lies among the images"):
+            begin()
+    assert sorted(file.name for file in (root / "photos" / "train").iterdir()) == ["a", "b"]
+
+
+def test_few_images_are_no_surprise(parent: ParentConfig, config: SearchConfig, tmp_path: Path, caplog) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        graft(parent, replace(config, out=tmp_path / "run"), on_trial=stop)
+    assert "accuracy is measured on 8 images only, so it is known to ±35 points" in caplog.text
 
 
 def test_a_run_keeps_the_images_and_refuses_others(run: Run, root: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import defaults
 from ..architecture import Architecture, Candidate
-from ..data import ImageData, absolute, load_data
+from ..data import ImageData, absolute, check_outside, load_data
 from ..errors import DataError, RunError, UsageError
 from ..folders.calibration import FILE, FORMAT, Calibration, CalibrationManifest, is_calibration, on_machine
 from ..folders.files import locked_folder, write_file
@@ -172,6 +172,8 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
         UsageError: if the images are too small for the space.
     """
     config, path = replace(config, device=resolve_device(config.device)), out or config.folder
+    if not is_calibration(path):
+        check_outside(path, config.data)
     try:
         data = load_data(
             *(config.data, config.input_size, config.data_root, config.max_images),

@@ -27,6 +27,7 @@ from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified
 from .sources import (
     EMBEDDED,
     absolute,
+    check_outside,
     match_classes,
     open_apart,
     open_data_set,
@@ -58,6 +59,7 @@ __all__ = [
     "UnreadableImage",
     "absolute",
     "channel_statistics",
+    "check_outside",
     "class_name",
     "decode",
     "load_data",

@@ -29,6 +29,17 @@ def absolute(name: str) -> str:
     return name if embedded else os.path.abspath(Path(name).expanduser())
 
 
+def check_outside(out: Path, data: str) -> None:
+    """Refuses to write among the images of a data set, where a folder looks like a class or a split.
+
+    Raises:
+        UsageError: if the folder `out` lies in the folder of the data set.
+    """
+    place = Path(absolute(data))
+    if place.is_dir() and out.expanduser().resolve().is_relative_to(place.resolve()):
+        raise UsageError(f"`out` = {out} lies among the images of {data}: give a folder elsewhere")
+
+
 def same_data(name: str | None, other: str) -> bool:
     """Whether two names mean the same data set, however the path is spelled."""
     return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()

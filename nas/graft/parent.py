@@ -30,6 +30,8 @@ MAX_DISTIL_EPOCHS = 1000
 ASKED = "asked.json"
 """File in the folder of the parent with what the search was begun with (`ParentConfig.asked`)."""
 BUDGET = "max"
+HASHED = ("weights", "library", "donor")
+"""Settings of which that file holds a hash."""
 HELD_OUT = 0.5
 """Largest share of the images that the parent's training holds out. It is more than a search holds out."""
 
@@ -117,8 +119,9 @@ class ParentConfig:
         usual = {**ParentConfig(self.target).asked, BUDGET: str(None)}
         for name, value in {**self.asked, BUDGET: str(share)}.items():
             if value not in (usual[name], recorded.get(name)):
+                its = "" if name in HASHED else f" ({recorded.get(name) or 'none'})"
                 raise UsageError(
-                    f"{folder.parent} was begun with another `{name}`: give that one, or another `out`; without "
+                    f"{folder.parent} was begun with another `{name}`{its}: give that one, or another `out`; without "
                     "`parent`, the search resumes with its own settings"
                 )
 

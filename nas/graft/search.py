@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..data import ImageData
+from ..data import ImageData, check_outside
 from ..data.splits import listed
 from ..defaults import GRAIN
 from ..errors import UsageError
@@ -87,6 +87,7 @@ def graft(
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
+    check_outside(out, config.data)
     data = load_images(config)
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..display import Bar, Display
+from ..display import Bar, Display, minutes
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..objectives.objectives import Objective
@@ -62,7 +62,8 @@ class SearchView:
         self._bar.update(progress.scored)
         self._display.body = partial(_body, progress)
         self._display.refresh()
-        self._display.say(line(progress))
+        left = self._bar.left()
+        self._display.say(line(progress) + ("" if left is None else f", about {minutes(left)} left for trials"))
         places = {member.place for member in progress.fleet}
         if places != self._places:
             self._places = places

@@ -19,6 +19,8 @@ from ..errors import RunError, UsageError
 from ..folders.calibration import Calibration
 from ..folders.run import Run, is_run
 from ..machine.description import describe_software, machine_name
+from ..objectives.objectives import wants_accuracy
+from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
 from ..scoring.accuracy.held_out import FP32, INT8
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
@@ -26,12 +28,15 @@ from ..scoring.latency import latency_in_run, reference_of, target_labels
 from ..scoring.latency.config import check_quantiser
 from ..space import GraftSpace, Space, space_from_dict
 from ..teachers import teacher_of_candidates
+from ..words import counted
 from .config import SearchConfig
 from .evaluate import ALL, MEASURE, PARTS, TRAIN, Evaluator, Proxy, Role
 from .parent import Parent, open_parent
 
 log = logging.getLogger(__name__)
 
+FEW_HELD_OUT = 50
+"""Warn if fewer images measure accuracy."""
 LATENCY_PROTOCOL = 2
 """Version of the latency protocol. 1 was a median of plain passes; 2 is the ratio to a reference network."""
 
@@ -75,6 +80,12 @@ def load_images(config: SearchConfig, unlabelled: bool = True) -> ImageData:
         classes=config.classes,
         holdout_data=config.holdout_data,
     )
+    if wants_accuracy(config.objectives) and len(data.holdout) < FEW_HELD_OUT:
+        known = 98 / len(data.holdout) ** 0.5  # half of a 95 % interval at an accuracy of 50 %
+        few = (
+            f"accuracy is measured on {counted(len(data.holdout), 'image')} only, so it is known to ±{known:.0f} points"
+        )
+        REPEATS.once(log, f"{config.data}: {few}; take a hundred or more", logging.WARNING)
     if config.unlabelled is None or not unlabelled:
         return data
     return with_unlabelled(data, config.unlabelled, config.max_images, config.data_root, config.classes)

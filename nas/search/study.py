@@ -15,7 +15,7 @@ import optuna
 
 from .. import consent
 from ..changeable import changeable_fields
-from ..data import ImageData, absolute
+from ..data import ImageData, absolute, check_outside
 from ..errors import NasError, RunError, TrialFailure, UsageError
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import FOLDER as CALIBRATION_FOLDER
@@ -101,11 +101,13 @@ def search(
     assert config.out is not None
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
-    elif is_training(config.out / PARENT) and not isinstance(config.space, GraftSpace):
-        raise UsageError(
-            f"{config.out} holds the parent of a search that was interrupted before its run was created: "
-            "to go on, repeat the command that began it, with its `parent` and all other options"
-        )
+    else:
+        check_outside(config.out, config.data)
+        if is_training(config.out / PARENT) and not isinstance(config.space, GraftSpace):
+            raise UsageError(
+                f"{config.out} holds the parent of a search that was interrupted before its run was created: "
+                "to go on, repeat the command that began it, with its `parent` and all other options"
+            )
     if not wants_accuracy(config.objectives):
         log.info("accuracy is not an objective, so the search trains nothing")
     if config.only == MEASURE:

@@ -61,10 +61,12 @@ def check_same(trained: Trained, manifest: TrainingManifest) -> None:
     there = trained.manifest
     for name in ("test_data", "teacher_weights"):
         if getattr(there.asked, name) != getattr(manifest.asked, name):
-            raise RunError(f"{trained.path} was begun with another `{name}`: give another `out`")
+            its = getattr(there.asked, name) or "none"
+            raise RunError(f"{trained.path} was begun with another `{name}` ({its}): give that one, or another `out`")
     for name in ("architecture", "model", "init", "teacher", "seed"):
         if getattr(there, name) != getattr(manifest, name):
-            raise RunError(f"{trained.path} is a training with another {name}: give another `out`")
+            its = "" if name in ("architecture", "model") else f" ({getattr(there, name) or 'none'})"
+            raise RunError(f"{trained.path} is a training with another {name}{its}: give another `out`")
     recipe = Recipe.from_dict(dict(there.recipe)).to_dict()  # an older release kept fewer fields
     for name, value in manifest.recipe.items():
         if (before := recipe[name]) != value:
@@ -89,7 +91,8 @@ def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     for name in ASKED[1:]:
         given = getattr(config, name)
         if given not in (asked[name], getattr(TrainConfig(""), name)):
-            raise UsageError(f"{trained.path} was begun with another `{name}`: leave it out to resume")
+            its = asked[name] or "none"
+            raise UsageError(f"{trained.path} was begun with another `{name}` ({its}): leave it out to resume")
     recipe = Recipe.from_dict(dict(manifest.recipe))
     if config.recipe not in (Auto(), recipe) and not chosen_before(config.recipe, manifest):
         raise UsageError(f"{trained.path} was begun with another recipe: leave `recipe` and `settings` out to resume")

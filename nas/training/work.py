@@ -16,7 +16,7 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import SPLIT_SEED, open_data_set, open_test_set, same_data, shared_images
+from ..data import SPLIT_SEED, check_outside, open_data_set, open_test_set, same_data, shared_images
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.manifest import StoredConfig
@@ -91,6 +91,8 @@ def _train(
         raise UsageError("`epochs` = 0 only tests trained weights, and there are none: give `init`")
     data, other_classes = _open(config, target, weights)
     out = config.out or _folder(config, target)
+    if not is_training(out):
+        check_outside(out, data.name)
     with contextlib.ExitStack() as folder:
         if processes.first:
             folder.enter_context(locked_folder(out, MANIFEST, "training"))
