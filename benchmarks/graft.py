@@ -27,7 +27,7 @@ from nas.architecture import Graft, candidate_from_dict
 from nas.data import Images, open_test_set
 from nas.folders.graft_verdicts import paired_difference
 from nas.folders.run import Run
-from nas.folders.training import load_weights
+from nas.folders.weights import load_weights
 from nas.graft import ParentConfig, graft
 from nas.interval import Interval
 from nas.models.create import create_candidate

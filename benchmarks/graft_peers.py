@@ -32,7 +32,7 @@ from torch import nn
 from nas.architecture import Graft, candidate_from_dict
 from nas.folders.graft_verdicts import paired_difference
 from nas.folders.run import Run
-from nas.folders.training import load_weights
+from nas.folders.weights import load_weights
 from nas.machine.turns import exclusive
 from nas.models.create import create_candidate
 from nas.scoring.accuracy import train

@@ -21,7 +21,7 @@ from graft import config_of, hits_of, open_tests, searched
 
 from nas.architecture import candidate_from_dict
 from nas.folders.run import Run
-from nas.folders.training import load_weights
+from nas.folders.weights import load_weights
 from nas.graft import ParentConfig
 from nas.models.create import create_candidate
 from nas.search.comparable import evaluator_of
