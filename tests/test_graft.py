@@ -49,7 +49,8 @@ from nas.folders.library import load_weights as load_weights_of
 from nas.folders.run import Run
 from nas.folders.shapes import STUDY
 from nas.folders.sums import read_sums
-from nas.folders.training import Trained, load_weights
+from nas.folders.training import Trained
+from nas.folders.weights import load_weights
 from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
 from nas.graft.calibrate import GraftCalibration, calibrate_grafts, configure

@@ -21,7 +21,7 @@ from nas.data import Images, load_data, rotated
 from nas.errors import RunError, UsageError
 from nas.folders.hits import accuracy_difference, accuracy_verdict
 from nas.folders.run import Run
-from nas.folders.training import load_weights
+from nas.folders.weights import load_weights
 from nas.models import create_backbone
 from nas.objectives.paired import difference_of_counts, pack, paired_difference, unpack
 from nas.scoring.accuracy import Fidelity, train

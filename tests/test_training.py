@@ -30,7 +30,8 @@ from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_sp
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
 from nas.folders.run import Run
-from nas.folders.training import Trained, load_weights
+from nas.folders.training import Trained
+from nas.folders.weights import load_weights
 from nas.machine import limits
 from nas.machine.turns import WAITING, exclusive
 from nas.memory_format import training_format
