@@ -11,7 +11,7 @@ import timm
 
 from .data import ImageData
 from .errors import UsageError
-from .folders.training import Trained, is_training
+from .folders.training import SearchImages, Trained, is_training
 from .folders.weights import load_weights
 from .foreign_files import is_file
 from .models.timm_models import check_network_name, create_network
@@ -86,24 +86,21 @@ def load_teacher(
     return Teacher(model, tuple(known["mean"]), tuple(known["std"]), side)
 
 
-def teacher_of_candidates(
-    name: str, weights: str | None, data: ImageData, source: str, max_images: int | None
-) -> Teacher:
+def teacher_of_candidates(name: str, weights: str | None, data: ImageData, images: SearchImages) -> Teacher:
     """Loads a teacher for short trainings of candidates on these images. Warns if it saw those that are held out.
 
     Args:
         name: see `load_teacher`.
         weights: see `load_teacher`.
         data: the images of the short trainings.
-        source: name of their data set, as for `nas.data.load_data`.
-        max_images: largest number of images that was taken of it, if some of these are held out; None if others are.
+        images: what says which of them are held out.
 
     Raises:
         UsageError: if there is no such teacher, or it does not know the classes or take the images.
     """
     teacher = load_teacher(name, weights, data.classes, data.input_size)
     folder = Path(name)
-    if is_training(folder) and not Trained.open(folder).spared(source, max_images):
+    if is_training(folder) and not Trained.open(folder).spared(images):
         log.warning(
             "%s was trained on images that are held out here, so all accuracies come out too high. The folder "
             "`parent` of a search with a `parent` on these images leaves them out",

@@ -29,7 +29,7 @@ from torch import nn
 
 import search_spaces
 from nas.architecture import HADAMARD_KINDS, MIXER_TYPES, Architecture
-from nas.data import load_data
+from nas.data import Held, load_data
 from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
@@ -44,7 +44,7 @@ from nas.scoring.accuracy.trust import share_of
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.targets import resolve
-from nas.training.images import Held, open_data
+from nas.training.images import open_data
 from nas.training.recipes import RECIPES
 
 TESTS = Path(__file__).parent

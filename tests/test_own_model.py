@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import search_spaces
 from nas.data import load_data
 from nas.errors import DataError, RunError, UsageError
+from nas.export import Settings, export_each
 from nas.folders.run import Run
 from nas.folders.training import Trained
 from nas.folders.weights import load_weights
@@ -93,6 +96,27 @@ def test_named_images_are_held_out_and_all_others_are_trained_on(root: Path) -> 
     assert (few.train.labels.bincount().tolist(), few.holdout.labels.bincount().tolist()) == ([3, 3], [4, 2])
 
 
+def test_a_validation_split_comes_before_a_test_split(tmp_path: Path) -> None:
+    build(tmp_path, ["set/train/a/x*4.png", "set/train/b/x*4.png", "set/val/a/x*2.png", "set/test/a/x*3.png"])
+    assert len(load_data(str(tmp_path / "set"), SIDE, holdout_data=str(tmp_path / "set")).holdout) == 2
+    with pytest.raises(UsageError, match="has the name of a training split"):
+        load_data(str(tmp_path / "set"), SIDE, holdout_data=str(tmp_path / "set" / "train"))
+
+
+def test_copies_of_training_images_are_noticed(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(root / "photos" / "train", tmp_path / "copy")
+    with pytest.raises(UsageError, match="copies of the images that are trained on"):
+        load_data(str(root / "photos"), SIDE, holdout_data=str(tmp_path / "copy"))
+    build(tmp_path, ["copy/a/new*14.png"])  # twelve are pictures of that class again
+    load_data(str(root / "photos"), SIDE, holdout_data=str(tmp_path / "copy"))
+    assert "33 of 35 images have the pixels of training images" in caplog.text
+
+
+def test_a_class_without_images_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_data(str(root / "photos"), SIDE, holdout_data=str(root / "new"))
+    assert "has no images of a," in caplog.text
+
+
 def test_labels_follow_the_classes_of_the_training_images(root: Path) -> None:
     data = load_data(str(root / "photos"), SIDE, holdout_data=str(root / "new"))  # its only class is the second one
     assert data.holdout.labels.tolist() == [1] * 4
@@ -125,13 +149,19 @@ FORMATS: dict[str, Formats] = {
 }
 
 
+@pytest.mark.parametrize("name", ["weights", "weights.safetensors", "weights.pth.tar"])  # the content decides
 @pytest.mark.parametrize("form", FORMATS)
-def test_weights_come_in_many_files(form: str, weights: Path, tmp_path: Path) -> None:
+def test_weights_come_in_many_files(form: str, name: str, weights: Path, tmp_path: Path) -> None:
     held = load_file(weights)
-    FORMATS[form](held, tmp_path / "weights")
+    FORMATS[form](held, tmp_path / name)
     network = timm.create_model(MODEL, num_classes=2)
-    load_weights(network, tmp_path / "weights")
+    load_weights(network, tmp_path / name)
     assert all(torch.equal(tensor, held[name]) for name, tensor in network.state_dict().items())
+
+
+def whole_numbers() -> dict[str, torch.Tensor]:
+    """The weights of a network, rounded."""
+    return {name: tensor.to(torch.int8) for name, tensor in timm.create_model(MODEL).state_dict().items()}
 
 
 class Harmful:
@@ -145,7 +175,7 @@ def test_no_program_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     for content, zipped in ((Harmful(), True), (Harmful(), False), (timm.create_model(MODEL), True)):
         torch.save({"state_dict": content}, "weights.pth", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(RunError, match=r"weights\.pth holds more than weights"):
+        with pytest.raises(RunError, match=r"weights\.pth is damaged, or holds more than weights"):
             load_weights(timm.create_model(MODEL), Path("weights.pth"))
     assert not Path("harm").exists()
 
@@ -153,11 +183,17 @@ def test_no_program_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (lambda file: torch.save({"epoch": 3}, file), "holds no weights by name"),
-        (lambda file: torch.save([1, 2], file), "is damaged"),
+        (lambda file: torch.save({"epoch": 3}, file), "without weights by name"),
+        (lambda file: torch.save([1, 2], file), "without weights by name"),
         (lambda file: file.write_bytes(b"PK\x03\x04 and so on"), "is damaged"),
         (lambda file: file.write_bytes(b"\x80\x02 and so on"), "is damaged|holds more"),
         (lambda file: file.write_text("weights"), "no safetensors file and no checkpoint"),
+        (
+            lambda file: torch.save(
+                {n: t.to(torch.int8) for n, t in timm.create_model(MODEL).state_dict().items()}, file
+            ),
+            "holds whole numbers",
+        ),
         (lambda file: file.write_bytes(b""), "no safetensors file and no checkpoint"),
     ],
 )
@@ -195,6 +231,17 @@ def test_without_epochs_a_network_is_only_tested(root: Path, weights: Path, tmp_
     save_file(timm.create_model(MODEL, num_classes=5).state_dict(), tmp_path / "five.safetensors")
     with pytest.raises(UsageError, match="is for 5 classes, and the images have 2: train it for one epoch or more"):
         train(replace(asked, init=str(tmp_path / "five.safetensors"), out=tmp_path / "five"))
+    with pytest.raises(RunError, match="does not hold the weights of this network"):
+        train(replace(asked, target="timm:test_vit", init=str(weights), out=tmp_path / "vit"))
+
+
+def test_images_that_weights_may_have_seen_give_no_accuracy(root: Path, weights: Path, tmp_path: Path, caplog) -> None:
+    data = str(root / "foreign")
+    asked = TrainConfig(f"timm:{MODEL}", Auto(("epochs=0",)), data, input_size=SIDE, device="cpu", workers=0)
+    trained = train(replace(asked, init=str(weights), out=tmp_path / "own"))
+    assert trained.result is not None
+    assert (trained.result["test"], trained.result["holdout"]) == (None, None)
+    assert "no accuracy is measured" in caplog.text
 
 
 def test_a_parent_is_taken_as_it_is(run: Run, weights: Path) -> None:
@@ -225,7 +272,23 @@ def test_a_parent_of_other_classes_is_noticed(
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         graft(wrong, replace(config, out=tmp_path / "run"), on_trial=stop)
     assert "the parent classifies 37.50 % of the 8 held-out images" in caplog.text
-    assert "no better than guessing" in caplog.text
+    assert "that may be guessing" in caplog.text
+
+
+def test_a_training_on_images_that_are_held_out_now_is_noticed(
+    config: SearchConfig, root: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(root / "photos" / "train", tmp_path / "all")
+    data = str(tmp_path / "all")
+    asked = TrainConfig(f"timm:{MODEL}", Auto(("epochs=0",)), data, input_size=SIDE, device="cpu", workers=0)
+    own = train(replace(asked, init=str(weights), out=tmp_path / "own"))
+    for name in ("a/a3.png", "b/b3.png"):  # the user divides the images only now
+        (tmp_path / "val" / name).parent.mkdir(parents=True)
+        (tmp_path / "all" / name).rename(tmp_path / "val" / name)
+    late = replace(config, data=str(tmp_path / "all"), holdout_data=str(tmp_path / "val"), out=tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        graft(ParentConfig(str(own.path), epochs=0, library="none"), late, on_trial=stop)
+    assert "may have been trained on images that this search holds out" in caplog.text
 
 
 def test_a_finished_training_is_not_repeated(config: SearchConfig, root: Path, weights: Path, tmp_path: Path) -> None:
@@ -244,12 +307,13 @@ def test_a_finished_training_is_not_repeated(config: SearchConfig, root: Path, w
 
 
 def test_a_folder_among_the_images_is_refused(parent: ParentConfig, config: SearchConfig, root: Path) -> None:
-    inside = replace(config, out=root / "photos" / "train" / "run")
-    asked = TrainConfig(f"timm:{MODEL}", data=config.data, out=inside.out)
-    for begin in (lambda: search(inside), lambda: graft(parent, inside), lambda: train(asked)):
-        with pytest.raises(UsageError, match=r"`out` = .* lies among the images"):
-            begin()
-    assert sorted(file.name for file in (root / "photos" / "train").iterdir()) == ["a", "b"]
+    for place in (root / "photos" / "train", root / "photos" / "val"):
+        inside = replace(config, out=place / "run")
+        asked = TrainConfig(f"timm:{MODEL}", data=config.data, test_data=config.holdout_data, out=inside.out)
+        for begin in (partial(search, inside), partial(graft, parent, inside), partial(train, asked)):
+            with pytest.raises(UsageError, match=r"`out` = .* lies among the images"):
+                begin()
+        assert sorted(file.name for file in place.iterdir()) == ["a", "b"]
 
 
 def test_few_images_are_no_surprise(parent: ParentConfig, config: SearchConfig, tmp_path: Path, caplog) -> None:
@@ -275,7 +339,23 @@ def test_a_form_is_trained_on_all_images_and_tested_on_the_held_out_ones(
     assert (trained.manifest.data.num_train, trained.manifest.data.num_holdout) == (21, 0)
     assert trained.result is not None
     assert trained.result["test"]["num_images"] == 8
+    assert trained.result["test"]["chosen"]
     assert "by which the search chose this network" in caplog.text
+    assert "8 images by which the search chose the network" in export_to_timm(trained)
+
+
+def export_to_timm(trained: Trained) -> str:
+    """Exports a training, and returns the card."""
+    (made,) = export_each(trained.path, (), False, None, Settings())
+    assert made.folder is not None
+    return (made.folder / "README.md").read_text()
+
+
+def test_a_test_does_not_take_the_place_of_a_training(run: Run) -> None:
+    target = f"{run.path}@{run.front()[-1].key}"
+    tested = train(TrainConfig(target, Auto(("epochs=0",)), device="cpu", workers=0))
+    trained = train(TrainConfig(target, Auto(("epochs=1",)), device="cpu", workers=0))
+    assert [(done.result or {})["epochs"] for done in (tested, trained)] == [0, 1]
 
 
 def test_a_calibration_of_the_run_keeps_them(run: Run, root: Path, tmp_path: Path) -> None:

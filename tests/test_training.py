@@ -26,7 +26,7 @@ from scipy.stats import kendalltau
 from test_search import TINY as TINY_SPACE
 from timm.data import auto_augment
 
-from nas.data import SPLIT_SEED, load_data, open_split, open_test_set, search_split
+from nas.data import SPLIT_SEED, Held, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
 from nas.folders.run import Run
@@ -43,7 +43,7 @@ from nas.targets import resolve
 from nas.training import loop, network, recipes, work
 from nas.training.augmentation import made_safe, training_transform
 from nas.training.batches import batch_size, steps_per_epoch, training_batches
-from nas.training.images import Held, open_data
+from nas.training.images import open_data
 from nas.training.loop import scaled_side
 from nas.training.manifest import check_same
 from nas.training.randomness import seed_all

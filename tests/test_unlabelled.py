@@ -177,7 +177,7 @@ def config(root: Path) -> SearchConfig:
         trials=2,
         tune_epochs=1,
         tune_count=1,
-        out=root / "run",
+        out=root.with_name(f"{root.name}-run"),
     )
 
 

@@ -173,7 +173,7 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
     """
     config, path = replace(config, device=resolve_device(config.device)), out or config.folder
     if not is_calibration(path):
-        check_outside(path, config.data)
+        check_outside(path, config.data, config.holdout_data)
     try:
         data = load_data(
             *(config.data, config.input_size, config.data_root, config.max_images),
@@ -197,8 +197,7 @@ def calibrate(config: CalibrationConfig, out: Path | None = None, on_step: OnSte
     taught = None
     if config.teacher is not None:
         try:
-            split_images = config.max_images if config.holdout_data is None else None
-            teacher = teacher_of_candidates(config.teacher, config.teacher_weights, data, config.data, split_images)
+            teacher = teacher_of_candidates(config.teacher, config.teacher_weights, data, config)
         except (UsageError, RunError) as error:
             if not (is_calibration(path) and _all_taught(Calibration.open(path))):
                 raise

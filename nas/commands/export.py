@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 )
 @option("--data", help="Current place of the images.  [default: their place at the time of training]")
 @option("--data-root", help="Current folder of torch/NAME and hfds/NAME sets.")
+@option("--holdout-data", help="Current place of the images of --holdout-data or --test-data.")
 @option("--measure/--no-measure", default=True, help="Time each file in its runtime.")
 @option("--device", default="cpu", help="Device on which files are timed.")
 @option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
@@ -74,6 +75,7 @@ def export_command(
     per_stage: bool,
     data: str | None,
     data_root: str | None,
+    holdout_data: str | None,
     measure: bool,
     device: str,
     threads: int | None,
@@ -88,7 +90,7 @@ def export_command(
     from ..export import Settings, export_each, timing
 
     latency = timing(path, device, threads, latency_seconds) if measure else None
-    settings = Settings(formats, weights, data, data_root, latency, batch, per_stage)
+    settings = Settings(formats, weights, data, data_root, latency, batch, per_stage, holdout_data)
     done = []
     for made in export_each(path, keys, everything, out, settings):
         done.append(made)

@@ -1,8 +1,8 @@
 """Data for image classification: the content of a folder, decoding of images, and data sets by name.
 
 `scan` and `splits` find classes and splits in a folder. `sources` opens a split by name, with `files` for folders and
-archives and `installed` for sets of other packages. `memory` decodes a split for a search, `unlabelled` adds images
-without labels, and `nas.training.batches` reads a split epoch by epoch.
+archives and `installed` for sets of other packages. `loading` decodes a split for a search, `memory` holds it,
+`unlabelled` adds images without labels, and `nas.training.batches` reads a split epoch by epoch.
 """
 
 from ..defaults import MAX_IMAGES
@@ -10,6 +10,7 @@ from .decoding import BACKGROUND, UnreadableImage, decode, quiet
 from .files import open_unlabelled
 from .installed import DIGITS_TEST_SHARE
 from .listing import NO_LABEL, Listing, Opened, Source
+from .loading import load_data, native_size
 from .memory import (
     NOT_MIRRORED,
     ImageData,
@@ -17,17 +18,17 @@ from .memory import (
     Part,
     Unlabelled,
     channel_statistics,
-    load_data,
-    native_size,
     reduced,
     rotated,
     scaled,
 )
-from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, search_split, stratified_split
+from .sampling import FOLDS, HOLDOUT_SHARE, SPLIT_SEED, Held, search_split, stratified_split
 from .sources import (
     EMBEDDED,
+    HOLDOUT,
     absolute,
     check_outside,
+    fingerprint_of,
     match_classes,
     open_apart,
     open_data_set,
@@ -44,11 +45,13 @@ __all__ = [
     "DIGITS_TEST_SHARE",
     "EMBEDDED",
     "FOLDS",
+    "HOLDOUT",
     "HOLDOUT_SHARE",
     "MAX_IMAGES",
     "NOT_MIRRORED",
     "NO_LABEL",
     "SPLIT_SEED",
+    "Held",
     "ImageData",
     "Images",
     "Listing",
@@ -62,6 +65,7 @@ __all__ = [
     "check_outside",
     "class_name",
     "decode",
+    "fingerprint_of",
     "load_data",
     "match_classes",
     "native_size",

@@ -31,11 +31,14 @@ OTHER_SETS = " (embedded: digits; on disk: torch/NAME, hfds/NAME)"
 """Data sets that are neither a folder nor an archive, for messages."""
 
 
-def open_files(name: str, classes: Sequence[str]) -> Opened:
+def open_files(
+    name: str, classes: Sequence[str], argument: str = "data", evaluation: Sequence[str] = EVALUATION
+) -> Opened:
     """Opens the data set in a folder or an archive, as `nas.data.sources.open_data_set` does."""
     skipped: Counter[str] = Counter()
-    place = _open_place(name, skipped)
-    splits, base = find_splits(place.top, f"`data` = {readable(name)}", classes, place.name), readable(name)
+    place = _open_place(name, skipped, argument)
+    where = f"`{argument}` = {readable(name)}"
+    splits, base = find_splits(place.top, where, classes, place.name), readable(name)
     own = split_kind(place.name)
     why_no_train = f"{listed(s.name for s in splits)} in it is for evaluation: give the training images"
     pointed_at = False
@@ -49,11 +52,11 @@ def open_files(name: str, classes: Sequence[str]) -> Opened:
             why_no_train = f"it is the evaluation split beside {readable(training)}: give {base} for its training split"
     train_split = next((split for split in splits if split.kind == TRAIN), None)
     others = {split.name: sum(1 for _ in _distinct(split)) for split in splits if split.kind != TRAIN}
-    tests = [split for kind in EVALUATION for split in splits if split.kind == kind]
+    tests = [split for kind in evaluation for split in splits if split.kind == kind]
     train = None
     evaluated = {file.identity for split in tests for file in _distinct(split)}
     if train_split is not None:
-        train = _source(train_split, f"`data` = {readable(name)}", skipped, others, evaluated)
+        train = _source(train_split, where, skipped, others, evaluated)
     labelled = [s for s in tests if any(train is None or label in train.classes for label, f in s.classes.items() if f)]
     if labelled:
         where = f"{base}/{labelled[0].name}"
@@ -107,7 +110,7 @@ class _Place:
 
 def _open_place(name: str, skipped: Counter[str], argument: str = "data") -> _Place:
     path, given = Path(name).expanduser(), f"`{argument}` = {name}"
-    others, content = ("", "") if argument != "data" else (OTHER_SETS, " of class folders")
+    others, content = ("", "") if argument == "unlabelled" else (OTHER_SETS, " of class folders")
     try:
         archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".tar" and p.is_file()), None)
         if archive is None and not path.exists():

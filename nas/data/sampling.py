@@ -1,8 +1,10 @@
-"""Selects the images of a training split that a search trains on and those that it holds out."""
+"""Selects the images of a training split that a search, or a training, learns from, and those that it holds out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,3 +65,36 @@ def stratified_parts(targets: np.ndarray, count: int, rng: np.random.Generator) 
         parts[members] = (first + np.arange(len(members))) % count
         first += len(members)
     return parts
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the held-out images of a training split are drawn. These values and the labels of the split determine them.
+
+    Args:
+        share: share of each class that is held out.
+        seed: seed of the draw.
+        search: `max_images` and split seed of a search. The images are then drawn from those that the search held out,
+            because weights that the search trained have not seen them. None draws from all images.
+        untested: whether images are held out only if there is no test split.
+    """
+
+    share: float
+    seed: int
+    search: tuple[int, int] | None = None
+    untested: bool = False
+
+    def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the indices of the held-out images and the indices of all others."""
+        rng = np.random.default_rng(self.seed)
+        if self.search is None:
+            return stratified_split(labels, self.share, rng)
+        _, pool = search_split(labels, *self.search)
+        wanted = min(1.0, self.share * len(labels) / max(len(pool), 1))
+        held = pool[stratified_split(labels[pool], wanted, rng)[0]]
+        return held, np.setdiff1d(np.arange(len(labels)), held)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Held:
+        """Reads the plain data that `nas.training.images.TrainingData.to_dict` writes."""
+        return cls(data["share"], data["seed"], tuple(data["search"]) if data["search"] else None)

@@ -7,6 +7,7 @@ splits, a `.tar` of such a folder (`photos.tar/train` is a folder in it), `torch
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from ..words import counted
 from .files import open_files
 from .installed import digits, hugging_face, torchvision
 from .listing import Opened, Source
+from .splits import EVALUATION, TEST, TRAIN, VALIDATION, split_kind
 
 EMBEDDED = "digits"
+HOLDOUT = "holdout_data"
+"""The argument that names the images which a search holds out."""
 
 
 def absolute(name: str) -> str:
@@ -29,15 +33,16 @@ def absolute(name: str) -> str:
     return name if embedded else os.path.abspath(Path(name).expanduser())
 
 
-def check_outside(out: Path, data: str) -> None:
-    """Refuses to write among the images of a data set, where a folder looks like a class or a split.
+def check_outside(out: Path, *data: str | None) -> None:
+    """Refuses to write among the images of data sets, where a folder looks like a class or a split.
 
     Raises:
-        UsageError: if the folder `out` lies in the folder of the data set.
+        UsageError: if the folder `out` lies in the folder of a data set.
     """
-    place = Path(absolute(data))
-    if place.is_dir() and out.expanduser().resolve().is_relative_to(place.resolve()):
-        raise UsageError(f"`out` = {out} lies among the images of {data}: give a folder elsewhere")
+    for name in data:
+        place = Path(absolute(name or EMBEDDED))
+        if place.is_absolute() and place.is_dir() and out.expanduser().resolve().is_relative_to(place.resolve()):
+            raise UsageError(f"`out` = {out} lies among the images of {name}: give a folder elsewhere")
 
 
 def same_data(name: str | None, other: str) -> bool:
@@ -45,13 +50,21 @@ def same_data(name: str | None, other: str) -> bool:
     return name == other or Path(name or "").expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def open_data_set(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Opened:
+def open_data_set(
+    name: str,
+    data_root: str | Path | None = None,
+    classes: Sequence[str] = (),
+    argument: str = "data",
+    evaluation: Sequence[str] = EVALUATION,
+) -> Opened:
     """Opens a data set with its training split and its test split, if it has one, without decoding images.
 
     Args:
         name: name of the data set, see the module's docstring.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: class folders of a folder or an archive. Empty means that they are found.
+        argument: what names the data set, for messages.
+        evaluation: kinds of splits that may serve as the test split, the preferred one first.
 
     Raises:
         DataError: if the set is missing or cannot be read, or its content is not clear.
@@ -64,12 +77,12 @@ def open_data_set(name: str, data_root: str | Path | None = None, classes: Seque
         return Opened(digits(test=False), lambda: digits(test=True))
     if prefix in ("torch", "hfds"):
         if data_root is None:
-            raise UsageError(f"`data` = {name} needs `data_root`, the folder in which the set lies")
+            raise UsageError(f"`{argument}` = {name} needs `data_root`, the folder in which the set lies")
         if not Path(data_root).is_dir():
             raise DataError(f"`data_root` = {data_root} is not a folder")
         opener = torchvision if prefix == "torch" else hugging_face
         return Opened(opener(name, data_root, test=False), lambda: opener(name, data_root, test=True))
-    return open_files(name, classes)
+    return open_files(name, classes, argument, evaluation)
 
 
 def open_split(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Source:
@@ -90,8 +103,14 @@ def open_split(name: str, data_root: str | Path | None = None, classes: Sequence
     return opened.train
 
 
-def open_test_set(name: str, data_root: str | Path | None = None, classes: Sequence[str] = ()) -> Source:
-    """Opens the images for a final test, without decoding them.
+def open_test_set(
+    name: str,
+    data_root: str | Path | None = None,
+    classes: Sequence[str] = (),
+    argument: str = "test_data",
+    evaluation: Sequence[str] = EVALUATION,
+) -> Source:
+    """Opens images on which accuracy is measured, without decoding them.
 
     These are the images of the evaluation split, or all images of a set without one.
 
@@ -99,16 +118,18 @@ def open_test_set(name: str, data_root: str | Path | None = None, classes: Seque
         name: name of the data set, see the module's docstring.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: as in `open_data_set`.
+        argument: as in `open_data_set`.
+        evaluation: as in `open_data_set`.
 
     Raises:
         DataError: as `open_data_set`.
         UsageError: as `open_data_set`.
     """
-    opened = open_data_set(name, data_root, classes)
+    opened = open_data_set(name, data_root, classes, argument, evaluation)
     if opened.test is not None:
         return opened.test()
     if opened.train is None:
-        raise DataError(f"`test_data` = {name}: {opened.why_no_test}")
+        raise DataError(f"`{argument}` = {name}: {opened.why_no_test}")
     return opened.train
 
 
@@ -119,7 +140,7 @@ def open_apart(
 
     Args:
         name: name of their data set, see the module's docstring.
-        argument: what names them, for messages.
+        argument: what names them: `test_data`, or `holdout_data`, for which a validation split comes first.
         training: the images that are trained on.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: as in `open_data_set`.
@@ -128,11 +149,24 @@ def open_apart(
         DataError: as `open_data_set`.
         UsageError: as `open_data_set`, or if some of them are training images.
     """
-    found = open_test_set(name, data_root, classes)
+    own = Path(name).name.removesuffix(".tar")
+    if argument == HOLDOUT and split_kind(own) == TRAIN:
+        raise UsageError(f"`{argument}` = {name} has the name of a training split: name others, such as those of val")
+    evaluation = (VALIDATION, TEST) if argument == HOLDOUT else EVALUATION
+    found = open_test_set(name, data_root, classes, argument, evaluation)
     if shared := shared_images(training, found):
         many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
         raise UsageError(f"`{argument}` = {name}: {many}these are the images that are trained on; give others")
     return found
+
+
+def fingerprint_of(source: Source, chosen: np.ndarray) -> str:
+    """Returns a short hash of class names, labels, file names and the choice of images."""
+    digest = hashlib.sha256("\0".join(source.classes).encode())
+    digest.update(source.targets.tobytes())
+    digest.update(chosen.tobytes())
+    digest.update("\0".join(source.name(i) for i in range(0, len(chosen), max(1, len(chosen) // 4096))).encode())
+    return digest.hexdigest()[:16]
 
 
 def shared_images(one: Source, other: Source) -> int:

@@ -16,7 +16,8 @@ from ..errors import DataError
 from ..repeats import REPEATS
 from ..words import counted
 from .files import AGAIN, EVALUATED, open_unlabelled
-from .memory import ImageData, Unlabelled, decode_squares
+from .loading import decode_squares, digest_of
+from .memory import ImageData, Unlabelled
 from .sampling import SPLIT_SEED
 from .sources import open_data_set
 from .splits import listed
@@ -89,19 +90,15 @@ def with_unlabelled(
 
 def _apart(pixels: torch.Tensor, data: ImageData) -> _Kept:
     """Leaves out images with the pixels of a labelled image or of an earlier one."""
-    known = {_digest(image): LABELLED for image in data.train.pixels}
-    known |= {_digest(image): HELD_OUT for image in data.holdout.pixels}
+    known = {digest_of(image): LABELLED for image in data.train.pixels}
+    known |= {digest_of(image): HELD_OUT for image in data.holdout.pixels}
     left_out: Counter[str] = Counter()
     stay = []
     for i, image in enumerate(pixels):
-        digest = _digest(image)
+        digest = digest_of(image)
         if digest in known:
             left_out[known[digest]] += 1
         else:
             known[digest] = AGAIN
             stay.append(i)
     return _Kept(pixels if len(stay) == len(pixels) else pixels[stay], left_out)
-
-
-def _digest(image: torch.Tensor) -> bytes:
-    return hashlib.sha256(image.contiguous().numpy().data).digest()

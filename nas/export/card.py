@@ -101,6 +101,10 @@ def _metadata(subject: Subject) -> str:
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
 
 
+CHOSEN = "validation"
+"""The split of test images by which a search chose the network, as the model index names it."""
+
+
 def _foreign(subject: Subject) -> bool:
     """Whether the training may have used weights of somebody else, whose licence is unknown."""
     if subject.trained is None:
@@ -113,7 +117,8 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
     """Returns the accuracy of the weights on each split: name of the split -> accuracy."""
     if subject.trained is not None:
         result = subject.trained.result or {}
-        return {name: share for name in ("test", "holdout") if (share := result.get(name)) is not None}
+        found = {name: share for name in ("test", "holdout") if (share := result.get(name)) is not None}
+        return {CHOSEN if share.get("chosen") else name: share for name, share in found.items()}
     assert subject.trial is not None
     scores, data = subject.trial.scores, subject.data
     if scores.accuracy is None or (subject.run and "accuracy_int8" in subject.run.manifest.config.objectives):
@@ -263,7 +268,11 @@ def _figures(subject: Subject, deployed: Mapping[str, Any] | None) -> list[str]:
     if deployed is not None:
         rows += [f"| parameters{form} | {deployed['params']:,} |"] if form else []
         rows.append(f"| MACs at {height}x{width}{form} | {_count(deployed['macs'], deployed['macs_at_least'])} |")
-    words = {"test": "test images", "holdout": "held-out images"}
+    words = {
+        "test": "test images",
+        "holdout": "held-out images",
+        CHOSEN: "images by which the search chose the network",
+    }
     for split, share in _accuracies(subject).items():
         rows.append(
             f"| top-1 on {share['num_images']:,} {words[split]} | {share['accuracy']:.2f} % "

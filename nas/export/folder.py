@@ -56,6 +56,7 @@ class Settings:
         weights: `trained`, `proxy`, or `auto`, which takes trained weights if there are any.
         data: location of the images; None for their location when the weights were trained.
         data_root: folder of installed data sets, likewise.
+        holdout_data: location of images that a search held out beside these, or of the named test images, likewise.
         latency: conditions under which each file is timed in its own runtime; None times nothing.
         batch: fixed batch size of every file except timm's; None allows any batch size.
         per_stage: whether to quantise one stage at a time too, and to report the error of each (format `int8`).
@@ -72,6 +73,7 @@ class Settings:
     latency: LatencyConfig | None = None
     batch: int | None = None
     per_stage: bool = False
+    holdout_data: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.formats:
@@ -251,7 +253,7 @@ def _is_export(folder: Path) -> bool:
 def _material(subject: Subject, settings: Settings) -> tuple[Material, str]:
     """Returns what the formats are made from and compared on, and a description of the images."""
     try:
-        pictures = load_pictures(subject, settings.data, settings.data_root)
+        pictures = load_pictures(subject, settings.data, settings.data_root, settings.holdout_data)
     except (DataError, UsageError) as error:
         if settings.data is not None:
             raise

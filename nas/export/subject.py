@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..architecture import Candidate, Graft
-from ..data import ImageData, Images, load_data, scaled
+from ..data import Held, ImageData, Images, load_data, scaled
 from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
 from ..folders.attributes import TUNED
@@ -23,7 +23,7 @@ from ..models import create_candidate
 from ..quantisation import CALIBRATION_IMAGES
 from ..scoring.latency import LatencyConfig
 from ..training.batches import evaluation_batches
-from ..training.images import Held, Subset, TrainingData, open_data
+from ..training.images import Subset, TrainingData, open_data
 
 AUTO, PROXY, TRAINED = "auto", "proxy", "trained"
 WEIGHTS = (AUTO, PROXY, TRAINED)
@@ -172,13 +172,16 @@ def load_trained(run: Run, trial: Trial) -> nn.Module:
     return model.eval()
 
 
-def load_pictures(subject: Subject, name: str | None = None, data_root: str | None = None) -> Pictures:
+def load_pictures(
+    subject: Subject, name: str | None = None, data_root: str | None = None, holdout: str | None = None
+) -> Pictures:
     """Loads samples of the images that the weights were trained on, and of unseen ones, to calibrate and to check.
 
     Args:
         subject: the network.
         name: present location of the data set; None for its location when the weights were trained.
         data_root: folder of installed data sets, likewise.
+        holdout: present location of the images that a search held out beside the data set, likewise.
 
     Raises:
         DataError: if the images cannot be read.
@@ -186,19 +189,20 @@ def load_pictures(subject: Subject, name: str | None = None, data_root: str | No
         RunError: if it is another data set.
     """
     if subject.trained is not None:
-        return _pictures_of_training(subject.trained, name, data_root)
+        return _pictures_of_training(subject.trained, name, data_root, holdout)
     assert subject.run is not None
-    pictures, side = _pictures_of_run(subject.run, name, data_root), subject.input_size[1]
+    pictures, side = _pictures_of_run(subject.run, name, data_root, holdout), subject.input_size[1]
     if pictures.unseen.pixels.shape[-1] == side:
         return pictures
     unseen = Images(scaled(pictures.unseen.pixels, side), pictures.unseen.labels)
     return Pictures(scaled(pictures.calibration, side), unseen, pictures.name)
 
 
-def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictures:
+def _pictures_of_run(run: Run, name: str | None, data_root: str | None, holdout: str | None) -> Pictures:
     config = run.manifest.config
     root, classes = data_root or config.data_root, tuple(config.classes)
-    data = _load(name or config.data, config.input_size, root, config.max_images, classes, config.holdout_data)
+    apart = holdout or config.holdout_data
+    data = _load(name or config.data, config.input_size, root, config.max_images, classes, apart)
     if data.fingerprint != run.manifest.data.fingerprint:
         raise RunError(_other_data(data.name, f"run {run.name}"))
     chosen = sample(len(data.holdout), MAX_CHECKED)
@@ -209,12 +213,12 @@ def _pictures_of_run(run: Run, name: str | None, data_root: str | None) -> Pictu
     )
 
 
-def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None) -> Pictures:
+def _pictures_of_training(trained: Trained, name: str | None, data_root: str | None, holdout: str | None) -> Pictures:
     """Takes unseen images from the held-out images, or else from the test split, scaled as in the training."""
     asked, recorded = trained.manifest.asked, trained.manifest.data
     data = open_data(
         name or recorded.name,
-        asked.test_data,
+        holdout or asked.test_data,
         data_root or asked.data_root,
         recorded.side,
         Held.from_dict(recorded.held),

@@ -145,7 +145,7 @@ TRAINED = {
     "seconds": FIGURE,
     "images_per_second": FIGURE,
     "holdout": (_TOP1, None),
-    "test": ({"name": str, **_TOP1}, None),
+    "test": ({"name": str, "chosen?": bool, **_TOP1}, None),
 }
 """The result of a full training: its `result.json`."""
 TRAINED_FRONT = {

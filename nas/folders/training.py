@@ -17,13 +17,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..architecture import Candidate, candidate_from_dict
-from ..data import HOLDOUT_SHARE, SPLIT_SEED, same_data
+from ..data import HOLDOUT_SHARE, SPLIT_SEED, Held, fingerprint_of, open_split, same_data
 from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
 from ..models import create_candidate
@@ -143,6 +143,30 @@ class TrainingManifest(Record):
         return {"format": FORMAT, **self.recorded}
 
 
+class SearchImages(Protocol):
+    """What says which images a search holds out: the configuration of a search or of a calibration."""
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+
+    @property
+    def data_root(self) -> str | None:
+        """Folder of installed data sets."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class folders; empty finds them."""
+
+    @property
+    def max_images(self) -> int:
+        """Largest number of training images."""
+
+    @property
+    def holdout_data(self) -> str | None:
+        """Data set whose images are held out; None holds out a part of the training images."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A training's folder.
@@ -204,20 +228,22 @@ class Trained:
         result: dict[str, Any] = read_json(file, "a training's result", TRAINED, RunError)
         return result
 
-    def spared(self, data: str, max_images: int | None) -> bool:
-        """Whether it was trained on no image that a search holds out.
+    def spared(self, images: SearchImages) -> bool:
+        """Whether it was trained on no image that a search holds out, as far as that is known.
+
+        If the search holds out images that lie elsewhere, this asks whether the training was on images of the training
+        split, as it is now.
 
         Args:
-            data: name of the search's data set.
-            max_images: largest number of images that the search takes, of which it holds out a part. None if it holds
-                out images that lie elsewhere.
+            images: what says which images the search holds out.
         """
-        if not same_data(data, self.manifest.data.name):
-            return False
-        held = self.manifest.data.held
-        return max_images is None or (
-            held["search"] == [max_images, SPLIT_SEED] and float(held["share"]) >= HOLDOUT_SHARE
-        )
+        recorded = self.manifest.data
+        if images.holdout_data is not None:
+            split = open_split(images.data, images.data_root, images.classes)
+            _, rest = Held.from_dict(recorded.held).split(split.targets)
+            return fingerprint_of(split, rest) == recorded.fingerprint
+        searched = recorded.held["search"] == [images.max_images, SPLIT_SEED]
+        return same_data(images.data, recorded.name) and searched and float(recorded.held["share"]) >= HOLDOUT_SHARE
 
     def build(self, **kwargs: Any) -> nn.Module:
         """Builds the network with untrained weights.

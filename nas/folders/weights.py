@@ -6,12 +6,13 @@ Of a checkpoint, only tensors and plain data are read. The average of the weight
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm.models
 import torch
+from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import RunError, one_line
@@ -19,6 +20,8 @@ from ..foreign_files import is_file, why_no_file
 
 SHOWN = 3
 """Largest number of tensors of a kind that a message about a file names."""
+KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Names under which a checkpoint may hold weights, the preferred one first: those of `timm.models.load_state_dict`."""
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 """First bytes of a checkpoint of torch, in the format of today and in that before torch 1.6."""
 _HEADER_AT = 8
@@ -38,10 +41,15 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
     """
     weights = read_weights(file)
     weights = adapt(weights) if adapt else weights
+    own = model.state_dict()
+    if whole := [
+        n for n, t in weights.items() if n in own and own[n].is_floating_point() and not t.is_floating_point()
+    ]:
+        raise RunError(f"{file} holds whole numbers in the place of weights ({whole[0]}): give the weights before that")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        why = _misfit(model.state_dict(), weights) or one_line(str(error), 200)
+        why = _misfit(own, weights) or one_line(str(error), 200)
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
@@ -60,26 +68,47 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not is_file(file, RunError):
         raise RunError(f"no weights at {file}: {why_no_file(file)}")
     try:
-        if not _is_checkpoint(file):
-            found: dict[str, torch.Tensor] = load_file(file)
-            return found
+        if _is_checkpoint(file):
+            return _of_checkpoint(file)
+        found: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, RuntimeError, OSError) as error:
         why = one_line(str(error), 200)
         raise RunError(f"{file} is damaged, or is no safetensors file and no checkpoint of torch ({why})") from None
+    return found
+
+
+def _of_checkpoint(file: Path) -> dict[str, torch.Tensor]:
+    """Reads a checkpoint of torch: weights by name, or a dict that holds them under a usual name.
+
+    Raises:
+        RunError: if it is damaged, or holds something else.
+    """
     try:
-        weights: Any = timm.models.load_state_dict(str(file), weights_only=True)
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):  # timm names the objects in a long text
-            raise RunError(
-                f"{file} holds more than weights and plain data, such as a whole network: it is not read, because that "
-                "may run programs; save `model.state_dict()` instead"
-            ) from None
-        raise RunError(f"{file} is damaged ({one_line(str(error), 200) or type(error).__name__})") from None
-    if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        # timm keeps the settings of a training as a `Namespace`; a path would let its ending choose the format
+        with torch.serialization.safe_globals([Namespace]), file.open("rb") as opened:
+            held: Any = torch.load(opened, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise RunError(
-            f"{file} is a checkpoint of torch, but holds no weights by name: save `model.state_dict()` in it"
-        )
-    return dict(weights)
+            f"{file} is damaged, or holds more than weights and plain data{_objects(file)}. That is not read, because "
+            "it may run programs: save `model.state_dict()` alone"
+        ) from None
+    except (EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} is damaged ({one_line(str(error), 200) or type(error).__name__})") from None
+    if isinstance(held, dict):
+        held = next((held[key] for key in KEYS if held.get(key) is not None), held)
+    if not isinstance(held, dict) or not held or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+        raise RunError(f"{file} is a checkpoint of torch without weights by name: save `model.state_dict()` in it")
+    weights: dict[str, torch.Tensor] = clean_state_dict(held)
+    return weights
+
+
+def _objects(file: Path) -> str:
+    """Names what a checkpoint holds beside plain data, if torch can tell."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError):
+        return ""
+    return f", such as {', '.join(map(str, found[:SHOWN]))}" if found else ""
 
 
 def _is_checkpoint(file: Path) -> bool:

@@ -165,10 +165,14 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
     if parent.weights is None and target.origin.folder is not None:
         if _fits(target.origin.folder, config):
             return _copied(Trained.open(target.origin.folder), out)
+        advice = (
+            "give the weights that its own training began with by `weights`"
+            if config.holdout_data is None
+            else "was it trained on the images of `data`, as they are now?"
+        )
         log.warning(
-            "%s may have been trained on images that this search holds out, and all accuracies are then too high: give "
-            "the weights that its own training began with by `weights`",
-            parent.target,
+            "%s may have been trained on images that this search holds out, and all accuracies are then too high: %s",
+            *(parent.target, advice),
         )
     epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
     held_out = HELD_OUT if config.holdout_data is None else 0.0
@@ -223,8 +227,8 @@ def _same_images(trained: Trained, config: SearchConfig) -> dict[str, bool]:
     """Returns for each setting of a search's images whether a training had the same, and held out the same ones."""
     data = trained.manifest.data
     return {
-        "data": same_data(config.data, data.name),
-        "max_images": trained.spared(config.data, config.split_images),
+        "data": same_data(config.data, data.name) or config.holdout_data is not None,
+        "holdout_data" if config.holdout_data else "max_images": trained.spared(config),
         "input_size": config.input_size in (None, data.side),
     }
 

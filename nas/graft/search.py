@@ -87,7 +87,7 @@ def graft(
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
-    check_outside(out, config.data)
+    check_outside(out, config.data, config.holdout_data, config.unlabelled)
     data = load_images(config)
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
@@ -161,8 +161,7 @@ def _tell_accuracy(trained: Trained, data: ImageData, device: str) -> None:
     )
     if found["low"] < 100 / len(data.classes):
         log.warning(
-            "that is no better than guessing: was it trained on these classes, in this order (%s), and on images of "
-            "%d pixels?",
+            "that may be guessing: was it trained on these classes, in this order (%s), and on images of %d pixels?",
             *(listed(data.classes), data.input_size[1]),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -324,7 +324,7 @@ def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
                 "short": trial.scores.accuracy if trial.scores.accuracy is not None else trial.scores.proxy,
                 "accuracy": final["accuracy"],
                 "final": f"{final['accuracy']:.2f} % [{final['low']:.2f}, {final['high']:.2f}]",
-                "images": counted(final["num_images"], "test image" if result["test"] else "held-out training image"),
+                "images": counted(final["num_images"], _kind(result)),
                 "epochs": result["epochs"],
                 "minutes": result["seconds"] / 60,
             }
@@ -333,6 +333,13 @@ def trained(run: Run, trials: Sequence[Trial]) -> dict[str, Any] | None:
         return None
     rows.sort(key=lambda row: -row["accuracy"])
     return {"rows": rows, "kendall": _kendall(run, rows), "fewest": FEWEST_FOR_KENDALL}
+
+
+def _kind(result: Mapping[str, Any]) -> str:
+    """Names an image on which a finished training was measured."""
+    if result["test"] is None:
+        return "held-out training image"
+    return "held-out image of the search" if result["test"].get("chosen") else "test image"
 
 
 def _kendall(run: Run, rows: Rows) -> str | None:

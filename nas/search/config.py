@@ -152,11 +152,6 @@ class SearchConfig:
         return self.workers if self.engine == "local" else 1
 
     @property
-    def split_images(self) -> int | None:
-        """`max_images`, if the images that are held out are some of these. None if they lie elsewhere."""
-        return self.max_images if self.holdout_data is None else None
-
-    @property
     def device(self) -> str:
         """The device of the first latency target. It also trains, unless `train_device` names another."""
         return self.latency[0].device

@@ -102,7 +102,7 @@ def search(
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
     else:
-        check_outside(config.out, config.data)
+        check_outside(config.out, config.data, config.holdout_data, config.unlabelled)
         if is_training(config.out / PARENT) and not isinstance(config.space, GraftSpace):
             raise UsageError(
                 f"{config.out} holds the parent of a search that was interrupted before its run was created: "

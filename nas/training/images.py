@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +15,17 @@ from torchvision import transforms
 
 from ..data import (
     NOT_MIRRORED,
+    Held,
     Listing,
     Source,
     UnreadableImage,
     channel_statistics,
+    fingerprint_of,
     match_classes,
     native_size,
     open_apart,
     open_data_set,
     quiet,
-    search_split,
-    stratified_split,
 )
 from ..errors import DataError
 from ..repeats import REPEATS
@@ -57,39 +56,6 @@ class Subset:
         return len(self.indices)
 
 
-@dataclass(frozen=True)
-class Held:
-    """How the held-out images of a training split are drawn. These values and the labels of the split determine them.
-
-    Args:
-        share: share of each class that is held out.
-        seed: seed of the draw.
-        search: `max_images` and split seed of a search. The images are then drawn from those that the search held out,
-            because weights that the search trained have not seen them. None draws from all images.
-        untested: whether images are held out only if there is no test split.
-    """
-
-    share: float
-    seed: int
-    search: tuple[int, int] | None = None
-    untested: bool = False
-
-    def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices of the held-out images and the indices of all others."""
-        rng = np.random.default_rng(self.seed)
-        if self.search is None:
-            return stratified_split(labels, self.share, rng)
-        _, pool = search_split(labels, *self.search)
-        wanted = min(1.0, self.share * len(labels) / max(len(pool), 1))
-        held = pool[stratified_split(labels[pool], wanted, rng)[0]]
-        return held, np.setdiff1d(np.arange(len(labels)), held)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Held:
-        """Reads the plain data that `TrainingData.to_dict` writes."""
-        return cls(data["share"], data["seed"], tuple(data["search"]) if data["search"] else None)
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """The images that a network is trained, validated and tested on.
@@ -107,6 +73,7 @@ class TrainingData:
         holdout: the held-out images, which measure the accuracy after each epoch; disjoint from `train`, may be empty.
         test: the images of the final test; None without one.
         held: how `holdout` was drawn.
+        test_chosen: whether a search chose the network by the images of the final test.
         fingerprint: short hash of class names, labels, file names and the choice of training images. It tells data
             sets apart.
         listing: the classes and image counts that were found, and what was skipped.
@@ -126,6 +93,7 @@ class TrainingData:
     held: Held
     fingerprint: str
     listing: Listing
+    test_chosen: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plain data that the manifest of a training keeps."""
@@ -218,7 +186,7 @@ def open_data(
         holdout=Subset(source, aside, labels),
         test=test,
         held=held,
-        fingerprint=_fingerprint(source, rest),
+        fingerprint=fingerprint_of(source, rest),
         listing=source.listing,
     )
 
@@ -227,14 +195,6 @@ def _test_subset(test: Source, training: Source, name: str) -> Subset:
     labels = match_classes(test, training.classes, name)
     REPEATS.once(log, f"final test on {test.listing.line(name)}")
     return Subset(test, np.arange(len(labels)), labels)
-
-
-def _fingerprint(source: Source, rest: np.ndarray) -> str:
-    digest = hashlib.sha256("\0".join(source.classes).encode())
-    digest.update(source.targets.tobytes())
-    digest.update(rest.tobytes())
-    digest.update("\0".join(source.name(i) for i in range(0, len(rest), max(1, len(rest) // 4096))).encode())
-    return digest.hexdigest()[:16]
 
 
 def _statistics(source: Source, indices: np.ndarray, side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

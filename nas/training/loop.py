@@ -316,7 +316,7 @@ class TrainingLoop:
                 "seconds": round(self.seconds, 1),
                 "images_per_second": self.rows[-1]["images_per_second"] if self.rows else 0.0,
                 "holdout": _without_loss(holdout),
-                "test": test and {"name": self.data.test_name, **_without_loss(test)},
+                "test": test and {"name": self.data.test_name, "chosen": self.data.test_chosen, **_without_loss(test)},
             }
         )
 

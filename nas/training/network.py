@@ -83,7 +83,8 @@ def fill(model: nn.Module, weights: Path, other_classes: bool, as_it_is: bool = 
     def fitting(found: dict[str, Any]) -> dict[str, Any]:
         ours = {n for n in found if n in own and n.startswith(classifier)}
         reset = {n for n in ours if other_classes or found[n].shape != own[n].shape}
-        if reset and as_it_is:
+        others = {n: tensor.shape for n, tensor in own.items() if not n.startswith(classifier)}
+        if reset and as_it_is and all(n in found and found[n].shape == shape for n, shape in others.items()):
             theirs, wanted = (len(values[min(reset)]) for values in (found, own))
             differs = f"{theirs} classes, and the images have {wanted}" if theirs != wanted else "other classes"
             raise UsageError(f"{weights} is for {differs}: train it for one epoch or more, not 0")

@@ -16,7 +16,7 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import SPLIT_SEED, check_outside, open_data_set, open_test_set, same_data, shared_images
+from ..data import SPLIT_SEED, Held, check_outside, open_data_set, open_test_set, same_data, shared_images
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.manifest import StoredConfig
@@ -34,7 +34,7 @@ from ..targets import Target, resolve
 from ..words import counted
 from .batches import batch_size, default_workers, steps_per_epoch
 from .config import TrainConfig
-from .images import Held, TrainingData, open_data
+from .images import Subset, TrainingData, open_data
 from .loop import Step, TrainingLoop
 from .manifest import as_begun, check_same, chosen_before, manifest_of
 from .network import build, check_batch, check_sides, fill, teacher_of
@@ -92,7 +92,7 @@ def _train(
     data, other_classes = _open(config, target, weights)
     out = config.out or _folder(config, target)
     if not is_training(out):
-        check_outside(out, data.name)
+        check_outside(out, config.data, config.test_data)
     with contextlib.ExitStack() as folder:
         if processes.first:
             folder.enter_context(locked_folder(out, MANIFEST, "training"))
@@ -143,6 +143,9 @@ def _open(config: TrainConfig, target: Target, weights: Path | None) -> tuple[Tr
         with_test=config.search_images is None,
         classes=config.classes,
     )
+    data = replace(data, test_chosen=_chosen_by(config, target, data.test))
+    if config.recipe.untrained and config.search_images is None and data.test is None and not len(data.holdout):
+        log.warning("no accuracy is measured, because these weights may have seen all images: give `test_data`")
     other_classes = weights == target.origin.weights and tuple(known.get("classes", data.classes)) != data.classes
     if other_classes:
         message = f"The weights of {target.name} were trained on other classes, so the classifier starts from zero."
@@ -212,23 +215,39 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
         if config.data is None:
             config = replace(config, data=of_run.data, data_root=config.data_root or of_run.data_root)
             config = replace(config, classes=config.classes or tuple(of_run.classes))
-        if config.test_data is None and of_run.holdout_data is not None and same_data(config.data, of_run.data):
-            config = replace(config, test_data=_tested_on(config, of_run))
+        of_search = _searched(config, target)
+        untested = of_search is not None and config.test_data is None
+        if of_search and untested and open_data_set(of_search.data, config.data_root, config.classes).test is None:
+            config = replace(config, test_data=of_search.holdout_data)  # `open_data` names it if it lies elsewhere now
+    elif config.data is None and target.origin.folder is not None and is_training(target.origin.folder):
+        asked = Trained.open(target.origin.folder).manifest.asked
+        config = replace(config, data=asked.data, data_root=config.data_root or asked.data_root)
+        config = replace(config, test_data=config.test_data or asked.test_data, classes=tuple(asked.classes))
     size = target.origin.data["input_size"][1] if "input_size" in target.origin.data else None
     return replace(config, data=config.data or "digits", input_size=config.input_size or size)
 
 
-def _tested_on(config: TrainConfig, of_run: StoredConfig) -> str | None:
-    """Returns what a search held out beside its data set, if that has no test split. None if it has one."""
-    assert of_run.holdout_data is not None
-    test = open_data_set(of_run.data, config.data_root, config.classes).test
-    held_out = open_test_set(of_run.holdout_data, config.data_root, config.classes)
-    if test is None or shared_images(test(), held_out):
-        log.info(
-            "the final test is on %s, by which the search chose this network: expect a little less on new images",
-            of_run.holdout_data,
-        )
-    return of_run.holdout_data if test is None else None
+def _searched(config: TrainConfig, target: Target) -> StoredConfig | None:
+    """Returns the configuration of the search that found a network, if it held out images beside these ones."""
+    if not target.run or target.origin.folder is None:
+        return None
+    of_run = Run.open(target.origin.folder).manifest.config
+    return of_run if of_run.holdout_data is not None and same_data(config.data, of_run.data) else None
+
+
+def _chosen_by(config: TrainConfig, target: Target, test: Subset | None) -> bool:
+    """Whether a search chose the network by images of the final test. Says so."""
+    of_run = _searched(config, target)
+    if of_run is None or of_run.holdout_data is None or test is None:
+        return False
+    chosen = config.test_data == of_run.holdout_data
+    if not chosen:
+        with contextlib.suppress(DataError):  # they may lie elsewhere now
+            chosen = shared_images(test.source, open_test_set(of_run.holdout_data, config.data_root)) > 0
+    if chosen:
+        message = "the final test is on images by which the search chose this network: expect a little less on new ones"
+        REPEATS.once(log, message)
+    return chosen
 
 
 def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
@@ -238,7 +257,8 @@ def _held(config: TrainConfig, target: Target, weights: Path | None) -> Held:
     if config.search_images is not None:
         return replace(held, search=(config.search_images, SPLIT_SEED))
     if weights is None or weights != target.origin.weights or target.origin.folder is None:
-        return held
+        unseen = weights is None or not config.recipe.untrained
+        return held if unseen else replace(held, share=0.0)
     if target.run:
         of_run = Run.open(target.origin.folder).manifest.config
         if not same_data(config.data, of_run.data):
@@ -270,7 +290,8 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
 
 def _folder(config: TrainConfig, target: Target) -> Path:
     if target.run and target.origin.folder is not None and target.architecture is not None:
-        return target.origin.folder / "trained" / target.architecture.key
+        folder = "tested" if config.recipe.untrained else "trained"
+        return target.origin.folder / folder / target.architecture.key
     plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(target.name).name.replace("timm:", ""))
     return RESULTS / f"train-{plain}-{Path(config.data or '').stem}"
 
