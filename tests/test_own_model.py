@@ -226,6 +226,8 @@ def test_without_epochs_a_network_is_only_tested(root: Path, weights: Path, tmp_
     )
     assert trained.result is not None
     assert trained.result["test"]["num_images"] == 8
+    again = train(TrainConfig(str(trained.path), untrained, device="cpu", workers=0, out=tmp_path / "again"))
+    assert again.result == trained.result, "its own images are the default"
     with pytest.raises(UsageError, match="only tests trained weights"):
         train(replace(asked, out=tmp_path / "none"))
     save_file(timm.create_model(MODEL, num_classes=5).state_dict(), tmp_path / "five.safetensors")
