@@ -34,6 +34,8 @@ from nas.training.work import TrainConfig, train
 
 MODEL = "test_convnext"
 SIDE = 32
+COUNTS = {"train": 8, "val": 3, "test": 4}
+"""Images of each class by split."""
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +346,18 @@ def test_a_form_is_trained_on_all_images_and_tested_on_the_held_out_ones(
     assert trained.result["test"]["chosen"]
     assert "by which the search chose this network" in caplog.text
     assert "8 images by which the search chose the network" in export_to_timm(trained)
+
+
+def test_a_split_that_the_search_left_alone_is_a_test(config: SearchConfig, tmp_path: Path) -> None:
+    build(tmp_path, [f"set/{split}/{label}/{split}*{n}.png" for split, n in COUNTS.items() for label in ("a", "b")])
+    images = str(
+        tmp_path / "set"
+    )  # for the search that means its validation split, and for the training its test split
+    found = search(replace(config, data=images, holdout_data=images, trials=1, epochs=1, out=tmp_path / "run"))
+    trained = train(TrainConfig(f"{found.path}@{found.front()[0].key}", Auto(("epochs=1",)), device="cpu", workers=0))
+    assert found.manifest.data.num_holdout == 2 * COUNTS["val"]
+    assert trained.result is not None
+    assert (trained.result["test"]["num_images"], trained.result["test"]["chosen"]) == (2 * COUNTS["test"], False)
 
 
 def export_to_timm(trained: Trained) -> str:

@@ -108,23 +108,23 @@ def open_test_set(
     data_root: str | Path | None = None,
     classes: Sequence[str] = (),
     argument: str = "test_data",
-    evaluation: Sequence[str] = EVALUATION,
 ) -> Source:
     """Opens images on which accuracy is measured, without decoding them.
 
-    These are the images of the evaluation split, or all images of a set without one.
+    These are the images of an evaluation split, or all images of a set without one. For `holdout_data` the validation
+    split comes first, and the test split for all others.
 
     Args:
         name: name of the data set, see the module's docstring.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: as in `open_data_set`.
         argument: as in `open_data_set`.
-        evaluation: as in `open_data_set`.
 
     Raises:
         DataError: as `open_data_set`.
         UsageError: as `open_data_set`.
     """
+    evaluation = (VALIDATION, TEST) if argument == HOLDOUT else EVALUATION
     opened = open_data_set(name, data_root, classes, argument, evaluation)
     if opened.test is not None:
         return opened.test()
@@ -140,7 +140,7 @@ def open_apart(
 
     Args:
         name: name of their data set, see the module's docstring.
-        argument: what names them: `test_data`, or `holdout_data`, for which a validation split comes first.
+        argument: what names them, `test_data` or `holdout_data`.
         training: the images that are trained on.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: as in `open_data_set`.
@@ -152,8 +152,7 @@ def open_apart(
     own = Path(name).name.removesuffix(".tar")
     if argument == HOLDOUT and split_kind(own) == TRAIN:
         raise UsageError(f"`{argument}` = {name} has the name of a training split: name others, such as those of val")
-    evaluation = (VALIDATION, TEST) if argument == HOLDOUT else EVALUATION
-    found = open_test_set(name, data_root, classes, argument, evaluation)
+    found = open_test_set(name, data_root, classes, argument)
     if shared := shared_images(training, found):
         many = "" if shared == len(found.targets) else f"{shared:,} of {len(found.targets):,} of "
         raise UsageError(f"`{argument}` = {name}: {many}these are the images that are trained on; give others")

@@ -16,7 +16,7 @@ import timm
 from torch import distributed
 
 from ..architecture import Graft
-from ..data import SPLIT_SEED, Held, check_outside, open_data_set, open_test_set, same_data, shared_images
+from ..data import HOLDOUT, SPLIT_SEED, Held, check_outside, open_data_set, open_test_set, same_data, shared_images
 from ..errors import DataError, NasError, UsageError
 from ..folders.files import PARENT, locked_folder, write_file
 from ..folders.manifest import StoredConfig
@@ -243,7 +243,8 @@ def _chosen_by(config: TrainConfig, target: Target, test: Subset | None) -> bool
     chosen = config.test_data == of_run.holdout_data
     if not chosen:
         with contextlib.suppress(DataError):  # they may lie elsewhere now
-            chosen = shared_images(test.source, open_test_set(of_run.holdout_data, config.data_root)) > 0
+            held_out = open_test_set(of_run.holdout_data, config.data_root, argument=HOLDOUT)
+            chosen = shared_images(test.source, held_out) > 0
     if chosen:
         message = "the final test is on images by which the search chose this network: expect a little less on new ones"
         REPEATS.once(log, message)
