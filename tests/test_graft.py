@@ -1271,13 +1271,13 @@ def test_a_form_is_no_parent(run: Run, config: SearchConfig, tmp_path: Path) -> 
 
 def test_the_parent_holds_out_what_the_search_holds_out(run: Run, tmp_path: Path) -> None:
     trained = Trained.open(run.path / "parent")
-    most = run.manifest.config.max_images
-    assert trained.spared("digits", most)
-    assert not trained.spared("digits", most + 1)
+    config = SearchConfig.from_run(run)
+    assert trained.spared(config)
+    assert not trained.spared(replace(config, max_images=config.max_images + 1))
     manifest = json.loads((trained.path / "train.json").read_text())
     manifest["data"]["held"]["share"] = 0.1  # as `mixnas train RUN@KEY` holds out
     (tmp_path / "train.json").write_text(json.dumps(manifest))
-    assert not Trained.open(tmp_path).spared("digits", most)
+    assert not Trained.open(tmp_path).spared(config)
     assert trained.manifest.data.held["search"][0] == run.manifest.config.max_images
     assert trained.manifest.data.num_holdout == run.manifest.data.num_holdout
     assert manifest["data"]["test"] is None, "a search reads no test image"

@@ -9,61 +9,75 @@ import click
 
 from .. import defaults
 from ..errors import NasError, one_line
-from .options import STORAGE, command, names, option
+from .options import IMAGES, LATENCY, STORAGE, command, names, option
 from .printing import new_table, print_json, print_message, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+FILES = "Files to write"
+
 
 @command("export")
 @click.argument("path", metavar="RUN|TRAINING", type=click.Path(path_type=Path))
-@STORAGE
 @option(
     "--arch",
     "keys",
     multiple=True,
     metavar="KEY",
+    section=FILES,
     help="Key of an architecture of the run, or the start of the key; repeatable.",
 )
-@option("--all", "everything", is_flag=True, help="Export every point of the run's front.")
+@option("--all", "everything", is_flag=True, section=FILES, help="Export every point of the run's front.")
 @option(
     "--format",
     "formats",
     default="timm",
     callback=names,
     metavar="NAME,…",
+    section=FILES,
     help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), litert (.tflite), litert-int8, ncnn, "
     "executorch, coreml (not run by Core ML). The timm files are always written.",
 )
 @option(
     "--weights",
     default="auto",
+    section=FILES,
     help="trained, proxy (from the search's short training), or auto: trained if `train` has finished, else proxy.",
 )
 @option(
     "--batch",
     type=int,
     metavar="N",
+    section=FILES,
     help="Fixed batch size of all other files than timm's, which some devices need.  [default: any number; coreml, "
     "litert and executorch: 1]",
 )
 @option(
     "--per-stage",
     is_flag=True,
+    section=FILES,
     help="For int8, also quantise one stage at a time and report the error of each. With images of 224 pixels, this "
     "takes a minute or more.",
 )
-@option("--data", help="Current place of the images.  [default: their place at the time of training]")
-@option("--data-root", help="Current folder of torch/NAME and hfds/NAME sets.")
-@option("--holdout-data", help="Current place of the images of --holdout-data or --test-data.")
-@option("--measure/--no-measure", default=True, help="Time each file in its runtime.")
-@option("--device", default="cpu", help="Device on which files are timed.")
-@option("--threads", type=int, help="CPU threads of the timed files.  [default: the run's, else torch's own]")
-@option("--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, help="Seconds to time one file.")
+@option("--data", section=IMAGES, help="Current place of the images.  [default: their place at the time of training]")
+@option("--data-root", section=IMAGES, help="Current folder of torch/NAME and hfds/NAME sets.")
+@option("--holdout-data", section=IMAGES, help="Current place of the images of --holdout-data or --test-data.")
+@option("--measure/--no-measure", default=True, section=LATENCY, help="Time each file in its runtime.")
+@option("--device", default="cpu", section=LATENCY, help="Device on which files are timed.")
+@option(
+    "--threads",
+    type=int,
+    section=LATENCY,
+    help="CPU threads of the timed files.  [default: the run's, else torch's own]",
+)
+@option(
+    "--latency-seconds", type=float, default=defaults.LATENCY_SECONDS, section=LATENCY, help="Seconds to time one file."
+)
 @option(
     "--out", type=click.Path(path_type=Path), help="Folder for the exports.  [default: exports in the folder given]"
 )
+@STORAGE
 @option("--json", "as_json", is_flag=True, help="Print folders, files and failures as JSON.")
 def export_command(
     path: Path,

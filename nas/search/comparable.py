@@ -56,10 +56,9 @@ def evaluator_of(run: Run, config: SearchConfig, tunes: bool = False) -> tuple[E
     """
     data = load_images(config, unlabelled=tunes or ESTIMATORS[config.proxy].needs != PARENT)
     if data.fingerprint != run.manifest.data.fingerprint:
-        apart = "" if config.holdout_data is None else f" with {config.holdout_data}"
         name = "`data`" if config.holdout_data is None else "`data` and `holdout_data`"
         raise RunError(
-            f"{config.data}{apart} is not the data of {run.name} (another fingerprint): give the right one by {name}"
+            f"{config.data} is not the data of {run.name}: its fingerprint differs; give the right one by {name}"
         )
     evaluator = make_evaluator(config, data, teaches=config.only != MEASURE)
     evaluator = replace(evaluator, references=references_of(run, evaluator))
@@ -268,8 +267,8 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
     for name, values in changed_conditions(run, conditions).items():
         if name == "data":
             raise RunError(
-                f"cannot resume {run.path}: its images are others, so scores would differ; give those by `data` "
-                "(and `holdout_data`, if it has some), or give another `out`"
+                f"cannot resume {run.path}: it was begun with data other than these images, so scores would differ; "
+                "give those by `data` (and `holdout_data`, if it has some), or give another `out`"
             )
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
         name = {"also": "further targets"}.get(name, name)
