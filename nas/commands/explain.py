@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..architecture import Graft
 from ..errors import UsageError
 from .options import JSON, STORAGE, command, option
 from .printing import fits, new_table, print_json, print_table, program
@@ -115,9 +114,11 @@ def _print_parts(found: Explanation) -> None:
     targets = [target for target in found.run.targets if all(target in part.latency for part in found.parts)]
     table = _parts_table(found, targets, intervals=True)
     print_table(table if fits(table) else _parts_table(found, targets, intervals=False))
-    if not targets and not isinstance(found.trial.architecture, Graft):  # `measure` times no parts of a graft
+    if not targets:
         of = shlex.quote(f"{found.run.path}@{found.trial.key}")
-        click.echo(f"its parts were not timed: {program()} measure {of} --per-stage does")
+        click.echo(
+            f"the search did not time its parts; this prints their latencies: {program()} measure {of} --per-stage"
+        )
 
 
 def _parts_table(found: Explanation, targets: Sequence[str], intervals: bool) -> Table:

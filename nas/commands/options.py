@@ -211,7 +211,8 @@ SEARCH_IMAGES = together(
         "--holdout-data",
         metavar="DATA",
         section=IMAGES,
-        help="Measure accuracy on these images, such as photos/val, at most --images.  [default: a quarter of --data]",
+        help="Measure accuracy on these images, such as photos/val; --images limits them too.  "
+        "[default: a quarter of --data]",
     ),
     option("--input-size", type=int, section=IMAGES, help="Side of the images in pixels.  [default: the data's own]"),
 )

@@ -86,7 +86,9 @@ def _load(
         REPEATS.once(log, f"held out: {apart.listing.line(holdout_data)}")
         if absent := sorted(set(source.classes) - set(apart.classes)):
             REPEATS.once(
-                log, f"{holdout_data} has no images of {listed(absent)}, so accuracy is blind for that", logging.WARNING
+                log,
+                f"{holdout_data} has no images of {listed(absent)}, so accuracy says nothing about that",
+                logging.WARNING,
             )
         rest, held = (
             stratified_sample(targets, max_images, np.random.default_rng(seed))

@@ -24,6 +24,9 @@ from .card_files import files_section
 from .escaping import as_text, machine_text, plain
 from .subject import Subject
 
+CHOSEN = "validation"
+"""The split of test images by which a search chose the network, as the model index names it."""
+
 
 def model_card(subject: Subject, report: Mapping[str, Any], package: str) -> str:
     """Writes the model card as Markdown, with the metadata that Hugging Face reads.
@@ -99,10 +102,6 @@ def _metadata(subject: Subject) -> str:
             }
         ]
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
-
-
-CHOSEN = "validation"
-"""The split of test images by which a search chose the network, as the model index names it."""
 
 
 def _foreign(subject: Subject) -> bool:

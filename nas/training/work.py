@@ -218,7 +218,7 @@ def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:
         of_search = _searched(config, target)
         untested = of_search is not None and config.test_data is None
         if of_search and untested and open_data_set(of_search.data, config.data_root, config.classes).test is None:
-            config = replace(config, test_data=of_search.holdout_data)  # `open_data` names it if it lies elsewhere now
+            config = replace(config, test_data=of_search.holdout_data)
     elif config.data is None and target.origin.folder is not None and is_training(target.origin.folder):
         asked = Trained.open(target.origin.folder).manifest.asked
         config = replace(config, data=asked.data, data_root=config.data_root or asked.data_root)
