@@ -296,7 +296,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
                 sent = True
         assert process.wait(timeout=60) == 130
     os.close(ours)
-    text = said.decode()
+    text = said.decode(errors="replace")  # the signal may come within a character of a frame
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert "Traceback" not in text
     assert f"search --out {tmp_path / 'run'}" in text.rpartition("\x1b[?25h")[2].replace("\r\n", "")
