@@ -59,12 +59,13 @@ from nas.graft.forms import outclassed
 from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
 from nas.graft.parent import train_parent
+from nas.graft.refit import DAMPING, leave_out, refits
 from nas.graft.shortlist import shortlist
 from nas.models.create import create_candidate
 from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
-from nas.models.widths import importances, inner_channels, narrow_layers
+from nas.models.widths import Refit, inner_channels, narrow_layers
 from nas.objectives.objectives import OBJECTIVES
 from nas.report.html import report
 from nas.report.plots import plot
@@ -379,8 +380,9 @@ def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) ->
     chosen = tuple(replace(own, width=own.width // 2) for own in inner)
     form = create_graft(Graft(name, size[1], narrowed=chosen), 7).eval()
     narrow, images = copy.deepcopy(parent), torch.randn(2, *size)
-    for own in chosen:
-        narrow_layers(narrow, own)
+    stays = {own: torch.randperm(2 * own.width)[: own.width].sort().values for own in chosen}
+    for own, kept in stays.items():
+        narrow_layers(narrow, own, Refit(kept, parent.get_parameter(f"{own.consumer}.weight")[:, kept]))
     form.load_state_dict(narrow.state_dict())
 
     def zeros(kept: torch.Tensor, dim: int) -> Callable:
@@ -391,9 +393,8 @@ def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) ->
 
         return hook
 
-    for own in chosen:
+    for own, kept in stays.items():
         layers = [parent.get_submodule(path) for path in (own.producer, *own.between, own.consumer)]
-        kept = importances(layers).topk(own.width).indices
         for layer in layers[1:]:  # also before squeeze-and-excitation, which sees all channels
             layer.register_forward_pre_hook(zeros(kept, -1 if isinstance(layers[0], torch.nn.Linear) else 1))
     with torch.inference_mode():
@@ -402,20 +403,65 @@ def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) ->
     assert sum(p.numel() for p in form.parameters()) < sum(p.numel() for p in parent.parameters())
 
 
-def test_the_channels_that_stay_are_the_most_important() -> None:
-    """Without a norm, that is the weights that compute a channel, times the weights that read it."""
+def test_more_channels_than_there_are_cannot_stay() -> None:
     mlp = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
     network = torch.nn.Sequential(mlp)
-    with torch.no_grad():
-        mlp[0].weight.copy_(torch.tensor([[1.0], [-3.0], [2.0], [0.1]]))
-        mlp[2].weight.copy_(torch.tensor([[3.0, 1.0, 0.0, 9.0], [4.0, 0.0, -1.0, 0.0]]))  # norms 5, 1, 1, 9
     narrow_layers(network, Narrowing("0.0", ("0.1",), "0.2", 2))
-    assert mlp[0].weight.flatten().tolist() == [1.0, -3.0]  # 5 and 3 against 2 and 0.9
-    assert mlp[2].weight.tolist() == [[3.0, 1.0], [4.0, 0.0]]
     with pytest.raises(UsageError, match="cannot keep 3"):
         narrow_layers(network, Narrowing("0.0", ("0.1",), "0.2", 3))
     with pytest.raises(UsageError, match="no inner channels"):
         narrow_layers(network, Narrowing("0.0", (), "0.9", 1))
+
+
+def test_what_stays_makes_up_for_what_goes() -> None:
+    """For each width, the weights are those of a regression of what was read on the channels that stay."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 5, generator=generator) @ torch.randn(5, 24, generator=generator)
+    seen = (hidden + 0.3 * torch.randn(400, 24, generator=generator)).relu().double()
+    weights = torch.randn(24, 7, generator=generator).double()
+    found = list(leave_out(weights, seen.T @ seen / 400, (12, 4, 20, 20)))
+    assert [width for width, _, _ in found] == [20, 12, 4]
+    floor = DAMPING * seen.square().mean()
+    for width, kept, fitted in found:
+        assert kept.tolist() == sorted(set(kept.tolist()))
+        assert len(kept) == width
+        # the damping is a pull towards what the weights were: as if each channel also came alone, `floor` in size
+        alone = torch.eye(24, dtype=torch.float64) * (400 * floor).sqrt()
+        rows = torch.cat([seen, alone])
+        wanted = torch.linalg.lstsq(rows[:, kept], rows @ weights).solution
+        assert torch.allclose(fitted, wanted, atol=1e-8)
+    twin = torch.cat([seen[:, :12], seen[:, :12]], dim=1)  # each channel twice: half of them are not needed
+    ((_, kept, fitted),) = leave_out(weights, twin.T @ twin / 400, (12,))
+    assert sorted(int(k) % 12 for k in kept) == list(range(12))
+    lost = (twin[:, kept] @ fitted - twin @ weights).square().mean() / (twin @ weights).square().mean()
+    assert lost < 1e-3
+
+
+@table("name", ["mobilenetv3_small_050", "test_vit", "test_convnext"])
+def test_a_narrower_layer_returns_nearly_what_the_whole_one_returns(name: str, images: ImageData) -> None:
+    """A convolution, a linear layer on tokens, one on a map: against the same channels with the weights they had."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **({"img_size": 32} if name == "test_vit" else {})).eval()
+    (*_, own) = inner_channels(model, images.input_size)
+    half = replace(own, width=own.width // 2)
+    found = refits(model, [half, replace(own, width=own.width // 4)], images, "cpu")
+    assert {each.width for each in found} == {own.width // 2, own.width // 4}
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (images.mean, images.std))
+    pixels = (images.train.pixels[:32].float() / 255 - shift) / scale
+
+    def read(refit: Refit | None) -> torch.Tensor:
+        network, seen = copy.deepcopy(model), []
+        if refit is not None:
+            narrow_layers(network, half, refit)
+        network.get_submodule(own.consumer).register_forward_hook(lambda _, given, returned: seen.append(returned))
+        with torch.inference_mode():
+            network(pixels)
+        return seen[0]
+
+    kept, whole = found[half].kept, read(None)
+    cut = Refit(kept, model.get_parameter(f"{own.consumer}.weight").detach()[:, kept])
+    fitted, unfitted = ((read(refit) - whole).square().mean() for refit in (found[half], cut))
+    assert fitted < 0.7 * unfitted
 
 
 # As a space
@@ -632,9 +678,10 @@ def test_losses_are_those_of_the_network_and_belong_to_its_images(images: ImageD
 def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path) -> None:
     """All knobs are harmless but one: what is fastest without it is on the list, and the parent is its slow end."""
     model = timm.create_model(PARENT, num_classes=10).eval()
-    parent = Parent(Graft(PARENT, 32), model.state_dict(), images.classes, images.mean, images.std)
     inner = tuple((own,) for own in inner_channels(model, (3, 32, 32))[-2:])
     space = GraftSpace("s", "", PARENT, (("stages.2.blocks.1", "stages.2.blocks.2"),), (32,), (), inner)
+    narrower = refits(model, space.narrowings, images, "cpu")
+    parent = Parent(space.whole, model.state_dict(), images.classes, images.mean, images.std, refits=narrower)
     harms = Harms(parent, images, "cpu", tmp_path)
     for knob, choices in space.knobs.items():
         for place, choice in enumerate(choices):

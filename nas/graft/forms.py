@@ -15,6 +15,7 @@ from ..architecture import Architecture, Graft, Narrowing, Replacement, key_of
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
+from ..folders.refits import has_refits, load_refits, save_refits
 from ..folders.training import Trained
 from ..models.parts import droppable, places
 from ..models.widths import inner_channels
@@ -26,6 +27,7 @@ from .distil import Behind, Distillation, distil, multiply_adds
 from .donors import Donor
 from .harms import Harms
 from .options import Library
+from .refit import refits
 from .shortlist import shortlist
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,11 @@ def space_of(
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    harms = Harms(replace(of_parent, ours=ours), data, offer.how.device, trained.path, of)
+    if space.narrowings and not has_refits(trained.path, of):
+        log.info("fitting %d narrower layers to answer like the whole ones", len(space.narrowings))
+        save_refits(trained.path, refits(model, space.narrowings, data, offer.how.device), of)
+    narrower = load_refits(trained.path, space.narrowings, of_parent.weights)
+    harms = Harms(replace(of_parent, ours=ours, refits=narrower), data, offer.how.device, trained.path, of)
     return space, shortlist(space, harms, latency, most_share)
 
 

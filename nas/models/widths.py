@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -25,6 +26,19 @@ LEAST = 16
 """Least number of inner channels that can become fewer."""
 
 
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """How inner channels of a trained network become fewer.
+
+    Args:
+        kept: which channels stay, in their order: int64, of shape (width,).
+        weight: the consumer's weights for them, in the shape that its weights then have.
+    """
+
+    kept: torch.Tensor
+    weight: torch.Tensor
+
+
 def inner_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Narrowing, ...]:
     """Finds the inner channels of a network's blocks, each with all its channels.
 
@@ -35,8 +49,14 @@ def inner_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[
     return tuple(_all_proven(model, _chains(model, input_size), input_size))
 
 
-def narrow_layers(model: nn.Module, spec: Narrowing) -> None:
-    """Leaves out inner channels, in place. The channels with the largest weights stay, in their order.
+def narrow_layers(model: nn.Module, spec: Narrowing, refit: Refit | None = None) -> None:
+    """Leaves out inner channels, in place.
+
+    Args:
+        model: the network.
+        spec: the channels, and how many stay.
+        refit: which of them stay, and the weights that read them. None keeps the first ones: without trained weights
+            no channel is better than another.
 
     Raises:
         UsageError: if the network has no such layers, or not so many channels.
@@ -46,27 +66,9 @@ def narrow_layers(model: nn.Module, spec: Narrowing) -> None:
     if spec.width > width:
         raise UsageError(f"{spec.producer} has {width} channels, a graft cannot keep {spec.width}")
     if spec.width < width:
-        kept = importances(layers).topk(spec.width).indices.sort().values
-        _keep(layers, kept)
-
-
-def importances(layers: Sequence[nn.Module]) -> torch.Tensor:
-    """Returns how much each inner channel may contribute: the norm of the weights that read it, times its size.
-
-    After a batch norm, the size of a channel is the root of the mean of its squares, from the norm's weight and bias;
-    without one, it is the norm of the weights that compute it.
-
-    Args:
-        layers: producer, layers between, consumer.
-
-    Returns:
-        A tensor of shape (channels,).
-    """
-    read = layers[-1].weight.detach().transpose(0, 1).flatten(1).norm(dim=1)
-    norms = [layer for layer in layers if isinstance(layer, _BatchNorm) and layer.affine]
-    if norms:
-        return read * (norms[-1].weight.detach() ** 2 + norms[-1].bias.detach() ** 2).sqrt()
-    return read * layers[0].weight.detach().flatten(1).norm(dim=1)
+        _keep(layers, torch.arange(spec.width) if refit is None else refit.kept)
+        if refit is not None:
+            layers[-1].weight.data.copy_(refit.weight)
 
 
 def _chains(model: nn.Module, input_size: tuple[int, int, int]) -> list[Narrowing]:

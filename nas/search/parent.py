@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architecture import Graft, Replacement
+from ..architecture import Graft, Narrowing, Replacement
 from ..data import ImageData
 from ..errors import RunError
 from ..fingerprint import fingerprint
 from ..folders.files import PARENT
 from ..folders.library import LIBRARY, load_weights, weights_file
+from ..folders.refits import load_refits
 from ..folders.training import Trained, is_training
 from ..models import create_graft
 from ..models.grafts import StandIn
-from ..models.widths import narrow_layers
+from ..models.widths import Refit, narrow_layers
 from ..space import GraftSpace
 
 
@@ -33,6 +34,7 @@ class Parent:
         mean: mean of the channels by which its images are normalised, on a scale of 0 to 1.
         std: standard deviation of the channels, likewise.
         ours: weights of the layers of ours that may stand in the parent, by their names in it.
+        refits: inner channels that may become fewer -> which ones stay, and the weights that read them.
     """
 
     whole: Graft
@@ -41,22 +43,25 @@ class Parent:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ours: Mapping[Replacement, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    refits: Mapping[Narrowing, Refit] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Short hash of all weights: the same parent with other weights gives other scores."""
-        return fingerprint(self.weights, *(self.ours[own] for own in sorted(self.ours, key=Replacement.to_json)))
+        ours = (self.ours[own] for own in sorted(self.ours, key=Replacement.to_json))
+        narrow = sorted(self.refits.items(), key=lambda item: (item[0].producer, item[0].width))
+        return fingerprint(self.weights, *ours, *({"kept": r.kept, "weight": r.weight} for _, r in narrow))
 
     def assemble(self, graft: Graft) -> nn.Module:
         """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.
 
-        Of inner channels that become fewer, those with the largest weights stay.
+        Where inner channels become fewer, the layer that reads them gets weights that make up for those that go.
         """
         model = create_graft(replace(graft, narrowed=()), len(self.classes))
         ours = {f"{own.paths[0]}.{name}": t for own in graft.replaced for name, t in self.ours[own].items()}
         model.load_state_dict({name: ours[name] if name in ours else self.weights[name] for name in model.state_dict()})
         for narrowing in graft.narrowed:
-            narrow_layers(model, narrowing)
+            narrow_layers(model, narrowing, self.refits[narrowing])
         return model
 
     def normalised(self, data: ImageData) -> ImageData:
@@ -74,7 +79,7 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     """Reads the parent of a run.
 
     Raises:
-        RunError: if the run holds no trained parent, or layers of ours that the space offers are missing.
+        RunError: if the run holds no trained parent, or if layers of ours or weights of narrower layers are missing.
     """
     if not is_training(run_path / PARENT):
         raise RunError(
@@ -87,7 +92,8 @@ def open_parent(run_path: Path, space: GraftSpace) -> Parent:
     if missing := sorted(set(create_graft(space.whole, len(data.classes)).state_dict()) ^ set(weights)):
         raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
     ours = {own: _ours(run_path / PARENT / LIBRARY, own) for own in space.replacements}
-    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours)
+    refits = load_refits(run_path / PARENT, space.narrowings, weights)
+    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours, refits)
 
 
 def _ours(folder: Path, own: Replacement) -> Mapping[str, torch.Tensor]:

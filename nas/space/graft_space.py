@@ -136,6 +136,15 @@ class GraftSpace:
         """All layers of ours that may stand somewhere."""
         return tuple(own for place in self.places for option in place for own in option)
 
+    @cached_property
+    def narrowings(self) -> tuple[Narrowing, ...]:
+        """All inner channels with each number of them that may stay, where some go."""
+        every = (
+            replace(own, width=fewer(own.width, share)) for group in self.inner for own in group for share in WIDTHS[1:]
+        )
+        full = {own for group in self.inner for own in group}
+        return tuple(own for own in dict.fromkeys(every) if own not in full)
+
     def decode(self, choices: Mapping[str, Choice]) -> Graft:
         """Returns the graft for one choice per knob.
 
