@@ -78,7 +78,7 @@ from nas.search.cheap import known_beforehand
 from nas.search.comparable import evaluator_of
 from nas.search.config import local_config, worker_config
 from nas.search.evaluate import TRAIN, Role
-from nas.search.parent import Parent
+from nas.search.parent import Parent, open_parent
 from nas.search.race import winners
 from nas.search.study import join, work
 from nas.space import FORMS, GraftSpace, space_from_dict
@@ -469,10 +469,10 @@ def test_a_narrower_layer_returns_nearly_what_the_whole_one_returns(name: str, i
 
 def test_a_space_with_our_layers_keeps_the_contract_of_spaces() -> None:
     every = list(SPACE_WITH_OURS)
-    # Two images sizes. The last part: two depths, three widths of its other block. The first place: its part with no
-    # block dropped in three widths, or with its block dropped, or two options. The second place: our mixers in blocks
+    # Two images sizes. The last part: two depths, three widths of its other block (a half of 20 is a quarter too). The first place: its part with no
+    # block dropped in four widths, or with its block dropped, or two options. The second place: our mixers in blocks
     # that are all dropped make no difference.
-    assert len(every) == len({form.key for form in every}) == SPACE_WITH_OURS.size == 2 * 6 * (4 + 2) * (2 * 3 + 1)
+    assert len(every) == len({form.key for form in every}) == SPACE_WITH_OURS.size == 2 * 6 * (5 + 2) * (2 * 3 + 1)
     assert [SPACE_WITH_OURS.decode(SPACE_WITH_OURS.encode(form)) for form in every] == every
     assert space_from_dict(json.loads(SPACE_WITH_OURS.to_json())) == SPACE_WITH_OURS
     rng = np.random.default_rng(0)
@@ -1113,6 +1113,34 @@ def test_a_worker_with_its_own_folder_needs_a_copy_of_the_parent(
     save_file({name: t + 1 for name, t in load_file(file).items()}, file)
     with pytest.raises(RunError, match="parent"):  # other weights give other scores
         work(joined, here)
+
+
+def test_weights_of_narrower_layers_that_do_not_fit_are_refused(run: Run, tmp_path: Path) -> None:
+    space = run.space
+    assert isinstance(space, GraftSpace)
+    assert space.narrowings
+    shutil.copytree(run.path / "parent", tmp_path / "parent")
+    file = tmp_path / "parent" / "narrower.safetensors"
+    whole = load_file(file)
+    assert {name.rpartition(" ")[0] for name in whole} == {f"{own.consumer} {own.width}" for own in space.narrowings}
+    kept = next(name for name in whole if name.endswith(" kept"))
+    weight = kept.removesuffix("kept") + "weight"
+    for changes in (
+        {kept: whole[kept].flip(0)},  # a channel out of order would get the weights of another one
+        {kept: whole[kept] + 10_000},
+        {kept: whole[kept].double()},
+        {weight: whole[weight][:, 1:]},
+        {weight: whole[weight] * torch.inf},
+    ):
+        save_file({name: tensor.contiguous() for name, tensor in (whole | changes).items()}, file)
+        with pytest.raises(RunError, match="holds no weights of"):
+            open_parent(tmp_path, space)
+    file.write_bytes(b"{}")
+    with pytest.raises(RunError, match="cannot read the narrower layers"):
+        open_parent(tmp_path, space)
+    file.unlink()
+    with pytest.raises(RunError, match="lacks narrower.safetensors"):
+        open_parent(tmp_path, space)
 
 
 def test_a_cluster_gets_the_parent_with_the_evaluator(run: Run) -> None:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 MAX_PARTS, MAX_SIZES, MAX_OPTIONS, MAX_COMBINATIONS = 64, 16, 64, 20_000
 SIZE, KEPT = "input_size", "kept"
-WIDTHS, WIDTH_STEP = (1.0, 0.75, 0.5), 8
+WIDTHS, WIDTH_STEP = (1.0, 0.75, 0.5, 0.25), 8
 """Shares of a block's inner channels that may stay, and the number of which they are a multiple then."""
+EVENLY = (0.75, 0.5)
+"""Shares that stay in all blocks of the forms that need no search."""
 FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images", "narrower", "our layers")
 """What a graft changes of its parent. The first form is the parent itself. The last two may also be shorter and have
 smaller images, and those with layers of ours may also be narrower."""
@@ -241,7 +243,7 @@ class GraftSpace:
         ):
             dropped = {f"part{i}.dropped": round(share * len(part)) for i, part in enumerate(self.parts, start=1)}
             found[f"parent, {words}"] = self._first | dropped
-        for share in WIDTHS[1:] if self.inner else ():
+        for share in EVENLY if self.inner else ():
             narrow: dict[str, Choice] = {f"width{i}": share for i in range(1, len(self.inner) + 1)}
             found[f"parent, {100 * share:.0f} % of the inner channels"] = self._first | narrow
         named: dict[Graft, str] = {}
