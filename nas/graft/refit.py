@@ -23,7 +23,7 @@ from ..scoring.accuracy.held_out import normaliser
 IMAGES, POINTS = 1024, 8
 """Largest number of training images on which channels are looked at, and of places along a side of their maps."""
 AT_ONCE, AMONG = 8, 32
-"""Number of channels that go before all others are ranked again, and of those among which they are chosen one by one."""
+"""Number of channels that go before all are ranked again, and of those among which they are chosen one by one."""
 DAMPING = 0.01
 """What is added to each channel's mean square, as a share of their mean, so that nothing is predicted too boldly."""
 MOST_ENTRIES = 2**25
