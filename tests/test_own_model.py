@@ -147,6 +147,14 @@ FORMATS: dict[str, Formats] = {
     "of timm's training": lambda w, file: torch.save(
         {"state_dict": {n: 0 * t for n, t in w.items()}, "state_dict_ema": w, "args": Namespace(lr=0.1)}, file
     ),
+    "of Lightning": lambda w, file: torch.save(
+        {
+            "pytorch-lightning_version": "2.5.0",
+            "state_dict": {f"model.{n}": t for n, t in w.items()} | {"loss.weight": torch.ones(2)},
+            "hyper_parameters": {"lr": 0.1},
+        },
+        file,
+    ),
     "of several GPUs": lambda w, file: torch.save({"model": {f"module.{n}": t for n, t in w.items()}}, file),
 }
 
@@ -187,6 +195,12 @@ def test_no_program_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (lambda file: torch.save({"epoch": 3}, file), "without weights by name"),
         (lambda file: torch.save([1, 2], file), "without weights by name"),
+        (
+            lambda file: torch.save(
+                {f"{of}.{n}": t for of in ("a", "b") for n, t in timm.create_model(MODEL).state_dict().items()}, file
+            ),
+            "unexpected: .*, a.stem",  # which of two networks is meant, nobody knows
+        ),
         (lambda file: file.write_bytes(b"PK\x03\x04 and so on"), "is damaged"),
         (lambda file: file.write_bytes(b"\x80\x02 and so on"), "is damaged|holds more"),
         (lambda file: file.write_text("weights"), "no safetensors file and no checkpoint"),

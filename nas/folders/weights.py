@@ -39,9 +39,9 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
     Raises:
         RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
     """
-    weights = read_weights(file)
-    weights = adapt(weights) if adapt else weights
     own = model.state_dict()
+    weights = _of_network(read_weights(file), own)
+    weights = adapt(weights) if adapt else weights
     if whole := [
         n for n, t in weights.items() if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]:
@@ -100,6 +100,22 @@ def _of_checkpoint(file: Path) -> dict[str, torch.Tensor]:
         raise RunError(f"{file} is a checkpoint of torch without weights by name: save `model.state_dict()` in it")
     weights: dict[str, torch.Tensor] = clean_state_dict(held)
     return weights
+
+
+def _of_network(weights: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the weights under the network's names, where a larger module holds it, as one of Lightning does.
+
+    All names of the network then begin alike, such as with `model.`, and other tensors belong to the larger module. If
+    two networks in a file have these names, none is chosen.
+    """
+    names = [name for name in own if not name.endswith("num_batches_tracked")]  # torch does without these counters
+    if not names or not weights.keys().isdisjoint(names):
+        return weights
+    prefixes = {name.removesuffix(names[-1]) for name in weights if name.endswith(f".{names[-1]}")}
+    whole = [prefix for prefix in prefixes if all(f"{prefix}{name}" in weights for name in names)]
+    if len(whole) != 1:
+        return weights
+    return {n.removeprefix(whole[0]): tensor for n, tensor in weights.items() if n.startswith(whole[0])}
 
 
 def _objects(file: Path) -> str:
