@@ -99,14 +99,23 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
         return ()
     sums = _Sums(space, harms, times)
     write_sums(harms.folder, sums.of_changes())
-    points = [s for s in sums.front() if s.ms <= most_share * sums.times.whole]
-    step = max(1.0, (len(points) - 1) / (COUNT - 1))
-    chosen = [points[round(i * step)] for i in range(min(COUNT, len(points)))]
+    points = [s for s in sums.front() if s.ms <= most_share * times.whole]
+    chosen = _spread(points)
     for i in range(1, len(space.places) + 1):  # layers of ours lose most before a tuning: no sum would choose them
         with_ours = sums.front(f"place{i}")
         fast = [s for s in with_ours if s.ms <= 0.5 * most_share * times.whole]
         chosen.append(min(fast or with_ours[:1], key=lambda s: s.harm))
     return tuple(dict.fromkeys(space.decode({**sums.first, **s.choices}) for s in chosen))
+
+
+def _spread(points: Sequence[_Sum]) -> list[_Sum]:
+    """Returns the fastest point, the slowest one and some between, evenly spread over the milliseconds."""
+    if not points:
+        return []
+    low, high = points[0].ms, points[-1].ms
+    targets = [low + i * (high - low) / (COUNT - 1) for i in range(COUNT)]
+    nearest = {min(range(len(points)), key=lambda i: abs(points[i].ms - target)) for target in targets}
+    return [points[i] for i in sorted(nearest)]
 
 
 class _Sums:
