@@ -1,6 +1,6 @@
 """What each single change of a parent costs and saves, from which a search for grafts expects the scores of others.
 
-PARENT/sums.json    loss on training images and milliseconds in eager mode, of the parent and of each change
+PARENT/sums.json    loss on training images and milliseconds, of the parent and of each change
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sums:
 
     Args:
         loss: the parent's cross-entropy on training images.
-        ms: the parent's milliseconds in eager mode, with the largest images.
+        ms: the parent's milliseconds, with the largest images.
         losses: knob -> choice as text -> what it adds to the loss. A choice that is missing adds nothing.
         times: knob -> choice as text -> what it adds to the milliseconds, likewise.
     """

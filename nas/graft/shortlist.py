@@ -9,24 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..architecture import Graft, Narrowing, Replacement, key_of
+from ..architecture import Graft
 from ..errors import TrialFailure
 from ..folders.sums import Sums, write_sums
-from ..foreign_files import POSITIVE
-from ..machine.turns import exclusive
-from ..scoring.latency import (
-    LatencyConfig,
-    measure_latencies,
-    prepare_model,
-    prepare_parts,
-    reference_ms,
-)
+from ..scoring.latency import LatencyConfig
 from ..space import Choice, GraftSpace
-from ..space.graft_space import SIZE, WIDTHS, combinations, fewer
+from ..space.graft_space import SIZE, combinations
 from .harms import Harms
-from .kept import read_kept, write_kept
+from .times import Times, timed
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +26,11 @@ MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
 COUNT = 8
 """Number of grafts in a shortlist."""
-SECONDS, TARGET = 0.15, 0.1
-"""Time for the latency of a part of the network, and the half-width of its interval that is enough."""
-AT_ONCE = 8
-"""Number of parts that are timed in turns. Times are kept after each such group."""
-FILE, WHOLE = "times.json", "whole"
-"""File of the times, and the name of the whole network in it."""
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A combination of choices, with the harm and the milliseconds that it is expected to add to the parent's."""
+    """A combination of choices, with the harm that it is expected to add to the parent's, and with milliseconds."""
 
     harm: float
     ms: float
@@ -52,30 +38,6 @@ class _Sum:
 
     def plus(self, other: _Sum) -> _Sum:
         return _Sum(self.harm + other.harm, self.ms + other.ms, {**self.choices, **other.choices})
-
-
-@dataclass(frozen=True)
-class _Times:
-    """Milliseconds in eager mode.
-
-    Args:
-        whole: those of the parent.
-        of_layers: those of blocks and of the layers in places, by their paths.
-        of_ours: those of layers of ours.
-        saved: those that a narrowing saves.
-    """
-
-    whole: float
-    of_layers: Mapping[str, float]
-    of_ours: Mapping[Replacement, float]
-    saved: Mapping[Narrowing, float]
-
-    def added(self, graft: Graft) -> float:
-        """Returns how much slower a graft is than the parent at the same image size; below 0 if it is faster."""
-        gone = [*graft.dropped, *(path for own in graft.replaced for path in own.paths)]
-        ours = sum(self.of_ours.get(own, 0.0) for own in graft.replaced)
-        saved = sum(self.saved.get(own, 0.0) for own in graft.narrowed)
-        return ours - saved - sum(self.of_layers.get(path, 0.0) for path in gone)
 
 
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
@@ -86,14 +48,14 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
     Args:
         space: the space.
         harms: losses of the parent's forms.
-        latency: conditions of the search. Parts of networks are timed in eager mode, on its device.
+        latency: conditions of the search.
         most_share: largest expected latency as a share of the parent's.
     """
     if not space.places and not space.inner:
         return ()
     log.info("timing parts of the network to choose where the search begins")
     try:
-        times = _timed(space, harms, latency)
+        times = timed(space, harms, latency)
     except TrialFailure as failure:
         log.warning("parts of the network cannot be timed (%s), so the search begins without a shortlist", failure)
         return ()
@@ -121,7 +83,7 @@ def _spread(points: Sequence[_Sum]) -> list[_Sum]:
 class _Sums:
     """Sums of harms and times over the choices of a space."""
 
-    def __init__(self, space: GraftSpace, harms: Harms, times: _Times) -> None:
+    def __init__(self, space: GraftSpace, harms: Harms, times: Times) -> None:
         self.space, self.harms, self.times = space, harms, times
         self.first = {name: choices[0] for name, choices in space.knobs.items()}
         self.base = harms.loss(space.whole)
@@ -133,11 +95,11 @@ class _Sums:
         for region in self.space.regions:
             choices = _best(s for s in self._of_region(region) if changed not in region or changed in s.choices)
             front = _best(a.plus(b) for a, b in itertools.product(front, choices))
-        scaled, side = [], self.space.input_sizes[0]
+        scaled = []
         for size in self.space.input_sizes:
             chosen: dict[str, Choice] = {SIZE: size} if SIZE in self.space.knobs else {}
             lost = self._harm(chosen)
-            scaled += [_Sum(s.harm + lost, s.ms * (size / side) ** 2, {**s.choices, **chosen}) for s in front]
+            scaled += [_Sum(s.harm + lost, s.ms * self.times.of_sizes[size], {**s.choices, **chosen}) for s in front]
         return _best(scaled)
 
     def of_changes(self) -> Sums:
@@ -180,58 +142,3 @@ def _best(sums: Iterable[_Sum]) -> list[_Sum]:
     if len(front) <= MOST_POINTS:
         return front
     return [front[round(i * (len(front) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
-
-
-def _timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> _Times:
-    """Times the parent, its blocks and the layers of ours, one by one. What was timed is kept in a file.
-
-    A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
-    """
-    at = replace(latency.in_eager(), max_seconds=SECONDS, target=TARGET)
-    first = space.whole
-    places = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
-    blocks = tuple(dict.fromkeys(narrowing.block for group in space.inner for narrowing in group))
-    plan = [(first, (WHOLE, *(path for part in space.parts for path in part), *places, *blocks))]
-    for turn in itertools.zip_longest(*space.places):
-        standing = tuple(o for option in turn if option is not None for o in option)
-        plan.append((replace(first, replaced=standing), tuple(o.paths[0] for o in standing)))
-    for share in WIDTHS[1:] if space.inner else ():
-        narrow = tuple(replace(n, width=fewer(n.width, share)) for group in space.inner for n in group)
-        plan.append((replace(first, narrowed=narrow), blocks))
-    ms = [_milliseconds(graft, tuple(dict.fromkeys(paths)), harms, at) for graft, paths in plan]
-    ours: dict[Replacement, float] = {}
-    saved: dict[Narrowing, float] = {}
-    for (graft, _), found in zip(plan, ms, strict=True):
-        ours |= {own: found[own.paths[0]] for own in graft.replaced if own.paths[0] in found}
-        for block, value in found.items():
-            narrowed = [own for own in graft.narrowed if own.block == block]
-            saved |= {own: max(0.0, ms[0].get(block, 0.0) - value) / len(narrowed) for own in narrowed}
-    return _Times(ms[0][WHOLE], ms[0], ours, saved)
-
-
-def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyConfig) -> dict[str, float]:
-    """Times layers of a graft, a few at a time, and keeps the results in a file beside the losses.
-
-    Args:
-        graft: the graft.
-        paths: paths of its layers; `WHOLE` is the network itself.
-        harms: the parent and the file's folder.
-        at: timing conditions.
-
-    Returns:
-        The milliseconds of each layer that can be timed alone.
-    """
-    file, size = harms.folder / FILE, harms.data.input_size
-    of = key_of(f"{harms.of} {at.label} {at.here().conditions} {SECONDS}")
-    ms = read_kept(file, of, "ms", POSITIVE)
-    left = [path for path in paths if f"{graft.key} {path}" not in ms]
-    model = harms.parent.assemble(graft).eval() if left else None
-    for few in (left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)):
-        assert model is not None
-        with exclusive(at.device):
-            ready = prepare_parts(model, size, [path for path in few if path != WHOLE], at)
-            ready |= {WHOLE: prepare_model(model, size, at)} if WHOLE in few else {}
-            found = measure_latencies(list(ready.values()), at, reference_ms(at)) if ready else []
-        ms |= {f"{graft.key} {path}": latency.ms for path, latency in zip(ready, found, strict=True)}
-        write_kept(file, of, "ms", ms)
-    return {path: ms[f"{graft.key} {path}"] for path in paths if f"{graft.key} {path}" in ms}

@@ -1,0 +1,175 @@
+"""Milliseconds of a parent, of its parts and of what may stand for them, for a first guess at which forms are fast.
+
+Parts are timed one by one in eager mode, because their export would take longer than their measurement. What a change
+saves in another runtime may be half as much or twice as much. So a few whole forms are measured as the search measures,
+and the times of the parts are scaled to them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..architecture import Graft, Narrowing, Replacement, key_of
+from ..foreign_files import POSITIVE
+from ..machine.turns import exclusive
+from ..scoring.latency import (
+    LatencyConfig,
+    measure_latencies,
+    prepare_model,
+    prepare_parts,
+    reference_ms,
+)
+from ..space import GraftSpace
+from ..space.graft_space import WIDTHS, fewer
+from .harms import Harms
+from .kept import read_kept, write_kept
+
+SECONDS, TARGET = 0.15, 0.1
+"""Time for the latency of a part of the network, and the half-width of its interval that is enough."""
+AT_ONCE = 8
+"""Number of parts that are timed in turns. Times are kept after each such group."""
+PARTS, FORMS, WHOLE = "times.json", "form_times.json", "whole"
+"""Files of the times of parts and of whole forms, and the name of the parent in the first one."""
+HALF = 0.5
+"""Share of all inner channels that a form keeps which is measured whole."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds, as far as single parts tell.
+
+    Args:
+        whole: those of the parent.
+        of_sizes: side of the images -> share of the parent's.
+        of_layers: those of blocks and of the layers in places, by their paths.
+        of_ours: those of layers of ours.
+        saved: those that a narrowing saves.
+    """
+
+    whole: float
+    of_sizes: Mapping[int, float]
+    of_layers: Mapping[str, float]
+    of_ours: Mapping[Replacement, float]
+    saved: Mapping[Narrowing, float]
+
+    def added(self, graft: Graft) -> float:
+        """Returns how much slower a graft is than the parent at the same image size; below 0 if it is faster."""
+        gone = [*graft.dropped, *(path for own in graft.replaced for path in own.paths)]
+        ours = sum(self.of_ours.get(own, 0.0) for own in graft.replaced)
+        saved = sum(self.saved.get(own, 0.0) for own in graft.narrowed)
+        return ours - saved - sum(self.of_layers.get(path, 0.0) for path in gone)
+
+
+def timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> Times:
+    """Times parts one by one and a few forms whole. What was timed is kept in a file.
+
+    A part that cannot be timed alone counts as 0 ms, so that leaving it out promises nothing.
+
+    Args:
+        space: the forms.
+        harms: the parent, its images, and the folder of the file.
+        latency: conditions of the search.
+
+    Raises:
+        TrialFailure: if a whole form cannot run.
+    """
+    parts = _of_parts(space, harms, replace(latency.in_eager(), max_seconds=SECONDS, target=TARGET))
+    first = space.whole
+    bare = replace(first, dropped=tuple(path for part in space.parts for path in part))
+    thin = replace(first, narrowed=_all_narrowed(space, HALF))
+    sizes = {side: replace(first, input_size=side) for side in space.input_sizes}
+    ms = _measured((*sizes.values(), bare, thin), harms, replace(latency, max_seconds=SECONDS, target=TARGET))
+    whole = ms[first]
+    of_sizes = {side: ms[form] / whole for side, form in sizes.items()}
+    same = whole / parts.whole  # where no whole form tells more
+    layers = _scale(whole - ms[bare], -parts.added(bare), same)
+    narrow = _scale(whole - ms[thin], -parts.added(thin), same)
+    return Times(
+        whole,
+        of_sizes,
+        {path: layers * value for path, value in parts.of_layers.items()},
+        {own: layers * value for own, value in parts.of_ours.items()},
+        {own: narrow * value for own, value in parts.saved.items()},
+    )
+
+
+def _scale(measured: float, expected: float, otherwise: float) -> float:
+    """Returns by how much times are multiplied so that what is saved is what was measured."""
+    return max(0.0, measured) / expected if expected > 0 else otherwise
+
+
+def _all_narrowed(space: GraftSpace, share: float) -> tuple[Narrowing, ...]:
+    return tuple(replace(own, width=fewer(own.width, share)) for group in space.inner for own in group)
+
+
+def _of_parts(space: GraftSpace, harms: Harms, at: LatencyConfig) -> Times:
+    """Times the parent, its blocks and the layers of ours, one by one."""
+    first = space.whole
+    places = dict.fromkeys(path for place in space.places for option in place for o in option for path in o.paths)
+    blocks = tuple(dict.fromkeys(narrowing.block for group in space.inner for narrowing in group))
+    plan = [(first, (WHOLE, *(path for part in space.parts for path in part), *places, *blocks))]
+    for turn in itertools.zip_longest(*space.places):
+        standing = tuple(o for option in turn if option is not None for o in option)
+        plan.append((replace(first, replaced=standing), tuple(o.paths[0] for o in standing)))
+    for share in WIDTHS[1:] if space.inner else ():
+        plan.append((replace(first, narrowed=_all_narrowed(space, share)), blocks))
+    ms = [_milliseconds(graft, tuple(dict.fromkeys(paths)), harms, at) for graft, paths in plan]
+    ours: dict[Replacement, float] = {}
+    saved: dict[Narrowing, float] = {}
+    for (graft, _), found in zip(plan, ms, strict=True):
+        ours |= {own: found[own.paths[0]] for own in graft.replaced if own.paths[0] in found}
+        for block, value in found.items():
+            narrowed = [own for own in graft.narrowed if own.block == block]
+            saved |= {own: max(0.0, ms[0].get(block, 0.0) - value) / len(narrowed) for own in narrowed}
+    return Times(ms[0][WHOLE], {}, ms[0], ours, saved)
+
+
+def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyConfig) -> dict[str, float]:
+    """Times layers of a graft, a few at a time.
+
+    Args:
+        graft: the graft.
+        paths: paths of its layers; `WHOLE` is the network itself.
+        harms: the parent and the file's folder.
+        at: timing conditions.
+
+    Returns:
+        The milliseconds of each layer that can be timed alone.
+    """
+    file, size, of = harms.folder / PARTS, harms.data.input_size, _of(harms, at)
+    ms = read_kept(file, of, "ms", POSITIVE)
+    left = [path for path in paths if f"{graft.key} {path}" not in ms]
+    model = harms.parent.assemble(graft).eval() if left else None
+    for few in (left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)):
+        assert model is not None
+        with exclusive(at.device):
+            ready = prepare_parts(model, size, [path for path in few if path != WHOLE], at)
+            ready |= {WHOLE: prepare_model(model, size, at)} if WHOLE in few else {}
+            found = measure_latencies(list(ready.values()), at, reference_ms(at)) if ready else []
+        ms |= {f"{graft.key} {path}": latency.ms for path, latency in zip(ready, found, strict=True)}
+        write_kept(file, of, "ms", ms)
+    return {path: ms[f"{graft.key} {path}"] for path in paths if f"{graft.key} {path}" in ms}
+
+
+def _measured(grafts: Iterable[Graft], harms: Harms, at: LatencyConfig) -> dict[Graft, float]:
+    """Measures whole forms in turns, each once."""
+    every = list(dict.fromkeys(grafts))
+    file, of = harms.folder / FORMS, _of(harms, at)
+    ms = read_kept(file, of, "ms", POSITIVE)
+    if not all(graft.key in ms for graft in every):
+        with exclusive(at.device):
+            ready = [
+                prepare_model(harms.parent.assemble(graft).eval(), (3, graft.input_size, graft.input_size), at)
+                for graft in every
+            ]
+            found = measure_latencies(ready, at, reference_ms(at))
+        ms |= {graft.key: latency.ms for graft, latency in zip(every, found, strict=True)}
+        write_kept(file, of, "ms", ms)
+    return {graft: ms[graft.key] for graft in every}
+
+
+def _of(harms: Harms, at: LatencyConfig) -> str:
+    """Returns the hash of all that times depend on."""
+    return key_of(f"{harms.of} {at.label} {at.here().conditions} {SECONDS}")
