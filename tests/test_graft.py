@@ -61,6 +61,7 @@ from nas.graft.options import LIBRARIES, Library, library
 from nas.graft.parent import train_parent
 from nas.graft.refit import DAMPING, leave_out, refits
 from nas.graft.shortlist import shortlist
+from nas.graft.times import timed
 from nas.models.create import create_candidate
 from nas.models.grafts import StandIn, create_graft
 from nas.models.parts import Place, droppable, places
@@ -673,6 +674,26 @@ def test_losses_are_those_of_the_network_and_belong_to_its_images(images: ImageD
     file.write_text(json.dumps(kept | {"losses": {parent.whole.key: 7.0}}))
     assert Harms(parent, images, "cpu", tmp_path, "these").loss(parent.whole) == 7.0  # not computed again
     assert Harms(parent, images, "cpu", tmp_path, "others").loss(parent.whole) == found
+
+
+def test_single_times_add_up_to_those_of_whole_forms(tmp_path: Path) -> None:
+    """What all blocks save together, or half of all inner channels, is what was measured, not what eager mode says."""
+    images = load_data("digits", 64, None, 64)
+    model = timm.create_model(PARENT, num_classes=10).eval()
+    inner = tuple((own,) for own in inner_channels(model, images.input_size))
+    space = GraftSpace("s", "", PARENT, (("stages.2.blocks.1", "stages.2.blocks.2"),), (64, 32), (), inner)
+    narrower = refits(model, space.narrowings, images, "cpu")
+    parent = Parent(space.whole, model.state_dict(), images.classes, images.mean, images.std, refits=narrower)
+    times = timed(space, Harms(parent, images, "cpu", tmp_path), LatencyConfig(device="cpu", threads=1))
+    first = {name: choices[0] for name, choices in space.knobs.items()}
+    bare = space.decode(first | {"part1.dropped": 2})
+    half = space.decode(first | {f"width{i + 1}": 0.5 for i in range(len(inner))})
+    measured = json.loads((tmp_path / "form_times.json").read_text())["ms"]
+    assert times.whole == measured[space.whole.key]
+    for form in (bare, half):
+        assert times.added(form) == pytest.approx(min(0.0, measured[form.key] - times.whole), abs=1e-9)
+    small = space.decode(first | {"input_size": 32})
+    assert times.of_sizes == {64: 1.0, 32: measured[small.key] / times.whole}
 
 
 def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path) -> None:
