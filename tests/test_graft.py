@@ -41,6 +41,8 @@ from nas.architecture import (
 )
 from nas.commands import main
 from nas.data import ImageData, load_data, reduced
+from nas.doctor import examine
+from nas.doctor.findings import Finding
 from nas.errors import RunError, UsageError
 from nas.export import export
 from nas.folders.calibration import Calibration
@@ -1162,6 +1164,21 @@ def test_weights_of_narrower_layers_that_do_not_fit_are_refused(run: Run, tmp_pa
     file.unlink()
     with pytest.raises(RunError, match=r"lacks narrower\.safetensors"):
         open_parent(tmp_path, space)
+
+
+def test_the_doctor_looks_at_the_parent(run: Run, tmp_path: Path) -> None:
+    def found() -> Finding:
+        (finding,) = (finding for name, finding in examine(tmp_path / "run") if name == "parent")
+        return finding
+
+    shutil.copytree(run.path, tmp_path / "run")
+    assert found().state == "ok"
+    file = tmp_path / "run" / "parent" / "narrower.safetensors"
+    weights = load_file(file)
+    save_file({name: t + 1 if name.endswith("weight") else t for name, t in weights.items()}, file)
+    assert (found().state, "other weights" in found().text) == ("problem", True)
+    file.unlink()
+    assert (found().state, "lacks narrower" in found().text) == ("problem", True)
 
 
 def test_a_cluster_gets_the_parent_with_the_evaluator(run: Run) -> None:

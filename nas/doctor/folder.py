@@ -244,6 +244,24 @@ def _expected_shapes(run: Run, trial: Trial) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
+def _check_parent(patient: Patient) -> Finding:
+    from ..search.parent import open_parent
+    from ..space import GraftSpace
+
+    space = patient.run.space
+    if not isinstance(space, GraftSpace):
+        return ok("the search has none")
+    again = "bring the folder parent back from a copy; the front can be exported without it, but not tuned on"
+    try:
+        parent = open_parent(patient.path, space)
+    except NasError as error:
+        return problem(str(error), again)
+    if parent.fingerprint != patient.run.manifest.conditions.recorded.get("parent"):
+        return problem("the folder parent holds other weights than those of the search", again)
+    held = f"{counted(len(parent.ours), 'layer')} of ours and {counted(len(parent.refits), 'narrower layer')}"
+    return ok(f"its weights are those of the search, with {held}")
+
+
 def _check_exports(patient: Patient) -> Finding:
     from safetensors import SafetensorError
 
@@ -296,6 +314,7 @@ FOLDER: dict[str, Check] = {
     "architectures": _check_architectures,
     "tables": check_tables,
     "weights": _check_weights,
+    "parent": _check_parent,
     "exports": _check_exports,
     "leftovers": _check_leftovers,
 }
