@@ -710,6 +710,8 @@ def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path)
         for place, choice in enumerate(choices):
             graft = space.decode({name: c[0] for name, c in space.knobs.items()} | {knob: choice})
             harms.known[graft.key] = float(place) if knob == "width1" else 0.0
+    together = space.decode({"part1.dropped": 2, "width1": 0.5, "width2": 0.5})
+    harms.known[together.key] = 3.0  # one and a half times what each of its changes harms alone
     found = shortlist(space, harms, LatencyConfig(device="cpu", threads=1, max_seconds=0.1))
     assert found
     assert len(found[0].dropped) == 2  # the fastest first: to drop blocks harms nothing here
@@ -727,7 +729,7 @@ def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path)
     first = space.encode(space.whole)
     told = known([first, first | {"width1": 0.5}, first | {"width1": 0.5, "part1.dropped": 2}])
     (loss, narrow, both), (ms, _, least) = (told[name][0] for name in ("summed_loss", "summed_ms"))
-    assert (narrow - loss, both - loss) == pytest.approx((2.0, 2.0))  # dropped blocks harm nothing here
+    assert (narrow - loss, both - loss) == pytest.approx((3.0, 3.0))  # dropped blocks harm nothing here
     assert least < ms
     (tmp_path / "sums.json").write_text('{"loss": 1, "ms": 0, "losses": {}, "times": {}}')
     with pytest.raises(RunError, match=r"sums\.json is damaged"):

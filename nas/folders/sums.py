@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import RunError
 from ..foreign_files import FIGURE, POSITIVE, is_file, read_json
 from ..space import Choice
+from ..space.graft_space import SIZE
 from .files import write_file
 
 FILE = "sums.json"
@@ -29,20 +30,22 @@ class Sums:
         ms: the parent's milliseconds, with the largest images.
         losses: knob -> choice as text -> what it adds to the loss. A choice that is missing adds nothing.
         times: knob -> choice as text -> what it adds to the milliseconds, likewise.
+        sizes: side of the images as text -> share of the milliseconds that they then take.
     """
 
     loss: float
     ms: float
     losses: Mapping[str, Mapping[str, float]]
     times: Mapping[str, Mapping[str, float]]
+    sizes: Mapping[str, float]
 
     def expected(self, choices: Mapping[str, Choice]) -> tuple[float, float]:
-        """Returns the loss that the sums expect, and the milliseconds with the largest images: only a rough order."""
+        """Returns the loss and the milliseconds that the sums expect: only a rough order."""
         found = []
         for whole, added in ((self.loss, self.losses), (self.ms, self.times)):
             total = whole + sum(added.get(name, {}).get(str(choice), 0.0) for name, choice in choices.items())
             found.append(max(total, LEAST * whole))
-        return found[0], found[1]
+        return found[0], found[1] * self.sizes.get(str(choices.get(SIZE)), 1.0)
 
 
 def write_sums(folder: Path, sums: Sums) -> None:
@@ -59,5 +62,5 @@ def read_sums(folder: Path) -> Sums | None:
     if not is_file(folder / FILE, RunError):
         return None
     added = {str: {str: FIGURE}}
-    shape = {"loss": POSITIVE, "ms": POSITIVE, "losses": added, "times": added}
+    shape = {"loss": POSITIVE, "ms": POSITIVE, "losses": added, "times": added, "sizes": {str: POSITIVE}}
     return Sums(**read_json(folder / FILE, "a file of sums", shape, RunError))

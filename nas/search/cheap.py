@@ -16,7 +16,6 @@ from ..folders.profile import Profile
 from ..folders.sums import Sums
 from ..objectives.objectives import OBJECTIVES, Objective
 from ..space import GraftSpace, Space
-from ..space.graft_space import SIZE
 from .samplers.knobs import Choices
 from .samplers.problem import Cheap, Floats
 
@@ -64,7 +63,7 @@ def known_beforehand(
         sums: in a search for grafts, what single changes cost and save; None if this was not measured.
     """
     if isinstance(space, GraftSpace):
-        return None if sums is None else _summed(space, sums)
+        return None if sums is None else _summed(sums)
     side, classes = image
     wanted = [*objectives, *(OBJECTIVES[name] for name in budgets)]
     counted = sorted({o.name for o in wanted} & set(COUNTS) | set(INPUTS))
@@ -86,13 +85,12 @@ def known_beforehand(
     return cheap
 
 
-def _summed(space: GraftSpace, sums: Sums) -> Cheap:
+def _summed(sums: Sums) -> Cheap:
     """Returns the function that adds up the losses and the times of single changes: inputs of a surrogate."""
 
     def cheap(choices: Sequence[Choices]) -> Mapping[str, tuple[Floats, Floats]]:
         expected = np.array([sums.expected(c) for c in choices])
-        sides = np.array([float(c.get(SIZE, space.input_sizes[0])) for c in choices]) / space.input_sizes[0]
         none = np.zeros(len(choices))
-        return {"summed_loss": (expected[:, 0], none), "summed_ms": (expected[:, 1] * sides**2, none)}
+        return {"summed_loss": (expected[:, 0], none), "summed_ms": (expected[:, 1], none)}
 
     return cheap
