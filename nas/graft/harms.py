@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from ..folders.library import LIBRARY
 from ..scoring.accuracy.held_out import normaliser
 from ..scoring.accuracy.training import estimate_batch_norms
 from ..search.parent import Parent
-from ..space import GraftSpace
+from ..space import Choice, GraftSpace
+from ..space.graft_space import HALF, SIZE
 from .kept import read_kept, write_kept
 
 IMAGES = 256
@@ -69,10 +70,25 @@ class Harms:
         return self.known[graft.key]
 
     def summed(self, space: GraftSpace, graft: Graft) -> float:
-        """Returns the sum of the harms that the changes of a graft have one by one; 0 for the parent itself."""
+        """Returns the sum of the harms of the changes of a graft; 0 for the parent itself."""
         first, choices = space.encode(space.whole), space.encode(graft)
-        changes = [{**first, name: choice} for name, choice in choices.items() if choice != first[name]]
-        return sum(self.loss(space.decode(change)) - self.loss(space.whole) for change in changes)
+        return sum(self.added(space, name, choice) for name, choice in choices.items() if choice != first[name])
+
+    def added(self, space: GraftSpace, knob: str, choice: Choice) -> float:
+        """Returns the harm of one change among others. Layers harm more together than alone, smaller images do not."""
+        alone = self._of(space, {knob: choice})
+        return alone if knob == SIZE else alone * self._together(space)
+
+    def _together(self, space: GraftSpace) -> float:
+        """Returns how many times the sum of their single harms all blocks and half of all inner channels harm."""
+        most: dict[str, Choice] = {f"part{i}.dropped": len(part) for i, part in enumerate(space.parts, start=1)}
+        most |= {f"width{i}": HALF for i in range(1, len(space.inner) + 1)}
+        single = sum(self._of(space, {knob: choice}) for knob, choice in most.items())
+        return max(1.0, self._of(space, most) / single) if single > 0 else 1.0
+
+    def _of(self, space: GraftSpace, changes: Mapping[str, Choice]) -> float:
+        first = {name: choices[0] for name, choices in space.knobs.items()}
+        return self.loss(space.decode({**first, **changes})) - self.loss(space.whole)
 
     def _computed(self, graft: Graft) -> float:
         data = self._images

@@ -18,7 +18,7 @@ from ..scoring.latency import LatencyConfig
 from ..space import Choice, GraftSpace
 from ..space.graft_space import SIZE, combinations
 from .harms import Harms
-from .times import HALF, Times, timed
+from .times import Times, timed
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,6 @@ class _Sums:
     def __init__(self, space: GraftSpace, harms: Harms, times: Times) -> None:
         self.space, self.harms, self.times = space, harms, times
         self.first = {name: choices[0] for name, choices in space.knobs.items()}
-        self.base = harms.loss(space.whole)
-        self._together = self._measured_together()
         self._known: dict[tuple[str, ...], list[_Sum]] = {}
 
     def front(self, changed: str | None = None) -> list[_Sum]:
@@ -99,7 +97,7 @@ class _Sums:
         scaled = []
         for size in self.space.input_sizes:
             chosen: dict[str, Choice] = {SIZE: size} if SIZE in self.space.knobs else {}
-            lost = self._alone(chosen)
+            lost = sum(self.harms.added(self.space, *change) for change in chosen.items())
             scaled += [_Sum(s.harm + lost, s.ms * self.times.of_sizes[size], {**s.choices, **chosen}) for s in front]
         return _best(scaled)
 
@@ -109,11 +107,11 @@ class _Sums:
         times: dict[str, dict[str, float]] = {}
         for name, choices in self.space.knobs.items():
             changes = {str(choice): {name: choice} for choice in choices[1:]}
-            losses[name] = {text: self._harm(name, choice) for text, choice in zip(changes, choices[1:], strict=True)}
+            losses[name] = {str(choice): self.harms.added(self.space, name, choice) for choice in choices[1:]}
             if name != SIZE:
                 times[name] = {text: self.times.added(self._graft(change)) for text, change in changes.items()}
         sizes = {str(size): share for size, share in self.times.of_sizes.items()}
-        return Sums(max(self.base, 1e-6), self.times.whole, losses, times, sizes)
+        return Sums(max(self.harms.loss(self.space.whole), 1e-6), self.times.whole, losses, times, sizes)
 
     def _of_region(self, region: tuple[str, ...]) -> list[_Sum]:
         """Returns what the combinations of a region's choices add: the sum of their single harms."""
@@ -125,25 +123,11 @@ class _Sums:
         for chosen in combinations({name: self.space.knobs[name] for name in region}):
             if self.space.canonical({**self.first, **chosen}) == {**self.first, **chosen}:
                 changed = {name: choice for name, choice in chosen.items() if choice != self.first[name]}
-                harm = sum(self._harm(name, choice) for name, choice in changed.items())
+                harm = sum(self.harms.added(self.space, name, choice) for name, choice in changed.items())
                 yield _Sum(harm, self.times.added(self._graft(changed)), changed)
 
     def _graft(self, chosen: Mapping[str, Choice]) -> Graft:
         return self.space.decode({**self.first, **chosen})
-
-    def _harm(self, name: str, choice: Choice) -> float:
-        """Returns the harm of one change among others. Layers harm more together than alone, smaller images do not."""
-        return self._alone({name: choice}) * (1.0 if name == SIZE else self._together)
-
-    def _alone(self, chosen: Mapping[str, Choice]) -> float:
-        return self.harms.loss(self._graft(chosen)) - self.base
-
-    def _measured_together(self) -> float:
-        """Returns how many times the sum of their single harms all layers that go do, of blocks and inner channels."""
-        most: dict[str, Choice] = {f"part{i}.dropped": len(part) for i, part in enumerate(self.space.parts, start=1)}
-        most |= {f"width{i}": HALF for i in range(1, len(self.space.inner) + 1)}
-        single = sum(self._alone({name: choice}) for name, choice in most.items())
-        return max(1.0, self._alone(most) / single) if single > 0 else 1.0
 
 
 def _best(sums: Iterable[_Sum]) -> list[_Sum]:

@@ -22,7 +22,7 @@ from ..scoring.latency import (
     reference_ms,
 )
 from ..space import GraftSpace
-from ..space.graft_space import WIDTHS, fewer
+from ..space.graft_space import HALF, WIDTHS, fewer
 from .harms import Harms
 from .kept import read_kept, write_kept
 
@@ -32,8 +32,6 @@ AT_ONCE = 8
 """Number of parts that are timed in turns. Times are kept after each such group."""
 PARTS, FORMS, WHOLE = "times.json", "form_times.json", "whole"
 """Files of the times of parts and of whole forms, and the name of the parent in the first one."""
-HALF = 0.5
-"""Share of all inner channels that a form keeps which is measured whole."""
 
 
 @dataclass(frozen=True)

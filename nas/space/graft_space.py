@@ -21,8 +21,8 @@ MAX_PARTS, MAX_SIZES, MAX_OPTIONS, MAX_COMBINATIONS = 64, 16, 64, 20_000
 SIZE, KEPT = "input_size", "kept"
 WIDTHS, WIDTH_STEP = (1.0, 0.75, 0.5, 0.25), 8
 """Shares of a block's inner channels that may stay, and the number of which they are a multiple then."""
-EVENLY = (0.75, 0.5)
-"""Shares that stay in all blocks of the forms that need no search."""
+EVENLY = (0.75, HALF := 0.5)
+"""Shares that stay in all blocks of the forms that need no search, and the smaller one of them."""
 FORMS = ("parent", "shorter", "smaller images", "shorter, smaller images", "narrower", "our layers")
 """What a graft changes of its parent. The first form is the parent itself. The last two may also be shorter and have
 smaller images, and those with layers of ours may also be narrower."""
