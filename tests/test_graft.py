@@ -1268,7 +1268,7 @@ def test_the_estimators_of_grafts_are_sums_and_assembled_networks(run: Run, cali
     together = max(1.0, harm(most) / sum(harm({name: choice}) for name, choice in most.items()))
     harms = [harm({name: choice}) * (1 if name == "input_size" else together) for name, choice in changes[key]]
     assert len(harms) > 1
-    assert -sum(harms) == pytest.approx(scores["additive", key], rel=1e-3, abs=1e-4)
+    assert -sum(harms) == pytest.approx(scores["additive", key], rel=1e-2)  # small differences of losses
     for key in final:
         expected = replace(evaluator, objectives=("accuracy",), budgets={}).evaluate(grafts[key])
         assert scores["assembled", key] == pytest.approx(expected.scores.accuracy)
