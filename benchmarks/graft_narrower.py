@@ -25,7 +25,7 @@ from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 from nas.search.parent import Parent
 from nas.space import GraftSpace
-from nas.space.graft_space import WIDTHS, fewer
+from nas.space.graft_space import WIDTHS
 
 Way = Callable[[nn.Module, Narrowing, Refit], Refit]
 
@@ -67,10 +67,9 @@ def main() -> None:
     print("| channels that stay | which | held out before a tuning, % |\n|---:|---|---:|", flush=True)
     whole = parent.assemble(space.whole)
     for share in WIDTHS[1:]:
-        narrow = tuple(replace(own, width=fewer(own.width, share)) for group in space.inner for own in group)
-        form = replace(space.whole, narrowed=narrow)
+        form = space.narrow(share)
         for words, way in WAYS.items():
-            refits = {own: way(whole, own, parent.refits[own]) for own in narrow}
+            refits = {own: way(whole, own, parent.refits[own]) for own in form.narrowed}
             print(f"| {share:.0%} | {words} | {accuracy(replace(parent, refits=refits), form):.1f} |", flush=True)
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from nas.architecture import (
     candidate_from_json,
 )
 from nas.commands import main
-from nas.data import ImageData, load_data, reduced
+from nas.data import ImageData, Images, load_data, reduced
 from nas.doctor import examine
 from nas.doctor.findings import Finding
 from nas.errors import RunError, UsageError
@@ -48,6 +48,7 @@ from nas.export import export
 from nas.folders.calibration import Calibration
 from nas.folders.graft_verdicts import graft_verdicts
 from nas.folders.library import load_weights as load_weights_of
+from nas.folders.refits import refits_so_far, save_refits
 from nas.folders.run import Run
 from nas.folders.shapes import STUDY
 from nas.folders.sums import read_sums
@@ -85,7 +86,7 @@ from nas.search.parent import Parent, open_parent
 from nas.search.race import winners
 from nas.search.study import join, work
 from nas.space import FORMS, GraftSpace, space_from_dict
-from nas.space.graft_space import form_of
+from nas.space.graft_space import WIDTHS, form_of
 from nas.targets import resolve
 from nas.training.loop import Step
 
@@ -406,6 +407,10 @@ def test_a_narrower_network_is_one_that_ignores_the_other_channels(name: str) ->
     assert sum(p.numel() for p in form.parameters()) < sum(p.numel() for p in parent.parameters())
 
 
+def all_refits(model: torch.nn.Module, narrowings: Sequence[Narrowing], images: ImageData) -> dict[Narrowing, Refit]:
+    return {own: refit for group in refits(model, narrowings, images, "cpu") for own, refit in group.items()}
+
+
 def test_more_channels_than_there_are_cannot_stay() -> None:
     mlp = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.GELU(), torch.nn.Linear(4, 2))
     network = torch.nn.Sequential(mlp)
@@ -447,7 +452,7 @@ def test_a_narrower_layer_returns_nearly_what_the_whole_one_returns(name: str, i
     model = timm.create_model(name, num_classes=10, **({"img_size": 32} if name == "test_vit" else {})).eval()
     (*_, own) = inner_channels(model, images.input_size)
     half = replace(own, width=own.width // 2)
-    found = refits(model, [half, replace(own, width=own.width // 4)], images, "cpu")
+    found = all_refits(model, [half, replace(own, width=own.width // 4)], images)
     assert {each.width for each in found} == {own.width // 2, own.width // 4}
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (images.mean, images.std))
     pixels = (images.train.pixels[:32].float() / 255 - shift) / scale
@@ -465,6 +470,52 @@ def test_a_narrower_layer_returns_nearly_what_the_whole_one_returns(name: str, i
     cut = Refit(kept, model.get_parameter(f"{own.consumer}.weight").detach()[:, kept])
     fitted, unfitted = ((read(refit) - whole).square().mean() for refit in (found[half], cut))
     assert fitted < 0.7 * unfitted
+
+
+def test_a_large_map_is_looked_at_everywhere() -> None:
+    """Its first column is black here, so nothing could be learnt from a grid that meets only this one."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (48, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    pixels[..., 0] = 0
+    mlp = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.GELU(), torch.nn.Linear(32, 2))
+
+    class OnMaps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.Sequential(mlp)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+    few = Images(pixels, torch.zeros(48, dtype=torch.int64))
+    data = replace(load_data("digits", 64, None, 64), train=few, mean=(0.5,) * 3, std=(0.3,) * 3)
+    own = Narrowing("blocks.0.0", ("blocks.0.1",), "blocks.0.2", 8)
+    refit = all_refits(OnMaps(), [own], data)[own]
+    with torch.inference_mode():
+        hidden = mlp[:2](((pixels.float() / 255 - 0.5) / 0.3).permute(0, 2, 3, 1)).flatten(0, 2)
+        wanted, read = mlp[2](hidden), torch.cat([hidden[:, refit.kept], torch.ones(len(hidden), 1)], 1)
+        best = read @ torch.linalg.lstsq(read, wanted).solution
+        assert refit.bias is not None
+        found = hidden[:, refit.kept] @ refit.weight.T + refit.bias
+        assert (found - wanted).square().mean() < 1.3 * (best - wanted).square().mean()
+
+
+def test_fits_do_not_depend_on_what_is_in_memory_together(
+    images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("test_efficientnet", num_classes=10).eval()
+    narrowings = [replace(own, width=own.width // 2) for own in inner_channels(model, images.input_size)]
+    together = all_refits(model, narrowings, images)
+    monkeypatch.setattr("nas.graft.refit.MOST_ENTRIES", 1)
+    groups = list(refits(model, narrowings, images, "cpu"))
+    assert [len(group) for group in groups] == [1] * len(narrowings)
+    for group in groups:
+        for own, refit in group.items():
+            assert torch.equal(refit.kept, together[own].kept)
+            assert torch.allclose(refit.weight, together[own].weight, rtol=1e-3, atol=1e-5)
+    save_refits(tmp_path, groups[0], "these")  # a kill came after the first
+    assert list(refits_so_far(tmp_path, narrowings, model.state_dict(), "these")) == narrowings[:1]
+    assert not refits_so_far(tmp_path, narrowings, model.state_dict(), "others")
 
 
 # As a space
@@ -487,6 +538,15 @@ def test_a_space_with_our_layers_keeps_the_contract_of_spaces() -> None:
     near = SPACE_WITH_OURS.neighbours(SPACE_WITH_OURS.whole)
     assert len(near) == len(set(near)) == sum(len(c) - 1 for c in SPACE_WITH_OURS.knobs.values()) - 1  # of 20 channels
     assert {form_of(form, 64) for form in every} == set(FORMS)
+
+
+def test_every_narrowing_of_a_space_is_listed() -> None:
+    """Three quarters of 16 channels, rounded to a multiple of 8, are all of them: nothing is to be fitted then."""
+    inner = tuple((Narrowing(f"blocks.{i}.a", (), f"blocks.{i}.b", width),) for i, width in enumerate((16, 20, 64)))
+    space = GraftSpace("s", "", "p", (), (32,), (), inner)
+    found = {own for share in WIDTHS for own in space.narrow(share).narrowed}
+    assert found == set(space.narrowings)
+    assert sorted(own.width for own in space.narrowings) == [8, 8, 16, 16, 32, 48]
 
 
 def test_the_space_of_a_parent_keeps_the_contract_of_spaces() -> None:
@@ -684,7 +744,7 @@ def test_single_times_add_up_to_those_of_whole_forms(tmp_path: Path) -> None:
     model = timm.create_model(PARENT, num_classes=10).eval()
     inner = tuple((own,) for own in inner_channels(model, images.input_size))
     space = GraftSpace("s", "", PARENT, (("stages.2.blocks.1", "stages.2.blocks.2"),), (64, 32), (), inner)
-    narrower = refits(model, space.narrowings, images, "cpu")
+    narrower = all_refits(model, space.narrowings, images)
     parent = Parent(space.whole, model.state_dict(), images.classes, images.mean, images.std, refits=narrower)
     times = timed(space, Harms(parent, images, "cpu", tmp_path), LatencyConfig(device="cpu", threads=1))
     first = {name: choices[0] for name, choices in space.knobs.items()}
@@ -703,7 +763,7 @@ def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path)
     model = timm.create_model(PARENT, num_classes=10).eval()
     inner = tuple((own,) for own in inner_channels(model, (3, 32, 32))[-2:])
     space = GraftSpace("s", "", PARENT, (("stages.2.blocks.1", "stages.2.blocks.2"),), (32,), (), inner)
-    narrower = refits(model, space.narrowings, images, "cpu")
+    narrower = all_refits(model, space.narrowings, images)
     parent = Parent(space.whole, model.state_dict(), images.classes, images.mean, images.std, refits=narrower)
     harms = Harms(parent, images, "cpu", tmp_path)
     for knob, choices in space.knobs.items():

@@ -251,7 +251,7 @@ def _check_parent(patient: Patient) -> Finding:
     space = patient.run.space
     if not isinstance(space, GraftSpace):
         return ok("the search has none")
-    again = "bring the folder parent back from a copy; the front can be exported without it, but not tuned on"
+    again = "bring the folder parent back from a copy; the front can be exported without it, but not trained further"
     try:
         parent = open_parent(patient.path, space)
     except NasError as error:

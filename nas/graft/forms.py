@@ -15,19 +15,20 @@ from ..architecture import Architecture, Graft, Narrowing, Replacement, key_of
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
-from ..folders.refits import has_refits, load_refits, save_refits
+from ..folders.refits import refits_so_far, save_refits
 from ..folders.training import Trained
 from ..models.parts import droppable, places
 from ..models.widths import inner_channels
 from ..scoring.latency import LatencyConfig
 from ..search.parent import Parent
 from ..space import GraftSpace, Option
+from ..space.graft_space import WIDTHS
 from ..training.loop import Step
 from .distil import Behind, Distillation, distil, multiply_adds
 from .donors import Donor
 from .harms import Harms
 from .options import Library
-from .refit import refits
+from .refit import VERSION, refits
 from .shortlist import shortlist
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def space_of(
         *(", ".join(map(str, sizes)), sum(map(len, groups))),
     )
     of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
-    of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
+    fits = [(own.to_dict(), WIDTHS) for own in narrow]
+    of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side} {VERSION} {fits}")
     harms = Harms(of_parent, data, offer.how.device, trained.path, of)
     parts = tuple(_ordered(group, harms) for group in groups)
     bundles = _bundles(offered, parts)
@@ -108,10 +110,11 @@ def space_of(
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
     space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
-    if space.narrowings and not has_refits(trained.path, of):
-        log.info("fitting %d narrower layers to answer like the whole ones", len(space.narrowings))
-        save_refits(trained.path, refits(model, space.narrowings, data, offer.how.device), of)
-    narrower = load_refits(trained.path, space.narrowings, of_parent.weights)
+    narrower = refits_so_far(trained.path, space.narrowings, of_parent.weights, of)
+    left = [own for own in space.narrowings if own not in narrower]
+    for more in refits(model, left, data, offer.how.device):
+        narrower |= more
+        save_refits(trained.path, narrower, of)
     harms = Harms(replace(of_parent, ours=ours, refits=narrower), data, offer.how.device, trained.path, of)
     return space, shortlist(space, harms, latency, most_share)
 

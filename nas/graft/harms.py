@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from .kept import read_kept, write_kept
 IMAGES = 256
 """Largest number of training images on which a loss is computed."""
 FILE = "harms.json"
+MOST_TOGETHER = 5.0
+"""Largest factor by which layers are said to harm more together than alone: single losses may be next to 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Harms:
     folder: Path
     of: str = ""
     known: dict[str, float] = field(default_factory=dict)
+    _factors: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for file in (self._file(False), self._file(True)):
@@ -76,19 +79,24 @@ class Harms:
 
     def added(self, space: GraftSpace, knob: str, choice: Choice) -> float:
         """Returns the harm of one change among others. Layers harm more together than alone, smaller images do not."""
-        alone = self._of(space, {knob: choice})
+        alone = self._alone(space, knob, choice)
         return alone if knob == SIZE else alone * self._together(space)
 
     def _together(self, space: GraftSpace) -> float:
-        """Returns how many times the sum of their single harms all blocks and half of all inner channels harm."""
-        most: dict[str, Choice] = {f"part{i}.dropped": len(part) for i, part in enumerate(space.parts, start=1)}
-        most |= {f"width{i}": HALF for i in range(1, len(space.inner) + 1)}
-        single = sum(self._of(space, {knob: choice}) for knob, choice in most.items())
-        return max(1.0, self._of(space, most) / single) if single > 0 else 1.0
+        """Returns the harm of all blocks dropped and half of all inner channels, over the sum of the single harms."""
+        key = space.whole.key
+        if key not in self._factors:
+            most = replace(space.shortest(), narrowed=space.narrow(HALF).narrowed)
+            first, choices = space.encode(space.whole), {**space.encode(space.narrow(HALF))}
+            choices |= {n: c for n, c in space.encode(space.shortest()).items() if c != first[n]}
+            single = sum(self._alone(space, name, choice) for name, choice in choices.items() if choice != first[name])
+            factor = (self.loss(most) - self.loss(space.whole)) / single if single > 0 else 1.0
+            self._factors[key] = min(max(1.0, factor), MOST_TOGETHER)
+        return self._factors[key]
 
-    def _of(self, space: GraftSpace, changes: Mapping[str, Choice]) -> float:
+    def _alone(self, space: GraftSpace, knob: str, choice: Choice) -> float:
         first = {name: choices[0] for name, choices in space.knobs.items()}
-        return self.loss(space.decode({**first, **changes})) - self.loss(space.whole)
+        return self.loss(space.decode({**first, knob: choice})) - self.loss(space.whole)
 
     def _computed(self, graft: Graft) -> float:
         data = self._images

@@ -1,15 +1,17 @@
 """Narrower inner channels: which ones stay, and the weights with which what stays makes up for what goes.
 
 A channel that goes is predicted from those that stay, so the layer that reads them adds its weights, times this
-prediction, to theirs. The channels whose loss then changes least of what this layer returns go first, eight at a time.
-This is the Optimal Brain Surgeon of Hassibi and Stork (1992), with channels in the place of single weights.
+prediction, to theirs. Those channels go first without which the output of this layer changes least. This is the Optimal
+Brain Surgeon of Hassibi and Stork (1992), with channels in the place of single weights. All places of a kernel share
+one prediction.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,20 +19,28 @@ from torch import nn
 
 from ..architecture import Narrowing
 from ..data import ImageData, reduced
+from ..errors import RunError
 from ..models.widths import Refit
 from ..scoring.accuracy.held_out import normaliser
 
-IMAGES, POINTS = 1024, 8
-"""Largest number of training images on which channels are looked at, and of places along a side of their maps."""
-AT_ONCE, AMONG = 8, 32
-"""Number of channels that go before all are ranked again, and of those among which they are chosen one by one."""
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Version of the fit: weights of another one are fitted anew."""
+IMAGES, PLACES = 1024, 64
+"""Largest number of training images on which channels are looked at, and of places in their maps."""
+AT_ONCE, SHARE, AMONG = 8, 1 / 64, 4
+"""Number of channels that go before all are ranked again, at least and as a share of them, and how many times as many
+they are chosen among, one by one."""
 DAMPING = 0.01
-"""What is added to each channel's mean square, as a share of their mean, so that nothing is predicted too boldly."""
-MOST_ENTRIES = 2**25
-"""Entries of the products of channels that are in memory at once (256 MiB): more channels take another pass."""
+"""What is added to each channel's variance, as a share of their mean, so that nothing is predicted too boldly."""
+MOST_ENTRIES = 2**26
+"""Entries of the products of channels that are in memory at once (512 MiB): more channels take another pass."""
 
 
-def refits(model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, device: str) -> dict[Narrowing, Refit]:
+def refits(
+    model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, device: str
+) -> Iterator[dict[Narrowing, Refit]]:
     """Chooses the channels that stay, and fits the weights that read them.
 
     Args:
@@ -38,17 +48,26 @@ def refits(model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, d
         narrowings: inner channels with their numbers that stay. Several may be of the same layers.
         data: images, normalised as the network's. The training part is looked at, without labels.
         device: device on which the network runs.
+
+    Yields:
+        Some of the fits, of channels that fit in memory together.
+
+    Raises:
+        RunError: if the network returns figures that are not finite.
     """
     widths: dict[Narrowing, list[int]] = {}
     for own in narrowings:
         widths.setdefault(replace(own, width=1), []).append(own.width)
-    found: dict[Narrowing, Refit] = {}
+    done = 0
     for few in _in_memory(model, list(widths)):
-        for own, products in _products(model, few, data, device).items():
-            whole = _read_by(model, own)
-            for width, kept, rows in leave_out(_rows(whole), products, widths[own]):
-                found[replace(own, width=width)] = Refit(kept, _weight(rows, whole))
-    return found
+        found: dict[Narrowing, Refit] = {}
+        for own, seen in _seen(model, few, data, device).items():
+            consumer = model.get_submodule(own.consumer)
+            for width, kept, rows in leave_out(_rows(_weight_of(consumer)), seen.products, widths[own]):
+                found[replace(own, width=width)] = _refit(consumer, kept, rows, seen)
+        done += len(few)
+        log.info("fitted %d of %d layers in narrower forms", done, len(widths))
+        yield found
 
 
 def leave_out(
@@ -70,7 +89,7 @@ def leave_out(
     inverse = torch.linalg.inv(products.double() + floor * torch.eye(len(products), dtype=torch.float64))
     for width in sorted(set(widths), reverse=True):
         while len(left) > width:
-            gone = _least(weights, inverse, min(AT_ONCE, len(left) - width))
+            gone = _least(weights, inverse, min(max(AT_ONCE, int(SHARE * len(products))), len(left) - width))
             stays = torch.ones(len(left), dtype=torch.bool)
             stays[gone] = False
             predicted = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stays])
@@ -83,7 +102,7 @@ def leave_out(
 def _least(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the channels that do the least harm if they go one after the other, of those that would alone."""
     alone = weights.square().sum(1) / inverse.diagonal()
-    among = alone.topk(min(AMONG, len(alone)), largest=False).indices
+    among = alone.topk(min(AMONG * count, len(alone)), largest=False).indices
     weights, inverse = weights[among], inverse[among][:, among]
     gone: list[int] = []
     for _ in range(count):
@@ -97,12 +116,37 @@ def _least(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Te
     return among[gone]
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What was seen of the channels that a layer reads, in float64.
+
+    Args:
+        products: mean products of each two, of shape (channels, channels).
+        mean: their means, if the products are about them; else 0.
+    """
+
+    products: torch.Tensor
+    mean: torch.Tensor
+
+
+def _refit(consumer: nn.Module, kept: torch.Tensor, rows: torch.Tensor, seen: _Seen) -> Refit:
+    """Gives a layer its fitted weights, and a bias with which the mean of what it returns is what it was."""
+    whole = _weight_of(consumer)
+    weight = rows.reshape(len(rows), whole.shape[0], *whole.shape[2:]).transpose(0, 1)
+    bias = consumer.bias
+    if isinstance(bias, torch.Tensor):
+        sums = (w.double().flatten(2).sum(2) if w.dim() > 2 else w.double() for w in (whole, weight))
+        before, after = (read @ mean for read, mean in zip(sums, (seen.mean, seen.mean[kept]), strict=True))
+        bias = (bias.detach().double() + before - after).to(bias.dtype)
+    return Refit(kept, weight.to(whole.dtype).contiguous(), bias if isinstance(bias, torch.Tensor) else None)
+
+
 def _in_memory(model: nn.Module, narrowings: Sequence[Narrowing]) -> Iterator[list[Narrowing]]:
     """Yields groups of narrowings whose products fit in memory together."""
     group: list[Narrowing] = []
     entries = 0
     for own in narrowings:
-        size = len(_rows(_read_by(model, own))) ** 2
+        size = len(_rows(_weight_of(model.get_submodule(own.consumer)))) ** 2
         if group and entries + size > MOST_ENTRIES:
             yield group
             group, entries = [], 0
@@ -112,17 +156,19 @@ def _in_memory(model: nn.Module, narrowings: Sequence[Narrowing]) -> Iterator[li
         yield group
 
 
-def _products(
-    model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, device: str
-) -> dict[Narrowing, torch.Tensor]:
-    """Returns the mean products of each two channels that a layer reads, over images and places, in float64."""
-    sums = {own: torch.zeros((), dtype=torch.float64) for own in narrowings}
+def _seen(model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, device: str) -> dict[Narrowing, _Seen]:
+    """Looks at the channels that layers read, on training images."""
+    products: dict[Narrowing, torch.Tensor] = {}
+    sums: dict[Narrowing, torch.Tensor] = {}
     count = dict.fromkeys(narrowings, 0)
+    generator = torch.Generator().manual_seed(0)
 
     def watch(own: Narrowing) -> Any:
         def hook(consumer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            channels = _columns(given[0], isinstance(consumer, nn.Linear))
-            sums[own] = sums[own] + (channels @ channels.T).double().cpu()
+            channels = _columns(given[0], isinstance(consumer, nn.Linear), generator)
+            product, total = (channels @ channels.T).double().cpu(), channels.sum(1).double().cpu()
+            products[own] = products[own].add_(product) if own in products else product
+            sums[own] = sums[own].add_(total) if own in sums else total
             count[own] += channels.shape[1]
 
         return hook
@@ -130,35 +176,44 @@ def _products(
     images, network = reduced(data, min(IMAGES, len(data.train))), model.eval().to(device)
     normalise = normaliser(images, device)
     try:
-        with ExitStack() as hooks, torch.inference_mode():
+        with ExitStack() as hooks, torch.no_grad():
             for own in narrowings:
                 hooks.callback(network.get_submodule(own.consumer).register_forward_pre_hook(watch(own)).remove)
             for pixels in images.train.pixels.split(64):
                 network(normalise(pixels.to(device)))
     finally:
         model.to("cpu")
-    return {own: found / count[own] for own, found in sums.items()}
+    found = {}
+    for own in narrowings:
+        product, mean = products.pop(own).div_(count[own]), sums[own] / count[own]
+        if not product.isfinite().all():
+            raise RunError(f"the parent's layer {own.consumer} reads figures that are not finite: train it anew")
+        if _keeps_mean(model.get_submodule(own.consumer)):
+            product -= torch.outer(mean, mean)
+        else:
+            mean = torch.zeros_like(mean)
+        found[own] = _Seen(product, mean)
+    return found
 
 
-def _columns(tensor: torch.Tensor, last: bool) -> torch.Tensor:
-    """Returns channels as rows, of shape (channels, places). Large maps are read at some of their places."""
-    if last:
-        places = tensor.reshape(len(tensor), -1, tensor.shape[-1])
-        return places[:, :: max(1, places.shape[1] // POINTS**2)].flatten(0, 1).T.float()
-    down, across = (max(1, side // POINTS) for side in tensor.shape[2:])
-    return tensor[:, :, ::down, ::across].transpose(0, 1).flatten(1).float()
+def _keeps_mean(consumer: nn.Module) -> bool:
+    """Whether the mean of what a layer returns is mended elsewhere: by its bias, or by the norm after a convolution."""
+    return isinstance(consumer, nn.Conv2d) or consumer.bias is not None
 
 
-def _read_by(model: nn.Module, own: Narrowing) -> torch.Tensor:
-    """Returns the weights of the layer that reads inner channels."""
-    return model.get_parameter(f"{own.consumer}.weight").detach()
+def _columns(tensor: torch.Tensor, last: bool, generator: torch.Generator) -> torch.Tensor:
+    """Returns channels as rows, of shape (channels, images and places). Large maps are read at random places."""
+    places = tensor.reshape(len(tensor), -1, tensor.shape[-1]).transpose(1, 2) if last else tensor.flatten(2)
+    if places.shape[2] > PLACES:
+        chosen = torch.randperm(places.shape[2], generator=generator)[:PLACES]
+        places = places[:, :, chosen.to(places.device)]
+    return places.transpose(0, 1).flatten(1).float()
+
+
+def _weight_of(layer: nn.Module) -> torch.Tensor:
+    return layer.get_parameter("weight").detach()
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
     """Returns the weights of a linear layer or a convolution as (channels that it reads, outputs and kernel)."""
     return weight.transpose(0, 1).flatten(1)
-
-
-def _weight(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Turns what `_rows` returned back into weights of a layer like another one that reads more channels."""
-    return rows.reshape(len(rows), like.shape[0], *like.shape[2:]).transpose(0, 1).to(like.dtype).contiguous()

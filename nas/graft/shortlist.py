@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..architecture import Graft
 from ..errors import TrialFailure
-from ..folders.sums import Sums, write_sums
+from ..folders.sums import LEAST, Sums, write_sums
 from ..scoring.latency import LatencyConfig
 from ..space import Choice, GraftSpace
 from ..space.graft_space import SIZE, combinations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
 COUNT = 8
-"""Number of grafts in a shortlist."""
+"""Largest number of grafts in a shortlist, without those with layers of ours."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
     try:
         times = timed(space, harms, latency)
     except TrialFailure as failure:
-        log.warning("parts of the network cannot be timed (%s), so the search begins without a shortlist", failure)
+        log.warning("the parent cannot be timed (%s), so the search begins without a shortlist", failure)
         return ()
     sums = _Sums(space, harms, times)
     write_sums(harms.folder, sums.of_changes())
@@ -98,7 +98,8 @@ class _Sums:
         for size in self.space.input_sizes:
             chosen: dict[str, Choice] = {SIZE: size} if SIZE in self.space.knobs else {}
             lost = sum(self.harms.added(self.space, *change) for change in chosen.items())
-            scaled += [_Sum(s.harm + lost, s.ms * self.times.of_sizes[size], {**s.choices, **chosen}) for s in front]
+            share, least = self.times.of_sizes[size], LEAST * self.times.whole  # sums may save more than there is
+            scaled += [_Sum(s.harm + lost, share * max(s.ms, least), {**s.choices, **chosen}) for s in front]
         return _best(scaled)
 
     def of_changes(self) -> Sums:

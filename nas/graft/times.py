@@ -8,30 +8,35 @@ and the times of the parts are scaled to them.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..architecture import Graft, Narrowing, Replacement, key_of
+from ..errors import TrialFailure
 from ..foreign_files import POSITIVE
 from ..machine.turns import exclusive
 from ..scoring.latency import (
     LatencyConfig,
+    Prepared,
     measure_latencies,
     prepare_model,
     prepare_parts,
     reference_ms,
 )
 from ..space import GraftSpace
-from ..space.graft_space import HALF, WIDTHS, fewer
+from ..space.graft_space import HALF, WIDTHS
 from .harms import Harms
 from .kept import read_kept, write_kept
+
+log = logging.getLogger(__name__)
 
 SECONDS, TARGET = 0.15, 0.1
 """Time for the latency of a part of the network, and the half-width of its interval that is enough."""
 AT_ONCE = 8
 """Number of parts that are timed in turns. Times are kept after each such group."""
 PARTS, FORMS, WHOLE = "times.json", "form_times.json", "whole"
-"""Files of the times of parts and of whole forms, and the name of the parent in the first one."""
+"""Files of the times of parts and of whole forms, and the name of the whole network among its parts."""
 
 
 @dataclass(frozen=True)
@@ -75,31 +80,31 @@ def timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> Times:
     """
     parts = _of_parts(space, harms, replace(latency.in_eager(), max_seconds=SECONDS, target=TARGET))
     first = space.whole
-    bare = replace(first, dropped=tuple(path for part in space.parts for path in part))
-    thin = replace(first, narrowed=_all_narrowed(space, HALF))
+    at = replace(latency, max_seconds=SECONDS, target=TARGET)
     sizes = {side: replace(first, input_size=side) for side in space.input_sizes}
-    ms = _measured((*sizes.values(), bare, thin), harms, replace(latency, max_seconds=SECONDS, target=TARGET))
-    whole = ms[first]
-    of_sizes = {side: ms[form] / whole for side, form in sizes.items()}
-    same = whole / parts.whole  # where no whole form tells more
-    layers = _scale(whole - ms[bare], -parts.added(bare), same)
-    narrow = _scale(whole - ms[thin], -parts.added(thin), same)
+    whole, shares = _measured(first, (*sizes.values(), space.shortest(), space.narrow(HALF)), harms, at)
+    of_sizes = {side: shares.get(form, (side / first.input_size) ** 2) for side, form in sizes.items()}
+    layers, narrow = (
+        _scale(shares.get(form), -parts.added(form) / parts.whole) for form in (space.shortest(), space.narrow(HALF))
+    )
+    same = whole / parts.whole
     return Times(
         whole,
         of_sizes,
-        {path: layers * value for path, value in parts.of_layers.items()},
-        {own: layers * value for own, value in parts.of_ours.items()},
-        {own: narrow * value for own, value in parts.saved.items()},
+        {path: same * layers * value for path, value in parts.of_layers.items()},
+        {own: same * layers * value for own, value in parts.of_ours.items()},
+        {own: same * narrow * value for own, value in parts.saved.items()},
     )
 
 
-def _scale(measured: float, expected: float, otherwise: float) -> float:
-    """Returns by how much times are multiplied so that what is saved is what was measured."""
-    return max(0.0, measured) / expected if expected > 0 else otherwise
+def _scale(share: float | None, expected: float) -> float:
+    """Returns by how much times are multiplied so that what is saved is what was measured; 1 if this is not known.
 
-
-def _all_narrowed(space: GraftSpace, share: float) -> tuple[Narrowing, ...]:
-    return tuple(replace(own, width=fewer(own.width, share)) for group in space.inner for own in group)
+    Args:
+        share: measured share of the parent's time that a form takes; None if it could not be measured.
+        expected: share that it should save.
+    """
+    return 1.0 if share is None or expected <= 0 else max(0.0, 1 - share) / expected
 
 
 def _of_parts(space: GraftSpace, harms: Harms, at: LatencyConfig) -> Times:
@@ -112,7 +117,7 @@ def _of_parts(space: GraftSpace, harms: Harms, at: LatencyConfig) -> Times:
         standing = tuple(o for option in turn if option is not None for o in option)
         plan.append((replace(first, replaced=standing), tuple(o.paths[0] for o in standing)))
     for share in WIDTHS[1:] if space.inner else ():
-        plan.append((replace(first, narrowed=_all_narrowed(space, share)), blocks))
+        plan.append((space.narrow(share), blocks))
     ms = [_milliseconds(graft, tuple(dict.fromkeys(paths)), harms, at) for graft, paths in plan]
     ours: dict[Replacement, float] = {}
     saved: dict[Narrowing, float] = {}
@@ -151,21 +156,49 @@ def _milliseconds(graft: Graft, paths: Sequence[str], harms: Harms, at: LatencyC
     return {path: ms[f"{graft.key} {path}"] for path in paths if f"{graft.key} {path}" in ms}
 
 
-def _measured(grafts: Iterable[Graft], harms: Harms, at: LatencyConfig) -> dict[Graft, float]:
-    """Measures whole forms in turns, each once."""
-    every = list(dict.fromkeys(grafts))
+def _measured(
+    first: Graft, forms: Iterable[Graft], harms: Harms, at: LatencyConfig
+) -> tuple[float, Mapping[Graft, float]]:
+    """Measures the parent, and forms in turns with it.
+
+    Args:
+        first: the parent.
+        forms: its forms.
+        harms: the parent's weights, and the folder of the file.
+        at: timing conditions.
+
+    Returns:
+        The parent's milliseconds, and the share of them that each form takes. A form that cannot run is left out.
+
+    Raises:
+        TrialFailure: if the parent cannot run.
+    """
     file, of = harms.folder / FORMS, _of(harms, at)
-    ms = read_kept(file, of, "ms", POSITIVE)
-    if not all(graft.key in ms for graft in every):
-        with exclusive(at.device):
-            ready = [
-                prepare_model(harms.parent.assemble(graft).eval(), (3, graft.input_size, graft.input_size), at)
-                for graft in every
-            ]
-            found = measure_latencies(ready, at, reference_ms(at))
-        ms |= {graft.key: latency.ms for graft, latency in zip(every, found, strict=True)}
-        write_kept(file, of, "ms", ms)
-    return {graft: ms[graft.key] for graft in every}
+    known = read_kept(file, of, "ms", POSITIVE)
+    left = [form for form in dict.fromkeys(forms) if form != first and form.key not in known]
+    if left or first.key not in known:
+        whole = _prepared(first, harms, at)
+        if first.key not in known:
+            known[first.key] = _in_turns([whole], at)[0]
+        for form in left:
+            try:
+                ms, ms_of_form = _in_turns([whole, _prepared(form, harms, at)], at)
+            except TrialFailure as failure:
+                log.warning("%s cannot be timed: %s", ", ".join(form.lines), failure)
+                continue
+            known[form.key] = known[first.key] * ms_of_form / ms
+            write_kept(file, of, "ms", known)
+    whole_ms = known[first.key]
+    return whole_ms, {form: known[form.key] / whole_ms for form in (first, *forms) if form.key in known}
+
+
+def _prepared(graft: Graft, harms: Harms, at: LatencyConfig) -> Prepared:
+    return prepare_model(harms.parent.assemble(graft).eval(), (3, graft.input_size, graft.input_size), at)
+
+
+def _in_turns(networks: Sequence[Prepared], at: LatencyConfig) -> list[float]:
+    with exclusive(at.device):
+        return [latency.ms for latency in measure_latencies(networks, at, reference_ms(at))]
 
 
 def _of(harms: Harms, at: LatencyConfig) -> str:

@@ -33,10 +33,12 @@ class Refit:
     Args:
         kept: which channels stay, in their order: int64, of shape (width,).
         weight: the consumer's weights for them, in the shape that its weights then have.
+        bias: the consumer's bias; None if it has none, or keeps it.
     """
 
     kept: torch.Tensor
     weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 def inner_channels(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Narrowing, ...]:
@@ -69,6 +71,8 @@ def narrow_layers(model: nn.Module, spec: Narrowing, refit: Refit | None = None)
         _keep(layers, torch.arange(spec.width) if refit is None else refit.kept)
         if refit is not None:
             layers[-1].weight.data.copy_(refit.weight)
+            if refit.bias is not None:
+                layers[-1].bias.data.copy_(refit.bias)
 
 
 def _chains(model: nn.Module, input_size: tuple[int, int, int]) -> list[Narrowing]:

@@ -15,7 +15,7 @@ from ..errors import RunError
 from ..fingerprint import fingerprint
 from ..folders.files import PARENT
 from ..folders.library import LIBRARY, load_weights, weights_file
-from ..folders.refits import load_refits
+from ..folders.refits import load_refits, tensors_of
 from ..folders.training import Trained, is_training
 from ..models import create_graft
 from ..models.grafts import StandIn
@@ -50,7 +50,7 @@ class Parent:
         """Short hash of all weights: the same parent with other weights gives other scores."""
         ours = (self.ours[own] for own in sorted(self.ours, key=Replacement.to_json))
         narrow = sorted(self.refits.items(), key=lambda item: (item[0].producer, item[0].width))
-        return fingerprint(self.weights, *ours, *({"kept": r.kept, "weight": r.weight} for _, r in narrow))
+        return fingerprint(self.weights, *ours, *(tensors_of(refit) for _, refit in narrow))
 
     def assemble(self, graft: Graft) -> nn.Module:
         """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.

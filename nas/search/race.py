@@ -23,8 +23,8 @@ OF_EACH_KIND = 2
 def starters(run: Run, trials: Sequence[Trial], count: int) -> list[Graft]:
     """Returns the front before tuning, and the ranks behind it until there are `count` grafts.
 
-    Layers of ours and narrower blocks lose more before a tuning than dropped blocks do. So the best of them start even
-    where they rank behind.
+    How much a form loses before a tuning says little about how much it regains, and depends on what was changed. So the
+    best with narrower blocks and the best with layers of ours start even where they rank behind.
     """
     chosen, left = _best(run, trials, count)
     for kind in ("narrowed", "replaced"):

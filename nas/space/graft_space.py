@@ -225,6 +225,14 @@ class GraftSpace:
             if self.canonical(chosen) == chosen:
                 yield self.decode(chosen)
 
+    def shortest(self) -> Graft:
+        """Returns the parent with all blocks dropped that can be."""
+        return self.decode(self._first | {f"part{i}.dropped": len(part) for i, part in enumerate(self.parts, start=1)})
+
+    def narrow(self, share: float) -> Graft:
+        """Returns the parent with a share of all inner channels, one of `WIDTHS`."""
+        return self.decode(self._first | {f"width{i}": share for i in range(1, len(self.inner) + 1)})
+
     def largest(self) -> list[Graft]:
         """Returns the graft with the most work: the parent itself."""
         return [self.whole]
