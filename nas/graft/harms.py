@@ -87,9 +87,12 @@ class Harms:
         key = space.whole.key
         if key not in self._factors:
             most = replace(space.shortest(), narrowed=space.narrow(HALF).narrowed)
-            first, choices = space.encode(space.whole), {**space.encode(space.narrow(HALF))}
-            choices |= {n: c for n, c in space.encode(space.shortest()).items() if c != first[n]}
-            single = sum(self._alone(space, name, choice) for name, choice in choices.items() if choice != first[name])
+            first = space.encode(space.whole).items()
+            changes = [
+                *space.encode(space.shortest()).items() - first,
+                *space.encode(space.narrow(HALF)).items() - first,
+            ]
+            single = sum(self._alone(space, knob, choice) for knob, choice in sorted(changes))
             factor = (self.loss(most) - self.loss(space.whole)) / single if single > 0 else 1.0
             self._factors[key] = min(max(1.0, factor), MOST_TOGETHER)
         return self._factors[key]

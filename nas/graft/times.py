@@ -76,7 +76,7 @@ def timed(space: GraftSpace, harms: Harms, latency: LatencyConfig) -> Times:
         latency: conditions of the search.
 
     Raises:
-        TrialFailure: if a whole form cannot run.
+        TrialFailure: if the parent cannot run.
     """
     parts = _of_parts(space, harms, replace(latency.in_eager(), max_seconds=SECONDS, target=TARGET))
     first = space.whole
