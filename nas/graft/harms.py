@@ -88,11 +88,9 @@ class Harms:
         if key not in self._factors:
             most = replace(space.shortest(), narrowed=space.narrow(HALF).narrowed)
             first = space.encode(space.whole).items()
-            changes = [
-                *space.encode(space.shortest()).items() - first,
-                *space.encode(space.narrow(HALF)).items() - first,
-            ]
-            single = sum(self._alone(space, knob, choice) for knob, choice in sorted(changes))
+            forms = (space.shortest(), space.narrow(HALF))
+            changes = sorted(change for form in forms for change in space.encode(form).items() - first)
+            single = sum(self._alone(space, *change) for change in changes)
             factor = (self.loss(most) - self.loss(space.whole)) / single if single > 0 else 1.0
             self._factors[key] = min(max(1.0, factor), MOST_TOGETHER)
         return self._factors[key]
