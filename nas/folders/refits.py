@@ -18,6 +18,7 @@ from .files import write_file
 
 FILE, OF = "narrower.safetensors", "of"
 """Name of the file, and of its entry with the hash of all that the weights depend on."""
+COPY = "copy the folder parent of the search here"
 
 
 def tensors_of(refit: Refit) -> dict[str, torch.Tensor]:
@@ -71,13 +72,13 @@ def load_refits(
     if not narrowings:
         return {}
     if not is_file(folder / FILE, RunError):
-        raise RunError(f"{folder} lacks {FILE}, the weights of narrower layers: copy the search's folder of the parent")
+        raise RunError(f"{folder} lacks {FILE}, the weights of narrower layers: {COPY}")
     tensors, _ = _read(folder)
     found: dict[Narrowing, Refit] = {}
     for own in narrowings:
         refit = _refit(tensors, own, weights)
         if refit is None:
-            raise RunError(f"{folder / FILE} holds no weights of {own.consumer} for {own.width} channels")
+            raise RunError(f"{folder / FILE} holds no weights of {own.consumer} for {own.width} channels: {COPY}")
         found[own] = refit
     return found
 

@@ -99,12 +99,12 @@ def space_of(
         *(", ".join(map(str, sizes)), sum(map(len, groups))),
     )
     of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
-    fits = [(own.to_dict(), WIDTHS) for own in narrow]
-    of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side} {VERSION} {fits}")
+    taught_of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
+    of = key_of(f"{taught_of} {VERSION} {WIDTHS} {[own.to_dict() for own in narrow]}")
     harms = Harms(of_parent, data, offer.how.device, trained.path, of)
     parts = tuple(_ordered(group, harms) for group in groups)
     bundles = _bundles(offered, parts)
-    offer = replace(offer, how=replace(offer.how, of=of))
+    offer = replace(offer, how=replace(offer.how, of=taught_of))
     taught = _taught(model, offered, data, offer, trained.path, on_step, partial(outclassed, bundles, work))
     stand = _standing(bundles, work, {one.replacement: one.error for one in taught})
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"

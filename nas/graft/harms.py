@@ -24,7 +24,7 @@ IMAGES = 256
 """Largest number of training images on which a loss is computed."""
 FILE = "harms.json"
 MOST_TOGETHER = 5.0
-"""Largest factor by which layers are said to harm more together than alone: single losses may be next to 0."""
+"""Limit of the factor for layers that change together. Single harms may be close to 0, so it could be huge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Harms:
     folder: Path
     of: str = ""
     known: dict[str, float] = field(default_factory=dict)
-    _factors: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _factors: dict[GraftSpace, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for file in (self._file(False), self._file(True)):
@@ -78,26 +78,30 @@ class Harms:
         return sum(self.added(space, name, choice) for name, choice in choices.items() if choice != first[name])
 
     def added(self, space: GraftSpace, knob: str, choice: Choice) -> float:
-        """Returns the harm of one change among others. Layers harm more together than alone, smaller images do not."""
+        """Returns the harm of one change among others.
+
+        Changes of layers harm more together than alone, smaller images do not. So the harm of a layer is multiplied.
+        """
         alone = self._alone(space, knob, choice)
         return alone if knob == SIZE else alone * self._together(space)
 
     def _together(self, space: GraftSpace) -> float:
-        """Returns the harm of all blocks dropped and half of all inner channels, over the sum of the single harms."""
-        key = space.whole.key
-        if key not in self._factors:
+        """Returns by how much the harms of layers are multiplied.
+
+        This is the harm of a form without all blocks and with half of the inner channels, over the sum of single harms.
+        """
+        if space not in self._factors:
             most = replace(space.shortest(), narrowed=space.narrow(HALF).narrowed)
             first = space.encode(space.whole).items()
             forms = (space.shortest(), space.narrow(HALF))
             changes = sorted(change for form in forms for change in space.encode(form).items() - first)
             single = sum(self._alone(space, *change) for change in changes)
             factor = (self.loss(most) - self.loss(space.whole)) / single if single > 0 else 1.0
-            self._factors[key] = min(max(1.0, factor), MOST_TOGETHER)
-        return self._factors[key]
+            self._factors[space] = min(max(1.0, factor), MOST_TOGETHER)
+        return self._factors[space]
 
     def _alone(self, space: GraftSpace, knob: str, choice: Choice) -> float:
-        first = {name: choices[0] for name, choices in space.knobs.items()}
-        return self.loss(space.decode({**first, knob: choice})) - self.loss(space.whole)
+        return self.loss(space.changed({knob: choice})) - self.loss(space.whole)
 
     def _computed(self, graft: Graft) -> float:
         data = self._images

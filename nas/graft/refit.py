@@ -1,9 +1,9 @@
-"""Narrower inner channels: which ones stay, and the weights with which what stays makes up for what goes.
+"""Narrower inner channels: chooses the channels that stay, and fits the weights of the layer that reads them.
 
-A channel that goes is predicted from those that stay, so the layer that reads them adds its weights, times this
-prediction, to theirs. Those channels go first without which the output of this layer changes least. This is the Optimal
-Brain Surgeon of Hassibi and Stork (1992), with channels in the place of single weights. All places of a kernel share
-one prediction.
+A least-squares fit predicts each removed channel from the remaining ones. The layer that reads them adds the weights of
+the removed channel, times this prediction, to the weights of the others. Channels whose removal changes the output of
+this layer least are removed first. This is the Optimal Brain Surgeon of Hassibi and Stork (1992), for channels instead
+of single weights. All places of a kernel share one prediction.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ..scoring.accuracy.held_out import normaliser
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Version of the fit: weights of another one are fitted anew."""
+"""Version of the fit. A search fits weights of another version again."""
 IMAGES, PLACES = 1024, 64
-"""Largest number of training images on which channels are looked at, and of places in their maps."""
+"""Largest number of training images for the fit, and of places that are read in each map."""
 AT_ONCE, SHARE, AMONG = 8, 1 / 64, 4
-"""Number of channels that go before all are ranked again, at least and as a share of them, and how many times as many
-they are chosen among, one by one."""
+"""Each step removes at least `AT_ONCE` channels and this `SHARE` of them, then ranks all others again. A step chooses
+its channels one by one, among `AMONG` times as many."""
 DAMPING = 0.01
-"""What is added to each channel's variance, as a share of their mean, so that nothing is predicted too boldly."""
+"""Share of the mean variance that is added to the variance of each channel, which keeps the predictions small."""
 MOST_ENTRIES = 2**26
-"""Entries of the products of channels that are in memory at once (512 MiB): more channels take another pass."""
+"""Largest number of products of channels in memory (512 MiB). More channels need another pass over the images."""
 
 
 def refits(
@@ -53,7 +53,7 @@ def refits(
         Some of the fits, of channels that fit in memory together.
 
     Raises:
-        RunError: if the network returns figures that are not finite.
+        RunError: if a layer reads NaN or infinite values.
     """
     widths: dict[Narrowing, list[int]] = {}
     for own in narrowings:
@@ -187,7 +187,9 @@ def _seen(model: nn.Module, narrowings: Sequence[Narrowing], data: ImageData, de
     for own in narrowings:
         product, mean = products.pop(own).div_(count[own]), sums[own] / count[own]
         if not product.isfinite().all():
-            raise RunError(f"the parent's layer {own.consumer} reads figures that are not finite: train it anew")
+            raise RunError(
+                f"layer {own.consumer} of the parent reads NaN or infinite values: train it with another seed"
+            )
         if _keeps_mean(model.get_submodule(own.consumer)):
             product -= torch.outer(mean, mean)
         else:

@@ -67,7 +67,7 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
         with_ours = sums.front(f"place{i}")
         fast = [s for s in with_ours if s.ms <= 0.5 * most_share * times.whole]
         chosen.append(min(fast or with_ours[:1], key=lambda s: s.harm))
-    return tuple(dict.fromkeys(space.decode({**sums.first, **s.choices}) for s in chosen))
+    return tuple(dict.fromkeys(space.changed(s.choices) for s in chosen))
 
 
 def _spread(points: Sequence[_Sum]) -> list[_Sum]:
@@ -107,10 +107,9 @@ class _Sums:
         losses: dict[str, dict[str, float]] = {}
         times: dict[str, dict[str, float]] = {}
         for name, choices in self.space.knobs.items():
-            changes = {str(choice): {name: choice} for choice in choices[1:]}
             losses[name] = {str(choice): self.harms.added(self.space, name, choice) for choice in choices[1:]}
             if name != SIZE:
-                times[name] = {text: self.times.added(self._graft(change)) for text, change in changes.items()}
+                times[name] = {str(c): self.times.added(self.space.changed({name: c})) for c in choices[1:]}
         sizes = {str(size): share for size, share in self.times.of_sizes.items()}
         return Sums(max(self.harms.loss(self.space.whole), 1e-6), self.times.whole, losses, times, sizes)
 
@@ -125,10 +124,7 @@ class _Sums:
             if self.space.canonical({**self.first, **chosen}) == {**self.first, **chosen}:
                 changed = {name: choice for name, choice in chosen.items() if choice != self.first[name]}
                 harm = sum(self.harms.added(self.space, name, choice) for name, choice in changed.items())
-                yield _Sum(harm, self.times.added(self._graft(changed)), changed)
-
-    def _graft(self, chosen: Mapping[str, Choice]) -> Graft:
-        return self.space.decode({**self.first, **chosen})
+                yield _Sum(harm, self.times.added(self.space.changed(changed)), changed)
 
 
 def _best(sums: Iterable[_Sum]) -> list[_Sum]:

@@ -31,7 +31,7 @@ class Refit:
     """How inner channels of a trained network become fewer.
 
     Args:
-        kept: which channels stay, in their order: int64, of shape (width,).
+        kept: indices of the channels that stay, in their order: int64, of shape (width,).
         weight: the consumer's weights for them, in the shape that its weights then have.
         bias: the consumer's bias; None if it has none, or keeps it.
     """
@@ -57,8 +57,8 @@ def narrow_layers(model: nn.Module, spec: Narrowing, refit: Refit | None = None)
     Args:
         model: the network.
         spec: the channels, and how many stay.
-        refit: which of them stay, and the weights that read them. None keeps the first ones: without trained weights
-            no channel is better than another.
+        refit: which of them stay, and the weights that read them. None keeps the first channels, for a network whose
+            weights are untrained or are loaded afterwards.
 
     Raises:
         UsageError: if the network has no such layers, or not so many channels.

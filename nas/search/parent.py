@@ -55,7 +55,7 @@ class Parent:
     def assemble(self, graft: Graft) -> nn.Module:
         """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.
 
-        Where inner channels become fewer, the layer that reads them gets weights that make up for those that go.
+        Where inner channels become fewer, the layer that reads them gets the weights that were fitted for this.
         """
         model = create_graft(replace(graft, narrowed=()), len(self.classes))
         ours = {f"{own.paths[0]}.{name}": t for own in graft.replaced for name, t in self.ours[own].items()}

@@ -140,7 +140,7 @@ class GraftSpace:
 
     @cached_property
     def narrowings(self) -> tuple[Narrowing, ...]:
-        """All inner channels with each number of them that may stay, where some go."""
+        """All inner channels with each smaller number of them that may stay."""
         every = (
             replace(own, width=fewer(own.width, share)) for group in self.inner for own in group for share in WIDTHS[1:]
         )
@@ -225,13 +225,17 @@ class GraftSpace:
             if self.canonical(chosen) == chosen:
                 yield self.decode(chosen)
 
+    def changed(self, choices: Mapping[str, Choice]) -> Graft:
+        """Returns the parent with other choices of some knobs."""
+        return self.decode({**self._first, **choices})
+
     def shortest(self) -> Graft:
-        """Returns the parent with all blocks dropped that can be."""
-        return self.decode(self._first | {f"part{i}.dropped": len(part) for i, part in enumerate(self.parts, start=1)})
+        """Returns the parent without all blocks that can be dropped."""
+        return self.changed({f"part{i}.dropped": len(part) for i, part in enumerate(self.parts, start=1)})
 
     def narrow(self, share: float) -> Graft:
         """Returns the parent with a share of all inner channels, one of `WIDTHS`."""
-        return self.decode(self._first | {f"width{i}": share for i in range(1, len(self.inner) + 1)})
+        return self.changed({f"width{i}": share for i in range(1, len(self.inner) + 1)})
 
     def largest(self) -> list[Graft]:
         """Returns the graft with the most work: the parent itself."""
