@@ -17,7 +17,7 @@ from ..scoring.accuracy.held_out import normaliser
 from ..scoring.accuracy.training import estimate_batch_norms
 from ..search.parent import Parent
 from ..space import Choice, GraftSpace
-from ..space.graft_space import HALF, SIZE
+from ..space.graft_space import HALF, SIZE, is_dropping
 from .kept import read_kept, write_kept
 
 IMAGES = 256
@@ -25,6 +25,8 @@ IMAGES = 256
 FILE = "harms.json"
 MOST_TOGETHER = 5.0
 """Limit of the factor for layers that change together. Single harms may be close to 0, so it could be huge."""
+REGAINED = 0.5
+"""Share of the harm of dropped blocks that does not count, because tuning mends it. It mends less of other changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +75,20 @@ class Harms:
         return self.known[graft.key]
 
     def summed(self, space: GraftSpace, graft: Graft) -> float:
-        """Returns the sum of the harms of the changes of a graft; 0 for the parent itself."""
+        """Returns the sum of the harms of a graft's changes, as far as they count; 0 for the parent itself."""
         first, choices = space.encode(space.whole), space.encode(graft)
         return sum(self.added(space, name, choice) for name, choice in choices.items() if choice != first[name])
 
     def added(self, space: GraftSpace, knob: str, choice: Choice) -> float:
-        """Returns the harm of one change among others.
+        """Returns the harm of one change among others, as far as it counts.
 
         Changes of layers harm more together than alone, smaller images do not. So the harm of a layer is multiplied.
+        A short tuning mends more of what dropped blocks harm than of other harm. So a share of that does not count.
         """
         alone = self._alone(space, knob, choice)
-        return alone if knob == SIZE else alone * self._together(space)
+        if knob == SIZE:
+            return alone
+        return alone * self._together(space) * (1 - REGAINED if is_dropping(knob) else 1.0)
 
     def _together(self, space: GraftSpace) -> float:
         """Returns by how much the harms of layers are multiplied.

@@ -327,6 +327,11 @@ def label_of(option: Option) -> str:
     return option[0].label
 
 
+def is_dropping(knob: str) -> bool:
+    """Whether a knob is the number of dropped blocks of a part."""
+    return knob.endswith(".dropped")
+
+
 def fewer(width: int, share: float) -> int:
     """Returns how many of a block's inner channels stay: the share, rounded to a multiple of 8."""
     return width if share == 1 else min(width, max(WIDTH_STEP, round(share * width / WIDTH_STEP) * WIDTH_STEP))
