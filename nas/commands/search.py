@@ -40,6 +40,7 @@ OF_PARENT = {
     "distil_epochs": "distil_epochs",
     "unlabelled": "unlabelled",
     "donor": "donors",
+    "baseline_weights": "baseline_weights",
 }
 """Maps the options that are about the parent to the fields of `ParentConfig`."""
 
@@ -133,6 +134,14 @@ OF_PARENT = {
     default=False,
     section=PARENT,
     help="Also train one form of the front from random weights, to see what the parent's weights are worth.",
+)
+@option(
+    "--baseline-weights",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=PARENT,
+    help="Pretrained weights of a --baseline beside the parent; repeatable, in the order of --baseline.",
 )
 @option(
     "--baseline",

@@ -253,7 +253,7 @@ def _check_parent(patient: Patient) -> Finding:
         return ok("the search has none")
     again = "bring the folder parent back from a copy; the front can be exported without it, but not trained further"
     try:
-        parent = open_parent(patient.path, space)
+        parent = open_parent(patient.path, space, patient.run.manifest.config.baselines)
     except NasError as error:
         return problem(str(error), again)
     if parent.fingerprint != patient.run.manifest.conditions.recorded.get("parent"):

@@ -46,6 +46,7 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     if whole is None or parent_ms is None:
         return []
     as_fast = {name: ms for name in keys if name in rivals and (ms := latency.read(rivals[name])) is not None}
+    what = "network" if run.manifest.config.baselines else "form"
     lines = []
     for share in SHARES:
         within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= share * parent_ms]
@@ -60,12 +61,12 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
             f"{_difference(right_of[best.key], whole)} than the parent"
         )
         if rival is None:
-            text += "; no form that needs no search is as fast"
+            text += f"; no {what} that needs no search is as fast"
         elif keys[rival] == best.key:
-            text += f"; it is the best form that needs no search ({rival})"
+            text += f"; it is the best {what} that needs no search ({rival})"
         else:
             found = _difference(right_of[best.key], right_of[keys[rival]])
-            text += f", and {found} than the best form that needs no search ({rival})"
+            text += f", and {found} than the best {what} that needs no search ({rival})"
         lines.append(text)
     return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), right_of)]
 

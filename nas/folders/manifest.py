@@ -67,6 +67,7 @@ class StoredConfig(Record):
     input_size: int | None
     epochs: int
     seed: int
+    baselines: Sequence[str] = ()
     classes: Sequence[str] = ()
     max_images: int = MAX_IMAGES
     holdout_data: str | None = None

@@ -6,6 +6,7 @@
     front.csv front.json    the Pareto set, derived
     weights/<key>.safetensors   proxy-trained weights of the front
     parent/                 the parent's training, in a search for grafts, with the layers of ours (`library`)
+    parent/baselines/<name>/    trainings of other pretrained networks that stand beside the parent
     tuned/<key>.safetensors     weights of tuned grafts, and of candidates that were trained on after the search
     tuned/<key>.pt              state of an unfinished training of these
     exports/<key>/          networks that `export` wrote

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architecture import Architecture, Graft, Narrowing, Replacement, key_of
+from ..architecture import Graft, Narrowing, Replacement, key_of
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
@@ -20,7 +20,7 @@ from ..folders.training import Trained
 from ..models.parts import droppable, places
 from ..models.widths import inner_channels
 from ..scoring.latency import LatencyConfig
-from ..search.parent import Parent
+from ..search.parent import Parent, whole_of
 from ..space import GraftSpace, Option
 from ..space.graft_space import WIDTHS
 from ..training.loop import Step
@@ -88,17 +88,15 @@ def space_of(
     Raises:
         UsageError: if nothing of the parent can be made cheaper.
     """
-    architecture = trained.architecture
-    assert not isinstance(architecture, Graft)
-    named: str | Architecture = architecture or str(trained.manifest.model).removeprefix("timm:")
-    model, side = trained.load_model(), data.input_size[1]
+    whole = replace(whole_of(trained), input_size=data.input_size[1])
+    model, named, side = trained.load_model(), whole.parent, whole.input_size
     groups, sizes, narrow = cheaper_forms(model, name, data.input_size, offer)
     offered, work = _offered(model, [(3, size, size) for size in sizes], offer)
     log.info(
         "the parent takes images of %s pixels; %d of its blocks can be dropped; ordering them by harm",
         *(", ".join(map(str, sizes)), sum(map(len, groups))),
     )
-    of_parent = Parent(Graft(named, side), model.state_dict(), data.classes, data.mean, data.std)
+    of_parent = Parent(whole, model.state_dict(), data.classes, data.mean, data.std)
     taught_of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
     of = key_of(f"{taught_of} {VERSION} {WIDTHS} {[own.to_dict() for own in narrow]}")
     harms = Harms(of_parent, data, offer.how.device, trained.path, of)

@@ -10,17 +10,23 @@ from pathlib import Path
 
 from .. import defaults
 from ..architecture import GRAINS, Graft, key_of
-from ..data import same_data
+from ..data import ImageData, same_data
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
+from ..folders.join import find_run
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import LINE, is_file, read_json, why_no_file
+from ..models.presets import PRESETS
+from ..models.timm_models import check_network_name
 from ..search.config import SearchConfig
+from ..search.parent import folder_of
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
 from ..training.loop import Step
+from ..training.network import build, fill
 from ..training.recipes import Auto
 from ..training.work import train
+from ..words import counted
 from .donors import Donor
 from .options import library
 
@@ -55,6 +61,8 @@ class ParentConfig:
         proxy: source of a form's accuracy before the best are tuned to the end: `train` (a tuning of `proxy_epochs`
             epochs) or `assembled` (forward passes).
         proxy_epochs: epochs of that tuning.
+        baseline_weights: a file with pretrained weights for each of the search's `baselines`, in their order. They are
+            trained as the parent is, and tuned as its forms are.
     """
 
     target: str
@@ -67,6 +75,7 @@ class ParentConfig:
     donors: tuple[Donor, ...] = ()
     proxy: str = defaults.GRAFT_PROXY
     proxy_epochs: int = defaults.GRAFT_EPOCHS
+    baseline_weights: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.grain not in GRAINS:
@@ -174,10 +183,69 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
             "%s may have been trained on images that this search holds out, and all accuracies are then too high: %s",
             *(parent.target, advice),
         )
+    return _trained(out, parent.target, parent, parent.weights, config, on_step)
+
+
+def check_baselines(parent: ParentConfig, config: SearchConfig, data: ImageData) -> None:
+    """Refuses baselines that cannot be trained, before the parent is.
+
+    Args:
+        parent: the pretrained network, with the baselines' weights.
+        config: the search, with their names; `out` is set.
+        data: its images.
+
+    Raises:
+        UsageError: if weights are missing, or if a baseline is the parent or does not take the images.
+        RunError: if weights do not fit.
+    """
+    assert config.out is not None
+    names, files = [check_network_name(name) for name in config.baselines], parent.baseline_weights
+    if not files and find_run(config.out):
+        return  # they were trained when the run was begun, or `search` says what is missing
+    if len(files) != len(names):
+        raise UsageError(
+            f"{counted(len(files), 'file')} in `baseline_weights` for {counted(len(names), 'network')} in `baselines`: "
+            "beside a `parent` each needs its pretrained weights, in the same order"
+        )
+    own = parent.resolved()
+    for name, file in zip(names, files, strict=True):
+        if name in (own.model, own.name) or names.count(name) > 1:
+            raise UsageError(f"`baselines` has {name} twice, or it is the parent: name each other network once")
+        if not is_file(file, UsageError):
+            raise UsageError(f"`baseline_weights` = {file}: {why_no_file(file)}; {name} needs one")
+        fill(build(_baseline(name), data, 0.0), file, other_classes=True)
+
+
+def train_baselines(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> None:
+    """Trains the baselines of a search as `train_parent` trains the parent, unless they are trained already.
+
+    Args, raises: as `train_parent`.
+    """
+    assert config.out is not None
+    for name, file in zip(config.baselines, parent.baseline_weights, strict=False):
+        log.info("training the baseline %s", name)
+        _trained(folder_of(config.out, name), _baseline(name).name, parent, file, config, on_step)
+
+
+def _baseline(name: str) -> Target:
+    """Returns the network of a baseline."""
+    plain = check_network_name(name)
+    return resolve(plain if plain in PRESETS else f"timm:{plain}")
+
+
+def _trained(
+    out: Path,
+    target: str,
+    parent: ParentConfig,
+    weights: Path | None,
+    config: SearchConfig,
+    on_step: Callable[[Step], None] | None,
+) -> Trained:
+    """Trains a network with given weights, for as many epochs as the parent."""
     epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
     held_out = HELD_OUT if config.holdout_data is None else 0.0
     settings = TrainConfig(
-        target=parent.target,
+        target=target,
         recipe=Auto((f"holdout={held_out}", *epochs)),
         data=config.data,
         data_root=config.data_root,
@@ -185,7 +253,7 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
         input_size=config.input_size,
         seed=config.seed,
         device=config.train_device or config.device,
-        init="auto" if parent.weights is None else str(parent.weights),
+        init="auto" if weights is None else str(weights),
         share_device=config.share_device,
         search_images=config.max_images,
         out=out,
@@ -197,7 +265,7 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
 
 
 def _check_same(trained: Trained, settings: TrainConfig, config: SearchConfig) -> None:
-    """Checks that a finished training of a parent is the one that is asked for.
+    """Checks that a finished training is the one that is asked for.
 
     Raises:
         RunError: if it has another network, other weights, other images or other epochs.
@@ -212,7 +280,7 @@ def _check_same(trained: Trained, settings: TrainConfig, config: SearchConfig) -
         "seed": asked.seed == settings.seed,
     }
     if differing := [name for name, equal in same.items() if not equal]:
-        raise RunError(f"{trained.path} is a parent with another `{differing[0]}`: give another `out`, or delete it")
+        raise RunError(f"{trained.path} was trained with another `{differing[0]}`: give another `out`, or delete it")
 
 
 def _same_weights(trained: Trained, init: str) -> bool:

@@ -32,7 +32,7 @@ from ..training.network import build
 from .distil import Distillation
 from .forms import Offer, cheaper_forms, space_name, space_of
 from .options import library
-from .parent import ParentConfig, train_parent
+from .parent import ParentConfig, check_baselines, train_baselines, train_parent
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,9 @@ def graft(
     if find_run(out):
         run = Run.open(out)
         _check_resumed(run, name, parent, share)
+        if config.baselines:
+            check_baselines(parent, config, load_images(config))
+            train_baselines(parent, config, on_step)
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
@@ -92,7 +95,9 @@ def graft(
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
     cheaper_forms(build(target, data, 0.0).eval(), name, data.input_size, offer)  # refuses before the training
+    check_baselines(parent, config, data)
     trained = train_parent(parent, config, on_step)
+    train_baselines(parent, config, on_step)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     if parent.epochs == 0:
@@ -145,8 +150,8 @@ def _check_resumed(run: Run, name: str, parent: ParentConfig, share: float | Non
 def _resumed(run: Run, config: SearchConfig, on_trial: Callable[[Progress], None] | None) -> Run:
     """Resumes the search of a run, whose parent is trained and whose space is known already."""
     if not isinstance(config.space, GraftSpace):
-        given = {} if config.unlabelled is None else {"unlabelled": config.unlabelled}
-        config = configure(config, run.path, trials=config.trials, **given)
+        changed = {name: value for name in ("unlabelled", "baselines") if (value := getattr(config, name))}
+        config = configure(config, run.path, trials=config.trials, **changed)
     log.info("resuming %s with its own parent, library, proxy and budgets", run.path)
     return search(config, on_trial)
 

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
-COUNT = 8
-"""Largest number of grafts in a shortlist, without those with layers of ours."""
+COUNT, OURS = 8, 2
+"""Largest number of grafts in a shortlist, and of further ones with layers of ours, each in another place."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Sum:
 
 
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
-    """Returns grafts over the whole range of latencies, the fastest first, then one with layers of ours in each place.
+    """Returns grafts over the whole range of latencies, the fastest first, then the best with layers of ours.
 
     Where only the number of blocks and the image size can change, there are none, because such a space is small.
 
@@ -62,11 +62,12 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
     sums = _Sums(space, harms, times)
     write_sums(harms.folder, sums.of_changes())
     points = [s for s in sums.front() if s.ms <= most_share * times.whole]
-    chosen = _spread(points)
-    for i in range(1, len(space.places) + 1):  # layers of ours lose most before a tuning: no sum would choose them
+    ours = []
+    for i in range(1, len(space.places) + 1):
         with_ours = sums.front(f"place{i}")
         fast = [s for s in with_ours if s.ms <= 0.5 * most_share * times.whole]
-        chosen.append(min(fast or with_ours[:1], key=lambda s: s.harm))
+        ours.append(min(fast or with_ours[:1], key=lambda s: s.harm))
+    chosen = [*_spread(points), *sorted(ours, key=lambda s: s.harm)[:OURS]]
     return tuple(dict.fromkeys(space.changed(s.choices) for s in chosen))
 
 

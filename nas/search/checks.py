@@ -40,7 +40,6 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
             "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
         )
     for name, given, why in (
-        ("baselines", config.baselines, "the forms of the parent are the baselines"),
         ("profile", config.profile, "a profile knows no parts of other networks"),
         ("calibration", config.calibration, "it has another space"),
         ("cross_fit", config.cross_fit, "its weights have seen all images but the held-out ones"),

@@ -97,7 +97,7 @@ def _parent(config: SearchConfig) -> Parent | None:
     if not isinstance(config.space, GraftSpace):
         return None
     assert config.out is not None
-    return open_parent(config.out, config.space)
+    return open_parent(config.out, config.space, config.baselines)
 
 
 def references_of(run: Run, evaluator: Evaluator) -> dict[str, float]:

@@ -168,17 +168,20 @@ class Evaluator:
         return self.seeded(lambda: self._create(architecture))
 
     def at(self, architecture: Candidate) -> Evaluator:
-        """Returns the evaluator for a candidate: a graft may have smaller images than the data."""
-        if not isinstance(architecture, Graft) or architecture.input_size == self.data.input_size[1]:
+        """Returns the evaluator for a candidate: a graft may have smaller images, a baseline another normalisation."""
+        if not isinstance(architecture, Graft) or self.parent is None:
             return self
-        side = architecture.input_size
-        images = None if self.proxy.data is None else _smaller(self.proxy.data, side)
-        return replace(self, data=_smaller(self.data, side), proxy=replace(self.proxy, data=images))
+        own, side = self.parent.of(architecture), architecture.input_size
+        if own is self.parent and side == self.data.input_size[1]:
+            return self
+        images = None if self.proxy.data is None else own.normalised(_smaller(self.proxy.data, side))
+        data = own.normalised(_smaller(self.data, side))
+        return replace(self, data=data, proxy=replace(self.proxy, data=images))
 
     def _create(self, architecture: Candidate) -> nn.Module:
         if isinstance(architecture, Graft):
             assert self.parent is not None
-            return self.parent.assemble(architecture)
+            return self.parent.of(architecture).assemble(architecture)
         side = min(self.data.input_size[1:])
         if side < architecture.reduction:
             raise UsageError(

@@ -52,6 +52,7 @@ from .comparable import (
 )
 from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
+from .parent import check_trained
 from .progress import Progress
 from .samplers.problem import Problem
 from .take_part import open_state, take_part
@@ -99,6 +100,8 @@ def search(
         out=search_folder(config.space.name, config.data) if config.out is None else config.out,
     )
     assert config.out is not None
+    if isinstance(config.space, GraftSpace):
+        check_trained(config.out, config.baselines)
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
     else:

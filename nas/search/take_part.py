@@ -130,7 +130,7 @@ def _finish(state: State[Trial], run: Run, config: SearchConfig, evaluator: Eval
         elif config.finish_epochs is not None:
             train_front(state.study, run, evaluator, config.epochs, config.finish_epochs, config.processes)
             evaluator = _for_longer(evaluator, config.finish_epochs)
-        finish(state.study, run, evaluator, config.baselines)
+        finish(state.study, run, evaluator, () if isinstance(config.space, GraftSpace) else config.baselines)
     finally:
         run.write_tables()
     if exhausted:

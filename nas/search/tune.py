@@ -44,7 +44,7 @@ WIDER = 2
 
 
 def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace, config: SearchConfig) -> None:
-    """Scores and tunes the rivals, then tunes the best of the search, until all of the front is tuned.
+    """Scores and tunes rivals and baselines, then tunes the best of the search, until all of the front is tuned.
 
     Args:
         study: the study, which gets the results as attributes.
@@ -60,7 +60,9 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
     fidelity = replace(whole.proxy.fidelity, epochs=config.tune_epochs, max_seconds=None)
     with SideBySide(Trainer(run, whole, fidelity), config.processes, "tuning") as trainings:
         tuner = _Tuner(study, run, trainings, first, scored)
-        _score_rivals(study, run, evaluator, space.rivals(), tuner, trials)
+        others = {} if evaluator.parent is None else evaluator.parent.others
+        rivals = space.rivals() | {name: other.whole for name, other in others.items()}
+        _score_rivals(study, run, evaluator, rivals, tuner, trials)
         if config.tune_epochs > first:
             if not scored:
                 tuner.race(starters(run, trials, WIDER * config.tune_count))
@@ -157,7 +159,7 @@ def _score_rivals(
     tuner: _Tuner,
     trials: Sequence[Trial],
 ) -> None:
-    """Records forms of the parent as baselines, measures those that are no complete trial, and tunes all of them."""
+    """Records rivals as baselines, measures those that are no complete trial, and tunes all of them."""
     scored = {trial.key: trial.scores for trial in trials}
     known: dict[str, Any] = run.attributes.get(BASELINES, {})
     free = replace(evaluator, budgets={})

@@ -1,0 +1,127 @@
+"""Other pretrained networks beside the forms of a parent: trained as it is, and tuned as its forms are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import table
+from safetensors.torch import load_file, save_file
+
+import search_spaces
+from nas.architecture import candidate_from_dict
+from nas.commands import main
+from nas.data import ImageData, load_data
+from nas.errors import NasError
+from nas.folders.run import Run
+from nas.graft import ParentConfig, graft
+from nas.scoring.latency import LatencyConfig
+from nas.search import SearchConfig, search
+
+PARENT, OTHER = "test_convnext", "test_efficientnet"
+"""They normalise images in different ways."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of some networks."""
+    folder = tmp_path_factory.mktemp("baselines")
+    for seed, name in enumerate((PARENT, OTHER, "test_resnet")):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> SearchConfig:
+    """A search on few digits."""
+    return SearchConfig(
+        search_spaces.load("mini"),
+        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.05),),
+        max_images=120,
+        input_size=32,
+        trials=2,
+        tune_epochs=1,
+        tune_count=1,
+        baselines=(OTHER,),
+        out=folder / "run",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, config: SearchConfig) -> Run:
+    """A finished search."""
+    return graft(_parent(folder), config)
+
+
+def _parent(folder: Path, *others: str, **changes: object) -> ParentConfig:
+    files = tuple(folder / f"{name}.safetensors" for name in others or (OTHER,))
+    own = ParentConfig(f"timm:{PARENT}", folder / f"{PARENT}.safetensors", 1, library="none", baseline_weights=files)
+    return replace(own, proxy="assembled", **changes)
+
+
+def _accuracy(name: str, weights: Path, images: ImageData) -> float:
+    """Computes the accuracy of a network of timm on the held-out images, normalised as it wants."""
+    model = timm.create_model(name, num_classes=10).eval()
+    model.load_state_dict(load_file(weights))
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        found = model((images.holdout.pixels / 255 - mean) / std).argmax(1)
+    return 100 * float((found == images.holdout.labels).float().mean())
+
+
+def test_a_baseline_is_trained_as_the_parent_and_tuned_as_its_forms(run: Run) -> None:
+    images, scores = load_data("digits", 32, None, 120), run.baselines()[OTHER]
+    form = candidate_from_dict(run.attributes["baselines"][OTHER]["graft"])
+    tuned = run.attributes["tuned"][form.key]
+    assert (form.parent, form.lines) == (OTHER, ["images: 32 px"])
+    assert tuned["epochs"] == 1
+    assert scores.accuracy == tuned["accuracy"]
+    assert scores.accuracy == pytest.approx(_accuracy(OTHER, run.weights_file(form.key), images), abs=1e-3)
+    assert scores.accuracy_assembled is not None  # of the trained network, before the tuning
+    assert scores.latency is not None
+    assert scores.latency_search_ms is not None  # measured again, in turns with the front
+
+
+def test_it_stands_beside_the_front(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (("front", OTHER), ("doctor", "its weights are those of the search")):
+        with pytest.raises(SystemExit):
+            main([command, str(run.path)])
+        assert told in capsys.readouterr().out
+
+
+def test_a_resumed_search_trains_further_baselines(run: Run, folder: Path, config: SearchConfig) -> None:
+    names, done = (OTHER, "test_resnet"), (run.path / "parent" / "baselines" / OTHER / "result.json").read_bytes()
+    before = run.attributes["tuned"]
+    with pytest.raises(NasError, match="test_resnet stands beside a parent"):
+        search(replace(SearchConfig.from_run(run), baselines=names))
+    again = graft(_parent(folder, *names), replace(config, baselines=names))
+    assert set(run.baselines()) | {"test_resnet"} == set(again.baselines())
+    assert again.attributes["tuned"].items() >= before.items()
+    assert (run.path / "parent" / "baselines" / OTHER / "result.json").read_bytes() == done
+    assert set(search(SearchConfig.from_run(again)).baselines()) == set(again.baselines())
+
+
+@table(
+    "names, files, word",
+    [
+        ((OTHER,), (), "0 files in `baseline_weights` for 1 network"),
+        ((), (OTHER,), "1 file in `baseline_weights` for 0 networks"),
+        ((PARENT,), (PARENT,), f"{PARENT} twice, or it is the parent"),
+        ((OTHER, f"timm:{OTHER}"), (OTHER, OTHER), f"{OTHER} twice"),
+        ((OTHER,), ("nothing",), "nothing.safetensors"),
+        ((OTHER,), ("test_resnet",), "test_resnet.safetensors"),
+    ],
+)
+def test_unusable_baselines_are_refused_before_anything_is_trained(
+    folder: Path, config: SearchConfig, tmp_path: Path, names: tuple[str, ...], files: tuple[str, ...], word: str
+) -> None:
+    weights = tuple(folder / f"{name}.safetensors" for name in files)
+    with pytest.raises(NasError, match=word):
+        graft(
+            replace(_parent(folder), baseline_weights=weights), replace(config, baselines=names, out=tmp_path / "run")
+        )
+    assert not (tmp_path / "run").exists()
