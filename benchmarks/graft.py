@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--grain", default="stage")
     parser.add_argument("--proxy", default="train", help="train (one epoch of tuning) or assembled")
     parser.add_argument("--budget", type=float, default=0.75, help="largest latency as a share of the parent's")
+    parser.add_argument("--baseline", help="another timm model to compare with")
+    parser.add_argument("--baseline-weights", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     print("| seed | within | network | latency, ms | held-out, % | test, % | test, against the parent |")
@@ -71,7 +73,8 @@ def main() -> None:
 def _search(asked: argparse.Namespace, seed: int) -> Run:
     """Runs the search of one seed, or resumes it."""
     out = asked.out / f"{asked.parent}-{asked.data.parent.name}-{asked.library}-{seed}"
-    config = replace(config_of(asked, seed), trials=asked.trials, out=out)
+    others = (asked.baseline,) if asked.baseline else ()
+    config = replace(config_of(asked, seed), trials=asked.trials, baselines=others, out=out)
     parent = ParentConfig(
         f"timm:{asked.parent}",
         asked.weights,
@@ -79,6 +82,7 @@ def _search(asked: argparse.Namespace, seed: int) -> Run:
         library=asked.library,
         grain=asked.grain,
         proxy=asked.proxy,
+        baseline_weights=(asked.baseline_weights,) if asked.baseline_weights else (),
     )
     return searched(parent, config, {"latency": asked.budget})
 
@@ -116,7 +120,8 @@ def _rows(run: Run, seed: int) -> list[str]:
         if form.key not in hits:
             model = create_candidate(form, len(run.manifest.data.classes)).eval()
             load_weights(model, run.weights_file(form.key))
-            hits[form.key] = hits_of(model, form.input_size, test, evaluator.data.mean, evaluator.data.std)
+            data = evaluator.at(form).data
+            hits[form.key] = hits_of(model, form.input_size, test, data.mean, data.std)
         return hits[form.key]
 
     whole, parent = rivals["parent"], scores["parent"]
@@ -127,11 +132,14 @@ def _rows(run: Run, seed: int) -> list[str]:
             name = f"{trial.key} ({'; '.join(trial.architecture.lines)})"
             found = tested(trial.architecture)
             lines.append(_row(seed, share, name, trial.scores.latency.ms, trial.scores.accuracy, found, tested(whole)))
-        plain = [name for name, s in scores.items() if s.latency.ms <= share * parent.latency.ms]
+        plain = [name for name in rivals if scores[name].latency.ms <= share * parent.latency.ms]
         for name in sorted(plain, key=lambda n: -scores[n].accuracy)[:1]:
             found = tested(rivals[name])
             words = f"best without a search: {name}"
             lines.append(_row(seed, share, words, scores[name].latency.ms, scores[name].accuracy, found, tested(whole)))
+    for name in (name for name, form in rivals.items() if form.parent != whole.parent):
+        found, score = tested(rivals[name]), scores[name]
+        lines.append(_row(seed, 1, f"instead of it: {name}", score.latency.ms, score.accuracy, found, tested(whole)))
     return lines
 
 
