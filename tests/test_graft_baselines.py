@@ -60,7 +60,7 @@ def run(folder: Path, config: SearchConfig) -> Run:
 def _parent(folder: Path, *others: str, **changes: object) -> ParentConfig:
     files = tuple(folder / f"{name}.safetensors" for name in others or (OTHER,))
     own = ParentConfig(f"timm:{PARENT}", folder / f"{PARENT}.safetensors", 1, library="none", baseline_weights=files)
-    return replace(own, proxy="assembled", **changes)
+    return replace(own, **changes)
 
 
 def _accuracy(name: str, weights: Path, images: ImageData) -> float:
@@ -84,6 +84,13 @@ def test_a_baseline_is_trained_as_the_parent_and_tuned_as_its_forms(run: Run) ->
     assert scores.accuracy_assembled is not None  # of the trained network, before the tuning
     assert scores.latency is not None
     assert scores.latency_search_ms is not None  # measured again, in turns with the front
+
+
+def test_a_search_looks_for_forms_that_keep_two_thirds_of_the_accuracy(run: Run) -> None:
+    images = load_data("digits", 32, None, 120)
+    parent = _accuracy(PARENT, run.path / "parent" / "model.safetensors", images)
+    assert parent > 20
+    assert run.reference["accuracy"] == pytest.approx(2 / 3 * parent, abs=1e-3)
 
 
 def test_it_stands_beside_the_front(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,8 @@ def test_a_reference_point_that_nobody_gave():
     assert problem(3).corner(losses) == pytest.approx([6.2, 0.0, 2.3])
     assert problem(2).corner(np.array([[1.0, 3.0], [5.0, 9.0]])) == pytest.approx([6.2, 10.8]), "it may be a loss"
     assert replace(problem(3), reference={"quality": 2.0, "depth": 7.0}).corner(losses) == pytest.approx([6.2, -2, 7])
+    far = replace(problem(3), reference={"quality": 99.0, "depth": 7.0}).corner(losses)
+    assert far == pytest.approx([6.2, losses[:, 1].max() + 0.3 * np.ptp(losses[:, 1]), 7]), "nothing is that good yet"
     for limit, expected in ((5.5, 5.5), (9.0, 6.2)):
         assert replace(problem(3), limits={"work": limit}).corner(losses)[0] == pytest.approx(expected)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from .times import Times, timed
 
 log = logging.getLogger(__name__)
 
+USEFUL = 0.5
+"""A form is of no use if its expected loss lies further from the parent's than this share of the way to guessing."""
 MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
 COUNT, OURS = 8, 2
@@ -41,7 +44,9 @@ class _Sum:
 
 
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
-    """Returns grafts over the whole range of latencies, the fastest first, then the best with layers of ours.
+    """Returns grafts over the range of latencies, the fastest first, then the best with layers of ours.
+
+    The range ends where forms are expected to be of no use, unless only these are within `most_share`.
 
     Where only the number of blocks and the image size can change, there are none, because such a space is small.
 
@@ -67,7 +72,9 @@ def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_shar
         with_ours = sums.front(f"place{i}")
         fast = [s for s in with_ours if s.ms <= 0.5 * most_share * times.whole]
         ours.append(min(fast or with_ours[:1], key=lambda s: s.harm))
-    chosen = [*_spread(points), *sorted(ours, key=lambda s: s.harm)[:OURS]]
+    most_harm = USEFUL * (math.log(len(harms.parent.classes)) - harms.loss(space.whole))
+    useful = [s for s in points if s.harm <= most_harm]
+    chosen = [*_spread(useful or points), *sorted(ours, key=lambda s: s.harm)[:OURS]]
     return tuple(dict.fromkeys(space.changed(s.choices) for s in chosen))
 
 

@@ -33,6 +33,7 @@ from ..objectives.objectives import Objective, parse_objectives, wants_accuracy
 from ..repeats import REPEATS
 from ..results import RESULTS, search_folder
 from ..scoring.accuracy import ESTIMATORS
+from ..scoring.accuracy.held_out import held_out_hits, top1
 from ..scoring.latency import LatencyConfig, reference_ms, target_labels
 from ..scoring.latency.config import IN_RUNS
 from ..space import GraftSpace
@@ -59,6 +60,9 @@ from .take_part import open_state, take_part
 from .workers.local import local_workers
 
 log = logging.getLogger(__name__)
+
+KEEPS = 2 / 3
+"""Share of the parent's accuracy that a form should keep. A search spends little on forms that keep less."""
 
 
 def search(
@@ -340,8 +344,8 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
     """Returns the reference point of the hypervolume: objective -> value, worse than what a search should find.
 
     An objective that is minimised has its budget, or a tenth more than the space's largest architectures have. Accuracy
-    has the chance level, because a network that guesses has found nothing. The score of an untrained proxy has no
-    chance level: it has 0.
+    has the chance level, because a network that guesses has found nothing, or `KEEPS` of the parent's accuracy. The
+    score of an untrained proxy has no chance level: it has 0.
     """
     open_ones = [o for o in objectives if o.minimize and (o.target or _base(o) not in config.budgets)]
     worst = {o.name: 0.0 for o in open_ones}
@@ -371,9 +375,17 @@ def _reference(config: SearchConfig, evaluator: Evaluator, objectives: tuple[Obj
         elif objective.minimize:
             reference[objective.name] = config.budgets[_base(objective)]
         else:
-            chance = 100 / len(evaluator.data.classes)
-            reference[objective.name] = chance if objective.field == "accuracy" else 0.0
+            reference[objective.name] = _least_accuracy(evaluator) if objective.field == "accuracy" else 0.0
     return reference
+
+
+def _least_accuracy(evaluator: Evaluator) -> float:
+    """Returns the accuracy below which a network is of no use, in percent."""
+    parent, data, chance = evaluator.parent, evaluator.data, 100 / len(evaluator.data.classes)
+    if parent is None or evaluator.proxy.name != "train":  # untuned forms have lost much that a tuning brings back
+        return chance
+    whole = parent.assemble(parent.whole).eval()
+    return max(chance, KEEPS * top1(held_out_hits(whole, data, evaluator.role.device)))
 
 
 def _base(objective: Objective) -> str:

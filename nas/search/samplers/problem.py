@@ -47,12 +47,14 @@ class Problem:
     def corner(self, losses: Floats) -> Floats:
         """Returns the reference point as losses: given values, values beyond the worst observed loss, or 0 for a gain.
 
-        It lies well beyond the worst loss. If it were too near, the costly end of the front would seem worthless, which
-        is the worse mistake in measurements.
+        Where nothing is better than that in all objectives, any gain counts until something is. It lies well beyond the
+        worst loss. If it were too near, the costly end of the front would seem worthless, which is the worse mistake in
+        measurements.
         """
         worst = losses.max(0)
         spread = worst - losses.min(0)
-        found: Floats = worst + BEYOND * np.where(spread > 0, spread, 1.0)
+        beyond: Floats = worst + BEYOND * np.where(spread > 0, spread, 1.0)
+        found = beyond.copy()
         for column, (name, small) in enumerate(zip(self.objectives, self.minimize, strict=True)):
             if name in self.reference:
                 found[column] = self.signs[column] * self.reference[name]
@@ -60,4 +62,6 @@ class Problem:
                 found[column] = 0.0
             if small and name in self.limits:  # points beyond the limit do not count
                 found[column] = min(found[column], self.limits[name])
+        if not (losses < found).all(1).any():
+            found = np.where(self.minimize, found, np.maximum(found, beyond))
         return found
