@@ -17,6 +17,7 @@ from nas.commands import main
 from nas.data import ImageData, load_data
 from nas.errors import NasError
 from nas.folders.run import Run
+from nas.folders.training import Trained
 from nas.graft import ParentConfig, graft
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
@@ -105,10 +106,12 @@ def test_a_resumed_search_trains_further_baselines(run: Run, folder: Path, confi
     before = run.attributes["tuned"]
     with pytest.raises(NasError, match="test_resnet stands beside a parent"):
         search(replace(SearchConfig.from_run(run), baselines=names))
-    again = graft(_parent(folder, *names), replace(config, baselines=names))
+    again = graft(replace(_parent(folder, *names), epochs=None), replace(config, baselines=names))
     assert set(run.baselines()) | {"test_resnet"} == set(again.baselines())
     assert again.attributes["tuned"].items() >= before.items()
     assert (run.path / "parent" / "baselines" / OTHER / "result.json").read_bytes() == done
+    further = Trained.open(run.path / "parent" / "baselines" / "test_resnet")
+    assert further.manifest.recipe["epochs"] == 1, "as many as the parent, although none are given now"
     assert set(search(SearchConfig.from_run(again)).baselines()) == set(again.baselines())
 
 

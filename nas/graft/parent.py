@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import defaults
@@ -122,9 +122,9 @@ class ParentConfig:
             UsageError: if a setting is neither the default nor that of the search.
             RunError: if the record is damaged.
         """
-        if not is_file(folder / ASKED, RunError):
+        recorded = _recorded(folder)
+        if not recorded:
             return
-        recorded = read_json(folder / ASKED, "a record of a search", {str: LINE}, RunError)
         usual = {**ParentConfig(self.target).asked, BUDGET: str(None)}
         for name, value in {**self.asked, BUDGET: str(share)}.items():
             if value not in (usual[name], recorded.get(name)):
@@ -133,6 +133,17 @@ class ParentConfig:
                     f"{folder.parent} was begun with another `{name}`{its}: give that one, or another `out`; without "
                     "`parent`, the search resumes with its own settings"
                 )
+
+    def begun(self, folder: Path) -> ParentConfig:
+        """Returns the settings with the epochs of the search's record, where these have the default.
+
+        Raises:
+            RunError: if the record is damaged.
+        """
+        recorded = _recorded(folder).get("parent_epochs", str(None))
+        if self.epochs is not None or not recorded.isdecimal():
+            return self
+        return replace(self, epochs=int(recorded))
 
     def resolved(self) -> Target:
         """Finds the network.
@@ -150,6 +161,18 @@ class ParentConfig:
         if isinstance(target.architecture, Graft):
             raise UsageError(f"`parent` = {self.target} is a form of another network: give that network")
         return target
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Reads what a search was begun with; nothing if an earlier release began it.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
+    if not is_file(folder / ASKED, RunError):
+        return {}
+    found: dict[str, str] = read_json(folder / ASKED, "a record of a search", {str: LINE}, RunError)
+    return found
 
 
 def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> Trained:
@@ -223,8 +246,10 @@ def train_baselines(parent: ParentConfig, config: SearchConfig, on_step: Callabl
     """
     assert config.out is not None
     for name, file in zip(config.baselines, parent.baseline_weights, strict=False):
-        log.info("training the baseline %s", name)
-        _trained(folder_of(config.out, name), _baseline(name).name, parent, file, config, on_step)
+        out = folder_of(config.out, name)
+        if not is_training(out) or Trained.open(out).result is None:
+            log.info("training the baseline %s", name)
+        _trained(out, _baseline(name).name, parent, file, config, on_step)
 
 
 def _baseline(name: str) -> Target:

@@ -86,7 +86,7 @@ def graft(
         _check_resumed(run, name, parent, share)
         if config.baselines:
             check_baselines(parent, config, load_images(config))
-            train_baselines(parent, config, on_step)
+            train_baselines(parent.begun(run.path / PARENT), config, on_step)
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
