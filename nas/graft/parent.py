@@ -13,7 +13,6 @@ from ..architecture import GRAINS, Graft, key_of
 from ..data import ImageData, same_data
 from ..errors import RunError, UsageError, unknown_name
 from ..folders.files import PARENT, sha256_of, write_file
-from ..folders.join import find_run
 from ..folders.training import MANIFEST, RESULT, WEIGHTS, Trained, is_training
 from ..foreign_files import LINE, is_file, read_json, why_no_file
 from ..models.presets import PRESETS
@@ -214,17 +213,14 @@ def check_baselines(parent: ParentConfig, config: SearchConfig, data: ImageData)
 
     Args:
         parent: the pretrained network, with the baselines' weights.
-        config: the search, with their names; `out` is set.
+        config: the search, with their names.
         data: its images.
 
     Raises:
         UsageError: if weights are missing, or if a baseline is the parent or does not take the images.
         RunError: if weights do not fit.
     """
-    assert config.out is not None
     names, files = [check_network_name(name) for name in config.baselines], parent.baseline_weights
-    if not files and find_run(config.out):
-        return  # they were trained when the run was begun, or `search` says what is missing
     if len(files) != len(names):
         raise UsageError(
             f"{counted(len(files), 'file')} in `baseline_weights` for {counted(len(names), 'network')} in `baselines`: "

@@ -84,7 +84,7 @@ def graft(
     if find_run(out):
         run = Run.open(out)
         _check_resumed(run, name, parent, share)
-        if config.baselines:
+        if parent.baseline_weights:
             check_baselines(parent, config, load_images(config))
             train_baselines(parent.begun(run.path / PARENT), config, on_step)
         return _resumed(run, config, on_trial)
