@@ -4,7 +4,8 @@
 
 The score of a form is its accuracy after the search's short tuning. Harms of dropped blocks are multiplied by each of
 some shares; all other harms count in full. A table in Markdown shows the Kendall correlation of each sum with the
-scores, and the points of accuracy that a unit of each kind of harm costs (non-negative least squares).
+scores, and the points of accuracy that a unit of each kind of harm costs (non-negative least squares). Runs that were
+begun when sums still counted all harm of dropped blocks get wrong figures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _of_run(run: Run) -> tuple[np.ndarray, np.ndarray]:
     for row, trial in enumerate(trials):
         for knob, choice in run.space.encode(trial.architecture).items():
             harms[row, _kind(knob)] += sums.losses.get(knob, {}).get(str(choice), 0.0)
-    harms[:, 0] /= 1 - REGAINED  # the file holds only what counts
+    harms[:, 0] /= 1 - REGAINED  # the file holds what sums count
     return harms, np.array([t.scores.accuracy for t in trials])
 
 

@@ -136,6 +136,17 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
+def save_untrained(folder: Path, *names: str) -> None:
+    """Writes weights of models of timm as NAME.safetensors, each drawn with another seed."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+
+
 def required(part: str, missing: str) -> None:
     """Skip for want of a part, or fail where `MIXNAS_REQUIRE` names it."""
     if part in os.environ.get("MIXNAS_REQUIRE", "").split(","):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import table
+from conftest import save_untrained, table
 from safetensors.torch import save_file
 
 import search_spaces
@@ -32,9 +32,7 @@ GIVEN = Replacement(("stages.1.blocks",), Donation(DONOR, ("stages.1.blocks",), 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of some networks."""
     folder = tmp_path_factory.mktemp("donors")
-    for seed, name in enumerate((PARENT, DONOR, "test_vit2")):
-        torch.manual_seed(seed)
-        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    save_untrained(folder, PARENT, DONOR, "test_vit2")
     return folder
 
 

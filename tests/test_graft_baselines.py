@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import table
+from conftest import save_untrained, table
 from safetensors.torch import load_file, save_file
 
 import search_spaces
@@ -30,9 +31,7 @@ PARENT, OTHER = "test_convnext", "test_efficientnet"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of some networks."""
     folder = tmp_path_factory.mktemp("baselines")
-    for seed, name in enumerate((PARENT, OTHER, "test_resnet")):
-        torch.manual_seed(seed)
-        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    save_untrained(folder, PARENT, OTHER, "test_resnet", "test_vit")
     return folder
 
 
@@ -115,12 +114,69 @@ def test_a_resumed_search_trains_further_baselines(run: Run, folder: Path, confi
     assert set(search(SearchConfig.from_run(again)).baselines()) == set(again.baselines())
 
 
+def test_a_baseline_stays_if_only_another_one_is_named(run: Run, folder: Path, config: SearchConfig) -> None:
+    """The name may have timm's prefix: it is the same network."""
+    again = graft(_parent(folder, "test_vit"), replace(config, baselines=("timm:test_vit",), trials=3))
+    assert again.manifest.config.baselines[:1] == [OTHER]
+    assert {OTHER, "test_vit"} <= set(again.baselines())
+    assert not any(name.startswith("timm:") for name in again.baselines())
+    assert again.baselines()["test_vit"].latency_search_ms is not None
+
+
+def test_the_verdict_compares_with_each_baseline(run: Run) -> None:
+    latency = {name: run.baselines()[name].latency.ms for name in (OTHER, "parent")}
+    (line,) = (line for line in run.verdicts() if line.startswith(OTHER))
+    assert f"{100 * latency[OTHER] / latency['parent']:.0f} % of the parent's latency" in line
+    within = [t for t in run.front() if t.scores.latency.ms <= latency[OTHER]]
+    if not within:
+        assert line.endswith("no point of the front is as fast")
+        return
+    best = max(within, key=lambda t: t.scores.accuracy)
+    gain = best.scores.accuracy - run.baselines()[OTHER].accuracy
+    assert f"{best.key} is no slower, and {abs(gain):.1f} points {'more' if gain >= 0 else 'less'} accurate" in line
+
+
+@table("fault, word", [("missing", "has no finished training"), ("swapped", "is no training of")])
+def test_a_lost_or_swapped_folder_is_noticed(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, word: str
+) -> None:
+    copy = tmp_path / fault
+    shutil.copytree(run.path, copy)
+    other = copy / "parent" / "baselines" / OTHER
+    shutil.rmtree(other)
+    if fault == "swapped":
+        shutil.copytree(run.path / "parent", other, ignore=shutil.ignore_patterns("baselines"))
+    with pytest.raises(NasError, match=word):
+        search(replace(SearchConfig.from_run(Run.open(copy)), trials=9))
+    with pytest.raises(SystemExit):
+        main(["doctor", str(copy)])
+    assert "problem" in capsys.readouterr().out
+
+
+def test_a_baseline_is_trained_for_as_many_epochs_as_a_parent_that_was_there(
+    run: Run, folder: Path, config: SearchConfig, tmp_path: Path
+) -> None:
+    own = replace(_parent(folder), target=str(run.path / "parent"), weights=None, epochs=None)
+    again = graft(own, replace(config, out=tmp_path / "run"))
+    assert Trained.open(again.path / "parent" / "baselines" / OTHER).manifest.recipe["epochs"] == 1
+
+
+def test_weights_for_other_classes_do_not_go_with_a_parent_that_is_taken_as_it_is(
+    folder: Path, config: SearchConfig, tmp_path: Path
+) -> None:
+    own = replace(_parent(folder), weights=tmp_path / "own.safetensors", epochs=0)
+    save_file(timm.create_model(PARENT, num_classes=10).state_dict(), tmp_path / "own.safetensors")
+    with pytest.raises(NasError, match="is for other classes, and `parent_epochs` = 0 trains no baseline"):
+        graft(own, replace(config, holdout_data="digits", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @table(
     "names, files, word",
     [
         ((OTHER,), (), "0 files in `baseline_weights` for 1 network"),
         ((), (OTHER,), "1 file in `baseline_weights` for 0 networks"),
-        ((PARENT,), (PARENT,), f"{PARENT} twice, or it is the parent"),
+        ((PARENT,), (PARENT,), f"{PARENT} is the parent"),
         ((OTHER, f"timm:{OTHER}"), (OTHER, OTHER), f"{OTHER} twice"),
         ((OTHER,), ("nothing",), "nothing.safetensors"),
         ((OTHER,), ("test_resnet",), "test_resnet.safetensors"),

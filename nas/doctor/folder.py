@@ -245,7 +245,7 @@ def _expected_shapes(run: Run, trial: Trial) -> dict[str, list[int]]:
 
 
 def _check_parent(patient: Patient) -> Finding:
-    from ..search.parent import open_parent
+    from ..search.parent import baselines_of, open_parent
     from ..space import GraftSpace
 
     space = patient.run.space
@@ -253,7 +253,7 @@ def _check_parent(patient: Patient) -> Finding:
         return ok("the search has none")
     again = "bring the folder parent back from a copy; the front can be exported without it, but not trained further"
     try:
-        parent = open_parent(patient.path, space, patient.run.manifest.config.baselines)
+        parent = open_parent(patient.path, space, baselines_of(patient.path))
     except NasError as error:
         return problem(str(error), again)
     if parent.fingerprint != patient.run.manifest.conditions.recorded.get("parent"):

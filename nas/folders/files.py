@@ -45,7 +45,7 @@ def reading_manifest(file: Path, release_format: int, what: str, shape: Mapping[
 PARENT = "parent"
 """Folder of the parent's training in the folder of a search for grafts. It is there before the run."""
 OTHERS = "baselines"
-"""Folder in that one with the trainings of baselines, a folder for each by the name of the network."""
+"""Subfolder of `PARENT` with the trainings of baselines, in a folder for each network, by its name."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import Graft, candidate_from_dict
+from ..architecture import Graft
+from ..objectives.objectives import Objective
 from ..objectives.paired import Hits, paired_difference
 from ..objectives.text import format_ends
 from ..space import GraftSpace
@@ -23,7 +24,7 @@ SHARES = (1 / 2, 1 / 3)
 
 
 def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) -> list[str]:
-    """Compares a front with the parent, and with the forms of the parent that need no search, at equal latency.
+    """Compares a front with the parent, with its forms that need no search, and with other networks, at equal latency.
 
     Args:
         run: the run.
@@ -31,11 +32,12 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
         attributes: attributes of its study.
 
     Returns:
-        A sentence for each share of the parent's latency, and one that counts what the points of the front change;
-        empty without a tuned parent or without latency.
+        A sentence for each share of the parent's latency, one for each other network, and one that counts what the
+        points of the front change; empty without a tuned parent or without latency.
     """
     entries, tuned = attributes.get(BASELINES, {}), attributes.get(TUNED, {})
-    keys = {name: candidate_from_dict(e["graft"]).key for name, e in entries.items() if "graft" in e}
+    forms = {name: Graft.from_dict(entry["graft"]) for name, entry in entries.items() if "graft" in entry}
+    keys = {name: form.key for name, form in forms.items()}
     rivals, latency = run.baselines(), next((o for o in run.objectives if o.is_latency), None)
     if PARENT not in keys or PARENT not in rivals or latency is None:
         return []
@@ -46,29 +48,43 @@ def graft_verdicts(run: Run, front: list[Trial], attributes: Mapping[str, Any]) 
     if whole is None or parent_ms is None:
         return []
     as_fast = {name: ms for name in keys if name in rivals and (ms := latency.read(rivals[name])) is not None}
-    what = "network" if run.manifest.config.baselines else "form"
+    other = [name for name in as_fast if forms[name].parent != forms[PARENT].parent]
     lines = []
     for share in SHARES:
-        within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= share * parent_ms]
-        best = max(within, key=lambda t: t.scores.accuracy or 0.0, default=None)
+        best = _best_within(share * parent_ms, front, latency)
         if best is None or best.key not in right_of:
             lines.append(f"no point of the front takes at most {100 * share:.0f} % of the parent's latency")
             continue
-        plain = [name for name, ms in as_fast.items() if ms <= share * parent_ms and keys[name] in right_of]
+        plain = [n for n, ms in as_fast.items() if ms <= share * parent_ms and keys[n] in right_of and n not in other]
         rival = max(plain, key=lambda n: (int(right_of[keys[n]].sum()), keys[n] == best.key), default=None)
         text = (
             f"at most {100 * share:.0f} % of the parent's latency: {best.key} is "
             f"{_difference(right_of[best.key], whole)} than the parent"
         )
         if rival is None:
-            text += f"; no {what} that needs no search is as fast"
+            text += "; no form that needs no search is as fast"
         elif keys[rival] == best.key:
-            text += f"; it is the best {what} that needs no search ({rival})"
+            text += f"; it is the best form that needs no search ({rival})"
         else:
             found = _difference(right_of[best.key], right_of[keys[rival]])
-            text += f", and {found} than the best {what} that needs no search ({rival})"
+            text += f", and {found} than the best form that needs no search ({rival})"
         lines.append(text)
+    for name in (name for name in other if keys[name] in right_of):
+        point = _best_within(as_fast[name], front, latency)
+        text = f"{name} takes {100 * as_fast[name] / parent_ms:.0f} % of the parent's latency: "
+        if point is None or point.key not in right_of:
+            lines.append(f"{text}no point of the front is as fast")
+        else:
+            lines.append(
+                f"{text}{point.key} is no slower, and {_difference(right_of[point.key], right_of[keys[name]])}"
+            )
     return [*lines, *_changes(run, front), *_of_control(run, attributes.get(CONTROL, {}), right_of)]
+
+
+def _best_within(most_ms: float, front: list[Trial], latency: Objective) -> Trial | None:
+    """Returns the most accurate point of a front within a latency in milliseconds; None if there is none."""
+    within = [t for t in front if (ms := latency.read(t.scores)) is not None and ms <= most_ms]
+    return max(within, key=lambda t: t.scores.accuracy or 0.0, default=None)
 
 
 def _of_control(run: Run, control: Mapping[str, Any], right_of: Mapping[str, Hits]) -> list[str]:

@@ -26,7 +26,7 @@ FILE = "harms.json"
 MOST_TOGETHER = 5.0
 """Limit of the factor for layers that change together. Single harms may be close to 0, so it could be huge."""
 REGAINED = 0.5
-"""Share of the harm of dropped blocks that does not count, because tuning mends it. It mends less of other changes."""
+"""Share of the harm of dropped blocks that sums leave out, because a tuning mends it. It mends less of other harm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +75,15 @@ class Harms:
         return self.known[graft.key]
 
     def summed(self, space: GraftSpace, graft: Graft) -> float:
-        """Returns the sum of the harms of a graft's changes, as far as they count; 0 for the parent itself."""
+        """Returns the sum of what each change of a graft adds (`added`); 0 for the parent itself."""
         first, choices = space.encode(space.whole), space.encode(graft)
         return sum(self.added(space, name, choice) for name, choice in choices.items() if choice != first[name])
 
     def added(self, space: GraftSpace, knob: str, choice: Choice) -> float:
-        """Returns the harm of one change among others, as far as it counts.
+        """Returns what one change among others adds to a sum of harms.
 
         Changes of layers harm more together than alone, smaller images do not. So the harm of a layer is multiplied.
-        A short tuning mends more of what dropped blocks harm than of other harm. So a share of that does not count.
+        A short tuning mends more of the harm of dropped blocks than of other harm. So a sum leaves a share of it out.
         """
         alone = self._alone(space, knob, choice)
         if knob == SIZE:

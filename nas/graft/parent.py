@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import defaults
@@ -18,7 +18,7 @@ from ..foreign_files import LINE, is_file, read_json, why_no_file
 from ..models.presets import PRESETS
 from ..models.timm_models import check_network_name
 from ..search.config import SearchConfig
-from ..search.parent import folder_of
+from ..search.parent import folder_of, is_trained
 from ..targets import Target, resolve
 from ..training.config import TrainConfig
 from ..training.loop import Step
@@ -121,9 +121,9 @@ class ParentConfig:
             UsageError: if a setting is neither the default nor that of the search.
             RunError: if the record is damaged.
         """
-        recorded = _recorded(folder)
-        if not recorded:
+        if not is_file(folder / ASKED, RunError):
             return
+        recorded = read_json(folder / ASKED, "a record of a search", {str: LINE}, RunError)
         usual = {**ParentConfig(self.target).asked, BUDGET: str(None)}
         for name, value in {**self.asked, BUDGET: str(share)}.items():
             if value not in (usual[name], recorded.get(name)):
@@ -132,17 +132,6 @@ class ParentConfig:
                     f"{folder.parent} was begun with another `{name}`{its}: give that one, or another `out`; without "
                     "`parent`, the search resumes with its own settings"
                 )
-
-    def begun(self, folder: Path) -> ParentConfig:
-        """Returns the settings with the epochs of the search's record, where these have the default.
-
-        Raises:
-            RunError: if the record is damaged.
-        """
-        recorded = _recorded(folder).get("parent_epochs", str(None))
-        if self.epochs is not None or not recorded.isdecimal():
-            return self
-        return replace(self, epochs=int(recorded))
 
     def resolved(self) -> Target:
         """Finds the network.
@@ -160,18 +149,6 @@ class ParentConfig:
         if isinstance(target.architecture, Graft):
             raise UsageError(f"`parent` = {self.target} is a form of another network: give that network")
         return target
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    """Reads what a search was begun with; nothing if an earlier release began it.
-
-    Raises:
-        RunError: if the record is damaged.
-    """
-    if not is_file(folder / ASKED, RunError):
-        return {}
-    found: dict[str, str] = read_json(folder / ASKED, "a record of a search", {str: LINE}, RunError)
-    return found
 
 
 def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> Trained:
@@ -205,7 +182,7 @@ def train_parent(parent: ParentConfig, config: SearchConfig, on_step: Callable[[
             "%s may have been trained on images that this search holds out, and all accuracies are then too high: %s",
             *(parent.target, advice),
         )
-    return _trained(out, parent.target, parent, parent.weights, config, on_step)
+    return _trained(out, parent.target, parent.epochs, parent.weights, config, on_step)
 
 
 def check_baselines(parent: ParentConfig, config: SearchConfig, data: ImageData) -> None:
@@ -228,24 +205,43 @@ def check_baselines(parent: ParentConfig, config: SearchConfig, data: ImageData)
         )
     own = parent.resolved()
     for name, file in zip(names, files, strict=True):
-        if name in (own.model, own.name) or names.count(name) > 1:
-            raise UsageError(f"`baselines` has {name} twice, or it is the parent: name each other network once")
+        if name in (own.model, own.name):
+            raise UsageError(f"{name} is the parent, which is compared anyway: leave it out of `baselines`")
+        if names.count(name) > 1:
+            raise UsageError(f"`baselines` names {name} twice: name each network once")
         if not is_file(file, UsageError):
             raise UsageError(f"`baseline_weights` = {file}: {why_no_file(file)}; {name} needs one")
-        fill(build(_baseline(name), data, 0.0), file, other_classes=True)
+        as_it_is = parent.epochs == 0 and own.origin.folder is None
+        try:
+            fill(build(_baseline(name), data, 0.0), file, other_classes=not as_it_is, as_it_is=as_it_is)
+        except UsageError:
+            if not as_it_is:
+                raise
+            raise UsageError(
+                f"`baseline_weights` = {file} is for other classes, and `parent_epochs` = 0 trains no baseline: "
+                f"give weights of {name} that are trained on these images (`mixnas train` trains them)"
+            ) from None
 
 
-def train_baselines(parent: ParentConfig, config: SearchConfig, on_step: Callable[[Step], None] | None = None) -> None:
-    """Trains the baselines of a search as `train_parent` trains the parent, unless they are trained already.
+def train_baselines(
+    parent: ParentConfig, config: SearchConfig, like: Trained, on_step: Callable[[Step], None] | None = None
+) -> None:
+    """Trains the baselines of a search for as many epochs as its parent, unless they are trained already.
 
-    Args, raises: as `train_parent`.
+    Args:
+        parent: the pretrained network, with the baselines' weights.
+        config: the search, with their names; `out` is set.
+        like: the parent's finished training.
+        on_step: called with the progress after each step.
+
+    Raises: as `train_parent`.
     """
     assert config.out is not None
-    for name, file in zip(config.baselines, parent.baseline_weights, strict=False):
+    for name, file in zip(config.baselines, parent.baseline_weights, strict=True):
         out = folder_of(config.out, name)
-        if not is_training(out) or Trained.open(out).result is None:
-            log.info("training the baseline %s", name)
-        _trained(out, _baseline(name).name, parent, file, config, on_step)
+        if not is_trained(out):
+            log.info("training the baseline %s", out.name)
+        _trained(out, _baseline(name).name, like.manifest.recipe["epochs"], file, config, on_step)
 
 
 def _baseline(name: str) -> Target:
@@ -257,17 +253,16 @@ def _baseline(name: str) -> Target:
 def _trained(
     out: Path,
     target: str,
-    parent: ParentConfig,
+    epochs: int | None,
     weights: Path | None,
     config: SearchConfig,
     on_step: Callable[[Step], None] | None,
 ) -> Trained:
-    """Trains a network with given weights, for as many epochs as the parent."""
-    epochs = () if parent.epochs is None else (f"epochs={parent.epochs}",)
+    """Trains a network on the images of a search that are not held out, or returns its finished training."""
     held_out = HELD_OUT if config.holdout_data is None else 0.0
     settings = TrainConfig(
         target=target,
-        recipe=Auto((f"holdout={held_out}", *epochs)),
+        recipe=Auto((f"holdout={held_out}", *(() if epochs is None else (f"epochs={epochs}",)))),
         data=config.data,
         data_root=config.data_root,
         classes=config.classes,
@@ -279,9 +274,9 @@ def _trained(
         search_images=config.max_images,
         out=out,
     )
-    if is_training(out) and (trained := Trained.open(out)).result is not None:
-        _check_same(trained, settings, config)
-        return trained
+    if is_trained(out):
+        _check_same(Trained.open(out), settings, config)
+        return Trained.open(out)
     return train(settings, on_step)
 
 

@@ -86,7 +86,7 @@ def graft(
         _check_resumed(run, name, parent, share)
         if parent.baseline_weights:
             check_baselines(parent, config, load_images(config))
-            train_baselines(parent.begun(run.path / PARENT), config, on_step)
+            train_baselines(parent, config, Trained.open(run.path / PARENT), on_step)
         return _resumed(run, config, on_trial)
     if share is not None and "latency" in config.budgets:
         raise UsageError(f"a budget of {share}x the parent's latency, and another one: give one budget of latency")
@@ -97,7 +97,7 @@ def graft(
     cheaper_forms(build(target, data, 0.0).eval(), name, data.input_size, offer)  # refuses before the training
     check_baselines(parent, config, data)
     trained = train_parent(parent, config, on_step)
-    train_baselines(parent, config, on_step)
+    train_baselines(parent, config, trained, on_step)
     recorded = trained.manifest.data
     data = replace(data, mean=tuple(recorded.mean), std=tuple(recorded.std))
     if parent.epochs == 0:

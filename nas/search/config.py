@@ -45,7 +45,7 @@ class SearchConfig:
         train_device: device that trains: `auto` (CUDA if available), `cpu`, `cuda` or `cuda:i`. None for the device of
             the first latency target.
         baselines: names of networks (timm's and presets) to score for comparison, in the same way as candidates. Beside
-            a parent they have pretrained weights (`nas.graft.ParentConfig`).
+            a parent they need pretrained weights (`nas.graft.ParentConfig`).
         data: a data set as `nas.data` names it.
         data_root: folder of `torch/NAME` and `hfds/NAME` sets.
         classes: the class folders of a folder or an archive of images; empty to detect them.

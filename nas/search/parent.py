@@ -16,9 +16,11 @@ from ..fingerprint import fingerprint
 from ..folders.files import OTHERS, PARENT
 from ..folders.library import LIBRARY, load_weights, weights_file
 from ..folders.refits import load_refits, tensors_of
+from ..folders.run import Run, is_run
 from ..folders.training import Trained, is_training
 from ..models import create_graft
 from ..models.grafts import StandIn
+from ..models.presets import PRESETS
 from ..models.timm_models import check_network_name
 from ..models.widths import Refit, narrow_layers
 from ..space import GraftSpace
@@ -49,8 +51,15 @@ class Parent:
     others: Mapping[str, Parent] = field(default_factory=dict)
 
     def of(self, graft: Graft) -> Parent:
-        """Returns the network of which a graft is a form: this one, or a baseline."""
-        return next((other for other in self.others.values() if other.whole.parent == graft.parent), self)
+        """Returns the network of which a graft is a form: this one, or a baseline.
+
+        Raises:
+            RunError: if it is a form of neither.
+        """
+        for network in (self, *self.others.values()):
+            if network.whole.parent == graft.parent:
+                return network
+        raise RunError(f"{graft.key} is a form of a network that is neither the parent nor a trained baseline")
 
     @property
     def fingerprint(self) -> str:
@@ -95,10 +104,11 @@ def whole_of(trained: Trained) -> Graft:
 
 
 def open_parent(run_path: Path, space: GraftSpace, baselines: Sequence[str] = ()) -> Parent:
-    """Reads the parent of a run, and those of its baselines that were trained. A worker has no need of these.
+    """Reads the parent of a run, and its baselines as far as this folder holds them: a copy for a worker may not.
 
     Raises:
-        RunError: if the run holds no trained parent, or if layers of ours or weights of narrower layers are missing.
+        RunError: if the run holds no trained parent, if layers of ours or weights of narrower layers are missing, or if
+            the folder of a baseline holds another training.
     """
     if not is_training(run_path / PARENT):
         raise RunError(
@@ -112,22 +122,27 @@ def open_parent(run_path: Path, space: GraftSpace, baselines: Sequence[str] = ()
         raise RunError(f"{trained.path} is no training of the parent of this space (it differs in {missing[0]})")
     ours = {own: _ours(run_path / PARENT / LIBRARY, own) for own in space.replacements}
     refits = load_refits(run_path / PARENT, space.narrowings, weights)
-    others = {name: _other(folder) for name in baselines if is_training(folder := folder_of(run_path, name))}
-    return Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours, refits, others)
+    parent = Parent(space.whole, weights, tuple(data.classes), tuple(data.mean), tuple(data.std), ours, refits)
+    others = {name: _other(run_path, name, parent) for name in baselines if is_trained(folder_of(run_path, name))}
+    return replace(parent, others=others)
 
 
-def check_trained(run_path: Path, baselines: Sequence[str]) -> None:
-    """Refuses baselines beside a parent that were not trained as it was.
+def baselines_of(run_path: Path, further: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the names of a run's baselines and of further ones, each once.
 
     Raises:
-        UsageError: if there is one.
+        UsageError: if there is no such network, or one was not trained as the parent was.
     """
-    for name in baselines:
-        if not is_training(folder_of(run_path, name)):
+    before = Run.open(run_path).manifest.config.baselines if is_run(run_path) else ()
+    names = tuple(dict.fromkeys(map(check_network_name, (*before, *further))))
+    for name in names:
+        if not is_trained(folder := folder_of(run_path, name)):
             raise UsageError(
-                f"the baseline {name} stands beside a parent, so it needs its pretrained weights: give `parent`, "
-                "`baselines` and `baseline_weights`"
+                f"the baseline {name} stands beside a parent, so it needs its pretrained weights, and {folder} has no "
+                "finished training: repeat the search with `parent`, `baselines` and `baseline_weights`, or bring the "
+                "folder back from a copy"
             )
+    return names
 
 
 def folder_of(run_path: Path, baseline: str) -> Path:
@@ -135,10 +150,25 @@ def folder_of(run_path: Path, baseline: str) -> Path:
     return run_path / PARENT / OTHERS / check_network_name(baseline)
 
 
-def _other(folder: Path) -> Parent:
-    trained = Trained.open(folder)
-    data, weights = trained.manifest.data, trained.load_model().state_dict()
-    return Parent(whole_of(trained), weights, tuple(data.classes), tuple(data.mean), tuple(data.std))
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds a finished training."""
+    return is_training(folder) and Trained.open(folder).result is not None
+
+
+def _other(run_path: Path, name: str, parent: Parent) -> Parent:
+    """Reads a baseline.
+
+    Raises:
+        RunError: if its folder holds a training of another network, or on other images than the parent's.
+    """
+    trained = Trained.open(folder_of(run_path, name))
+    data, whole = trained.manifest.data, whole_of(trained)
+    wanted = Graft(PRESETS.get(check_network_name(name), check_network_name(name)), parent.whole.input_size)
+    if whole != wanted or tuple(data.classes) != parent.classes:
+        raise RunError(
+            f"{trained.path} is no training of {name} on the images of this search: bring it back from a copy"
+        )
+    return Parent(whole, trained.load_model().state_dict(), parent.classes, tuple(data.mean), tuple(data.std))
 
 
 def _ours(folder: Path, own: Replacement) -> Mapping[str, torch.Tensor]:

@@ -53,7 +53,7 @@ from .comparable import (
 )
 from .config import SearchConfig
 from .evaluate import MEASURE, TRAIN, Evaluator
-from .parent import check_trained
+from .parent import baselines_of
 from .progress import Progress
 from .samplers.problem import Problem
 from .take_part import open_state, take_part
@@ -90,6 +90,8 @@ def search(
     for name in ("control", "unlabelled"):
         if getattr(config, name) and not isinstance(config.space, GraftSpace):
             raise UsageError(f"`{name}` is for a search with a `parent`: give one, or leave it out")
+    if isinstance(config.space, GraftSpace) and config.out is not None:
+        config = replace(config, baselines=baselines_of(config.out, config.baselines))
     config = replace(
         config,
         latency=tuple(target.here() for target in config.latency),
@@ -104,8 +106,6 @@ def search(
         out=search_folder(config.space.name, config.data) if config.out is None else config.out,
     )
     assert config.out is not None
-    if isinstance(config.space, GraftSpace):
-        check_trained(config.out, config.baselines)
     if find_run(config.out):
         Run.open(config.out)  # refuses a damaged run before data is read
     else:

@@ -165,7 +165,7 @@ def _score_rivals(
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
         if name not in known:
-            log.info("scoring the %s", name)
+            log.info("scoring the baseline %s", name)
             try:
                 scores = scored.get(graft.key) or _measured(run, free, graft)
                 found: dict[str, Any] = {"scores": scores.to_dict(), "graft": graft.to_dict()}
