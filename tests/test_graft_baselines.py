@@ -20,6 +20,7 @@ from nas.errors import NasError
 from nas.folders.run import Run
 from nas.folders.training import Trained
 from nas.graft import ParentConfig, graft
+from nas.graft.parent import train_baselines, train_parent
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 
@@ -157,8 +158,9 @@ def test_a_baseline_is_trained_for_as_many_epochs_as_a_parent_that_was_there(
     run: Run, folder: Path, config: SearchConfig, tmp_path: Path
 ) -> None:
     own = replace(_parent(folder), target=str(run.path / "parent"), weights=None, epochs=None)
-    again = graft(own, replace(config, out=tmp_path / "run"))
-    assert Trained.open(again.path / "parent" / "baselines" / OTHER).manifest.recipe["epochs"] == 1
+    config = replace(config, out=tmp_path / "run")
+    train_baselines(own, config, train_parent(own, config))
+    assert Trained.open(tmp_path / "run" / "parent" / "baselines" / OTHER).manifest.recipe["epochs"] == 1
 
 
 def test_weights_for_other_classes_do_not_go_with_a_parent_that_is_taken_as_it_is(

@@ -212,11 +212,10 @@ def check_baselines(parent: ParentConfig, config: SearchConfig, data: ImageData)
         if not is_file(file, UsageError):
             raise UsageError(f"`baseline_weights` = {file}: {why_no_file(file)}; {name} needs one")
         as_it_is = parent.epochs == 0 and own.origin.folder is None
+        network = build(_baseline(name), data, 0.0)
         try:
-            fill(build(_baseline(name), data, 0.0), file, other_classes=not as_it_is, as_it_is=as_it_is)
+            fill(network, file, other_classes=not as_it_is, as_it_is=as_it_is)
         except UsageError:
-            if not as_it_is:
-                raise
             raise UsageError(
                 f"`baseline_weights` = {file} is for other classes, and `parent_epochs` = 0 trains no baseline: "
                 f"give weights of {name} that are trained on these images (`mixnas train` trains them)"

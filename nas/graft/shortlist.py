@@ -24,7 +24,7 @@ from .times import Times, timed
 log = logging.getLogger(__name__)
 
 USEFUL = 0.5
-"""A form is of no use if its expected loss lies further from the parent's than this share of the way to guessing."""
+"""Leave out forms whose expected loss is further than this share of the way from the parent's to that of guessing."""
 MOST_POINTS = 200
 """Largest number of partial combinations that are kept."""
 COUNT, OURS = 8, 2
@@ -46,7 +46,7 @@ class _Sum:
 def shortlist(space: GraftSpace, harms: Harms, latency: LatencyConfig, most_share: float = 1.0) -> tuple[Graft, ...]:
     """Returns grafts over the range of latencies, the fastest first, then the best with layers of ours.
 
-    The range ends where forms are expected to be of no use, unless only these are within `most_share`.
+    The range ends where the expected loss is too high (`USEFUL`), unless only such forms are within `most_share`.
 
     Where only the number of blocks and the image size can change, there are none, because such a space is small.
 
