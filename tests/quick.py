@@ -13,6 +13,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from nas.calibration import steps as calibration
+from nas.doctor import environment
+from nas.graft import times
 from nas.scoring.latency import RUNTIME_TRAITS, protocol, reference
 from nas.search import remeasure
 
@@ -23,6 +25,7 @@ REFERENCE_SIZE, reference.INPUT_SIZE, reference.VERSION = reference.INPUT_SIZE, 
 protocol.REFERENCE_SECONDS, protocol.MIN_ROUNDS, protocol.WINDOW = 0.1, 4, 2
 MOMENT = {"max_seconds": 0.02, "warmup_seconds": 0.0, "block_ms": 1.0}
 remeasure.PART, calibration.TIMING = remeasure.PART | MOMENT, calibration.TIMING | MOMENT
+times.SECONDS, environment.CLOCK_SECONDS = 0.005, 0.05
 # to bring each network of a front to ONNX takes seconds: a search sees it not installed, unless a test puts this back
 NO_ONNXRUNTIME = {"onnxruntime": replace(RUNTIME_TRAITS["onnxruntime"], packages=("a_package_that_nobody_has",))}
 remeasure.RUNTIME_TRAITS = RUNTIME_TRAITS | NO_ONNXRUNTIME

@@ -22,7 +22,7 @@ from test_cli import call
 from test_search import analytic_config
 
 from nas import consent
-from nas.doctor import ENVIRONMENT, FOLDER, Finding, Patient, database, environment, examination, examine
+from nas.doctor import ENVIRONMENT, FOLDER, Finding, Patient, database, examination, examine
 from nas.errors import RunError
 from nas.export import export
 from nas.folders.files import locked_folder
@@ -60,11 +60,6 @@ def trained(tmp_path_factory) -> Path:
 def copied(trained, tmp_path) -> Path:
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def quick_clock(monkeypatch):
-    monkeypatch.setattr(environment, "CLOCK_SECONDS", 0.05)
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:

@@ -25,6 +25,7 @@ from nas.folders.training import Trained
 from nas.folders.weights import load_weights
 from nas.graft import ParentConfig, graft
 from nas.graft.calibrate import calibrate_grafts, configure
+from nas.graft.parent import train_parent
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
 from nas.search.comparable import evaluator_of
@@ -32,7 +33,7 @@ from nas.search.config import local_config
 from nas.training.recipes import Auto
 from nas.training.work import TrainConfig, train
 
-MODEL = "test_convnext"
+MODEL = "test_convnext3"
 SIDE = 32
 COUNTS = {"train": 8, "val": 3, "test": 4}
 """Images of each class by split."""
@@ -60,7 +61,7 @@ def weights(root: Path) -> Path:
 def config(root: Path) -> SearchConfig:
     return SearchConfig(
         search_spaces.load("mini"),
-        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.05),),
+        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.02),),
         data=str(root / "photos" / "train"),
         holdout_data=str(root / "photos" / "val"),
         input_size=SIDE,
@@ -304,8 +305,7 @@ def test_a_training_on_images_that_are_held_out_now_is_noticed(
         (tmp_path / "val" / name).parent.mkdir(parents=True)
         (tmp_path / "all" / name).rename(tmp_path / "val" / name)
     late = replace(config, data=str(tmp_path / "all"), holdout_data=str(tmp_path / "val"), out=tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        graft(ParentConfig(str(own.path), epochs=0, library="none"), late, on_trial=stop)
+    train_parent(ParentConfig(str(own.path), epochs=0, library="none"), late)
     assert "may have been trained on images that this search holds out" in caplog.text
 
 
@@ -315,8 +315,7 @@ def test_a_finished_training_is_not_repeated(config: SearchConfig, root: Path, w
         f"timm:{MODEL}", recipe, str(root / "photos" / "train"), input_size=SIDE, device="cpu", workers=0
     )
     own = train(replace(asked, init=str(weights), out=tmp_path / "own"))
-    with pytest.raises(KeyboardInterrupt):
-        graft(ParentConfig(str(own.path), library="none"), replace(config, out=tmp_path / "run"), on_trial=stop)
+    train_parent(ParentConfig(str(own.path), library="none"), replace(config, out=tmp_path / "run"))
     files = (folder / "model.safetensors" for folder in (own.path, tmp_path / "run" / "parent"))
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -334,9 +333,9 @@ def test_a_folder_among_the_images_is_refused(parent: ParentConfig, config: Sear
         assert sorted(file.name for file in place.iterdir()) == ["a", "b"]
 
 
-def test_few_images_are_no_surprise(parent: ParentConfig, config: SearchConfig, tmp_path: Path, caplog) -> None:
+def test_few_images_are_no_surprise(config: SearchConfig, tmp_path: Path, caplog) -> None:
     with pytest.raises(KeyboardInterrupt):
-        graft(parent, replace(config, out=tmp_path / "run"), on_trial=stop)
+        search(replace(config, out=tmp_path / "run"), on_trial=stop)
     assert "accuracy is measured on 8 images only, so it is known to ±35 points" in caplog.text
 
 

@@ -36,7 +36,7 @@ from nas.search.comparable import evaluator_of
 from nas.search.config import local_config
 from nas.training.loop import Step
 
-PARENT = "test_convnext"
+PARENT = "test_convnext3"
 MOST = 1000
 PLACES = {"train/a/a": 20, "train/b/b": 20, "test/a/t": 6, "test/b/t": 6}
 
@@ -171,7 +171,7 @@ def parent(root: Path) -> ParentConfig:
 def config(root: Path) -> SearchConfig:
     return SearchConfig(
         search_spaces.load("mini"),
-        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.05),),
+        latency=(LatencyConfig(device="cpu", threads=1, max_seconds=0.02),),
         data=str(root / "photos"),
         input_size=32,
         trials=2,
