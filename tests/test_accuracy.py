@@ -355,7 +355,7 @@ def test_a_teacher_sees_images_normalised_and_scaled_as_its_own():
     model.register_forward_pre_hook(lambda _, taken: seen.append(taken[0]))
     teacher = Teacher(model, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), side=8)
     pixels = torch.full((2, 3, 4, 4), 51.0)
-    answer = teacher.answer(pixels, temperature=2.0)
+    answer = teacher.answer(pixels, temperature=2.0).log_probs
     wanted = torch.tensor([(0.2 - 0.5) / 0.1, (0.2 - 0.4) / 0.2, (0.2 - 0.3) / 0.3]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     torch.testing.assert_close(seen[0], wanted)
     torch.testing.assert_close(answer, (model(wanted) / 2).log_softmax(1))

@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 
 FEW_HELD_OUT = 50
 """Warn if fewer images measure accuracy."""
+FEATURES = 4.0
+"""Weight of the parent's features when its forms are tuned. 12 is as good, 1 half as good (`benchmarks/graft.md`)."""
+TUNING_RECIPE = 2
+"""Version of the tuning of a parent's forms. Version 1 learned the parent's outputs alone, version 2 its features too.
+"""
 LATENCY_PROTOCOL = 2
 """Version of the latency protocol. 1 was a median of plain passes; 2 is the ratio to a reference network."""
 
@@ -111,7 +116,7 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
     data, parent = evaluator.data, evaluator.parent
     of_parent: dict[str, Any] = {}
     if parent is not None:
-        of_parent = {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs}
+        of_parent = {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs, "tuning_recipe": TUNING_RECIPE}
         if data.unlabelled is not None or config.unlabelled is None:  # else this process has no need of them
             of_parent["unlabelled"] = _described(data.unlabelled)
     return {
@@ -180,7 +185,8 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
     tuning = None
     if parent is not None:
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
-        tuning = Tuning(Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std), taught)
+        teacher = Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std)
+        tuning = Tuning(teacher, taught, features=FEATURES)
     elif config.teacher is not None and teaches:
         teacher = teacher_of_candidates(config.teacher, config.teacher_weights, proxy_data, config)
         tuning = Tuning(teacher, learning_rate=LEARNING_RATE)

@@ -49,7 +49,7 @@ class Loss:
         if self._teacher is None:
             return (loss + self._against_labels(taught, target)) / 2 if pair else loss
         temperature, weight = self._recipe.distill_temperature, self._recipe.distill_weight
-        expected = self._teacher.answer(images * self.std + self.mean, temperature)
+        expected = self._teacher.answer(images * self.std + self.mean, temperature).log_probs
         found = (taught.float() / temperature).log_softmax(1)
         distance = F.kl_div(found, expected, reduction="batchmean", log_target=True) * temperature**2
         return (1 - weight) * loss + weight * distance

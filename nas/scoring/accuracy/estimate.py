@@ -26,12 +26,15 @@ class Tuning:
             `NO_LABEL` have the teacher's outputs as their only target. None for the images of the training.
         learning_rate: highest learning rate for batches of 64. The default is for trained weights.
         weight: weight of the teacher's outputs against that of the labels.
+        features: weight of the distance of the network's features from the teacher's (`features.distance`), beside
+            outputs and labels, which have the weight 1 together. It does not count where the two cannot be compared.
     """
 
     teacher: Teacher
     data: ImageData | None = None
     learning_rate: float = TUNING_RATE
     weight: float = 0.5
+    features: float = 0.0
 
 
 @dataclass(frozen=True)

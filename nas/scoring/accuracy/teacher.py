@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +11,49 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...fingerprint import fingerprint
+from .features import features_of, spread_of
 
 MOST_BYTES = 512 << 20
 """Bytes of answers that a teacher keeps. It computes all further ones each time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a teacher tells of images.
+
+    Args:
+        log_probs: logarithms of its class probabilities, float32 of shape (B, classes).
+        features: what its classifier gets, bfloat16 of shape (B, channels), which halves their memory. None if they
+            were not asked for, or if the teacher has none.
+        spread: `spread_of` these features; None without them.
+    """
+
+    log_probs: torch.Tensor
+    features: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in memory."""
+        return self.log_probs.nbytes + (0 if self.features is None else self.features.nbytes)
+
+    def to(self, device: torch.device) -> Answer:
+        """Returns it on a device."""
+        further = (None if t is None else t.to(device) for t in (self.features, self.spread))
+        return Answer(self.log_probs.to(device), *further)
+
+    def chunk(self, count: int) -> Sequence[Answer]:
+        """Divides the images into parts of (nearly) equal size. The spread stays that of all."""
+        probs = self.log_probs.chunk(count)
+        features = [None] * len(probs) if self.features is None else self.features.chunk(count)
+        return [Answer(*part, self.spread) for part in zip(probs, features, strict=True)]
 
 
 @dataclass
 class _Kept:
     """Answers by the name of their images, and their size."""
 
-    answers: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    answers: dict[Hashable, Answer] = field(default_factory=dict)
     num_bytes: int = 0
 
 
@@ -50,14 +83,17 @@ class Teacher:
         """Short hash of its weights."""
         return fingerprint(self.model.state_dict())
 
-    def answer(self, pixels: torch.Tensor, temperature: float = 1.0, key: Hashable = None) -> torch.Tensor:
-        """Returns the logarithms of the teacher's class probabilities, float32 of shape (B, classes).
+    def answer(
+        self, pixels: torch.Tensor, temperature: float = 1.0, key: Hashable = None, features: bool = False
+    ) -> Answer:
+        """Returns what the teacher tells of images.
 
         Args:
             pixels: images of shape (B, C, side, side) on a scale of 0 to 255.
             temperature: temperature of the softmax.
             key: name of these images, the same in every training that sees them. Their answers are then kept, so that
                 the trainings of all candidates share one forward pass. None keeps nothing.
+            features: whether to return features, too. All answers with a key are to be asked for in the same way.
         """
         if key is not None and key in self._kept.answers:
             return self._kept.answers[key].to(pixels.device)
@@ -66,8 +102,13 @@ class Teacher:
             if self.side is not None and images.shape[-1] < self.side:
                 images = F.interpolate(images, (self.side,) * 2, mode="bilinear", align_corners=False)
             mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
-            found: torch.Tensor = (model((images - mean) / std).float() / temperature).log_softmax(1)
-        if key is not None and self._kept.num_bytes + found.nbytes <= MOST_BYTES:
+            with features_of(model) as seen:
+                logits = model((images - mean) / std)
+            found = Answer((logits.float() / temperature).log_softmax(1))
+            if features and seen:
+                rounded = seen[0].to(torch.bfloat16)
+                found = Answer(found.log_probs, rounded, spread_of(rounded))
+        if key is not None and self._kept.num_bytes + found.num_bytes <= MOST_BYTES:
             self._kept.answers[key] = found
-            self._kept.num_bytes += found.nbytes
+            self._kept.num_bytes += found.num_bytes
         return found

@@ -27,8 +27,9 @@ from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import reformat_moments, training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
+from .features import distance, features_of
 from .held_out import held_out_hits, hits_before, normaliser, on_device, top1
-from .teacher import Teacher
+from .teacher import Answer
 
 RECIPE = 2
 """Version of the recipe. Version 1 was a cosine over the requested epochs; version 2 can continue from any epoch and
@@ -186,14 +187,17 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _rate(self.step)
             pixels = augmented(self.images.read(index), self.data.mirrored, generator)
-            answers = [None] * self.chunks if self.tuning is None else self._answers(self.tuning.teacher, pixels)
+            answers = [None] * self.chunks if self.tuning is None else self._answers(self.tuning, pixels)
             images = self.normalise(pixels).contiguous(memory_format=self.format)
             self.optimizer.zero_grad(set_to_none=True)
             parts = zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), answers, strict=False)
             for part, labels, expected in parts:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    logits = self.network(self._scaled(part))
-                    loss = loss_of(logits, labels, expected, weight, self.unlabelled)
+                    with features_of(self.network) as seen:
+                        logits = self.network(self._scaled(part))
+                    probs = None if expected is None else expected.log_probs
+                    loss = loss_of(logits, labels, probs, weight, self.unlabelled)
+                    loss = loss + self._of_features(seen, expected)
                 loss = loss * (len(labels) / len(index))
                 loss.backward()
                 loss_sum += loss.detach()
@@ -204,13 +208,27 @@ class Training:
         if not math.isfinite(loss_sum.item()):  # once an epoch, because a check in every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
 
-    def _answers(self, teacher: Teacher, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _of_features(self, seen: Sequence[torch.Tensor], expected: Answer | None) -> torch.Tensor | float:
+        """Returns the part of the loss that is about features; 0 if they cannot be compared with the teacher's.
+
+        Args:
+            seen: features of the network; none if it has none.
+            expected: the teacher's answer.
+        """
+        if self.tuning is None or expected is None or expected.features is None or expected.spread is None:
+            return 0.0
+        if not seen or seen[0].shape != expected.features.shape:
+            return 0.0
+        return self.tuning.features * distance(seen[0], expected.features, expected.spread)
+
+    def _answers(self, tuning: Tuning, pixels: torch.Tensor) -> Sequence[Answer]:
         """Returns the teacher's answers to the images of a step, in chunks.
 
         All trainings with this seed and batch size see the same images, so they share the answers.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return teacher.answer(pixels, key=(self.seed, self.batch_size, self.step)).chunk(self.chunks)
+            key = (self.seed, self.batch_size, self.step)
+            return tuning.teacher.answer(pixels, key=key, features=tuning.features > 0).chunk(self.chunks)
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
         """Scales images down to the size of the network's images, where the teacher sees larger ones."""
