@@ -15,7 +15,19 @@ import nas.models  # noqa: F401 - registers `mixnas` with timm
 from nas.architecture import MIXER_TYPES, Additive, Architecture, Hadamard, Softmax, Stage
 from nas.data import ImageData, Images, load_data
 from nas.errors import TrialFailure
-from nas.scoring.accuracy import ESTIMATORS, PARENT, Ensemble, Estimate, Fidelity, Teacher, Training, Tuning, train
+from nas.scoring.accuracy import (
+    ESTIMATORS,
+    PARENT,
+    Answer,
+    Ensemble,
+    Estimate,
+    Fidelity,
+    Teacher,
+    Training,
+    Tuning,
+    train,
+)
+from nas.scoring.accuracy.features import features_of, spread_of
 from nas.scoring.accuracy.held_out import held_out_hits
 from nas.scoring.accuracy.training import AVERAGING
 from nas.scoring.cost import count_cost
@@ -337,6 +349,69 @@ def test_trainings_share_the_answers_of_their_teacher_and_are_the_same_as_alone(
     assert all(torch.equal(shared.weights[name], alone.weights[name]) for name in shared.weights)
     labels_alone = train(networks[2], few, Fidelity(2, 32, chunks=chunks), 0, "cpu")
     assert not torch.equal(shared.weights["1.weight"], labels_alone.weights["1.weight"])
+
+
+@pytest.mark.parametrize("name", ["mixnas", "test_convnext", "test_efficientnet", "test_vit", "test_resnet"])
+def test_features_are_what_the_classifier_gets(name: str) -> None:
+    more = {"architecture": tiny_architecture("additive")} if name == "mixnas" else {}
+    network = timm.create_model(name, num_classes=10, **more).eval()
+    images = torch.randn(4, 3, 64, 64)
+    with features_of(network) as seen:
+        network(images)
+    network(images)  # and nothing is kept of this
+    (found,) = seen
+    assert torch.equal(found, network.forward_head(network.forward_features(images), pre_logits=True))
+    logits = timm.create_model(name, num_classes=0, **more).eval()
+    with features_of(logits) as none:
+        logits(images)
+    assert not none
+
+
+def test_the_distance_of_features_is_a_multiple_of_their_variance() -> None:
+    expected = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # variances of 1 and 100
+    answer = Answer(torch.zeros(2, 10), expected, spread_of(expected))
+    assert answer.spread.item() == pytest.approx(50.5, rel=1e-5)
+    assert answer.distance([expected]) == 0
+    found = answer.distance([torch.tensor([[2.0, 20.0], [2.0, 20.0]])])
+    assert found.item() == pytest.approx(1.0, rel=1e-5)  # what the mean over the images scores
+    assert [part.spread for part in answer.chunk(2)] == [answer.spread] * 2
+    assert spread_of(expected[:1]) > 0  # of one image, too
+
+
+class Pooled(nn.Module):
+    """A network with features of a given number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, channels))
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@table("channels", [5, 4])
+def test_a_training_learns_the_features_of_its_teacher_if_it_has_as_many(few, chunks, channels):
+    """Features of another number of channels cannot be compared: they change nothing."""
+    teacher, student = Pooled(5), Pooled(channels)
+    images = (few.holdout.pixels - 255 * torch.tensor(few.mean).view(3, 1, 1)) / 255
+
+    def features_after(weight: float) -> torch.Tensor:
+        tuning = Tuning(Teacher(teacher, few.mean, few.std), few, learning_rate=0.01, features=weight)
+        found = copy.deepcopy(student)
+        found.load_state_dict(train(student, few, Fidelity(2, 32, chunks=chunks, tuning=tuning), 0, "cpu").weights)
+        return found.body(images).detach()
+
+    without, learned = features_after(0.0), features_after(4.0)
+    if channels == 4:
+        assert torch.equal(without, learned)
+    else:
+        expected = teacher.body(images)
+        assert (learned - expected).square().mean() < (without - expected).square().mean() / 2
 
 
 def test_a_teacher_keeps_answers_until_they_fill_their_space(monkeypatch):

@@ -74,7 +74,7 @@ from nas.objectives.objectives import OBJECTIVES
 from nas.report.html import report
 from nas.report.plots import plot
 from nas.report.trust import plot_trust
-from nas.scoring.accuracy import Training, train
+from nas.scoring.accuracy import Training, Tuning, train
 from nas.scoring.accuracy.training import estimate_batch_norms
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
@@ -1063,6 +1063,31 @@ def test_a_tuning_has_all_images_and_goes_on_from_the_training_that_scored_the_g
         whole = train(at.build(form), at.images, replace(at.proxy.fidelity, epochs=2), at.proxy.seed, at.role.device)
         assert tuned[key]["hits"] == whole.hits
     assert all("epoch 1" in t.failure for t in found.trials() if t.failure.startswith("not tuned"))
+
+
+def test_a_form_learns_the_features_of_the_parent(run: Run) -> None:
+    evaluator, _ = evaluator_of(run, local_config(run))
+    form = run.space.rivals()["parent, all blocks dropped"]
+    at = evaluator.at(form)
+    fidelity, images = at.proxy.fidelity, at.images
+    assert fidelity.tuning is not None
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (images.mean, images.std))
+    shown = (images.holdout.pixels - mean) / std
+
+    def features(network: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = network.forward_head(network.forward_features(shown), pre_logits=True)  # type: ignore[operator]
+        return found
+
+    expected = features(at.build(run.space.whole).eval())
+
+    def error(tuning: Tuning) -> float:
+        network = at.build(form).eval()
+        trained = train(network, images, replace(fidelity, epochs=2, tuning=tuning), 0, "cpu")
+        network.load_state_dict(trained.weights or {})
+        return float((features(network) - expected).square().mean())
+
+    assert error(fidelity.tuning) < 0.9 * error(replace(fidelity.tuning, features=0.0))
 
 
 def test_a_graft_that_is_beaten_for_sure_is_tuned_for_the_first_epoch_only(run: Run) -> None:

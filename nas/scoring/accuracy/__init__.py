@@ -14,12 +14,13 @@ from .assembled import assembled
 from .baselines import macs, params
 from .ensemble import Ensemble, ensemble
 from .estimate import Estimate, Fidelity, Rung, Tuning
-from .teacher import Teacher
+from .teacher import Answer, Teacher
 from .training import Training, train
 from .zero_cost import az, grad_norm, naswot, synflow, zico
 
 __all__ = [
     "ESTIMATORS",
+    "Answer",
     "Ensemble",
     "Estimate",
     "Estimator",

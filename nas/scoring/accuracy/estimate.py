@@ -26,8 +26,8 @@ class Tuning:
             `NO_LABEL` have the teacher's outputs as their only target. None for the images of the training.
         learning_rate: highest learning rate for batches of 64. The default is for trained weights.
         weight: weight of the teacher's outputs against that of the labels.
-        features: weight of the distance of the network's features from the teacher's (`features.distance`), beside
-            outputs and labels, which have the weight 1 together. It does not count where the two cannot be compared.
+        features: weight of the distance of the network's features from the teacher's (`Answer.distance`), beside
+            outputs and labels, which have the weight 1 together.
     """
 
     teacher: Teacher

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -33,17 +32,6 @@ def features_of(network: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def distance(features: torch.Tensor, expected: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Returns the mean squared difference of two networks' features, as a multiple of their spread.
-
-    Args:
-        features: those of the network that learns, of shape (B, channels).
-        expected: those of the teacher, of the same shape.
-        spread: `spread_of` the teacher's features.
-    """
-    return F.mse_loss(features.float(), expected.float()) / spread
 
 
 def spread_of(features: torch.Tensor) -> torch.Tensor:

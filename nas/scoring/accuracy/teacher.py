@@ -37,6 +37,19 @@ class Answer:
         """Its size in memory."""
         return self.log_probs.nbytes + (0 if self.features is None else self.features.nbytes)
 
+    def distance(self, seen: Sequence[torch.Tensor]) -> torch.Tensor | float:
+        """Returns how far the features of a network are from the teacher's, as a multiple of their spread.
+
+        It is the mean squared difference. It is 0 if the two cannot be compared, because one of them has no features or
+        both have different numbers of channels.
+
+        Args:
+            seen: what `features_of` collected of the network.
+        """
+        if not seen or self.features is None or self.spread is None or seen[0].shape != self.features.shape:
+            return 0.0
+        return F.mse_loss(seen[0].float(), self.features.float()) / self.spread
+
     def to(self, device: torch.device) -> Answer:
         """Returns it on a device."""
         further = (None if t is None else t.to(device) for t in (self.features, self.spread))

@@ -27,7 +27,7 @@ from ...machine.devices import multiplies_bf16, seeded
 from ...memory_format import reformat_moments, training_format
 from ...objectives.paired import pack
 from .estimate import Estimate, Fidelity, Rung, Tuning, accuracy_error
-from .features import distance, features_of
+from .features import features_of
 from .held_out import held_out_hits, hits_before, normaliser, on_device, top1
 from .teacher import Answer
 
@@ -197,7 +197,8 @@ class Training:
                         logits = self.network(self._scaled(part))
                     probs = None if expected is None else expected.log_probs
                     loss = loss_of(logits, labels, probs, weight, self.unlabelled)
-                    loss = loss + self._of_features(seen, expected)
+                    if self.tuning is not None and expected is not None:
+                        loss = loss + self.tuning.features * expected.distance(seen)
                 loss = loss * (len(labels) / len(index))
                 loss.backward()
                 loss_sum += loss.detach()
@@ -207,19 +208,6 @@ class Training:
                 torch._foreach_lerp_(self.average, parameters, 1 - (1 - 1 / self.step) ** AVERAGING)
         if not math.isfinite(loss_sum.item()):  # once an epoch, because a check in every step would stall a GPU
             raise TrialFailure("non_finite", f"the training loss became {loss_sum.item()}")
-
-    def _of_features(self, seen: Sequence[torch.Tensor], expected: Answer | None) -> torch.Tensor | float:
-        """Returns the part of the loss that is about features; 0 if they cannot be compared with the teacher's.
-
-        Args:
-            seen: features of the network; none if it has none.
-            expected: the teacher's answer.
-        """
-        if self.tuning is None or expected is None or expected.features is None or expected.spread is None:
-            return 0.0
-        if not seen or seen[0].shape != expected.features.shape:
-            return 0.0
-        return self.tuning.features * distance(seen[0], expected.features, expected.spread)
 
     def _answers(self, tuning: Tuning, pixels: torch.Tensor) -> Sequence[Answer]:
         """Returns the teacher's answers to the images of a step, in chunks.
