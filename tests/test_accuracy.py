@@ -424,6 +424,12 @@ def test_a_teacher_keeps_answers_until_they_fill_their_space(monkeypatch):
     assert len(passes) == 4  # 0, 1, and 2 twice
 
 
+def test_an_answer_without_features_is_not_taken_for_one_with_them(few):
+    teacher = Teacher(Pooled(5), few.mean, few.std)
+    asked = [teacher.answer(few.train.pixels[:4], key=0, features=features) for features in (False, True, False)]
+    assert [None if answer.features is None else answer.features.shape for answer in asked] == [None, (4, 5), None]
+
+
 def test_a_teacher_sees_images_normalised_and_scaled_as_its_own():
     seen = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from nas.folders.run import Run
 from nas.folders.training import Trained
 from nas.graft import ParentConfig, graft
 from nas.graft.parent import train_baselines, train_parent
+from nas.scoring.accuracy import train
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
+from nas.search.comparable import evaluator_of
+from nas.search.config import local_config
 
-PARENT, OTHER = "test_convnext3", "test_efficientnet"
+PARENT, OTHER = "test_efficientnet_evos", "test_efficientnet"  # with as many features, of other images
 """They normalise images in different ways."""
 
 
@@ -85,6 +89,23 @@ def test_a_baseline_is_trained_as_the_parent_and_tuned_as_its_forms(run: Run) ->
     assert scores.accuracy_assembled is not None  # of the trained network, before the tuning
     assert scores.latency is not None
     assert scores.latency_search_ms is not None  # measured again, in turns with the front
+
+
+def test_a_baseline_learns_the_outputs_of_the_parent_but_not_its_features(run: Run) -> None:
+    """They are as many, but mean something else."""
+    evaluator, _ = evaluator_of(run, local_config(run))
+    form = candidate_from_dict(run.attributes["baselines"][OTHER]["graft"])
+    at, fidelity = evaluator.at(form), evaluator.proxy.fidelity
+    assert fidelity.tuning is not None
+
+    def same(features: float, weights: Mapping[str, torch.Tensor]) -> bool:
+        effort = replace(fidelity, epochs=1, tuning=replace(fidelity.tuning, features=features))
+        expected = train(at.build(form), at.images, effort, at.proxy.seed, "cpu").weights
+        return all(torch.equal(tensor, weights[name]) for name, tensor in expected.items())
+
+    for found in (load_file(run.weights_file(form.key)), evaluator.evaluate(form).weights):
+        assert same(0.0, found)
+        assert not same(fidelity.tuning.features, found)
 
 
 def test_a_search_looks_for_forms_that_keep_two_thirds_of_the_accuracy(run: Run) -> None:

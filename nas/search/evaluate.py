@@ -176,7 +176,8 @@ class Evaluator:
             return self
         images = None if self.proxy.data is None else own.normalised(_smaller(self.proxy.data, side))
         data = own.normalised(_smaller(self.data, side))
-        return replace(self, data=data, proxy=replace(self.proxy, data=images))
+        fidelity = self.parent.teaching(architecture, self.proxy.fidelity)
+        return replace(self, data=data, proxy=replace(self.proxy, data=images, fidelity=fidelity))
 
     def _create(self, architecture: Candidate) -> nn.Module:
         if isinstance(architecture, Graft):

@@ -23,6 +23,7 @@ from ..models.grafts import StandIn
 from ..models.presets import PRESETS
 from ..models.timm_models import check_network_name
 from ..models.widths import Refit, narrow_layers
+from ..scoring.accuracy import Fidelity
 from ..space import GraftSpace
 
 
@@ -60,6 +61,12 @@ class Parent:
             if network.whole.parent == graft.parent:
                 return network
         raise RunError(f"{graft.key} is a form of a network that is neither the parent nor a trained baseline")
+
+    def teaching(self, graft: Graft, fidelity: Fidelity) -> Fidelity:
+        """Returns the effort of a training of a graft. A baseline has features of its own, and learns outputs alone."""
+        if fidelity.tuning is None or self.of(graft) is self:
+            return fidelity
+        return replace(fidelity, tuning=replace(fidelity.tuning, features=0.0))
 
     @property
     def fingerprint(self) -> str:

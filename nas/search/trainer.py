@@ -56,6 +56,8 @@ class Trainer:
             An entry of `tuned` or `raced`. It holds a `failure` if the candidate cannot be trained.
         """
         at = self.evaluator.at(candidate)
+        if self.evaluator.parent is not None and isinstance(candidate, Graft):
+            fidelity = self.evaluator.parent.teaching(candidate, fidelity)
         model = partial(at.build, candidate) if build is None else build
         try:
             estimate = self._within_memory(partial(self._train, at, candidate.key, model, keeps), fidelity)

@@ -106,10 +106,11 @@ class Teacher:
             temperature: temperature of the softmax.
             key: name of these images, the same in every training that sees them. Their answers are then kept, so that
                 the trainings of all candidates share one forward pass. None keeps nothing.
-            features: whether to return features, too. All answers with a key are to be asked for in the same way.
+            features: whether to return features, too.
         """
-        if key is not None and key in self._kept.answers:
-            return self._kept.answers[key].to(pixels.device)
+        name = (key, features)
+        if key is not None and name in self._kept.answers:
+            return self._kept.answers[name].to(pixels.device)
         with torch.no_grad():
             model, images = self.model.to(pixels.device), pixels.float()
             if self.side is not None and images.shape[-1] < self.side:
@@ -122,6 +123,6 @@ class Teacher:
                 rounded = seen[0].to(torch.bfloat16)
                 found = Answer(found.log_probs, rounded, spread_of(rounded))
         if key is not None and self._kept.num_bytes + found.num_bytes <= MOST_BYTES:
-            self._kept.answers[key] = found
+            self._kept.answers[name] = found
             self._kept.num_bytes += found.num_bytes
         return found
