@@ -361,21 +361,6 @@ def test_a_form_is_trained_on_all_images_and_tested_on_the_held_out_ones(
     assert "8 images by which the search chose the network" in export_to_timm(trained)
 
 
-def test_a_form_learns_the_features_of_its_parent_and_another_network_does_not(run: Run, tmp_path: Path) -> None:
-    def same_without_them(target: str) -> bool:
-        asked = TrainConfig(target, data=run.manifest.config.data, input_size=SIDE, device="cpu", workers=0)
-        asked = replace(asked, teacher=str(run.path / "parent"))
-        files = []
-        for weight in (0, 4):
-            recipe, out = Auto(("epochs=1", f"distill_features={weight}")), tmp_path / f"{Path(target).name}-{weight}"
-            files.append(train(replace(asked, recipe=recipe, out=out)).path / "model.safetensors")
-        return files[0].read_bytes() == files[1].read_bytes()
-
-    form = next(t for t in run.front() if t.architecture.dropped or t.architecture.narrowed)
-    assert not same_without_them(f"{run.path}@{form.key}")
-    assert same_without_them(f"timm:{MODEL}")  # as many features, but not meant to be those of the teacher
-
-
 def test_a_split_that_the_search_left_alone_is_a_test(config: SearchConfig, tmp_path: Path) -> None:
     build(tmp_path, [f"set/{split}/{label}/{split}*{n}.png" for split, n in COUNTS.items() for label in ("a", "b")])
     images = str(

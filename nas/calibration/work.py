@@ -43,6 +43,7 @@ OF_GRAFTS = {
     "parent": "other weights of the parent",
     "unlabelled": "other images without labels",
     "proxy_images": "another `proxy_images`",
+    "tuning_recipe": "tunings of another release",
 }
 """What must be that of the first call in a calibration of grafts, as a message names it."""
 

@@ -66,6 +66,7 @@ MANIFEST = {
         "parent": LINE,
         "unlabelled?": ({"fingerprint": LINE, "images": COUNT}, None),
         "proxy_images?": (COUNT, None),
+        "tuning_recipe?": COUNT,
     },
     "machine?": LINE,
     "threads?": COUNT,

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 FEW_HELD_OUT = 50
 """Warn if fewer images measure accuracy."""
 FEATURES = 4.0
-"""Weight of the parent's features when its forms are tuned. 12 is as good, 1 half as good (`benchmarks/graft.md`)."""
+"""Weight of the parent's features when its forms are tuned (`benchmarks/graft.md` compares others)."""
 TUNING_RECIPE = 2
 """Version of the tuning of a parent's forms. Version 1 learned the parent's outputs alone, version 2 its features too.
 """
@@ -275,6 +275,10 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
             raise RunError(
                 f"cannot resume {run.path}: it was begun with data other than these images, so scores would differ; "
                 "give those by `data` (and `holdout_data`, if it has some), or give another `out`"
+            )
+        if name == "tuning_recipe":
+            raise RunError(
+                f"cannot resume {run.path}: an earlier release tuned its forms otherwise; give another `out`"
             )
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
         name = {"also": "further targets"}.get(name, name)

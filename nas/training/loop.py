@@ -26,7 +26,6 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 
-from ..architecture import Graft
 from ..errors import NasError, UsageError
 from ..folders.files import write_file
 from ..folders.training import LOG, Trained
@@ -35,7 +34,6 @@ from ..machine.limits import training_threads
 from ..machine.turns import shared
 from ..memory_format import training_format
 from ..scoring.accuracy import Teacher
-from ..scoring.accuracy.features import features_of
 from ..scoring.accuracy.trust import share_of
 from ..scoring.memory import is_out_of_memory
 from .augmentation import mixup
@@ -121,9 +119,7 @@ class TrainingLoop:
         self.scheduler = make_scheduler(self.optimizer, recipe, self.steps)
         self.mix = mixup(recipe, len(data.classes)) if recipe.mixes else None
         self.erase = RandomErasing(recipe.erase, mode="pixel", device=str(self.device)) if recipe.erase else None
-        # only a form of a parent has features that mean the same as those of its teacher
-        features = recipe.distill_features if isinstance(trained.architecture, Graft) else 0.0
-        self.loss = Loss(recipe, data, teacher, self.device, features)
+        self.loss = Loss(recipe, data, teacher, self.device)
         self.amp = recipe.amp == "on" or (recipe.amp == "auto" and multiplies_bf16(self.device))
         self.tensorboard = tensorboard and self.processes.first
         self.step = 0
@@ -235,9 +231,7 @@ class TrainingLoop:
         self.running.train()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            with features_of(self.network) as seen:
-                output = self.running(images)
-            loss = self.loss(output, images, target, seen)
+            loss = self.loss(self.running(images), images, target)
         loss.backward()
         if self.recipe.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)

@@ -50,8 +50,6 @@ class Recipe:
         holdout: share of the training split that is held out to measure the accuracy after each epoch.
         distill_weight: weight of the teacher's output against that of the label, with a teacher.
         distill_temperature: temperature of both softmaxes, with a teacher.
-        distill_features: weight of the distance from the teacher's features (what its classifier gets), for a form of
-            a parent with the parent as teacher.
         layer_decay: factor on the learning rate from each layer to the one before it; 1 for the same rate everywhere.
     """
 
@@ -84,7 +82,6 @@ class Recipe:
     holdout: float = 0.1
     distill_weight: float = 0.5
     distill_temperature: float = 1.0
-    distill_features: float = 4.0
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -110,7 +107,6 @@ class Recipe:
             ("holdout", 0, 0.5),
             ("distill_weight", 0, 1),
             ("distill_temperature", 0.1, 100),
-            ("distill_features", 0, 1000),
             ("layer_decay", 0.01, 1),
         ):
             value = getattr(self, field)

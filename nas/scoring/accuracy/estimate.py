@@ -21,9 +21,9 @@ class Tuning:
     """How a training learns from a teacher.
 
     Args:
-        teacher: trained network whose outputs it also learns.
+        teacher: trained network that it also learns from.
         data: images that the teacher sees, in its size. Its training part is trained on. Images with the label
-            `NO_LABEL` have the teacher's outputs as their only target. None for the images of the training.
+            `NO_LABEL` have only the teacher's outputs and features as targets. None for the images of the training.
         learning_rate: highest learning rate for batches of 64. The default is for trained weights.
         weight: weight of the teacher's outputs against that of the labels.
         features: weight of the distance of the network's features from the teacher's (`Answer.distance`), beside

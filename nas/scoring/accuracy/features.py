@@ -1,4 +1,4 @@
-"""The features of a network: what its classifier gets. A network learns more from a teacher's than from its outputs."""
+"""The features of a network: what its classifier gets. A network can learn those of a teacher beside its outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import nn
 def features_of(network: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects the features of each forward pass, of shape (B, channels), while it is open.
 
-    A network whose classifier is not one linear layer (`get_classifier`) gives none.
+    A network whose classifier is not one linear layer (`get_classifier`) gives none. Nor does one with dropout, because
+    what its classifier gets in training may not be what it gets later.
     """
     seen: list[torch.Tensor] = []
     get_classifier: Any = getattr(network, "get_classifier", None)
     classifier = get_classifier() if get_classifier else None
-    if not isinstance(classifier, nn.Linear):
+    dropout = getattr(network, "drop_rate", 0) or any(isinstance(m, nn.Dropout) and m.p for m in network.modules())
+    if not isinstance(classifier, nn.Linear) or dropout:
         yield seen
         return
 
@@ -35,5 +37,5 @@ def features_of(network: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def spread_of(features: torch.Tensor) -> torch.Tensor:
-    """Returns the variance of features over images, as the mean over channels; slightly more, so that it is not 0."""
+    """Returns the variance of features over two or more images, as the mean over channels; slightly more than 0."""
     return features.float().var(0, unbiased=False).mean() + 1e-6

@@ -1,4 +1,4 @@
-"""Teachers: trained networks whose outputs other networks learn."""
+"""Teachers: trained networks whose outputs, and perhaps features, other networks learn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Answer:
     Args:
         log_probs: logarithms of its class probabilities, float32 of shape (B, classes).
         features: what its classifier gets, bfloat16 of shape (B, channels), which halves their memory. None if they
-            were not asked for, or if the teacher has none.
+            were not asked for, if the teacher has none, or of a single image, which shows no spread.
         spread: `spread_of` these features; None without them.
     """
 
@@ -109,8 +109,9 @@ class Teacher:
             features: whether to return features, too.
         """
         name = (key, features)
-        if key is not None and name in self._kept.answers:
-            return self._kept.answers[name].to(pixels.device)
+        for kept in (name, (key, True)) if key is not None else ():
+            if kept in self._kept.answers:
+                return self._kept.answers[kept].to(pixels.device)
         with torch.no_grad():
             model, images = self.model.to(pixels.device), pixels.float()
             if self.side is not None and images.shape[-1] < self.side:
@@ -119,7 +120,7 @@ class Teacher:
             with features_of(model) as seen:
                 logits = model((images - mean) / std)
             found = Answer((logits.float() / temperature).log_softmax(1))
-            if features and seen:
+            if features and seen and len(pixels) > 1:
                 rounded = seen[0].to(torch.bfloat16)
                 found = Answer(found.log_probs, rounded, spread_of(rounded))
         if key is not None and self._kept.num_bytes + found.num_bytes <= MOST_BYTES:
