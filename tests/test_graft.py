@@ -1026,7 +1026,8 @@ def test_tunings_side_by_side_give_the_same_results_also_if_a_process_dies(
         search(replace(local_config(copy), workers=2))
     finally:
         log.removeHandler(killer)
-    assert sum(t.state == "complete" for t in copy.trials(tuned=False)) == copy.manifest.config.trials
+    scored = copy.trials(remeasured=False, tuned=False)  # a second latency may be over the budget
+    assert sum(t.state == "complete" for t in scored) == copy.manifest.config.trials
     of_one, of_two = ({key: entry["hits"] for key, entry in one.attributes["tuned"].items()} for one in (run, copy))
     assert all(copy.weights_file(key).is_file() for key in of_two)
     rivals = {graft.key for graft in run.space.rivals().values()}  # tuned as baselines, which are not forgotten

@@ -22,6 +22,7 @@ from ..machine.description import describe_software, machine_name
 from ..objectives.objectives import wants_accuracy
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
+from ..scoring.accuracy.features import classifier_of
 from ..scoring.accuracy.held_out import FP32, INT8
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
 from ..scoring.latency import latency_in_run, reference_of, target_labels
@@ -186,6 +187,13 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
     if parent is not None:
         taught = replace(proxy_data, train=proxy_data.taught(), unlabelled=None)
         teacher = Teacher(parent.assemble(parent.whole).eval(), data.mean, data.std)
+        if classifier_of(teacher.model) is None:
+            REPEATS.once(
+                log,
+                "Forms of this parent are tuned with its outputs alone, and not with what its classifier gets: the "
+                "classifier is not one linear layer, or the network has dropout.",
+                logging.INFO,
+            )
         tuning = Tuning(teacher, taught, features=FEATURES)
     elif config.teacher is not None and teaches:
         teacher = teacher_of_candidates(config.teacher, config.teacher_weights, proxy_data, config)
@@ -277,9 +285,7 @@ def check_same(run: Run, conditions: dict[str, Any]) -> None:
                 "give those by `data` (and `holdout_data`, if it has some), or give another `out`"
             )
         if name == "tuning_recipe":
-            raise RunError(
-                f"cannot resume {run.path}: an earlier release tuned its forms otherwise; give another `out`"
-            )
+            raise RunError(f"cannot resume {run.path}: another release tuned its forms differently; give another `out`")
         then, now = (str(v if name != "space" else (v or {}).get("name"))[:80] for v in values)
         name = {"also": "further targets"}.get(name, name)
         detail = (

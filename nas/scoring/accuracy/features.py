@@ -10,26 +10,36 @@ import torch
 from torch import nn
 
 
-@contextmanager
-def features_of(network: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the features of each forward pass, of shape (B, channels), while it is open.
+def classifier_of(network: nn.Module) -> nn.Linear | None:
+    """Returns the classifier of a network, whose input is its features; None if it has no features to learn.
 
-    A network whose classifier is not one linear layer (`get_classifier`) gives none. Nor does one with dropout, because
-    what its classifier gets in training may not be what it gets later.
+    It has none if `get_classifier` does not return one linear layer. With dropout, what the classifier gets in training
+    may not be what it gets later, so a network with dropout counts as one without features.
     """
-    seen: list[torch.Tensor] = []
     get_classifier: Any = getattr(network, "get_classifier", None)
     classifier = get_classifier() if get_classifier else None
     dropout = getattr(network, "drop_rate", 0) or any(isinstance(m, nn.Dropout) and m.p for m in network.modules())
-    if not isinstance(classifier, nn.Linear) or dropout:
+    return classifier if isinstance(classifier, nn.Linear) and not dropout else None
+
+
+@contextmanager
+def features_of(network: nn.Module, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Keeps the features of the last forward pass, of shape (B, channels), in a list.
+
+    Args:
+        network: the network. The list stays empty if it has no features.
+        wanted: whether to keep them.
+    """
+    seen: list[torch.Tensor] = []
+    classifier = classifier_of(network) if wanted else None
+    if classifier is None:
         yield seen
         return
 
-    def collect(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        if given[0].ndim == 2:
-            seen.append(given[0])
+    def keep(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        seen[:] = [given[0]] if given[0].ndim == 2 else []
 
-    handle = classifier.register_forward_pre_hook(collect)
+    handle = classifier.register_forward_pre_hook(keep)
     try:
         yield seen
     finally:

@@ -44,7 +44,7 @@ class Answer:
         both have different numbers of channels.
 
         Args:
-            seen: what `features_of` collected of the network.
+            seen: the list of `features_of` after the network's pass.
         """
         if not seen or self.features is None or self.spread is None or seen[0].shape != self.features.shape:
             return 0.0
@@ -117,10 +117,10 @@ class Teacher:
             if self.side is not None and images.shape[-1] < self.side:
                 images = F.interpolate(images, (self.side,) * 2, mode="bilinear", align_corners=False)
             mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) * 255 for v in (self.mean, self.std))
-            with features_of(model) as seen:
+            with features_of(model, features) as seen:
                 logits = model((images - mean) / std)
             found = Answer((logits.float() / temperature).log_softmax(1))
-            if features and seen and len(pixels) > 1:
+            if seen and len(pixels) > 1:
                 rounded = seen[0].to(torch.bfloat16)
                 found = Answer(found.log_probs, rounded, spread_of(rounded))
         if key is not None and self._kept.num_bytes + found.num_bytes <= MOST_BYTES:

@@ -168,11 +168,16 @@ class Training:
         """
         # the random numbers of an epoch follow from the seed and its number, so no random state has to be saved
         seed = (self.seed * 1_000_003 + self.epoch) % 2**63
-        with seeded(seed), torch.enable_grad():  # dropout and stochastic depth, where a model has them
-            self._run_epoch(torch.Generator(device=self.device).manual_seed(seed), deadline)
+        learns = self.tuning is not None and self.tuning.features > 0
+        with (
+            seeded(seed),  # dropout and stochastic depth, where a model has them
+            torch.enable_grad(),
+            features_of(self.network, learns) as seen,
+        ):
+            self._run_epoch(torch.Generator(device=self.device).manual_seed(seed), deadline, seen)
         self.epoch += 1
 
-    def _run_epoch(self, generator: torch.Generator, deadline: float | None) -> None:
+    def _run_epoch(self, generator: torch.Generator, deadline: float | None, seen: Sequence[torch.Tensor]) -> None:
         count = len(self.labels) // self.batch_size * self.batch_size
         order = torch.randperm(len(self.labels), generator=generator, device=self.device)
         parameters: list[torch.Tensor] = list(self.network.parameters())
@@ -193,8 +198,7 @@ class Training:
             parts = zip(images.chunk(self.chunks), self.labels[index].chunk(self.chunks), answers, strict=False)
             for part, labels, expected in parts:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    with features_of(self.network) as seen:
-                        logits = self.network(self._scaled(part))
+                    logits = self.network(self._scaled(part))
                     probs = None if expected is None else expected.log_probs
                     loss = loss_of(logits, labels, probs, weight, self.unlabelled)
                     if self.tuning is not None and expected is not None:
