@@ -136,6 +136,7 @@ def test_a_graft_survives_json_and_its_key_follows_what_it_is() -> None:
         Graft(PARENT, 64, replaced=(OURS,)),
         Graft(PARENT, 64, replaced=(replace(OURS, width_in=24, stride=2),)),
         Graft(PARENT, 64, replaced=(replace(OURS, layout="tokens", prefix=1),)),
+        Graft(PARENT, 64, replaced=(replace(OURS, layout="tokens", prefix=1, pooled=True),)),
         Graft(PARENT, 64, replaced=(replace(OURS, grain="mixer"),)),
         Graft(PARENT, 64, narrowed=(Narrowing("blocks.1.fc1", ("blocks.1.act",), "blocks.1.fc2", 8),)),
     ]
@@ -169,7 +170,7 @@ def test_equal_networks_with_our_layers_have_equal_keys() -> None:
     assert gone == Graft(PARENT, 64, dropped=("stages.1",))
     mixer = replace(OURS, grain="mixer")
     assert mixer == replace(mixer, stage=replace(HADAMARD, depth=3, mlp_ratio=4.0, local="none"))
-    assert replace(OURS, width_in=32) == replace(OURS, prefix=2) == OURS
+    assert replace(OURS, width_in=32) == replace(OURS, prefix=2) == replace(OURS, pooled=True) == OURS
     with pytest.raises(UsageError, match="same place"):
         Graft(PARENT, 64, replaced=(OURS, replace(OURS, paths=("stages.1.blocks.0",))))
     with pytest.raises(UsageError, match="of the shape"):
@@ -287,6 +288,21 @@ def test_our_layers_take_maps_in_the_layout_of_the_parent(layout: str) -> None:
         else:
             found = layers(x)
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@table("grain", ["stage", "mixer"])
+def test_class_tokens_get_the_mean_of_what_is_added_to_the_map(grain: str) -> None:
+    """A mixer returns what its block adds, and a stage the sum."""
+    spec = replace(OURS, layout="tokens", prefix=2, pooled=True, grain=grain)
+    layers, past = StandIn(spec).eval(), StandIn(replace(spec, pooled=False)).eval()
+    past.load_state_dict(layers.state_dict())
+    x = torch.randn(3, 2 + 36, 32)
+    with torch.inference_mode():
+        found, mixed = layers(x), past(x)[:, 2:]
+    added = mixed - x[:, 2:] if grain == "stage" else mixed
+    kept = x[:, :2] if grain == "stage" else torch.zeros(3, 2, 32)
+    assert torch.equal(found[:, 2:], mixed)
+    assert torch.allclose(found[:, :2], kept + added.mean(1, keepdim=True), atol=1e-5)
 
 
 def test_our_layers_halve_a_map_and_change_its_channels() -> None:

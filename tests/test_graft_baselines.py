@@ -23,9 +23,10 @@ from nas.folders.training import Trained
 from nas.graft import ParentConfig, graft
 from nas.graft.parent import train_baselines, train_parent
 from nas.scoring.accuracy import train
+from nas.scoring.accuracy.estimate import GENTLE_RATE, TUNING_RATE
 from nas.scoring.latency import LatencyConfig
 from nas.search import SearchConfig, search
-from nas.search.comparable import evaluator_of
+from nas.search.comparable import GENTLE_RECIPE, evaluator_of
 from nas.search.config import local_config
 
 PARENT, OTHER = "test_efficientnet_evos", "test_efficientnet"  # with as many features, of other images
@@ -95,8 +96,10 @@ def test_a_baseline_learns_the_outputs_of_the_parent_but_not_its_features(run: R
     """They are as many, but mean something else."""
     evaluator, _ = evaluator_of(run, local_config(run))
     form = candidate_from_dict(run.attributes["baselines"][OTHER]["graft"])
-    at, fidelity = evaluator.at(form), evaluator.proxy.fidelity
+    at, of_forms = evaluator.at(form), evaluator.proxy.fidelity.tuning
+    fidelity = at.proxy.fidelity
     assert fidelity.tuning is not None
+    assert of_forms is not None
 
     def same(features: float, weights: Mapping[str, torch.Tensor]) -> bool:
         effort = replace(fidelity, epochs=1, tuning=replace(fidelity.tuning, features=features))
@@ -105,7 +108,16 @@ def test_a_baseline_learns_the_outputs_of_the_parent_but_not_its_features(run: R
 
     for found in (load_file(run.weights_file(form.key)), evaluator.evaluate(form).weights):
         assert same(0.0, found)
-        assert not same(fidelity.tuning.features, found)
+        assert not same(of_forms.features, found)
+
+
+def test_networks_without_batch_norms_are_tuned_at_a_lower_rate(run: Run) -> None:
+    """The parent has none, the baseline has some."""
+    evaluator, conditions = evaluator_of(run, local_config(run))
+    forms = {name: evaluator.at(candidate_from_dict(e["graft"])) for name, e in run.attributes["baselines"].items()}
+    rates = {name: at.proxy.fidelity.tuning.learning_rate for name, at in forms.items() if at.proxy.fidelity.tuning}
+    assert rates == {name: TUNING_RATE if name == OTHER else GENTLE_RATE for name in forms}
+    assert conditions["tuning_recipe"] == GENTLE_RECIPE  # so a run of an earlier release is not resumed
 
 
 def test_a_search_looks_for_forms_that_keep_two_thirds_of_the_accuracy(run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from .checks import (
     canonical_json,
+    check_bool,
     check_choice,
     check_mapping,
     key_of,
@@ -89,7 +90,8 @@ class Replacement:
         width_in: number of channels that they get; 0 means as many as they return.
         stride: 1, or 2 if they halve the map.
         layout: order of the dimensions of what they get and return, one of `LAYOUTS`.
-        prefix: with `tokens`, the number of tokens before the map, such as a class token. They pass by our layers.
+        prefix: with `tokens`, the number of tokens before the map, such as a class token.
+        pooled: whether these tokens get the mean, over the map, of what our layers add to it. Otherwise they pass by.
         grain: `stage`, or `mixer`: only the mixer of `stage` stands there, and the parent's block keeps the rest.
     """
 
@@ -99,6 +101,7 @@ class Replacement:
     stride: int = 1
     layout: str = "nchw"
     prefix: int = 0
+    pooled: bool = False
     grain: str = "stage"
 
     def __post_init__(self) -> None:
@@ -109,12 +112,15 @@ class Replacement:
         set_int(self, "width_in", 0, MAX_WIDTH)
         set_int(self, "stride", 1, 2)
         set_int(self, "prefix", 0, 16)
+        check_bool(self, "pooled")
         check_choice(self, "layout", LAYOUTS)
         check_choice(self, "grain", GRAINS)
         if self.width_in == self.stage.width:
             object.__setattr__(self, "width_in", 0)
         if self.layout != "tokens":
             object.__setattr__(self, "prefix", 0)
+        if not self.prefix or isinstance(self.stage, Donation):
+            object.__setattr__(self, "pooled", False)
         if self.grain == "mixer":
             if self.width_in or self.stride > 1 or isinstance(self.stage, Donation):
                 raise UsageError("a mixer returns a map of the shape that it gets")

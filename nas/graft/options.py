@@ -79,7 +79,7 @@ class Library:
             for depth, ratio in itertools.product(self.depths, self.mlp_ratios):
                 stage = Stage(fitting, depth, place.width, ratio, compression)
                 at = {name: getattr(place, name) for name in ("width_in", "stride", "layout", "prefix", "grain")}
-                found.append(Replacement(place.paths, stage, **at))
+                found.append(Replacement(place.paths, stage, pooled=True, **at))
         return list(dict.fromkeys(found))
 
     def to_json(self) -> str:

@@ -74,7 +74,8 @@ class StandIn(nn.Module):
     def __init__(self, spec: Replacement) -> None:
         super().__init__()
         stage, width_in = spec.stage, spec.width_in or spec.stage.width
-        self.layout, self.prefix = spec.layout, spec.prefix
+        self.layout, self.prefix, self.pooled = spec.layout, spec.prefix, spec.pooled
+        self.mixer = spec.grain == "mixer"
         self.reduce: nn.Module = nn.Identity()
         if isinstance(stage, Donation):
             self.layout = "any"  # a donor's layers take the layout of the place, and halve the map themselves
@@ -95,11 +96,15 @@ class StandIn(nn.Module):
             return self.blocks(self.reduce(x))
         if self.layout == "nhwc":
             return self.blocks(self.reduce(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        tokens = x[:, self.prefix :]
+        first, tokens = x[:, : self.prefix], x[:, self.prefix :]
         side = math.isqrt(tokens.shape[1])
         maps = tokens.transpose(1, 2).unflatten(2, (side, side))
         mixed = self.blocks(self.reduce(maps)).flatten(2).transpose(1, 2)
-        return mixed if not self.prefix else torch.cat([x[:, : self.prefix], mixed], dim=1)
+        if self.pooled and self.mixer:  # the block adds what its mixer returns
+            first = mixed.mean(1, keepdim=True).expand(-1, self.prefix, -1)
+        elif self.pooled:
+            first = first + mixed.mean(1, keepdim=True) - tokens.mean(1, keepdim=True)
+        return mixed if not self.prefix else torch.cat([first, mixed], dim=1)
 
 
 def create_graft(graft: Graft, num_classes: int = 1000, **kwargs: Any) -> nn.Module:

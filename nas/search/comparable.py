@@ -22,6 +22,7 @@ from ..machine.description import describe_software, machine_name
 from ..objectives.objectives import wants_accuracy
 from ..repeats import REPEATS
 from ..scoring.accuracy import ESTIMATORS, PARENT, Fidelity, Teacher, Tuning
+from ..scoring.accuracy.estimate import GENTLE_RATE
 from ..scoring.accuracy.features import classifier_of
 from ..scoring.accuracy.held_out import FP32, INT8
 from ..scoring.accuracy.training import LEARNING_RATE, RECIPE
@@ -43,6 +44,8 @@ FEATURES = 4.0
 TUNING_RECIPE = 2
 """Version of the tuning of a parent's forms. Version 1 learned the parent's outputs alone, version 2 its features too.
 """
+GENTLE_RECIPE = 3
+"""Version of the tuning at `GENTLE_RATE`. Versions 1 and 2 tuned networks without batch norms at `TUNING_RATE` too."""
 LATENCY_PROTOCOL = 2
 """Version of the latency protocol. 1 was a median of plain passes; 2 is the ratio to a reference network."""
 
@@ -117,7 +120,8 @@ def training_conditions(config: SearchConfig, evaluator: Evaluator) -> dict[str,
     data, parent = evaluator.data, evaluator.parent
     of_parent: dict[str, Any] = {}
     if parent is not None:
-        of_parent = {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs, "tuning_recipe": TUNING_RECIPE}
+        version = GENTLE_RECIPE if parent.tuning_rate == GENTLE_RATE else TUNING_RECIPE
+        of_parent = {"parent": parent.fingerprint, "tune_epochs": config.tune_epochs, "tuning_recipe": version}
         if data.unlabelled is not None or config.unlabelled is None:  # else this process has no need of them
             of_parent["unlabelled"] = _described(data.unlabelled)
     return {
@@ -194,7 +198,7 @@ def make_evaluator(config: SearchConfig, data: ImageData, teaches: bool = True) 
                 "classifier is not one linear layer, or the network has dropout.",
                 logging.INFO,
             )
-        tuning = Tuning(teacher, taught, features=FEATURES)
+        tuning = Tuning(teacher, taught, parent.tuning_rate, features=FEATURES)
     elif config.teacher is not None and teaches:
         teacher = teacher_of_candidates(config.teacher, config.teacher_weights, proxy_data, config)
         tuning = Tuning(teacher, learning_rate=LEARNING_RATE)

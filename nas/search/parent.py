@@ -24,6 +24,7 @@ from ..models.presets import PRESETS
 from ..models.timm_models import check_network_name
 from ..models.widths import Refit, narrow_layers
 from ..scoring.accuracy import Fidelity
+from ..scoring.accuracy.estimate import GENTLE_RATE, TUNING_RATE
 from ..space import GraftSpace
 
 
@@ -64,9 +65,16 @@ class Parent:
 
     def teaching(self, graft: Graft, fidelity: Fidelity) -> Fidelity:
         """Returns the effort of a training of a graft. A baseline has features of its own, and learns outputs alone."""
-        if fidelity.tuning is None or self.of(graft) is self:
+        own = self.of(graft)
+        if fidelity.tuning is None or own is self:
             return fidelity
-        return replace(fidelity, tuning=replace(fidelity.tuning, features=0.0))
+        return replace(fidelity, tuning=replace(fidelity.tuning, learning_rate=own.tuning_rate, features=0.0))
+
+    @property
+    def tuning_rate(self) -> float:
+        """The highest learning rate at which its forms are tuned, for batches of 64."""
+        normed = any(name.endswith("running_mean") for name in self.weights)  # batch norms keep one
+        return TUNING_RATE if normed else GENTLE_RATE
 
     @property
     def fingerprint(self) -> str:

@@ -14,6 +14,9 @@ from ...defaults import EPOCHS, TRAIN_BATCH_SIZE
 from .teacher import Teacher
 
 TUNING_RATE = 1e-3
+"""Highest learning rate of a tuning, for batches of 64."""
+GENTLE_RATE = 3e-4
+"""The same for networks without batch norms, such as ViTs, which lose at the other one what they have learnt."""
 
 
 @dataclass(frozen=True, eq=False)
