@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import table, tiny_architecture
+from conftest import save_untrained, table, tiny_architecture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import kendalltau
@@ -193,6 +193,9 @@ def test_auto_grows_with_the_images_and_follows_what_is_set():
     assert chosen == replace(same, mixup=0.5)
     assert same.learning_rate > auto_recipe(500, 6, pretrained=True).learning_rate, "as the batch is larger"
     assert same.ema_decay < auto_recipe(2000, 6, pretrained=True).ema_decay, "as the training is shorter"
+    gentle = auto_recipe(2000, 6, pretrained=True, epochs=3, batch_size=128, batch_norms=False)
+    assert gentle == replace(same, learning_rate=same.learning_rate / 5)
+    assert auto_recipe(500, 6, pretrained=False, batch_norms=False) == auto_recipe(500, 6, pretrained=False)
     assert find_recipe("auto", ["epochs=3"]) == Auto(("epochs=3",))
     assert Auto(("holdout=0.2",)).holdout == 0.2
     assert Auto().holdout is None
@@ -495,6 +498,15 @@ def test_options_are_not_ignored_where_a_folder_is_gone_on_with(first, tmp_path)
         with pytest.raises(UsageError, match=words):
             train(TrainConfig(str(first.path), device="cpu", **change))
     assert train(TrainConfig(str(first.path), device="cpu", workers=0)).result
+
+
+@table("name, share", [("test_vit", 0.2), ("test_resnet", 1.0)])
+def test_auto_is_gentle_to_trained_weights_without_batch_norms(images, tmp_path, name, share):
+    save_untrained(tmp_path, name)
+    weights, asked = str(tmp_path / f"{name}.safetensors"), Auto(("epochs=1",))
+    trained = train(config(f"timm:{name}", images, tmp_path / name, recipe=asked, init=weights))
+    usual = auto_recipe(48, 2, pretrained=True, epochs=1)
+    assert trained.manifest.recipe["learning_rate"] == pytest.approx(share * usual.learning_rate)
 
 
 @pytest.mark.slow

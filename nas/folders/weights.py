@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
+
+
+def has_batch_norms(names: Iterable[str]) -> bool:
+    """Tells from the names of a network's weights whether it has batch norms: they keep running means.
+
+    Networks without them, such as ViTs, lose what they have learnt at learning rates that suit the others.
+    """
+    return any(name.endswith("running_mean") for name in names)
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

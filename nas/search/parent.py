@@ -18,6 +18,7 @@ from ..folders.library import LIBRARY, load_weights, weights_file
 from ..folders.refits import load_refits, tensors_of
 from ..folders.run import Run, is_run
 from ..folders.training import Trained, is_training
+from ..folders.weights import has_batch_norms
 from ..models import create_graft
 from ..models.grafts import StandIn
 from ..models.presets import PRESETS
@@ -73,8 +74,7 @@ class Parent:
     @property
     def tuning_rate(self) -> float:
         """The highest learning rate at which its forms are tuned, for batches of 64."""
-        normed = any(name.endswith("running_mean") for name in self.weights)  # batch norms keep one
-        return TUNING_RATE if normed else GENTLE_RATE
+        return TUNING_RATE if has_batch_norms(self.weights) else GENTLE_RATE
 
     @property
     def fingerprint(self) -> str:

@@ -285,10 +285,17 @@ MANY_IMAGES = 100_000
 """From this many images, a training from scratch is that of `standard`, by which published networks were trained."""
 WARMUP_STEPS = 1000
 """Most steps over which the learning rate rises."""
+GENTLE = 0.2
+"""Share of the learning rate for trained weights of a network without batch norms, such as a ViT."""
 
 
 def auto_recipe(
-    images: int, classes: int, pretrained: bool, epochs: int | None = None, batch_size: int | None = None
+    images: int,
+    classes: int,
+    pretrained: bool,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    batch_norms: bool = True,
 ) -> Recipe:
     """Chooses the recipe `auto` for a training set; `benchmarks/recipes.md` has the measurements behind it.
 
@@ -301,6 +308,7 @@ def auto_recipe(
         pretrained: whether the network starts from the weights of a full training.
         epochs: passes over the images; None chooses them.
         batch_size: images in a step; None chooses it.
+        batch_norms: whether the network has batch norms. Without them, trained weights get a lower learning rate.
     """
     batch = batch_size or 2 ** min(10, max(4, math.floor(math.log2(math.sqrt(images)))))
     steps = max(1, images // min(batch, images))
@@ -310,13 +318,14 @@ def auto_recipe(
     total = max(1, epochs * steps)  # `Recipe` refuses values that are not allowed
     from_scratch = STANDARD if images >= MANY_IMAGES else SMALL
     short = pretrained or epochs < FEW_EPOCHS
+    rate = 1e-3 * (1.0 if batch_norms or not pretrained else GENTLE) if short else 2e-3
     like = RECIPES["quick"] if short else from_scratch
     return replace(
         like,
         name=AUTO,
         epochs=epochs,
         batch_size=batch,
-        learning_rate=(1e-3 if short else 2e-3) * min(1.0, math.sqrt(batch / 32)),
+        learning_rate=rate * min(1.0, math.sqrt(batch / 32)),
         warmup_epochs=min(total / 4, WARMUP_STEPS) / steps,
         ema_decay=min(0.9998, max(0.0, 1 - 20 / total)),
     )
@@ -347,10 +356,10 @@ class Auto:
         share: float | None = parse_settings(self.settings).get("holdout")
         return share
 
-    def choose(self, images: int, classes: int, pretrained: bool) -> Recipe:
+    def choose(self, images: int, classes: int, pretrained: bool, batch_norms: bool = True) -> Recipe:
         """Chooses the recipe for a training set, see `auto_recipe`."""
         given = parse_settings(self.settings)
-        chosen = auto_recipe(images, classes, pretrained, given.get("epochs"), given.get("batch_size"))
+        chosen = auto_recipe(images, classes, pretrained, given.get("epochs"), given.get("batch_size"), batch_norms)
         return replace(chosen, **given)
 
 

@@ -23,6 +23,7 @@ from ..folders.manifest import StoredConfig
 from ..folders.run import Run
 from ..folders.training import MANIFEST, Trained, is_training
 from ..folders.trial import Trial
+from ..folders.weights import has_batch_norms
 from ..foreign_files import is_file, why_no_file
 from ..interval import Interval
 from ..machine.devices import seeded
@@ -160,7 +161,11 @@ def _begin_or_resume(
     before = Trained.open(out) if is_training(out) and Trained.open(out).begun else None
     # weights of a search's short training are initial weights, but no substitute for a full training
     pretrained = weights is not None and (isinstance(target.architecture, Graft) or not _of_search(target, weights))
-    recipe = _recipe(config.recipe, data, pretrained, before)
+    batch_norms = True
+    if pretrained and isinstance(config.recipe, Auto):
+        with seeded(config.seed):
+            batch_norms = has_batch_norms(build(target, data, 0.0).state_dict())
+    recipe = _recipe(config.recipe, data, pretrained, batch_norms, before)
     manifest = manifest_of(config, recipe, target, data, weights, device)
     if before is None:
         Trained.create(out, manifest)
@@ -183,7 +188,9 @@ def _of_search(target: Target, weights: Path) -> bool:
     return bool(target.run) and weights == target.origin.weights
 
 
-def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: Trained | None) -> Recipe:
+def _recipe(
+    asked: Recipe | Auto, data: TrainingData, pretrained: bool, batch_norms: bool, before: Trained | None
+) -> Recipe:
     """Returns the recipe that was asked for; `auto` keeps the recipe that it chose when the training began."""
     if isinstance(asked, Recipe):
         recipe = asked
@@ -197,7 +204,8 @@ def _recipe(asked: Recipe | Auto, data: TrainingData, pretrained: bool, before: 
         return recipe
     if before is not None and chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest.recipe))
-    recipe = replace(asked.choose(len(data.train), len(data.classes), pretrained), holdout=data.held.share)
+    recipe = asked.choose(len(data.train), len(data.classes), pretrained, batch_norms)
+    recipe = replace(recipe, holdout=data.held.share)
     if recipe.untrained:
         return recipe
     images = (
