@@ -362,10 +362,13 @@ def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name:
         options = [LIBRARIES["mini"].options(place)[-1] for place in found]
         if not options:
             continue
+        assert all(own.pooled == (name == "test_vit") for own in options)  # the others have no class token
         graft = Graft(name, size[1], replaced=tuple(options))
         network = create_graft(graft, 5).eval()
         with torch.inference_mode():
-            assert network(torch.randn(2, *size)).shape == (2, 5)
+            logits = network(torch.randn(2, *size))
+        assert logits.shape == (2, 5)
+        assert not torch.allclose(*logits), "two images, even if no attention is left"
         kept = {n for n in model.state_dict() if not any(n.startswith(f"{path}.") for o in options for path in o.paths)}
         assert kept <= set(network.state_dict())
 

@@ -27,10 +27,10 @@ from conftest import table
 from quick import REFERENCE_SIZE, ROUNDS
 from torch import nn
 
-from nas.architecture import Softmax
+from nas.architecture import Graft, Hadamard, Replacement, Softmax, Stage
 from nas.errors import TrialFailure, UsageError
 from nas.machine.turns import WAITING, exclusive, shared
-from nas.models import Backbone
+from nas.models import Backbone, create_graft
 from nas.models.mixers import build_mixer
 from nas.onnx import export_chain, export_onnx
 from nas.scoring.cost import count_cost
@@ -561,6 +561,21 @@ def test_operators_that_ncnn_lacks_are_named():
     with pytest.raises(TrialFailure, match=r"ncnn cannot run it: it has no layer for .*Tensor\.unflatten") as caught:
         prepare_model(windows, (16, 8, 8), LatencyConfig(runtime="ncnn", **QUICK))
     assert caught.value.reason == "runtime"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parent", "mixer", "width", "prefix"),
+    [("pvt_v2_b0", "stages.0.blocks.0.attn", 32, 0), ("test_vit", "blocks.0.attn", 64, 1)],
+)
+def test_ncnn_runs_our_mixers_in_networks_of_tokens(parent, mixer, width, prefix):
+    """One of them has a class token."""
+    need("ncnn")
+    stage = Stage(Hadamard(), 1, width)
+    ours = Replacement((mixer,), stage, layout="tokens", prefix=prefix, pooled=True, grain="mixer")
+    network = create_graft(Graft(parent, 64, replaced=(ours,)), 2).eval()
+    prepared = prepare_model(network, (3, 64, 64), LatencyConfig(runtime="ncnn", **QUICK))
+    assert prepared.output().shape == (1, 2)
 
 
 @pytest.mark.slow

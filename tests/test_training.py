@@ -26,6 +26,7 @@ from scipy.stats import kendalltau
 from test_search import TINY as TINY_SPACE
 from timm.data import auto_augment
 
+from nas.architecture import Graft, Hadamard, Replacement, Stage
 from nas.data import SPLIT_SEED, Held, load_data, open_split, open_test_set, search_split
 from nas.errors import DataError, NasError, RunError, UsageError
 from nas.export import Settings, export_each
@@ -35,6 +36,7 @@ from nas.folders.weights import load_weights
 from nas.machine import limits
 from nas.machine.turns import WAITING, exclusive
 from nas.memory_format import training_format
+from nas.models import create_graft
 from nas.models.timm_models import create_network
 from nas.objectives.objectives import parse_budgets
 from nas.scoring.latency import LatencyConfig
@@ -507,6 +509,17 @@ def test_auto_is_gentle_to_trained_weights_without_batch_norms(images, tmp_path,
     trained = train(config(f"timm:{name}", images, tmp_path / name, recipe=asked, init=weights))
     usual = auto_recipe(48, 2, pretrained=True, epochs=1)
     assert trained.manifest.recipe["learning_rate"] == pytest.approx(share * usual.learning_rate)
+
+
+def test_auto_is_gentle_to_a_vit_that_holds_blocks_of_ours_with_batch_norms(images, tmp_path):
+    ours = Replacement(("blocks.3",), Stage(Hadamard(), 1, 64), layout="tokens", prefix=1, pooled=True)
+    form = Graft("test_vit", 32, replaced=(ours,))
+    (tmp_path / "form.json").write_text(form.to_json())
+    save_file(create_graft(form, 2).state_dict(), tmp_path / "weights.safetensors")
+    asked, init = Auto(("epochs=1",)), str(tmp_path / "weights.safetensors")
+    trained = train(config(tmp_path / "form.json", images, tmp_path / "t", recipe=asked, init=init))
+    usual = auto_recipe(48, 2, pretrained=True, epochs=1)
+    assert trained.manifest.recipe["learning_rate"] == pytest.approx(usual.learning_rate / 5)
 
 
 @pytest.mark.slow

@@ -96,15 +96,18 @@ class StandIn(nn.Module):
             return self.blocks(self.reduce(x))
         if self.layout == "nhwc":
             return self.blocks(self.reduce(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        first, tokens = x[:, : self.prefix], x[:, self.prefix :]
+        tokens = x[:, self.prefix :] if self.prefix else x  # ncnn knows no slice that takes all
         side = math.isqrt(tokens.shape[1])
         maps = tokens.transpose(1, 2).unflatten(2, (side, side))
         mixed = self.blocks(self.reduce(maps)).flatten(2).transpose(1, 2)
+        if not self.prefix:
+            return mixed
+        first = x[:, : self.prefix]
         if self.pooled and self.mixer:  # the block adds what its mixer returns
             first = mixed.mean(1, keepdim=True).expand(-1, self.prefix, -1)
         elif self.pooled:
             first = first + mixed.mean(1, keepdim=True) - tokens.mean(1, keepdim=True)
-        return mixed if not self.prefix else torch.cat([first, mixed], dim=1)
+        return torch.cat([first, mixed], dim=1)
 
 
 def create_graft(graft: Graft, num_classes: int = 1000, **kwargs: Any) -> nn.Module:

@@ -27,6 +27,7 @@ from ..folders.trial import Trial, tuned_scores
 from ..models import create_graft
 from ..objectives.objectives import Scores
 from ..scoring.accuracy import Fidelity
+from ..scoring.accuracy.estimate import TUNING_RATE
 from ..scoring.accuracy.training import LEARNING_RATE
 from ..space import GraftSpace
 from .config import SearchConfig
@@ -142,10 +143,12 @@ class _Tuner:
 def _from_random_weights(run: Run, evaluator: Evaluator, fidelity: Fidelity, graft: Graft) -> dict[str, Any]:
     """Trains a graft with random weights as long as the others are tuned, with the same teacher.
 
-    The learning rate is that of trainings from scratch. Returns an entry like those of `tuned`.
+    The learning rate is that of trainings from scratch, and lower for networks without batch norms, as for tunings.
+    Returns an entry like those of `tuned`.
     """
     assert fidelity.tuning is not None
-    fidelity = replace(fidelity, tuning=replace(fidelity.tuning, learning_rate=LEARNING_RATE))
+    rate = LEARNING_RATE * fidelity.tuning.learning_rate / TUNING_RATE
+    fidelity = replace(fidelity, tuning=replace(fidelity.tuning, learning_rate=rate))
     at = evaluator.at(graft)
     build = partial(at.seeded, lambda: create_graft(graft, len(at.data.classes)))
     return Trainer(run, evaluator, fidelity).entry(graft, fidelity, build, keeps=False)

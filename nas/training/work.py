@@ -161,11 +161,7 @@ def _begin_or_resume(
     before = Trained.open(out) if is_training(out) and Trained.open(out).begun else None
     # weights of a search's short training are initial weights, but no substitute for a full training
     pretrained = weights is not None and (isinstance(target.architecture, Graft) or not _of_search(target, weights))
-    batch_norms = True
-    if pretrained and isinstance(config.recipe, Auto):
-        with seeded(config.seed):
-            batch_norms = has_batch_norms(build(target, data, 0.0).state_dict())
-    recipe = _recipe(config.recipe, data, pretrained, batch_norms, before)
+    recipe = _recipe(config.recipe, target, data, pretrained, before)
     manifest = manifest_of(config, recipe, target, data, weights, device)
     if before is None:
         Trained.create(out, manifest)
@@ -189,7 +185,7 @@ def _of_search(target: Target, weights: Path) -> bool:
 
 
 def _recipe(
-    asked: Recipe | Auto, data: TrainingData, pretrained: bool, batch_norms: bool, before: Trained | None
+    asked: Recipe | Auto, target: Target, data: TrainingData, pretrained: bool, before: Trained | None
 ) -> Recipe:
     """Returns the recipe that was asked for; `auto` keeps the recipe that it chose when the training began."""
     if isinstance(asked, Recipe):
@@ -204,6 +200,7 @@ def _recipe(
         return recipe
     if before is not None and chosen_before(asked, before.manifest):
         return Recipe.from_dict(dict(before.manifest.recipe))
+    batch_norms = not pretrained or asked.untrained or _has_batch_norms(target, data)
     recipe = asked.choose(len(data.train), len(data.classes), pretrained, batch_norms)
     recipe = replace(recipe, holdout=data.held.share)
     if recipe.untrained:
@@ -214,6 +211,15 @@ def _recipe(
     start = "from weights" if pretrained else "from scratch"
     log.info("for %s, %s: %s", images, start, recipe.described(steps_per_epoch(data, recipe), batch_size(data, recipe)))
     return recipe
+
+
+def _has_batch_norms(target: Target, data: TrainingData) -> bool:
+    """Whether a network has batch norms; of a graft, whether its parent has. Layers of ours always have some."""
+    whole = target.architecture
+    if isinstance(whole, Graft):
+        whole = replace(whole, dropped=(), replaced=(), narrowed=())
+    with seeded(0):
+        return has_batch_norms(build(replace(target, architecture=whole), data, 0.0).state_dict())
 
 
 def _with_defaults(config: TrainConfig, target: Target) -> TrainConfig:

@@ -244,6 +244,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "rate": self.rate,
             "curve": [[rung.epoch, rung.accuracy, rung.seconds, rung.hits] for rung in self.curve],
             "network": self.network.state_dict(),
             "average": self.average,
@@ -255,12 +256,15 @@ class Training:
 
         Args:
             state: what `state` returned.
-            most_epochs: ignore a state after more epochs than these; None for any number.
+            most_epochs: ignore a state after more epochs than these; None for any number. A state of a training at
+                another learning rate is ignored too.
 
         Raises:
             ValueError: if its curve does not end at its epoch. A damaged state raises further errors.
         """
         if most_epochs is not None and state["epoch"] > most_epochs:
+            return
+        if state.get("rate", self.rate) != self.rate:  # a release without it had one rate for all
             return
         curve = tuple(Rung(*point) for point in state["curve"])
         if not 0 < curve[-1].epoch == state["epoch"] <= state["step"]:
