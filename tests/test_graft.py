@@ -869,12 +869,13 @@ def run(config: SearchConfig) -> Run:
     """A finished search for forms of a small network."""
     assert config.out is not None
     weights = config.out.parent / "weights.safetensors"
+    torch.manual_seed(7)  # another one than that of the tests
     save_file(timm.create_model(PARENT).state_dict(), weights)
     return graft(_parent(weights), config, {"latency": 0.95})
 
 
 def _parent(weights: Path) -> ParentConfig:
-    return ParentConfig(f"timm:{PARENT}", weights, 1, library="mini", distil_epochs=1, proxy="assembled")
+    return ParentConfig(f"timm:{PARENT}", weights, 5, library="mini", distil_epochs=1, proxy="assembled")
 
 
 def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) -> None:
