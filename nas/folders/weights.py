@@ -57,10 +57,7 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
 
 
 def has_batch_norms(names: Iterable[str]) -> bool:
-    """Tells from the names of a network's weights whether it has batch norms: they keep running means.
-
-    Networks without them, such as ViTs, lose what they have learnt at learning rates that suit the others.
-    """
+    """Tells from the names of a network's weights whether it has batch norms: they keep running means."""
     return any(name.endswith("running_mean") for name in names)
 
 
