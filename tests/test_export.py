@@ -33,6 +33,7 @@ from nas.data import Held, load_data
 from nas.errors import NasError, RunError, UsageError
 from nas.export import FORMATS, Settings, card, export, export_each, export_subject, load_trained, of_training
 from nas.export.card import as_text
+from nas.export.card_files import size_mb
 from nas.export.checks import check_batches
 from nas.export.folder import broken_file
 from nas.export.subject import Subject
@@ -290,6 +291,7 @@ def test_every_format_is_written_and_compared(run, exported):
     assert report["compared_on"] == f"{held} held-out images"
     accuracy = run.front()[0].scores.accuracy
     for name, told in report["files"].items():
+        assert size_mb(told) > 0.2 * report["files"]["timm"]["bytes"] / 1e6, "weights are in it, at 8 bits or more"
         if FORMATS[name].lossy:
             assert told["bytes"] < 0.7 * report["files"][FORMATS[name].against]["bytes"]
             assert told["calibrated_on"] == 256

@@ -879,6 +879,9 @@ def test_weights_that_do_not_fit_are_counted_and_named(tmp_path):
     missing = ", ".join(list(network.state_dict())[:3])
     assert f"tensors missing: 6, {missing}, …; tensors unexpected: 5, foreign.0" in str(error.value)
     assert str(error.value).endswith("of another shape: 1, head.bias): is it a file of timm:test_vit?")
+    save_file(timm.create_model("test_vit", img_size=96).state_dict(), tmp_path / "smaller.safetensors")
+    with pytest.raises(RunError, match=r"1, pos_embed.*images of another size"):
+        load_weights(network, tmp_path / "smaller.safetensors")
 
 
 # processes

@@ -128,6 +128,7 @@ def export_command(
 
 def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
     """Builds the table of the written files, with their difference from eager torch and their latency."""
+    from ..export.card_files import size_mb
     from ..objectives.text import format_ends, format_ms
 
     table = new_table("key", "format", "MB>", "difference>", "same class>", "top-1 %>", "latency>", "timed with")
@@ -139,7 +140,7 @@ def _files_table(files: list[tuple[Any, str, dict[str, Any]]]) -> Table:
         table.add_row(
             made.key,
             name,
-            f"{file['bytes'] / 1e6:.2f}",
+            f"{size_mb(file):.2f}",
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
             "" if top1 is None else f"{top1['accuracy']:.2f}",

@@ -11,6 +11,16 @@ from .escaping import as_text, machine_text, plain
 from .formats import FORMATS
 
 
+def size_mb(file: Mapping[str, Any]) -> float:
+    """Returns the megabytes of a format, all its files together.
+
+    Args:
+        file: its entry in `export.json`.
+    """
+    size: int = sum(part["bytes"] for part in (file, *file.get("beside", ())))
+    return size / 1e6
+
+
 def files_section(report: Mapping[str, Any]) -> str:
     """Writes the section of the files.
 
@@ -25,7 +35,7 @@ def files_section(report: Mapping[str, Any]) -> str:
         cells = [
             " and ".join(f"`{part['file']}`" for part in (file, *file.get("beside", ()))),
             FORMATS[name].note + (_images_a_pass(file["batch"]) if "batch" in file else ""),
-            f"{sum(part['bytes'] for part in (file, *file.get('beside', ()))) / 1e6:.2f}",
+            f"{size_mb(file):.2f}",
             f"{file['max_abs_difference']:.2g}",
             f"{100 * file['top1_agreement']:.2f} %",
             _top1(file),

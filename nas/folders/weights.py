@@ -53,6 +53,9 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
+        resized = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+        if resized and own.keys() == weights.keys() and all("pos_embed" in n for n in resized):
+            advice = "are its images of another size? Give the size of its training by `input_size`"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
 
 
