@@ -52,7 +52,7 @@ def main() -> None:
 def forms(name: str, side: int) -> dict[str, Graft]:
     """Returns a network, and its forms with one mixer of ours in the place of each of its token mixers."""
     whole = Graft(PRESETS.get(name, name), side)
-    where = places(create_graft(whole).eval(), [(3, side, side)], "mixer")
+    where = places({side: create_graft(whole).eval()}, "mixer")
     found = {"its own": whole}
     for options in zip(*map(LIBRARY.options, where), strict=True):
         found[_label(options[0].label)] = Graft(whole.parent, side, replaced=options)

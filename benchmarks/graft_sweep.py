@@ -40,7 +40,7 @@ def outcome(name: str, most: float) -> tuple[str, int, int, int, int, int, str] 
         model = timm.create_model(name).eval()
         size = model.pretrained_cfg["input_size"]
         parts = droppable(model, size)
-        found, mixers = (places(model, [size], grain) for grain in ("stage", "mixer"))
+        found, mixers = (places({size[1]: model}, grain) for grain in ("stage", "mixer"))
         inner = inner_channels(model, size)
         counts = [len(parts), sum(map(len, parts)), len(found), len(mixers), len(inner)]
         forms = [Graft(name, size[1], dropped=tuple(part[-1] for part in parts))]

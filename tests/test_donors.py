@@ -76,7 +76,7 @@ def test_a_donor_that_has_no_such_layer_is_refused() -> None:
 @table("parent, name, side", [(PARENT, DONOR, 64), ("test_vit4", "test_vit2", 160)])
 def test_a_donors_layers_fit_and_begin_with_its_weights(folder: Path, parent: str, name: str, side: int) -> None:
     model, other = timm.create_model(parent).eval(), donor(folder, name)
-    options = other.options(model, places(model, [(3, side, side)], "stage"), [side])
+    options = other.options({side: model}, places({side: model}, "stage"))
     assert options
     assert len({option.paths for option in options}) > 1
     torch.manual_seed([PARENT, DONOR, "test_vit2"].index(name))
@@ -96,7 +96,7 @@ def test_a_donors_layers_fit_and_begin_with_its_weights(folder: Path, parent: st
 
 def test_a_network_with_other_maps_gives_nothing(folder: Path) -> None:
     model = timm.create_model(PARENT).eval()
-    assert donor(folder, "test_vit2").options(model, places(model, [(3, 64, 64)], "stage"), [64]) == []
+    assert donor(folder, "test_vit2").options({64: model}, places({64: model}, "stage")) == []
 
 
 @table(
@@ -125,9 +125,9 @@ def test_parts_whose_weights_have_another_shape_give_nothing(folder: Path) -> No
     weights["stages.1.blocks.0.gamma"] = torch.zeros(3)
     save_file(weights, folder / "other.safetensors")
     model = timm.create_model(PARENT).eval()
-    where = places(model, [(3, 64, 64)], "stage")
+    where = places({64: model}, "stage")
     given, less = (
-        {o.stage.layers for o in Donor(f"timm:{DONOR}", folder / name).options(model, where, [64])}
+        {o.stage.layers for o in Donor(f"timm:{DONOR}", folder / name).options({64: model}, where)}
         for name in (f"{DONOR}.safetensors", "other.safetensors")
     )
     assert given - less == {layers for layers in given if "stages.1.blocks" in layers or "stages.1" in layers}

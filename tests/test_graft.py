@@ -58,7 +58,7 @@ from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
 from nas.graft.calibrate import GraftCalibration, calibrate_grafts, configure
 from nas.graft.distil import Distillation, distil, multiply_adds
-from nas.graft.forms import outclassed
+from nas.graft.forms import Offer, cheaper_forms, outclassed
 from nas.graft.harms import Harms
 from nas.graft.options import LIBRARIES, Library, library
 from nas.graft.parent import train_parent
@@ -92,6 +92,8 @@ from nas.training.loop import Step
 
 PARENT = "test_convnext"
 IMAGE = (3, 64, 64)
+NOTHING = Offer(None, "stage", Distillation(1, 8, 0, "cpu"))
+"""No layers of ours."""
 SPACE = GraftSpace(
     "graft-lite0",
     "forms",
@@ -347,9 +349,34 @@ def test_our_layers_halve_a_map_and_change_its_channels() -> None:
 def test_all_places_are_found(name: str, grain: str, found: list[tuple[str, int, int, int]]) -> None:
     model = timm.create_model(name)
     size = model.pretrained_cfg["input_size"] if name == "test_vit" else (3, 96, 96)
-    seen = places(model, [size], grain)
+    seen = places({size[1]: model}, grain)
     assert [(p.paths[0], p.width_in, p.width, p.stride) for p in seen] == found
     assert {(p.layout, p.prefix) for p in seen} <= {("tokens", 1) if name == "test_vit" else ("nchw", 0)}
+
+
+@table("name", ["deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_network_for_one_image_size_gets_smaller_images(name: str) -> None:
+    """A second implementation: timm changes the size of the network in place."""
+    whole = Graft(name, 112)
+    model = create_graft(whole, 5).eval()
+    _, networks, _ = cheaper_forms(model, whole, name, NOTHING)
+    parent = Parent(whole, model.state_dict(), tuple("abcde"), (0.5,) * 3, (0.5,) * 3)
+    assert list(networks) == [112, 96, 80, 64]
+    for side in networks:
+        images, expected = torch.randn(2, 3, side, side), copy.deepcopy(model)
+        expected.set_input_size((side, side))
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                parent.assemble(replace(whole, input_size=side)).eval()(images), expected(images)
+            )
+
+
+def test_a_network_whose_weights_fit_one_image_size_gets_no_smaller_images() -> None:
+    """LeViT has a table of relative positions that timm does not interpolate."""
+    whole = Graft("levit_128s", 224)
+    model = create_graft(whole, 5).eval()
+    _, networks, _ = cheaper_forms(model, whole, "levit", NOTHING)
+    assert list(networks) == [224]
 
 
 @table("name", ["test_vit", "test_mambaout", "resnet18", "cpubone_nano", "hgnetv2_b0"])
@@ -358,7 +385,7 @@ def test_our_layers_stand_in_every_place_and_get_what_the_layers_there_got(name:
     model = timm.create_model(name, num_classes=5).eval()
     size = model.pretrained_cfg["input_size"] if name == "test_vit" else IMAGE
     for grain in ("stage", "mixer"):
-        found = places(model, [size], grain)
+        found = places({size[1]: model}, grain)
         options = [LIBRARIES["mini"].options(place)[-1] for place in found]
         if not options:
             continue
@@ -665,7 +692,7 @@ def test_layers_learn_to_answer_like_those_of_the_parent_and_a_kill_changes_noth
     images: ImageData, tmp_path: Path
 ) -> None:
     parent = timm.create_model(PARENT, num_classes=10).eval()
-    options = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[1])
+    options = LIBRARIES["mini"].options(places({images.input_size[1]: parent}, "stage")[1])
     before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
 
     def killed(step: Step) -> None:
@@ -714,7 +741,7 @@ def test_options_that_learn_worse_than_a_cheaper_one_are_taught_no_further() -> 
 
 def test_the_error_of_a_layer_is_that_of_the_definition(images: ImageData, tmp_path: Path) -> None:
     parent = timm.create_model(PARENT, num_classes=10).eval()
-    (place, *_) = places(parent, [images.input_size], "stage")
+    (place, *_) = places({images.input_size[1]: parent}, "stage")
     (own, *_) = LIBRARIES["mini"].options(place)
     (taught,) = distil(parent, [own], images, Distillation(1, 32, 0, "cpu"), tmp_path)
     layers = StandIn(own).eval()
@@ -732,7 +759,7 @@ def test_the_error_of_a_layer_is_that_of_the_definition(images: ImageData, tmp_p
 @table("seed", [0, 2**32 - 1])
 def test_layers_are_taught_with_any_seed(images: ImageData, tmp_path: Path, seed: int) -> None:
     parent = timm.create_model(PARENT, num_classes=10).eval()
-    (own, *_) = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[0])
+    (own, *_) = LIBRARIES["mini"].options(places({images.input_size[1]: parent}, "stage")[0])
     assert distil(parent, [own], images, Distillation(1, 32, seed, "cpu"), tmp_path / str(seed))
 
 
@@ -817,7 +844,7 @@ def test_a_shortlist_is_the_front_of_the_sums(images: ImageData, tmp_path: Path)
 
 def test_a_damaged_library_is_one_line(images: ImageData, tmp_path: Path) -> None:
     parent = timm.create_model(PARENT, num_classes=10).eval()
-    (own, *_) = LIBRARIES["mini"].options(places(parent, [images.input_size], "stage")[0])
+    (own, *_) = LIBRARIES["mini"].options(places({images.input_size[1]: parent}, "stage")[0])
     other = '{"format": 9, "how": {}, "options": []}'
     for name, content in (("library.json", "{"), ("library.json", other), ("state.pt", "x")):
         folder = tmp_path / name / str(len(content))

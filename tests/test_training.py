@@ -879,9 +879,26 @@ def test_weights_that_do_not_fit_are_counted_and_named(tmp_path):
     missing = ", ".join(list(network.state_dict())[:3])
     assert f"tensors missing: 6, {missing}, …; tensors unexpected: 5, foreign.0" in str(error.value)
     assert str(error.value).endswith("of another shape: 1, head.bias): is it a file of timm:test_vit?")
-    save_file(timm.create_model("test_vit", img_size=96).state_dict(), tmp_path / "smaller.safetensors")
-    with pytest.raises(RunError, match=r"1, pos_embed.*images of another size"):
-        load_weights(network, tmp_path / "smaller.safetensors")
+
+
+def test_weights_for_images_of_another_size_are_interpolated(tmp_path, caplog):
+    """A second implementation: the rows and columns of the position embedding, scaled as an image."""
+    network, smaller = timm.create_model("test_vit"), timm.create_model("test_vit", img_size=96)
+    torch.nn.init.normal_(smaller.pos_embed)
+    weights = smaller.state_dict()
+    save_file(weights, tmp_path / "x.safetensors")
+    with caplog.at_level("INFO"):
+        load_weights(network, tmp_path / "x.safetensors")
+    assert "is for images of another size: pos_embed was interpolated" in caplog.text
+    grid = weights["pos_embed"][:, 1:].unflatten(1, (6, 6)).permute(0, 3, 1, 2)
+    larger = torch.nn.functional.interpolate(grid, (10, 10), mode="bicubic", antialias=True)
+    assert torch.equal(network.pos_embed[:, :1], weights["pos_embed"][:, :1])
+    torch.testing.assert_close(network.pos_embed[:, 1:], larger.flatten(2).transpose(1, 2))
+    assert all(torch.equal(tensor, weights[n]) for n, tensor in network.state_dict().items() if n != "pos_embed")
+    weights["pos_embed"] = weights["pos_embed"][:, :-1]  # no square
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(RunError, match="of another shape: 1, pos_embed"):
+        load_weights(network, tmp_path / "x.safetensors")
 
 
 # processes

@@ -142,7 +142,7 @@ def test_layers_are_taught_on_them_and_a_kill_changes_nothing(root: Path, tmp_pa
     photos = load_data(str(root / "photos"), 32)
     data = with_unlabelled(photos, str(root / "new"), MOST)
     parent = timm.create_model(PARENT, num_classes=2).eval()
-    options = LIBRARIES["mini"].options(places(parent, [data.input_size], "stage")[1])[:1]
+    options = LIBRARIES["mini"].options(places({data.input_size[1]: parent}, "stage")[1])[:1]
     how, steps = Distillation(2, 10, 0, "cpu", "these"), list[Step]()
     whole = distil(parent, options, data, how, tmp_path / "whole", steps.append)
     assert steps[-1].steps == (len(data.train) + 20) // 10

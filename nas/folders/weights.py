@@ -5,9 +5,10 @@ Of a checkpoint, only tensors and plain data are read. The average of the weight
 
 from __future__ import annotations
 
+import logging
 import pickle
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import nn
 
 from ..errors import RunError, one_line
 from ..foreign_files import is_file, why_no_file
+from ..models.timm_models import resampled
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3
 """Largest number of tensors of a kind that a message about a file names."""
@@ -46,17 +50,17 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         n for n, t in weights.items() if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]:
         raise RunError(f"{file} holds whole numbers in the place of weights ({whole[0]}): give the weights before that")
+    sized = resampled(weights, model)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(sized)
     except RuntimeError as error:
         why = _misfit(own, weights) or one_line(str(error), 200)
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
-        resized = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-        if resized and own.keys() == weights.keys() and all("pos_embed" in n for n in resized):
-            advice = "are its images of another size? Give the size of its training by `input_size`"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
+    if changed := [name for name, tensor in sized.items() if tensor is not weights[name]]:
+        log.info("%s is for images of another size: %s was interpolated, as timm does", file, _some(changed))
 
 
 def has_batch_norms(names: Iterable[str]) -> bool:
@@ -149,8 +153,8 @@ def _misfit(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) 
         "unexpected": [name for name in found if name not in own],
         "of another shape": [name for name in own if name in found and own[name].shape != found[name].shape],
     }
-    return "; ".join(
-        f"tensors {kind}: {len(names)}, {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"
-        for kind, names in kinds.items()
-        if names
-    )
+    return "; ".join(f"tensors {kind}: {len(names)}, {_some(names)}" for kind, names in kinds.items() if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)}"

@@ -83,19 +83,18 @@ class Donor:
         """SHA-256 of the file with the weights."""
         return sha256_of(self.weights)
 
-    def options(self, model: nn.Module, found: Sequence[Place], sides: Sequence[int]) -> list[Replacement]:
+    def options(self, networks: Mapping[int, nn.Module], found: Sequence[Place]) -> list[Replacement]:
         """Returns what it can give to places of a parent: parts with the same layout, the same stride and the same map.
 
         Parts whose weights have another shape at the parent's image size (tables of positions) are left out.
 
         Args:
-            model: the parent.
+            networks: side of the images that the parent may get, the largest first -> the parent for them.
             found: places of the parent.
-            sides: sides of the images that the parent may get, the largest first.
         """
-        sizes = [(3, side, side) for side in sides]
+        largest = next(iter(networks))
         try:
-            own = places(create_network(self.name, 1, sizes[0]).eval(), sizes, "stage")
+            own = places({side: create_network(self.name, 1, (3, side, side)).eval() for side in networks}, "stage")
         except (AssertionError, RuntimeError, ValueError, UsageError) as error:
             why = str(error).partition("\n")[0][:200]
             log.warning("%s gives no layers, because it does not take the parent's images (%s)", self.name, why)
@@ -104,7 +103,7 @@ class Donor:
         offered = [
             Replacement(
                 place.paths,
-                Donation(self.name, part.paths, sides[0], part.width_in, part.width, place.width),
+                Donation(self.name, part.paths, largest, part.width_in, part.width, place.width),
                 place.width_in,
                 place.stride,
                 place.layout,
@@ -114,7 +113,7 @@ class Donor:
             for part in own
             if all(getattr(place, name) == getattr(part, name) for name in alike)
         ]
-        seen = [run_once(watched(model, size)) for size in sizes]
+        seen = [run_once(watched(network, (3, side, side))) for side, network in networks.items()]
         held = self._shapes()
         return [
             option

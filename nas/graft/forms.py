@@ -17,7 +17,9 @@ from ..errors import UsageError
 from ..folders.library import LIBRARY, Taught, load_weights
 from ..folders.refits import refits_so_far, save_refits
 from ..folders.training import Trained
+from ..models import create_graft
 from ..models.parts import droppable, places
+from ..models.timm_models import resampled
 from ..models.widths import inner_channels
 from ..scoring.latency import LatencyConfig
 from ..search.parent import Parent, whole_of
@@ -90,11 +92,11 @@ def space_of(
     """
     whole = replace(whole_of(trained), input_size=data.input_size[1])
     model, named, side = trained.load_model(), whole.parent, whole.input_size
-    groups, sizes, narrow = cheaper_forms(model, name, data.input_size, offer)
-    offered, work = _offered(model, [(3, size, size) for size in sizes], offer)
+    groups, networks, narrow = cheaper_forms(model, whole, name, offer)
+    offered, work = _offered(networks, offer)
     log.info(
         "the parent takes images of %s pixels; %d of its blocks can be dropped; ordering them by harm",
-        *(", ".join(map(str, sizes)), sum(map(len, groups))),
+        *(", ".join(map(str, networks)), sum(map(len, groups))),
     )
     of_parent = Parent(whole, model.state_dict(), data.classes, data.mean, data.std)
     taught_of = key_of(f"{of_parent.fingerprint} {data.fingerprint} {side}")
@@ -106,7 +108,7 @@ def space_of(
     taught = _taught(model, offered, data, offer, trained.path, on_step, partial(outclassed, bundles, work))
     stand = _standing(bundles, work, {one.replacement: one.error for one in taught})
     described = f"forms of {name} with fewer or narrower blocks{', layers of ours' * bool(stand)} and smaller images"
-    space = GraftSpace(space_name(name), described, named, parts, tuple(sizes), stand, _in_groups(narrow, parts))
+    space = GraftSpace(space_name(name), described, named, parts, tuple(networks), stand, _in_groups(narrow, parts))
     ours = {one: load_weights(trained.path / LIBRARY, one) for one in space.replacements}
     narrower = refits_so_far(trained.path, space.narrowings, of_parent.weights, of)
     left = [own for own in space.narrowings if own not in narrower]
@@ -118,32 +120,35 @@ def space_of(
 
 
 def cheaper_forms(
-    model: nn.Module, name: str, input_size: tuple[int, int, int], offer: Offer
-) -> tuple[tuple[tuple[str, ...], ...], list[int], tuple[Narrowing, ...]]:
+    model: nn.Module, whole: Graft, name: str, offer: Offer
+) -> tuple[tuple[tuple[str, ...], ...], dict[int, nn.Module], tuple[Narrowing, ...]]:
     """Finds what of a network can be left out. Its weights do not matter.
 
     Args:
         model: the network, in eval mode.
+        whole: the network as a graft of itself.
         name: its name.
-        input_size: (channels, height, width) of its images.
         offer: what may stand in its places.
 
     Returns:
-        Groups of blocks that can be dropped, sides of the images that it takes, and inner channels that can be fewer.
+        Groups of blocks that can be dropped; sides of the images that it can be built for, the largest first -> the
+        network for them; and inner channels that can be fewer.
 
     Raises:
         UsageError: if nothing of it can be made cheaper.
     """
-    side = input_size[1]
+    side = whole.input_size
+    input_size = (3, side, side)
     groups, narrow = droppable(model, input_size), inner_channels(model, input_size)
-    sizes = [side, *(smaller for smaller in _sides(side) if smaller < side and _takes(model, smaller))]
-    if not groups and len(sizes) == 1 and not narrow and not _offered(model, [input_size], offer)[0]:
+    smaller = {at: _for_images(model, replace(whole, input_size=at)) for at in _sides(side) if at < side}
+    networks = {side: model} | {at: network for at, network in smaller.items() if network is not None}
+    if not groups and len(networks) == 1 and not narrow and not _offered(networks, offer)[0]:
         none = ", no library is offered for its places," if offer.library is None else ""
         raise UsageError(
             f"{name} cannot be made cheaper: it has no residual blocks and no inner channels{none} and it takes one "
             "image size: give another `parent`" + (", or a `library`" if offer.library is None else "")
         )
-    return groups, sizes, narrow
+    return groups, networks, narrow
 
 
 def space_name(parent: str) -> str:
@@ -157,6 +162,26 @@ def _sides(side: int) -> list[int]:
     return list(dict.fromkeys(max(step, round(side * share / step) * step) for share in SHARES))
 
 
+def _for_images(model: nn.Module, whole: Graft) -> nn.Module | None:
+    """Returns a network for images of another size, or None if there is none that its weights fit.
+
+    This is the network itself if it takes such images. Others, such as ViTs, are built for one size.
+
+    Args:
+        model: the network.
+        whole: the network for the other size, as a graft of itself.
+    """
+    if _takes(model, whole.input_size):
+        return model
+    try:
+        built = create_graft(whole, int(getattr(model, "num_classes", 0))).eval()
+    except UsageError:
+        return None
+    weights, own = resampled(model.state_dict(), built), built.state_dict()
+    fits = weights.keys() == own.keys() and all(weights[name].shape == tensor.shape for name, tensor in own.items())
+    return built if fits and _takes(built, whole.input_size) else None
+
+
 def _takes(model: nn.Module, side: int) -> bool:
     try:
         with torch.inference_mode():
@@ -166,20 +191,23 @@ def _takes(model: nn.Module, side: int) -> bool:
     return bool(torch.isfinite(logits).all())
 
 
-def _offered(
-    model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], offer: Offer
-) -> tuple[list[Replacement], Mapping[Replacement, int]]:
+def _offered(networks: Mapping[int, nn.Module], offer: Offer) -> tuple[list[Replacement], Mapping[Replacement, int]]:
     """Returns what may stand in places of a network, where it pays to replace its layers.
+
+    Args:
+        networks: side of its images, the largest first -> the network for them.
+        offer: what may stand there.
 
     Returns:
         The options, and the multiply-adds of each.
     """
     if offer.library is None and not offer.donors:
         return [], {}
-    where = places(model, input_sizes, offer.grain)
+    where = places(networks, offer.grain)
     found = [own for place in where for own in (offer.library.options(place) if offer.library else [])]
-    found += [own for donor in offer.donors for own in donor.options(model, where, [size[1] for size in input_sizes])]
-    work = multiply_adds(model, input_sizes[0], found)
+    found += [own for donor in offer.donors for own in donor.options(networks, where)]
+    side, model = next(iter(networks.items()))
+    work = multiply_adds(model, (3, side, side), found)
     if offer.grain == "stage":
         replaced = {own: work.of_places[own.paths] for own in found}
         found = [

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..architecture import Graft
 from ..data import ImageData, check_outside
 from ..data.splits import listed
 from ..defaults import GRAIN
@@ -94,7 +95,9 @@ def graft(
     data = load_images(config)
     how = Distillation(parent.distil_epochs, config.train_batch_size, config.seed, device)
     offer = Offer(offered, parent.grain, how, parent.donors)
-    cheaper_forms(build(target, data, 0.0).eval(), name, data.input_size, offer)  # refuses before the training
+    assert not isinstance(target.architecture, Graft)
+    whole = Graft(target.architecture or str(target.model).removeprefix("timm:"), data.input_size[1])
+    cheaper_forms(build(target, data, 0.0).eval(), whole, name, offer)  # refuses before the training
     check_baselines(parent, config, data)
     trained = train_parent(parent, config, on_step)
     train_baselines(parent, config, trained, on_step)

@@ -65,7 +65,7 @@ def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple
     return tuple(part for found in kept for part in _split(found))
 
 
-def places(model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], grain: str) -> tuple[Place, ...]:
+def places(networks: Mapping[int, nn.Module], grain: str) -> tuple[Place, ...]:
     """Finds the places where our layers can stand.
 
     With the grain `stage`, a place is a sequence that holds blocks which can be dropped, an item beside such a sequence
@@ -73,11 +73,12 @@ def places(model: nn.Module, input_sizes: Sequence[tuple[int, int, int]], grain:
     mixer inside a block. A place takes and returns one map, in the same layout, for every image size.
 
     Args:
-        model: the network. It is left as it was.
-        input_sizes: (channels, height, width) of the images that it may get.
+        networks: side of the images that the network may get -> the network for them; the first one decides what a
+            place is. They are left as they were.
         grain: `stage` or `mixer`.
     """
-    seen = [run_once(watched(model, size)) for size in input_sizes]
+    seen = [run_once(watched(network, (3, side, side))) for side, network in networks.items()]
+    model = next(iter(networks.values()))
     groups = _groups(model, seen[0])
     prefixes = tuple(dict.fromkeys((0, int(getattr(model, "num_prefix_tokens", 0)))))
     chains = _mixers(model, groups) if grain == "mixer" else _sequences(model, groups, seen[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -51,6 +53,33 @@ def create_network(name: str, num_classes: int, input_size: tuple[int, int, int]
     if problem:
         raise UsageError(f"{name} does not take images of {input_size[1]}x{input_size[2]} ({problem})")
     return model
+
+
+def resampled(weights: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns weights of a network for images of one size as weights of the same network for another size.
+
+    What depends on the size, such as position embeddings (ViT, DeiT, EVA) and tables of relative positions (Swin,
+    BEiT), is interpolated by timm's own conversion for this family of networks. All other tensors stay as they are.
+
+    Args:
+        weights: the weights, by their names in the network.
+        model: the network for the other image size.
+
+    Returns:
+        The weights. Those that cannot be converted are unchanged, and still have the wrong shape.
+    """
+    own = model.state_dict()
+    differing = {n for n, tensor in weights.items() if n in own and tensor.shape != own[n].shape}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not differing or convert is None or not type(model).__module__.startswith("timm."):
+        return dict(weights)
+    try:
+        with torch.no_grad():
+            found = convert(dict(weights), model)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return dict(weights)
+    fitting = {n for n in differing if n in found and found[n].shape == own[n].shape}
+    return {name: found[name] if name in fitting else tensor for name, tensor in weights.items()}
 
 
 def _refusal(model: nn.Module, input_size: tuple[int, int, int]) -> str:

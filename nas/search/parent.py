@@ -22,7 +22,7 @@ from ..folders.weights import has_batch_norms
 from ..models import create_graft
 from ..models.grafts import StandIn
 from ..models.presets import PRESETS
-from ..models.timm_models import check_network_name
+from ..models.timm_models import check_network_name, resampled
 from ..models.widths import Refit, narrow_layers
 from ..scoring.accuracy import Fidelity
 from ..scoring.accuracy.estimate import GENTLE_RATE, TUNING_RATE
@@ -86,11 +86,13 @@ class Parent:
     def assemble(self, graft: Graft) -> nn.Module:
         """Builds a graft with the weights of the parent, and of the layers of ours that stand in it.
 
-        Where inner channels become fewer, the layer that reads them gets the weights that were fitted for this.
+        Where inner channels become fewer, the layer that reads them gets the weights that were fitted for this. What
+        depends on the image size, such as a position embedding, is interpolated.
         """
         model = create_graft(replace(graft, narrowed=()), len(self.classes))
         ours = {f"{own.paths[0]}.{name}": t for own in graft.replaced for name, t in self.ours[own].items()}
-        model.load_state_dict({name: ours[name] if name in ours else self.weights[name] for name in model.state_dict()})
+        theirs = {name: self.weights[name] for name in model.state_dict() if name not in ours}
+        model.load_state_dict(resampled(theirs, model) | ours)
         for narrowing in graft.narrowed:
             narrow_layers(model, narrowing, self.refits[narrowing])
         return model
