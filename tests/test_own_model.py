@@ -247,9 +247,10 @@ def test_without_epochs_a_network_is_only_tested(root: Path, weights: Path, tmp_
     assert again.result == trained.result, "its own images are the default"
     with pytest.raises(UsageError, match="only tests trained weights"):
         train(replace(asked, out=tmp_path / "none"))
-    save_file(timm.create_model(MODEL, num_classes=5).state_dict(), tmp_path / "five.safetensors")
-    with pytest.raises(UsageError, match="is for 5 classes, and the images have 2: train it for one epoch or more"):
-        train(replace(asked, init=str(tmp_path / "five.safetensors"), out=tmp_path / "five"))
+    for name, kwargs in ((MODEL, {}), ("test_vit", {"img_size": 96})):  # of the second, the image size is another too
+        save_file(timm.create_model(name, num_classes=5, **kwargs).state_dict(), tmp_path / "five.safetensors")
+        with pytest.raises(UsageError, match="is for 5 classes, and the images have 2: train it for one epoch or more"):
+            train(replace(asked, target=f"timm:{name}", init=str(tmp_path / "five.safetensors"), out=tmp_path / "five"))
     with pytest.raises(RunError, match="does not hold the weights of this network"):
         train(replace(asked, target="timm:test_vit", init=str(weights), out=tmp_path / "vit"))
 

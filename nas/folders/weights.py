@@ -44,22 +44,22 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
     """
     own = model.state_dict()
-    weights = _of_network(read_weights(file), own)
-    weights = adapt(weights) if adapt else weights
+    found = _of_network(read_weights(file), own)
+    sized = resampled(found, model)
+    weights = adapt(sized) if adapt else sized
     if whole := [
         n for n, t in weights.items() if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]:
         raise RunError(f"{file} holds whole numbers in the place of weights ({whole[0]}): give the weights before that")
-    sized = resampled(weights, model)
     try:
-        model.load_state_dict(sized)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         why = _misfit(own, weights) or one_line(str(error), 200)
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
-    if changed := [name for name, tensor in sized.items() if tensor is not weights[name]]:
+    if changed := [name for name, tensor in sized.items() if tensor is not found[name]]:
         log.info("%s is for images of another size: %s was interpolated, as timm does", file, _some(changed))
 
 
