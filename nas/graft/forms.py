@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 
 from ..architecture import Graft, Narrowing, Replacement, key_of
@@ -140,7 +141,7 @@ def cheaper_forms(
     side = whole.input_size
     input_size = (3, side, side)
     groups, narrow = droppable(model, input_size), inner_channels(model, input_size)
-    smaller = {at: _for_images(model, replace(whole, input_size=at)) for at in _sides(side) if at < side}
+    smaller = {at: _for_images(model, replace(whole, input_size=at)) for at in _sides(model, side) if at < side}
     networks = {side: model} | {at: network for at, network in smaller.items() if network is not None}
     if not groups and len(networks) == 1 and not narrow and not _offered(networks, offer)[0]:
         none = ", no library is offered for its places," if offer.library is None else ""
@@ -156,9 +157,15 @@ def space_name(parent: str) -> str:
     return "graft-" + "".join(c if c.isalnum() or c in "_-" else "-" for c in parent)[:57]
 
 
-def _sides(side: int) -> list[int]:
-    """Returns the sides to try, the largest first: multiples of 16, or of 32 above 128 pixels."""
+def _sides(model: nn.Module, side: int) -> list[int]:
+    """Returns the sides to try, the largest first: multiples of 16, or of 32 above 128 pixels.
+
+    If a ViT's patches do not divide these, as those of 14 pixels do not, multiples of a patch: a ViT ignores the rest.
+    """
     step = 16 if side <= 128 else 32
+    embedding = getattr(model, "patch_embed", None)
+    if isinstance(embedding, PatchEmbed) and step % embedding.patch_size[0]:
+        step = embedding.patch_size[0]
     return list(dict.fromkeys(max(step, round(side * share / step) * step) for share in SHARES))
 
 
