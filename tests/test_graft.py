@@ -220,7 +220,7 @@ def test_a_graft_of_a_hostile_file_is_refused_in_one_line(change: dict, word: st
 # As modules
 
 
-@table("name", ["mobilenetv2_035", "test_vit", PARENT, "test_mambaout", "cas_vit_xs"])
+@table("name", ["mobilenetv2_035", "test_vit", PARENT, "test_mambaout", "cas_vit_xs", "regnetx_004"])
 def test_a_dropped_block_is_one_that_returns_its_input(name: str) -> None:
     """A second implementation: the parent, with a hook that puts a block's input in the place of its output."""
     parent = timm.create_model(name, num_classes=7).eval()
@@ -251,6 +251,7 @@ def test_a_dropped_block_is_one_that_returns_its_input(name: str) -> None:
         ("resnet18", [1, 1, 1, 1]),
         ("vit_tiny_patch16_224", [4, 3, 4]),  # a long sequence is split
         ("test_efficientnet", []),
+        ("regnetx_004", [1, 6, 4, 3, 4]),  # its stages are no sequences of torch's
         ("test_convnext", [1, 3, 1]),  # its first stage has one block: the stage is no block
     ],
 )
@@ -343,7 +344,9 @@ def test_our_layers_halve_a_map_and_change_its_channels() -> None:
                 for block in range(depth)
             ],
         ),
-        ("regnetx_002", "stage", []),
+        # its stages are no sequences of torch's; the first two have one block, and the whole stage halves the map
+        ("regnetx_002", "stage", [("s3", 56, 152, 2), ("s4", 152, 368, 2)]),
+        ("densenet121", "stage", []),
     ],
 )
 def test_all_places_are_found(name: str, grain: str, found: list[tuple[str, int, int, int]]) -> None:
@@ -372,6 +375,21 @@ def test_a_network_for_one_image_size_gets_smaller_images(name: str, sides: list
             torch.testing.assert_close(
                 parent.assemble(replace(whole, input_size=side)).eval()(images), expected(images)
             )
+
+
+def test_tables_of_relative_positions_are_interpolated_and_all_that_fits_is_kept() -> None:
+    whole = Graft("test_maxvit", 160)
+    model = create_graft(whole, 5).eval()
+    _, networks, _ = cheaper_forms(model, whole, "maxvit", NOTHING)
+    assert list(networks) == [160, 128, 96, 64]
+    parent = Parent(whole, model.state_dict(), tuple("abcde"), (0.5,) * 3, (0.5,) * 3)
+    for side, network in networks.items():
+        form, own = parent.assemble(replace(whole, input_size=side)).state_dict(), network.state_dict()
+        assert {n: t.shape for n, t in form.items()} == {n: t.shape for n, t in own.items()}
+        fits = {n for n, t in parent.weights.items() if t.shape == form[n].shape}
+        assert all(torch.equal(form[n], parent.weights[n]) for n in fits)
+        assert {n.rpartition(".")[2] for n in form.keys() - fits} <= {"relative_position_bias_table"}
+        assert all(form[n].isfinite().all() and form[n].std() > 0 for n in form.keys() - fits)
 
 
 def test_a_network_whose_weights_fit_one_image_size_gets_no_smaller_images() -> None:

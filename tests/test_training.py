@@ -897,7 +897,24 @@ def test_weights_for_images_of_another_size_are_interpolated(tmp_path, caplog):
     assert all(torch.equal(tensor, weights[n]) for n, tensor in network.state_dict().items() if n != "pos_embed")
     weights["pos_embed"] = weights["pos_embed"][:, :-1]  # no square
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(RunError, match="of another shape: 1, pos_embed"):
+    with pytest.raises(RunError, match=r"of another shape: 1, pos_embed.*images of another size"):
+        load_weights(network, tmp_path / "x.safetensors")
+
+
+def test_weights_of_larger_patches_are_those_of_another_network(tmp_path):
+    """timm would scale the patches, and the network would be a bad one."""
+    network = timm.create_model("vit_tiny_patch16_224", depth=1)
+    larger = timm.create_model("vit_tiny_patch16_224", depth=1, patch_size=32)
+    save_file(larger.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(RunError, match=r"of another shape: 1, patch_embed.proj.weight\)"):
+        load_weights(network, tmp_path / "x.safetensors")
+
+
+def test_a_hostile_table_of_positions_is_refused(tmp_path):
+    network = timm.create_model("test_maxvit")
+    name = next(name for name in network.state_dict() if name.endswith("relative_position_bias_table"))
+    save_file({**network.state_dict(), name: torch.zeros(2, 7001, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(RunError, match=r"of another shape: 1, .*relative_position_bias_table"):
         load_weights(network, tmp_path / "x.safetensors")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import RunError, one_line
 from ..foreign_files import is_file, why_no_file
-from ..models.timm_models import resampled
+from ..models.timm_models import is_of_positions, resampled
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         known = name and not name.startswith("mixnas")  # our entry points build networks of any architecture
         advice = f"is it a file of timm:{name}?" if known else "give a file of this network"
+        differing = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+        if differing and own.keys() == weights.keys() and all(map(is_of_positions, differing)):
+            advice = "are its images of another size? Give the size of its training by `input_size`"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
     if changed := [name for name, tensor in sized.items() if tensor is not found[name]]:
         log.info("%s is for images of another size: %s was interpolated, as timm does", file, _some(changed))

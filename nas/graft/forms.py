@@ -227,7 +227,10 @@ def _offered(networks: Mapping[int, nn.Module], offer: Offer) -> tuple[list[Repl
         if given:
             log.info("%s gives layers to %d places of the parent", donor.name, len(given))
         else:
-            log.warning("%s gives no layers: none fit that need less work than the parent's", donor.name)
+            log.warning(
+                "%s gives no layers: none that need less work than the parent's fit every size of its images",
+                donor.name,
+            )
     return found, work.of_options
 
 

@@ -183,6 +183,17 @@ def _parent_cfg(graft: Graft) -> dict[str, Any]:
     return cfg | {"input_size": (3, graft.input_size, graft.input_size), "pool_size": None}
 
 
+def may_be_sequence(module: nn.Module) -> bool:
+    """Whether a module is a sequence of torch's, or has children of one class, which it may run one after the other.
+
+    What stands in the place of a child counts as that child.
+    """
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return True
+    children = list(module.children())
+    return len(children) > 1 and len({type(own) for own in children if not isinstance(own, Skip | StandIn)}) <= 1
+
+
 def drop_blocks(model: nn.Module, paths: tuple[str, ...]) -> None:
     """Replaces blocks of a network by `Skip`, in place.
 
@@ -192,7 +203,7 @@ def drop_blocks(model: nn.Module, paths: tuple[str, ...]) -> None:
     modules = dict(model.named_modules())
     for path in paths:
         container, _, name = path.rpartition(".")
-        if path not in modules or not isinstance(modules[container], nn.Sequential | nn.ModuleList):
+        if path not in modules or not may_be_sequence(modules[container]):
             raise UsageError(f"{type(model).__name__} has no block {path} that can be dropped")
         setattr(modules[container], name, Skip())
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .grafts import may_be_sequence
 from .watch import Call, run_once, watched
 from .widths import GATES
 
@@ -54,15 +55,14 @@ def droppable(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[tuple
 
     A block is an item of a sequence. It runs once, and returns one tensor of the shape of its input. An item that holds
     nothing but blocks is no block. At least one item of a sequence stays. Long sequences are split into several parts.
+    A sequence is one of torch's, or a module that runs children of one class one after the other, as RegNet's stages.
 
     Args:
         model: the network. It is left as it was.
         input_size: (channels, height, width) of an image.
     """
     groups, modules = _groups(model, run_once(watched(model, input_size))), dict(model.named_modules())
-    # of a sequence that holds nothing else, the first block stays
-    kept = ((found[1:] if len(found) == len(modules[parent]) else found) for parent, found in groups.items())
-    return tuple(part for found in kept for part in _split(found))
+    return tuple(part for parent, found in groups.items() for part in _split(_not_all(found, modules[parent])))
 
 
 def places(networks: Mapping[int, nn.Module], grain: str) -> tuple[Place, ...]:
@@ -90,12 +90,11 @@ def places(networks: Mapping[int, nn.Module], grain: str) -> tuple[Place, ...]:
 def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
     """Returns the sequences that hold blocks which return the shape of their input -> the paths of these blocks."""
     modules = dict(model.named_modules())
-    listed = {
-        f"{path}.{name}" if path else name
-        for path, module in modules.items()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
-        for name, _ in module.named_children()
-    }
+    sequences = {path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)}
+    others = [path for path in modules if path not in sequences and _runs_in_order(path, modules[path], seen)]
+    # what a block consists of may run in order too, but is no block
+    sequences |= {path for path in others if not any(path.startswith(f"{other}.") for other in sequences if other)}
+    listed = {f"{path}.{name}" if path else name for path in sequences for name, _ in modules[path].named_children()}
     blocks = [
         path
         for path, call in seen.items()
@@ -110,11 +109,25 @@ def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
     return groups
 
 
+def _runs_in_order(path: str, module: nn.Module, seen: Mapping[str, Call]) -> bool:
+    """Whether each child takes the very tensor that the one before it returned, and a module the last one's."""
+    children = [f"{path}.{name}" for name, _ in module.named_children()]
+    if not may_be_sequence(module) or any(each not in seen for each in (path, *children)):
+        return False
+    first, last = seen[children[0]].taken is seen[path].taken, seen[children[-1]].returned is seen[path].returned
+    return first and last and _in_sequence(children, seen)
+
+
 def _shapes(call: Call) -> tuple[torch.Size, torch.Size]:
     """Returns the shapes of what a module took and returned."""
     assert call.taken is not None
     assert call.returned is not None
     return call.taken.shape, call.returned.shape
+
+
+def _not_all(blocks: list[str], sequence: nn.Module) -> list[str]:
+    """Leaves out the first block of a sequence that holds nothing else: it stays."""
+    return blocks[1:] if len(blocks) == len(list(sequence.children())) else blocks
 
 
 def _split(paths: Sequence[str]) -> list[tuple[str, ...]]:
@@ -132,8 +145,7 @@ def _sequences(model: nn.Module, groups: Mapping[str, list[str]], seen: Mapping[
         if len(found) <= MAX_CHAIN and parent in seen:
             chains.append((parent,))
             continue
-        kept = found[1:] if len(found) == len(modules[parent]) else found
-        chains += [chain for chain in _split(kept) if _in_sequence(chain, seen)]
+        chains += [chain for chain in _split(_not_all(found, modules[parent])) if _in_sequence(chain, seen)]
     beside = dict.fromkeys(
         f"{container}.{name}"
         for parent in groups

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, unknown_name
+from ..quiet import quiet
 
 
 def check_network_name(name: str) -> str:
@@ -55,11 +56,17 @@ def create_network(name: str, num_classes: int, input_size: tuple[int, int, int]
     return model
 
 
+def is_of_positions(name: str) -> bool:
+    """Whether weights of this name are a position embedding or a table of relative positions, by timm's names."""
+    return "pos" in name.rpartition(".")[2]
+
+
 def resampled(weights: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns weights of a network for images of one size as weights of the same network for another size.
 
-    What depends on the size, such as position embeddings (ViT, DeiT, EVA) and tables of relative positions (Swin,
-    BEiT), is interpolated by timm's own conversion for this family of networks. All other tensors stay as they are.
+    Position embeddings (ViT, DeiT, EVA) and tables of relative positions (Swin, BEiT, MaxViT) are interpolated by
+    timm's own conversion for this family of networks. All other tensors stay as they are: if their shape differs, they
+    are those of another network.
 
     Args:
         weights: the weights, by their names in the network.
@@ -69,15 +76,15 @@ def resampled(weights: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str
         The weights. Those that cannot be converted are unchanged, and still have the wrong shape.
     """
     own = model.state_dict()
-    differing = {n for n, tensor in weights.items() if n in own and tensor.shape != own[n].shape}
+    differing = {n for n, tensor in weights.items() if is_of_positions(n) and n in own and tensor.shape != own[n].shape}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if not differing or convert is None or not type(model).__module__.startswith("timm."):
         return dict(weights)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             found = convert(dict(weights), model)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return dict(weights)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return dict(weights)  # a foreign file may hold anything
     fitting = {n for n in differing if n in found and found[n].shape == own[n].shape}
     return {name: found[name] if name in fitting else tensor for name, tensor in weights.items()}
 
