@@ -44,7 +44,7 @@ from nas.data import ImageData, Images, load_data, reduced
 from nas.doctor import examine
 from nas.doctor.findings import Finding
 from nas.errors import RunError, UsageError
-from nas.export import export
+from nas.export import Settings, export, export_subject, of_training
 from nas.folders.calibration import Calibration
 from nas.folders.graft_verdicts import graft_verdicts
 from nas.folders.library import load_weights as load_weights_of
@@ -88,7 +88,10 @@ from nas.search.study import join, work
 from nas.space import FORMS, GraftSpace, space_from_dict
 from nas.space.graft_space import WIDTHS, form_of
 from nas.targets import resolve
+from nas.training.config import TrainConfig
 from nas.training.loop import Step
+from nas.training.recipes import Auto
+from nas.training.work import train as train_fully
 
 PARENT = "test_convnext"
 IMAGE = (3, 64, 64)
@@ -1205,6 +1208,15 @@ def test_a_form_is_exported_as_timm_loads_it(run: Run, tmp_path: Path) -> None:
     assert PARENT in card
     weights = run.path.parent / "weights.safetensors"
     assert f"`weights.safetensors` (SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`)" in card
+
+
+def test_a_form_that_was_trained_on_images_of_another_size_is_exported_for_these(run: Run, tmp_path: Path) -> None:
+    trial = run.front()[0]
+    asked = TrainConfig(f"{run.path}@{trial.key}", Auto(("epochs=0",)), input_size=48, device="cpu", workers=0)
+    trained = train_fully(replace(asked, out=tmp_path / "trained"))
+    exported = export_subject(of_training(trained), tmp_path / "exported", Settings())
+    model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
+    assert model.pretrained_cfg["input_size"] == (3, 48, 48)
 
 
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:

@@ -71,10 +71,11 @@ class Subject:
 
     @property
     def architecture(self) -> Candidate | None:
-        """The architecture; None for a timm model of another family."""
-        if self.trial is not None:
-            return self.trial.architecture
-        return self.trained.architecture if self.trained is not None else None
+        """The architecture; None for a timm model of another family. A form's image size is that of its training."""
+        if self.trained is None:
+            return None if self.trial is None else self.trial.architecture
+        found = self.trained.architecture
+        return replace(found, input_size=self.data.side) if isinstance(found, Graft) else found
 
     @property
     def run_path(self) -> Path | None:
