@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, unknown_name
-from ..quiet import quiet
 
 
 def check_network_name(name: str) -> str:
@@ -81,7 +81,8 @@ def resampled(weights: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str
     if not differing or convert is None or not type(model).__module__.startswith("timm."):
         return dict(weights)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of torch about timm's interpolation do not help the user
             found = convert(dict(weights), model)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return dict(weights)  # a foreign file may hold anything
