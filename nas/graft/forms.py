@@ -160,7 +160,8 @@ def space_name(parent: str) -> str:
 def _sides(model: nn.Module, side: int) -> list[int]:
     """Returns the sides to try, the largest first: multiples of 16, or of 32 above 128 pixels.
 
-    If a ViT's patches do not divide these, as those of 14 pixels do not, multiples of a patch: a ViT ignores the rest.
+    For a ViT whose patches do not divide these, such as patches of 14 pixels, they are multiples of a patch instead. A
+    ViT ignores the pixels beyond its last whole patch.
     """
     step = 16 if side <= 128 else 32
     embedding = getattr(model, "patch_embed", None)

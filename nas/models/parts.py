@@ -73,8 +73,8 @@ def places(networks: Mapping[int, nn.Module], grain: str) -> tuple[Place, ...]:
     mixer inside a block. A place takes and returns one map, in the same layout, for every image size.
 
     Args:
-        networks: side of the images that the network may get -> the network for them; the first one decides what a
-            place is. They are left as they were.
+        networks: side of the images that the network may get -> the network for them. The first one tells the width
+            and the side of each place. All are left as they were.
         grain: `stage` or `mixer`.
     """
     seen = [run_once(watched(network, (3, side, side))) for side, network in networks.items()]
@@ -92,7 +92,7 @@ def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
     modules = dict(model.named_modules())
     sequences = {path for path, module in modules.items() if isinstance(module, nn.Sequential | nn.ModuleList)}
     others = [path for path in modules if path not in sequences and _runs_in_order(path, modules[path], seen)]
-    # what a block consists of may run in order too, but is no block
+    # the children of a block may run in order too, but they are no blocks
     sequences |= {path for path in others if not any(path.startswith(f"{other}.") for other in sequences if other)}
     listed = {f"{path}.{name}" if path else name for path in sequences for name, _ in modules[path].named_children()}
     blocks = [
@@ -110,7 +110,7 @@ def _groups(model: nn.Module, seen: Mapping[str, Call]) -> dict[str, list[str]]:
 
 
 def _runs_in_order(path: str, module: nn.Module, seen: Mapping[str, Call]) -> bool:
-    """Whether each child takes the very tensor that the one before it returned, and a module the last one's."""
+    """Whether a module passes its input through its children one after the other, and returns the last output."""
     children = [f"{path}.{name}" for name, _ in module.named_children()]
     if not may_be_sequence(module) or any(each not in seen for each in (path, *children)):
         return False
