@@ -123,6 +123,24 @@ def test_numbers_of_baselines_do_not_cover_each_other(run, monkeypatch):
     assert not any(label.padded(3).contains(*star) for label in labels for star in stars)
 
 
+def test_a_long_legend_does_not_cover_the_notes(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or [])
+    many = [(f"tf_efficientnet_lite0 with {i} blocks", 2.5, 96.0) for i in range(40)]
+    monkeypatch.setattr(plots, "baselines_of", lambda *_: many)
+    long = "\n".join(["a note that takes two lines of the picture " * 3] * 8)
+    monkeypatch.setattr(plots, "caption_of", lambda _: long)
+    plots.plot([run])
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    notes = next(text for text in figure.texts if text.get_text().startswith("a note"))
+    parts = [legend, notes, figure.axes[0]]
+    extents = [part.get_window_extent() for part in parts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(extents, 2))
+    assert all(extent.y0 >= 0 and extent.y1 <= figure.bbox.y1 for extent in extents)
+
+
 def test_three_objectives_give_two_panels(tmp_path, monkeypatch):
     config = SearchConfig(
         space=search_spaces.load("mini"),

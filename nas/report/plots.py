@@ -49,7 +49,7 @@ STAR = 8.0
 PLACES = (((5, -9), "left"), ((5, 3), "left"), ((-5, -9), "right"), ((-5, 3), "right"))
 """Places of a label beside its star, best first: offsets in points, and the side of the label that is there."""
 MOST_LINES = 10
-"""A legend with more lines stands at the top and is smaller, so that it does not cover the caption."""
+"""A legend with more lines has smaller letters."""
 
 
 def plot(runs: Sequence[Run], out: Path | None = None, spell: Callable[[str], str] = str) -> list[Path]:
@@ -151,16 +151,17 @@ def _draw(scored: Scored, spell: Callable[[str], str]) -> Figure:
             numbers = [(label, name) for label, (name, _, _) in zip(star_labels(known), known, strict=True)]
             blank: dict[str, Any] = {"linestyle": "", "marker": ""}
             handles += [Line2D([], [], label=f"{n} {name}", **blank) for n, name in numbers if n != name]
-    if len(handles) > MOST_LINES:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="x-small")
-    else:
-        figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize="small")
+    size = "small" if len(handles) <= MOST_LINES else "x-small"
+    legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=size)
     width = 50 + 55 * panels
     title = "\n".join(textwrap.fill(line, width * 2 // 3) for line in title_of(scored).splitlines())
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     if caption := spell(caption_of(scored)):
         wrapped = "\n".join(textwrap.fill(line, width, subsequent_indent="   ") for line in caption.splitlines())
-        figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
+        notes = figure.supxlabel(wrapped, fontsize="x-small", x=0.01, ha="left", color=INK)
+        figure.draw_without_rendering()  # lays out the legend at the top and the notes at the bottom
+        if (covered := notes.get_window_extent().y1 - legend.get_window_extent().y0) > 0:
+            figure.set_figheight(figure.get_figheight() + covered / figure.dpi)
     _part_labels(figure)
     return figure
 
