@@ -881,6 +881,15 @@ def test_weights_that_do_not_fit_are_counted_and_named(tmp_path):
     assert str(error.value).endswith("of another shape: 1, head.bias): is it a file of timm:test_vit?")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    weights = timm.create_model("test_vit").state_dict()
+    weights["head.weight"][3, 4] = value
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(RunError, match=r"not finite \(head\.weight\)"):
+        load_weights(timm.create_model("test_vit"), tmp_path / "x.safetensors")
+
+
 def test_weights_for_images_of_another_size_are_interpolated(tmp_path, caplog):
     """A second implementation: the rows and columns of the position embedding, scaled as an image."""
     network, smaller = timm.create_model("test_vit"), timm.create_model("test_vit", img_size=96)

@@ -41,7 +41,8 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         adapt: converts the file's weights to those of the network; None if they need no conversion.
 
     Raises:
-        RunError: if the file is missing or damaged, or does not fit. The error names the first tensors that do not.
+        RunError: if the file is missing or damaged, does not fit, or has weights that are not finite. The error names
+            the first such tensors.
     """
     own = model.state_dict()
     found = _of_network(read_weights(file), own)
@@ -62,6 +63,10 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         if differing and own.keys() == weights.keys() and all(map(is_of_positions, differing)):
             advice = "are its images of another size? Give the size of its training by `input_size`"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
+    if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise RunError(
+            f"{file} holds weights that are not finite ({_some(broken)}): give those of a training that did not diverge"
+        )
     if changed := [name for name, tensor in sized.items() if tensor is not found[name]]:
         log.info("%s is for images of another size: %s was interpolated, as timm does", file, _some(changed))
 
