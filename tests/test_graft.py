@@ -1219,6 +1219,24 @@ def test_a_form_that_was_trained_on_images_of_another_size_is_exported_for_these
     assert model.pretrained_cfg["input_size"] == (3, 48, 48)
 
 
+def test_a_form_of_a_vit_is_trained_and_exported_for_images_of_another_size(tmp_path: Path) -> None:
+    form, smaller = (Graft("test_vit", side, ("blocks.1",)) for side in (96, 48))
+    (tmp_path / "form.json").write_text(form.to_json())
+    built = {own: create_graft(own, 10).eval() for own in (form, smaller)}
+    torch.nn.init.normal_(built[form].pos_embed)
+    save_file(built[form].state_dict(), tmp_path / "form.safetensors")
+    load_weights(built[smaller], tmp_path / "form.safetensors")
+    asked = TrainConfig(str(tmp_path / "form.json"), Auto(("epochs=0",)), init=str(tmp_path / "form.safetensors"))
+    asked = replace(asked, data="digits", input_size=48, device="cpu", workers=0, out=tmp_path / "trained")
+    trained = train_fully(asked)
+    assert trained.architecture == smaller
+    exported = export_subject(of_training(trained), tmp_path / "exported", Settings())
+    model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    with torch.inference_mode():
+        assert torch.allclose(model(images), built[smaller](images), atol=1e-5)
+
+
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:
     before = run.attributes["tuned"]
     config = local_config(run)

@@ -26,6 +26,7 @@ from .graft import (
     block_of,
     candidate_from_dict,
     candidate_from_json,
+    sized,
 )
 from .mixers import (
     HADAMARD_KINDS,
@@ -110,5 +111,6 @@ __all__ = [
     "mixer_to_dict",
     "parse_json",
     "resolutions",
+    "sized",
     "stage_label",
 ]

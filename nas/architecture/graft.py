@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -372,6 +372,11 @@ def _above(path: str) -> set[str]:
 
 Candidate = Architecture | Graft
 """A network that a search may propose."""
+
+
+def sized(candidate: Candidate, side: int) -> Candidate:
+    """Returns a candidate for images of so many pixels a side, which only the description of a graft names."""
+    return replace(candidate, input_size=side) if isinstance(candidate, Graft) else candidate
 
 
 def candidate_from_dict(data: Mapping[str, Any]) -> Candidate:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architecture import Candidate, Graft
+from ..architecture import Candidate, Graft, sized
 from ..data import Held, ImageData, Images, load_data, scaled
 from ..defaults import LATENCY_SECONDS
 from ..errors import DataError, RunError, UsageError, unknown_name
@@ -71,11 +71,10 @@ class Subject:
 
     @property
     def architecture(self) -> Candidate | None:
-        """The architecture; None for a timm model of another family. A form's image size is that of its training."""
-        if self.trained is None:
-            return None if self.trial is None else self.trial.architecture
-        found = self.trained.architecture
-        return replace(found, input_size=self.data.side) if isinstance(found, Graft) else found
+        """The architecture, a graft for images of its training's size. None for a timm model of another family."""
+        if self.trained is not None:
+            return self.trained.architecture
+        return None if self.trial is None else self.trial.architecture
 
     @property
     def run_path(self) -> Path | None:
@@ -128,7 +127,8 @@ def of_run(run: Run, trial: Trial, weights: str = AUTO) -> Subject:
         raise unknown_name("kind of weights", weights, WEIGHTS)
     folder = run.path / "trained" / trial.key
     trained = Trained.open(folder) if weights != PROXY and is_training(folder) else None
-    if trained is not None and trained.architecture != trial.architecture:
+    assert trial.architecture is not None
+    if trained is not None and trained.architecture != sized(trial.architecture, trained.manifest.data.side):
         raise RunError(f"{folder} is a training of another architecture")
     if trained is not None and (weights == TRAINED or trained.result is not None):
         return Subject(trial.key, trained.load_model(), run, trial, trained)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..architecture import Candidate, candidate_from_dict
+from ..architecture import Candidate, candidate_from_dict, sized
 from ..data import HOLDOUT_SHARE, SPLIT_SEED, Held, fingerprint_of, open_split, same_data
 from ..errors import RunError
 from ..foreign_files import COUNT, LINE, SIDE, Number, is_file, read_json
@@ -211,9 +211,9 @@ class Trained:
 
     @property
     def architecture(self) -> Candidate | None:
-        """The architecture that is trained. None for a timm model of another family."""
+        """The architecture, a graft for images of the training's size. None for a timm model of another family."""
         data = self.manifest.architecture
-        return None if data is None else candidate_from_dict(data)
+        return None if data is None else sized(candidate_from_dict(data), self.manifest.data.side)
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architecture import sized
 from ..data import ImageData
 from ..errors import UsageError
 from ..folders.weights import load_weights
@@ -49,7 +50,7 @@ def build(target: Target, data: TrainingData | ImageData, drop_path: float) -> n
                 f"images of {data.input_size[1]} pixels are too small for {target.name}: give an `input_size` of "
                 f"{target.architecture.reduction} or more"
             )
-        create = partial(create_candidate, target.architecture, classes)
+        create = partial(create_candidate, sized(target.architecture, data.input_size[1]), classes)
     else:
         create = partial(create_network, target.model, classes, data.input_size)
     try:
