@@ -18,7 +18,7 @@ from torch import nn
 
 from ..architecture import Candidate, Graft
 from ..data import FOLDS, ImageData, reduced, rotated
-from ..errors import TrialFailure, UsageError
+from ..errors import NasError, TrialFailure, UsageError
 from ..folders.states import kept_state
 from ..folding import Fused, fuse_branches
 from ..machine.devices import seeded
@@ -359,6 +359,20 @@ def tell_of_less_memory(failure: TrialFailure) -> None:
     """Says once, and counts from then on, that a training is repeated with less memory."""
     told = f"A training ran out of memory ({failure}). It is repeated with less memory."
     REPEATS.tell(log, "trainings out of memory", told)
+
+
+def baseline_entry(name: str, score: Callable[[], Scores]) -> dict[str, Any]:
+    """Scores a baseline, and returns what a study records of it: its `scores`, or the `failure`.
+
+    A foreign network may fail in any way, and after a long search this must not cost its results.
+    """
+    log.info("scoring the baseline %s", name)
+    try:
+        return {"scores": score().to_dict()}
+    except Exception as error:
+        failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
+        log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
+        return {"failure": failure}
 
 
 def excesses(scores: Scores, budgets: Mapping[str, float]) -> dict[str, float]:

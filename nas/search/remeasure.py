@@ -20,12 +20,13 @@ from torch import nn
 
 from ..architecture import Architecture, Candidate, Graft
 from ..counts import pieces_of
-from ..errors import NasError, TrialFailure
+from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, ELSEWHERE, REMEASURED, STAGES, WHOLE, add_baseline
 from ..folders.run import Run
 from ..folders.trial import Trial
 from ..models import Backbone
 from ..models.timm_models import check_network_name, create_network
+from ..objectives.objectives import Scores
 from ..objectives.pareto import near_front, nondomination_ranks
 from ..repeats import REPEATS
 from ..scoring.latency import (
@@ -41,7 +42,7 @@ from ..scoring.latency import (
 )
 from ..scoring.memory import is_out_of_memory
 from ..words import counted
-from .evaluate import Evaluator
+from .evaluate import Evaluator, baseline_entry
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ MAX_REMEASURED = 24
 """Largest number of networks that are measured again after a search: the front, and the best of those near it."""
 
 PART: dict[str, Any] = {"target": 0.02, "max_seconds": 0.3, "warmup_seconds": 0.2, "block_ms": 10.0}
-"""Conditions under which the parts of a network are timed. They are coarse: the parts only need to be message apart."""
+"""Conditions under which the parts of a network are timed. They are coarse: the parts only need to be told apart."""
 PARTS_SECONDS = 60.0
 """Start timing the parts of no further network after this many seconds; a resumed search times the rest."""
 
@@ -209,15 +210,7 @@ def _score_baselines(study: optuna.Study, run: Run, evaluator: Evaluator, names:
     for name in names:
         if name in known and not _is_short(known[name], run.manifest.config.finish_epochs):
             continue
-        log.info("scoring the baseline %s", name)
-        try:
-            scores = free.evaluate_network(partial(_create_baseline, evaluator, name)).scores
-            entry: dict[str, Any] = {"scores": scores.to_dict()}
-        except Exception as error:  # a foreign network may fail in any way, which must not end the search
-            failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
-            log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
-            entry = {"failure": failure}
-        add_baseline(study, known, name, entry)
+        add_baseline(study, known, name, baseline_entry(name, partial(_baseline_scores, free, name)))
     return [name for name in names if "scores" in known[name]]
 
 
@@ -241,6 +234,10 @@ def _builder(
 
 def _baseline_builder(evaluator: Evaluator, name: str) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
     return lambda: evaluator.seeded(lambda: _create_baseline(evaluator, name)), evaluator.data.input_size
+
+
+def _baseline_scores(evaluator: Evaluator, name: str) -> Scores:
+    return evaluator.evaluate_network(partial(_create_baseline, evaluator, name)).scores
 
 
 def _create_baseline(evaluator: Evaluator, name: str) -> nn.Module:

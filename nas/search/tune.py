@@ -18,7 +18,6 @@ from typing import Any
 import optuna
 
 from ..architecture import Graft
-from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, add_baseline, entry_name
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
@@ -31,7 +30,7 @@ from ..scoring.accuracy.estimate import TUNING_RATE
 from ..scoring.accuracy.training import LEARNING_RATE
 from ..space import GraftSpace
 from .config import SearchConfig
-from .evaluate import Evaluator
+from .evaluate import Evaluator, baseline_entry
 from .race import starters, winners
 from .side_by_side import SideBySide
 from .trainer import Trainer
@@ -168,13 +167,8 @@ def _score_rivals(
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
         if name not in known:
-            log.info("scoring the baseline %s", name)
-            try:
-                scores = scored.get(graft.key) or _measured(run, free, graft)
-                found: dict[str, Any] = {"scores": scores.to_dict(), "graft": graft.to_dict()}
-            except TrialFailure as failure:
-                found = {"failure": f"{failure.reason}: {failure}"}
-            add_baseline(study, known, name, found)
+            found = baseline_entry(name, partial(_scores_of, graft, run, free, scored))
+            add_baseline(study, known, name, found if "failure" in found else {**found, "graft": graft.to_dict()})
     measured = {name: Scores.from_dict(known[name]["scores"]) for name in rivals if "failure" not in known[name]}
     left = {name: scores for name, scores in measured.items() if scores.accuracy_assembled is None}  # not tuned yet
     tuner.tune([rivals[name] for name in left])
@@ -207,8 +201,10 @@ def _on_all_images(evaluator: Evaluator) -> Evaluator:
     return replace(evaluator, proxy=replace(proxy, fidelity=fidelity, data=None))
 
 
-def _measured(run: Run, evaluator: Evaluator, graft: Graft) -> Scores:
-    """Scores a graft, and keeps the state of its first epochs."""
+def _scores_of(graft: Graft, run: Run, evaluator: Evaluator, scored: Mapping[str, Scores]) -> Scores:
+    """Returns the scores of a graft: those of its trial, or else new ones, with the state of its first epochs kept."""
+    if graft.key in scored:
+        return scored[graft.key]
     evaluation = evaluator.evaluate(graft)
     if evaluation.state is not None:
         save_state(run, graft.key, evaluation.state)
