@@ -24,8 +24,8 @@ HEAD = """\
 `mixnas COMMAND` and, in the project's folder, `python cli.py COMMAND` are the same. Results go to standard output,
 progress to standard error.
 
-TARGET is a preset (`cas_vit_xs`, …), `timm:NAME`, an architecture file (`.json`), `RUN@KEY` (a key may be cut short) or
-an exported folder. RUN is a run folder; [its format](../results/README.md).
+TARGET is a preset (`cas_vit_xs`, …), `timm:NAME`, an architecture file (`.json`), `RUN@KEY` (a key may be cut short), a
+folder that `train` made, or an exported folder. `describe` also takes a space. RUN is a run folder; [its format](../results/README.md).
 
 | exit status | means |
 |---|---|

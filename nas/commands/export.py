@@ -36,8 +36,8 @@ FILES = "Files to write"
     callback=names,
     metavar="NAME,…",
     section=FILES,
-    help="Formats: timm, torch (torch.export), onnx, int8 (quantised ONNX), litert (.tflite), litert-int8, ncnn, "
-    "executorch, coreml (not run by Core ML). The timm files are always written.",
+    help="Formats: timm, torch (torch.export), onnx, fp16 (ONNX in float16), int8 (quantised ONNX), litert (.tflite), "
+    "litert-int8, ncnn, executorch, coreml (not run by Core ML). The timm files are always written.",
 )
 @option(
     "--weights",
@@ -51,7 +51,7 @@ FILES = "Files to write"
     metavar="N",
     section=FILES,
     help="Fixed batch size of all other files than timm's, which some devices need.  [default: any number; coreml, "
-    "litert and executorch: 1]",
+    "litert and executorch: 1; ncnn takes 1 only]",
 )
 @option(
     "--per-stage",

@@ -55,7 +55,11 @@ if TYPE_CHECKING:
     "--init", default="auto", section=RECIPE, help="Initial weights: auto (trained ones, if any), scratch or a file."
 )
 @option(
-    "--teacher", metavar="TARGET", section=RECIPE, help="Network to distil: a trained or exported folder, or timm:NAME."
+    "--teacher",
+    metavar="TARGET",
+    section=RECIPE,
+    help="Network to distil: a trained or exported folder, timm:NAME, or none.  [default: the parent for a form of a "
+    "parent, else none]",
 )
 @option(
     "--teacher-weights",
@@ -69,7 +73,11 @@ if TYPE_CHECKING:
 @option("--tensorboard", is_flag=True, help="Also write logs for TensorBoard.")
 @SHARE_DEVICE
 @option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the training.  [default: RUN/trained/KEY]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the training.  [default: RUN/trained/KEY, or RUN/tested/KEY with --epochs 0; without a run "
+    "results/train-NAME-DATA]",
 )
 @option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def train_command(
