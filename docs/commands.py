@@ -25,7 +25,8 @@ HEAD = """\
 progress to standard error.
 
 TARGET is a preset (`cas_vit_xs`, …), `timm:NAME`, an architecture file (`.json`), `RUN@KEY` (a key may be cut short), a
-folder that `train` made, or an exported folder. `describe` also takes a space. RUN is a run folder; [its format](../results/README.md).
+folder that `train` made, or an exported folder. `describe` also takes a space. RUN is a run folder;
+[its format](../results/README.md).
 
 | exit status | means |
 |---|---|

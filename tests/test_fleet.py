@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,14 @@ def test_one_measures_while_others_train(tmp_path, database, start):
     assert states["failed"] <= 2, "what the dead one did, and what was handed on beyond the last one"
     frozen = optuna.load_study(study_name="run", storage=open_storage(tmp_path, database)).get_trials()
     assert {t.user_attrs["worker"]["only"] for t in frozen if t.state == TrialState.COMPLETE} == {"train"}
+
+
+def test_workers_end_with_the_search_and_a_resumed_one_goes_on(tmp_path, database):
+    run = search(analytic_config(tmp_path, storage=database, trials=2))
+    joined = join(database, "run", tmp_path / "worker")
+    work(joined, replace(SearchConfig.from_run(joined), trials=5))  # it could have joined while time ran out
+    assert len(run.trials()) == 2
+    assert len(search(analytic_config(tmp_path, storage=database, trials=4)).trials()) == 4
 
 
 def test_parts_are_refused_where_there_is_but_one(tmp_path):

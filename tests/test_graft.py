@@ -71,6 +71,7 @@ from nas.models.parts import Place, droppable, places
 from nas.models.presets import PRESETS
 from nas.models.widths import Refit, inner_channels, narrow_layers
 from nas.objectives.objectives import OBJECTIVES
+from nas.report.facts import endings
 from nas.report.html import report
 from nas.report.plots import plot
 from nas.report.trust import plot_trust
@@ -1235,6 +1236,20 @@ def test_a_form_of_a_vit_is_trained_and_exported_for_images_of_another_size(tmp_
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     with torch.inference_mode():
         assert torch.allclose(model(images), built[smaller](images), atol=1e-5)
+
+
+def test_a_search_that_was_stopped_while_it_tuned_says_so(run: Run, tmp_path: Path) -> None:
+    copy = Run.open(shutil.copytree(run.path, tmp_path / "copy"))
+    untuned = [t for t in run.trials() if t.untuned]
+    assert all(t.failure.startswith("not tuned further") for t in untuned)
+    assert not any("not final" in line for line in run.verdicts())
+    with copy.study() as study:
+        study.set_user_attr("finished", 0)  # trials have followed since
+    assert {t.key: t.failure for t in copy.trials() if t.untuned} == {
+        t.key: "not tuned yet: the search has not ended" for t in untuned
+    }
+    assert any("not final: resume the search" in line for line in copy.verdicts()) == bool(untuned)
+    assert [row["count"] for row in endings(run.trials(), 0) if row["state"] == "not tuned"] == [len(untuned)]
 
 
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:

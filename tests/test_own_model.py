@@ -196,6 +196,7 @@ def test_no_program_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (lambda file: torch.save({"epoch": 3}, file), "without weights by name"),
         (lambda file: torch.save([1, 2], file), "without weights by name"),
+        (lambda file: torch.save({0: torch.zeros(1)}, file), "without weights by name"),
         (
             lambda file: torch.save(
                 {f"{of}.{n}": t for of in ("a", "b") for n, t in timm.create_model(MODEL).state_dict().items()}, file

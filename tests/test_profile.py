@@ -228,6 +228,15 @@ def test_a_damaged_profile_is_refused(tmp_path, content):
         Profile.open(tmp_path / "missing")
 
 
+def test_a_damaged_measurement_costs_no_other(profiled, tmp_path):
+    shutil.copy(profiled.path / "profile.json", tmp_path)
+    first, second, *rest = (profiled.path / "networks.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "networks.jsonl").write_text("".join([first, second[:9] + "\n", *rest]), encoding="utf-8")
+    with pytest.raises(RunError, match=r"line 2 of .*networks\.jsonl is damaged"):
+        Profile.open(tmp_path).add(json.loads(first))
+    assert (tmp_path / "networks.jsonl").read_text(encoding="utf-8").endswith(rest[-1])
+
+
 @pytest.mark.slow
 def test_a_search_knows_latency_from_a_profile(profiled, tmp_path):
     """What the profile predicts to be over the budget is not even built."""

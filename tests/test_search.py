@@ -67,6 +67,25 @@ def analytic_config(tmp_path, **changes) -> SearchConfig:
     return replace(base, **changes)
 
 
+@pytest.mark.parametrize("budgets", [{"latency_ms": 5}, {"accuracy": 80}, {"latency": 0}, {"params": float("nan")}])
+def test_budgets_are_checked_as_those_of_the_command_line(budgets, tmp_path):
+    with pytest.raises(UsageError, match="`budgets`"):
+        analytic_config(tmp_path, budgets=budgets)
+
+
+def test_a_creation_that_was_interrupted_is_repeated(tmp_path, monkeypatch):
+    def interrupt(device):
+        raise KeyboardInterrupt
+
+    first = TINY.largest()[:1]
+    config = analytic_config(tmp_path, start=first, trials=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("nas.search.study.describe_machine", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            search(config)
+    assert [t.architecture for t in search(config).trials()] == list(first)
+
+
 def numbers(run: Run) -> dict[str, tuple[int | None, float | None]]:
     return {t.key: (t.scores.macs, t.scores.proxy) for t in run.trials() if t.state == "complete"}
 

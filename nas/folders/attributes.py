@@ -18,7 +18,10 @@ RACED, TUNED, CONTROL = "raced", "tuned", "control"
 """Study attributes that `nas.search.tune` writes, and `nas.search.further` the first two. `entry_name` says how these
 two are stored."""
 FINISHED = "finished"
-"""Study attribute that `nas.search.further` writes at its end: the number of complete trials from which it chose."""
+"""Study attribute that `nas.search.further` and `nas.search.tune` write at their ends: the number of complete trials
+from which they chose."""
+ENDED = "ended"
+"""Study attribute that the lead of a search writes: whether it scores no further candidates. Workers then end too."""
 WHOLE = "whole"
 """Name of the whole network among its measured parts."""
 

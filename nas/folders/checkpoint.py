@@ -16,6 +16,12 @@ from ..foreign_files import is_file
 from ..scoring.memory import is_out_of_memory
 from .files import write_file
 
+_DAMAGED = (
+    *(OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What `torch.load` raises for damaged files."""
+
 
 def save_checkpoint(file: Path, state: Mapping[str, Any]) -> None:
     """Writes a state of tensors and plain data."""
@@ -39,7 +45,7 @@ def load_checkpoint(file: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise RunError(f"{file} is damaged ({why}): delete it to start over") from None
     return state

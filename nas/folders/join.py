@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 
 from .. import consent
@@ -22,17 +24,26 @@ def remove_unfinished_study(path: Path) -> None:
     """Removes the study of a run whose creation was interrupted before its manifest was written.
 
     Raises:
-        RunError: if the study has trials or another name, because it then belongs to somebody.
+        RunError: if the study has a manifest, begun trials or another name, because it then belongs to somebody.
     """
     if (path / "study.db").is_file() and (path / "study.db").stat().st_size:
         with storage_errors(path):
             storage = open_storage(path, None, create=False)
             studies = storage.get_all_studies()
-            others = any(s.study_name != path.resolve().name or storage.get_n_trials(s._study_id) for s in studies)
+            others = any(
+                s.study_name != path.resolve().name or not is_unfinished(storage, s._study_id) for s in studies
+            )
         if others:
             raise RunError(f"{path} holds a study.db but no run.json, so it is not a run of mixnas: give another `out`")
     for name in STUDY_FILES:
         (path / name).unlink(missing_ok=True)
+
+
+def is_unfinished(storage: BaseStorage, study_id: int) -> bool:
+    """Whether the creation of a run was interrupted before its study had a manifest. It may hold start points."""
+    trials, attributes = storage.get_all_trials(study_id, deepcopy=False), storage.get_study_user_attrs(study_id)
+    begun = "reference" in attributes and all(trial.state == TrialState.WAITING for trial in trials)
+    return MANIFEST not in attributes and (begun or not trials)
 
 
 def join_run(path: Path, url: str, study: str) -> Run:

@@ -165,16 +165,23 @@ class Profile:
         return self.manifest.reference_ms
 
     def records(self, name: str = "networks") -> list[dict[str, Any]]:
-        """Returns the measurements in order. An incomplete last line, which a killed process may leave, is skipped."""
+        """Returns the measurements in order. An incomplete last line, which a killed process may leave, is skipped.
+
+        Raises:
+            RunError: if another line is damaged.
+        """
         file = self.path / f"{name}.jsonl"
         if not file.exists():
             return []
         records = []
-        for number, line in enumerate(read_text(file, MAX_TABLE_BYTES, RunError).splitlines(), start=1):
+        lines = read_text(file, MAX_TABLE_BYTES, RunError).splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                break
+                if number == len(lines):
+                    break
+                raise RunError(f"line {number} of {file} is damaged: delete this line") from None
             check(record, RECORDS[name], f"line {number} of {file}", RunError)
             records.append(record)
         return records

@@ -126,6 +126,7 @@ STUDY = {
     "raced?": {str: (_TUNED, _FAILURE)},
     "tuned?": {str: (_TUNED, _FAILURE)},
     "finished?": COUNT,
+    "ended?": bool,
     "control?": ({"key": LINE, **_TUNED}, {"key": LINE, **_FAILURE}),
     "stages?": {str: {str: [{"part": LINE, **dict.fromkeys(_INTERVAL, POSITIVE)}]}},
 }

@@ -16,6 +16,9 @@ from ..objectives.objectives import Scores
 from .attributes import FINISHED, RACED, TUNED
 from .shapes import TRIAL
 
+NOT_YET_TUNED = "not tuned yet: the search has not ended"
+"""Why a graft is on no front while its search still tunes, or was stopped in it."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -51,7 +54,7 @@ class Trial:
     @property
     def stopped(self) -> bool:
         """Whether its training ended early because it could hardly reach the front."""
-        ended = self.state == "pruned" and not self.frozen
+        ended = self.state == "pruned" and not self.frozen and not self.untuned
         return ended and bool(self.scores.curve) and self.scores.accuracy is None
 
     @property
@@ -107,18 +110,20 @@ def with_tunings(trials: list[Trial], attributes: Mapping[str, Any]) -> list[Tri
     """
     tuned, complete = attributes.get(TUNED), [t for t in trials if t.state == "complete"]
     of_grafts = any(isinstance(t.architecture, Graft) for t in complete)
-    if not tuned or not (of_grafts or attributes.get(FINISHED) == len(complete)):
+    finished = attributes.get(FINISHED) == len(complete)
+    if not tuned or not (of_grafts or finished):
         return trials
-    return [_with_tuning(t, tuned, attributes.get(RACED, {})) for t in trials]
+    return [_with_tuning(t, tuned, attributes.get(RACED, {}), finished) for t in trials]
 
 
-def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any]) -> Trial:
+def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any], finished: bool) -> Trial:
     """Returns a complete trial with its accuracy after a longer training; a trial that had none is pruned.
 
     Args:
         trial: the trial.
         tuned: key -> entry, as `nas.search.tune` and `nas.search.further` write them.
         raced: key -> entry of those that were trained for the first epochs.
+        finished: whether all are tuned that the search chose.
     """
     if trial.state != "complete":
         return trial
@@ -136,7 +141,9 @@ def _with_tuning(trial: Trial, tuned: Mapping[str, Any], raced: Mapping[str, Any
         )
         first = trial.scores.curve[-1][0] if trial.scores.curve else raced.get(trial.key, {}).get("epochs")
         failure = (
-            "not tuned, because others looked better before tuning"
+            NOT_YET_TUNED
+            if not finished
+            else "not tuned, because others looked better before tuning"
             if first is None
             else f"not tuned further, because others were better after epoch {first}"
         )

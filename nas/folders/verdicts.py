@@ -16,7 +16,7 @@ from ..words import counted
 from .attributes import ELSEWHERE, REMEASURED, WHOLE
 from .graft_verdicts import graft_verdicts
 from .hits import accuracy_verdict, num_scored
-from .trial import Trial
+from .trial import NOT_YET_TUNED, Trial
 
 if TYPE_CHECKING:
     from .run import Run
@@ -84,6 +84,8 @@ def verdicts(run: Run) -> list[str]:
     front = run.front(trials)
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
     lines = [trust_in_words(told, candidates_of(run.manifest.space))] if (told := run.manifest.trust) else []
+    if any(t.failure == NOT_YET_TUNED for t in trials):
+        lines.append("the tunings have not ended, so this front is not final: resume the search")
     lines += graft_verdicts(run, front, attributes)
     lines += _lengths(run, trials, front)
     for objective in (o for o in run.objectives if o.is_latency):

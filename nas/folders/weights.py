@@ -51,7 +51,9 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
     if whole := [
         n for n, t in weights.items() if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]:
-        raise RunError(f"{file} holds whole numbers in the place of weights ({whole[0]}): give the weights before that")
+        raise RunError(
+            f"{file} holds whole numbers instead of weights ({whole[0]}): give the weights from before the quantisation"
+        )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -116,7 +118,8 @@ def _of_checkpoint(file: Path) -> dict[str, torch.Tensor]:
         raise RunError(f"{file} is damaged ({one_line(str(error), 200) or type(error).__name__})") from None
     if isinstance(held, dict):
         held = next((held[key] for key in KEYS if held.get(key) is not None), held)
-    if not isinstance(held, dict) or not held or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+    named = isinstance(held, dict) and all(isinstance(name, str) for name in held)
+    if not named or not held or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
         raise RunError(f"{file} is a checkpoint of torch without weights by name: save `model.state_dict()` in it")
     weights: dict[str, torch.Tensor] = clean_state_dict(held)
     return weights

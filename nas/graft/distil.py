@@ -234,7 +234,7 @@ class _Work:
         self.layers.eval()
         sums, count = torch.zeros(len(self.options)), 0
         with torch.inference_mode():
-            for pixels in self.data.train.pixels[:TESTED_IMAGES].split(128):
+            for pixels in self.data.train.pixels[:TESTED_IMAGES].split(min(128, self.size)):
                 sums += len(pixels) * torch.stack(self._errors(pixels.to(self.device), range(len(self.options)))).cpu()
                 count += len(pixels)
         if not sums.isfinite().all():

@@ -326,6 +326,13 @@ def _fits(folder: Path, config: SearchConfig) -> bool:
     return all(_same_images(trained, config).values())
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error.strerror or error}") from None
+
+
 def _copied(trained: Trained, out: Path) -> Trained:
     """Copies a finished training into the run folder; its result comes last, because it marks a finished one.
 
@@ -335,5 +342,5 @@ def _copied(trained: Trained, out: Path) -> Trained:
     if is_training(out) and Trained.open(out).manifest.created != trained.manifest.created:
         raise RunError(f"{out} is a parent from elsewhere: give another `out`, or delete it")
     for name in (MANIFEST, WEIGHTS, RESULT):
-        write_file(out / name, (trained.path / name).read_bytes())
+        write_file(out / name, _content(trained.path / name))
     return Trained.open(out)

@@ -49,7 +49,9 @@ def graft(
 
     Args:
         parent: the pretrained network.
-        config: the configuration of the search. Its space, its proxy and the epochs of that are ignored.
+        config: the configuration of the search. Its space, its proxy and the epochs of that are ignored. If it has no
+            space of grafts and the run exists, only its trials, baselines and images without labels are taken;
+            `nas.search.configure` changes the other settings of a run.
         shares: `latency` -> largest latency as a share of the parent's, as a budget of the search.
         on_trial: called at the start of the search and after every trial.
         on_step: called after each step of the parent's training, and then of the teaching of our layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 from ..errors import UsageError, unknown_name
@@ -255,15 +256,37 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
     budgets: dict[str, float] = {}
     for text in texts:
         name, _, amount = text.partition("=")
-        if name not in OBJECTIVES:
-            raise unknown_name("objective in `budgets`", name, OBJECTIVES)
-        objective = OBJECTIVES[name]
-        if not objective.minimize:
-            raise UsageError(f"`budgets` {text}: {name} is maximised, but only a minimised objective can have a budget")
+        objective = _limited(name)
         if name in budgets:
             raise UsageError(f"`budgets` {name} is given twice")
         budgets[name] = _parse_amount(text, amount, objective)
     return budgets
+
+
+def check_budgets(budgets: Mapping[str, Any]) -> None:
+    """Checks budgets, each in its objective's unit.
+
+    Raises:
+        UsageError: for an unknown or maximised objective, or a number that is not above 0.
+    """
+    for name, budget in budgets.items():
+        objective = _limited(name)
+        if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:  # type: ignore[operator]
+            raise _not_positive(objective, budget)
+
+
+def _limited(name: str) -> Objective:
+    """Returns an objective that can have a budget."""
+    if name not in OBJECTIVES:
+        raise unknown_name("objective in `budgets`", name, OBJECTIVES)
+    if not OBJECTIVES[name].minimize:
+        raise UsageError(f"`budgets` {name}: it is maximised, but only a minimised objective can have a budget")
+    return OBJECTIVES[name]
+
+
+def _not_positive(objective: Objective, given: object) -> UsageError:
+    example = f"{objective.name}=5{objective.unit or 'M'}"
+    return UsageError(f"`budgets` {objective.name}={given!r}: a positive number is needed, such as {example}")
 
 
 def _parse_amount(text: str, amount: str, objective: Objective) -> float:
@@ -278,6 +301,5 @@ def _parse_amount(text: str, amount: str, objective: Objective) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        example = f"{objective.name}=5{objective.unit or 'M'}"
-        raise UsageError(f"`budgets` {objective.name}={amount!r}: a positive number is needed, such as {example}")
+        raise _not_positive(objective, amount)
     return value

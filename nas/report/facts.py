@@ -26,7 +26,7 @@ from ..folders.attributes import BASELINES
 from ..folders.run import Run
 from ..folders.shapes import TRAINED, TRAINED_FRONT
 from ..folders.tables import kind_of
-from ..folders.trial import Trial, has_enough
+from ..folders.trial import NOT_YET_TUNED, Trial, has_enough
 from ..foreign_files import is_file, read_json
 from ..objectives.objectives import OBJECTIVES, Objective, Scores
 from ..objectives.text import format_interval, format_value
@@ -233,7 +233,7 @@ def endings(trials: Sequence[Trial], wanted: int) -> Rows:
     enough = has_enough(trials, wanted)
     for trial in trials:
         found.setdefault(_ending(trial, enough), []).append(trial)
-    order = ("scored", "frozen", "stopped early", "over budget", "failed", "running", "queued")
+    order = ("scored", "not tuned", "frozen", "stopped early", "over budget", "failed", "running", "queued")
     return [
         {
             "state": state,
@@ -248,6 +248,8 @@ def endings(trials: Sequence[Trial], wanted: int) -> Rows:
 def _ending(trial: Trial, enough: bool) -> tuple[str, str]:
     if trial.state == "complete":
         return "scored", "in every objective"
+    if trial.untuned:
+        return "not tuned", "the search has not ended" if trial.failure == NOT_YET_TUNED else "other forms were better"
     if trial.frozen:
         return "frozen", "its training was not continued, because others were more likely to end on the front"
     if trial.stopped:
@@ -268,7 +270,7 @@ def _over(trial: Trial) -> list[str]:
 
 def budgets(run: Run, trials: Sequence[Trial]) -> Rows:
     """Returns the budgets, and how many trials exceeded each."""
-    over = Counter(name for t in trials if t.state == "pruned" and not (t.stopped or t.frozen) for name in _over(t))
+    over = Counter(name for t in trials if t.state == "pruned" and not t.scored for name in _over(t))
     return [
         {"label": OBJECTIVES[name].label, "limit": format_value(OBJECTIVES[name], value), "over": over[name]}
         for name, value in run.manifest.config.budgets.items()
@@ -367,7 +369,11 @@ def _kendall(run: Run, rows: Rows) -> str | None:
 def key_figures(run: Run, trials: Sequence[Trial], front: list[Trial]) -> Rows:
     """Returns the most important figures of a run."""
     scored = sum(t.scored for t in trials)
-    ended = {"stopped early": sum(t.stopped for t in trials), "frozen": sum(t.frozen for t in trials)}
+    ended = {
+        "not tuned further": sum(t.untuned for t in trials),
+        "stopped early": sum(t.stopped for t in trials),
+        "frozen": sum(t.frozen for t in trials),
+    }
     note = ", ".join(f"{count} {how}" for how, count in ended.items() if count)
     figures = [
         {"name": "architectures scored", "value": str(scored), "note": note},

@@ -16,7 +16,7 @@ from ..folders.join import find_run
 from ..folders.run import Run
 from ..foreign_files import POSITIVE
 from ..models.timm_models import check_network_name
-from ..objectives.objectives import parse_objectives, wants_accuracy
+from ..objectives.objectives import check_budgets, parse_objectives, wants_accuracy
 from ..scoring.accuracy import CALIBRATION, ESTIMATORS, PARENT
 from ..scoring.latency import LatencyConfig, latency_in_run, latency_targets, run_latency, target_labels
 from ..scoring.latency.config import IN_RUNS
@@ -188,6 +188,7 @@ class SearchConfig:
         if len(set(labels)) != len(labels):
             raise UsageError(f"latency targets {', '.join(labels)}: each may be named once")
         parse_objectives(self.objectives, self.proxy, ESTIMATORS[self.proxy].trained, labels)
+        check_budgets(self.budgets)
         for baseline in self.baselines:
             check_network_name(baseline)
         if isinstance(self.space, GraftSpace):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ..errors import InfeasibleError, NasError
+from ..folders.attributes import ENDED
 from ..folders.trial import Trial
 from ..objectives.objectives import OBJECTIVES
 from ..objectives.text import format_value
@@ -28,9 +29,10 @@ MAX_FAILURES = 10
 HINTS = (10, 20, 40, 80)
 """Numbers of consecutive trials without scores after which a warning says how far the budgets are off."""
 
-LATE, ORPHANED, EXHAUSTED, INFEASIBLE, NO_GAIN = "late", "orphaned", "exhausted", "infeasible", "no gain"
-"""Why a search ended early: its time is over, the process that started it is gone, all points are known, no candidate
-could be scored for long, or a further one is expected to add too little."""
+LATE, ORPHANED, OVER, EXHAUSTED = "late", "orphaned", "over", "exhausted"
+INFEASIBLE, NO_GAIN = "infeasible", "no gain"
+"""Why a process ended early: its time is over, the process that started it is gone, the lead has ended the search, all
+points are known, no candidate could be scored for long, or a further one is expected to add too little."""
 
 
 class GivingUp:
@@ -40,10 +42,11 @@ class GivingUp:
         state: what this process knows of the study. Trials that ended before the construction are not held against it.
         config: what is searched and how.
         parent: the process that must live on for this one to begin further trials; None for no such process.
+        lead: whether this process decides for all; the others end with it.
     """
 
-    def __init__(self, state: State[Trial], config: SearchConfig, parent: int | None = None) -> None:
-        self._state, self._config, self._parent = state, config, parent
+    def __init__(self, state: State[Trial], config: SearchConfig, parent: int | None = None, lead: bool = True) -> None:
+        self._state, self._config, self._parent, self._lead = state, config, parent, lead
         self._started, self._before, self._hinted = time.monotonic(), len(state.ended), 0
 
     def __call__(self, running: int, waiting: int) -> str | None:
@@ -63,6 +66,9 @@ class GivingUp:
         if self._parent is not None and os.getppid() != self._parent:
             log.warning("the process that started this worker is gone")
             return ORPHANED
+        if not self._lead and self._state.study.user_attrs.get(ENDED):
+            log.info("the search has ended: if it is resumed, start this worker again")
+            return OVER
         hopeless = self._scores_nothing()
         if self._state.exhausted(waiting) and not running:
             return EXHAUSTED

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -90,7 +90,7 @@ class SideBySide:
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     entry = future.result()
                     _, (_, candidate) = under_way.pop(future)
-                    if entry.get("failure", "").startswith("out_of_memory"):
+                    if _is_short(entry):
                         short.append(candidate)
                     else:
                         yield candidate, entry
@@ -99,8 +99,11 @@ class SideBySide:
                 self._end()
                 self._processes = 1
                 for future in [f for f in under_way if not f.cancelled() and f.done() and f.exception() is None]:
-                    _, (_, candidate) = under_way.pop(future)
-                    yield candidate, future.result()
+                    (_, numbered), entry = under_way.pop(future), future.result()
+                    if _is_short(entry):
+                        left.insert(0, numbered)
+                    else:
+                        yield numbered[1], entry
                 left = [*(candidate for _, candidate in under_way.values()), *left]
                 under_way.clear()
         if short:
@@ -138,6 +141,11 @@ class SideBySide:
             self._pools.pop().shutdown(cancel_futures=True)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+
+def _is_short(entry: Mapping[str, Any]) -> bool:
+    """Whether a training ran out of memory, which the trainings beside it may have used."""
+    return str(entry.get("failure", "")).startswith("out_of_memory")
 
 
 _TRAINER: list[Trainer] = []

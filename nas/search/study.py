@@ -17,11 +17,12 @@ from .. import consent
 from ..changeable import changeable_fields
 from ..data import ImageData, absolute, check_outside
 from ..errors import NasError, RunError, TrialFailure, UsageError
+from ..folders.attributes import ENDED
 from ..folders.calibration import FILE as CALIBRATION_FILE
 from ..folders.calibration import FOLDER as CALIBRATION_FOLDER
 from ..folders.calibration import find_trust
 from ..folders.files import PARENT, locked_folder
-from ..folders.join import find_run, join_run, remove_unfinished_study
+from ..folders.join import find_run, is_unfinished, join_run, remove_unfinished_study
 from ..folders.manifest import Manifest
 from ..folders.profile import Profile
 from ..folders.run import MANIFEST, Run, is_run
@@ -145,8 +146,12 @@ def search(
             log.info("created the run %s: space %s, images %s", run.path, config.space.name, data.name)
         evaluator = replace(evaluator, references=references_of(run, evaluator))
         problem = _problem(run, config, evaluator, profile)
-        with storage_errors(run.path), local_workers(run, config.processes - 1), REPEATS.summarised(log):
-            return take_part(open_state(run, config, problem), run, config, evaluator, on_trial)
+        with storage_errors(run.path), REPEATS.summarised(log):
+            state = open_state(run, config, problem)
+            if config.shared:
+                state.study.set_user_attr(ENDED, False)  # before workers look at it
+            with local_workers(run, config.processes - 1):
+                return take_part(state, run, config, evaluator, on_trial)
 
 
 def join(storage: str, study: str, out: Path | None) -> Run:
@@ -291,7 +296,7 @@ def _create(config: SearchConfig, data: ImageData, evaluator: Evaluator, conditi
         storage = open_storage(config.out, config.storage)
         for old in storage.get_all_studies():
             if old.study_name == name:
-                if storage.get_n_trials(old._study_id):
+                if not is_unfinished(storage, old._study_id):
                     raise RunError(f"the storage already has a study named {name!r}: give another `out`")
                 storage.delete_study(old._study_id)  # left by an interrupted creation
     reference = _reference(config, evaluator, objectives)

@@ -95,7 +95,7 @@ def take_part(
     recorder = Recorder(state, standing, config, fleet, on_trial or (lambda _: None))
     asker: Asker = Alone(state) if fleet is None else Shared(state, fleet, lead, recorder.catch_up)
     with contextlib.closing(ENGINES[config.engine if lead else "local"](evaluator, config)) as executor:
-        loop = Loop(state, asker, executor, recorder, GivingUp(state, config, parent))
+        loop = Loop(state, asker, executor, recorder, GivingUp(state, config, parent, lead))
         recorder.report(None)
         try:
             reason = loop.run()

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 
 from ..architecture import Graft
-from ..folders.attributes import BASELINES, CONTROL, RACED, TUNED, add_baseline, entry_name
+from ..folders.attributes import BASELINES, CONTROL, FINISHED, RACED, TUNED, add_baseline, entry_name
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
 from ..folders.states import save_state
@@ -71,6 +71,7 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
             chosen = starters(run, trials, config.tune_count)
         _forget(run, {graft.key for graft in chosen})  # the disk budget of states is for the chosen ones
         tuner.tune(chosen)
+    study.set_user_attr(FINISHED, len(trials))
     _forget(run, set())
     if config.control and CONTROL not in study.user_attrs and (graft := _for_control(run, space)) is not None:
         log.info("training %s from random weights as a control, epochs %d", graft.key, config.tune_epochs)

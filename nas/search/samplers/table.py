@@ -75,6 +75,7 @@ class KnobSampler(BaseSampler):
         """Returns a choice for each knob, which together are an unknown point; empty if the trial has all of them."""
         given = set(trial.params) | set(trial.system_attrs.get("fixed_params", {}))
         if not search_space or given >= set(self.knobs.names):
+            self.gain = None  # nothing is drawn
             return {}
         return self.knobs.read(self.propose(study, trial))
 

@@ -70,7 +70,11 @@ class Cluster:
         if trains_on.startswith("cuda"):
             gpus, trains_on = resources.gpus_per_trial, "cuda:0"  # a process sees the GPU it was given alone
         on_gpu = measured and any(config.device.startswith("cuda") for config in evaluator.latency)
-        _check_gpus(nodes, gpus, on_gpu, evaluator)
+        try:
+            _check_gpus(nodes, gpus, on_gpu, evaluator)
+        except RunError:
+            ray.shutdown()  # or a corrected call could not connect
+            raise
         cores = [int(node.get("CPU", 0)) for node in nodes]
         cpus = float(max(1, min(sum(cores) // resources.workers, max(cores)))) if not gpus else 1.0
         parts = (TRAIN,) if measured else PARTS

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ...folders.attributes import ENDED
 from ...storage.outages import OUTAGES
 from ..evaluate import ALL
 from ..samplers.history import DIED, RELEASED, SPARED
@@ -95,7 +96,7 @@ class Shared:
                 asked.trial.set_user_attr("attempts", asked.attempts - 1)
 
     def wait_for_others(self, step: Callable[[], None]) -> None:
-        """Waits for what is under way, so that nothing of it is lost; the lead alone does that.
+        """Waits for what is under way, so that nothing of it is lost; the lead alone does that. Workers then end.
 
         Where enough trials count, those that wait to be repeated are scored, and those that were handed on are spared:
         another search may draw their points again. Where the search ended before that, both wait for the next start.
@@ -104,13 +105,13 @@ class Shared:
         if not self._lead:
             return
         state, fleet = self._state, self._fleet
+        state.study.set_user_attr(ENDED, True)
         for left in state.unfinished:  # an earlier lead's, and not begun again
             fleet.give_up(left._trial_id, RELEASED)
         state.unfinished.clear()
         fleet.kept.clear()
         self._draws = False
         done, open_states = state.counted >= state.wanted, (TrialState.RUNNING, TrialState.WAITING)
-        owed = {t.number for t in state.study.get_trials(deepcopy=False, states=open_states[:1])}
         while True:
             fleet.bury()
             found = state.study.get_trials(deepcopy=False, states=open_states)
@@ -120,7 +121,7 @@ class Shared:
                     if LEFT in trial.user_attrs or fleet.worker.only != ALL:
                         fleet.drop(trial._trial_id, SPARED)
                 step()
-            elif any(t.state == TrialState.RUNNING and (t.number in owed or done) for t in found):
+            elif any(t.state == TrialState.RUNNING for t in found):
                 self.wait()
             else:
                 return
