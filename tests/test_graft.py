@@ -53,6 +53,7 @@ from nas.folders.run import Run
 from nas.folders.shapes import STUDY
 from nas.folders.sums import read_sums
 from nas.folders.training import Trained
+from nas.folders.trial import with_tunings
 from nas.folders.weights import load_weights
 from nas.foreign_files import check
 from nas.graft import ParentConfig, graft
@@ -1137,6 +1138,10 @@ def test_a_tuning_has_all_images_and_goes_on_from_the_training_that_scored_the_g
         whole = train(at.build(form), at.images, replace(at.proxy.fidelity, epochs=2), at.proxy.seed, at.role.device)
         assert tuned[key]["hits"] == whole.hits
     assert all("epoch 1" in t.failure for t in found.trials() if t.failure.startswith("not tuned"))
+    assert not any("not final" in line for line in found.verdicts())
+    with found.study() as study:
+        study.set_user_attr("finished", 0)  # as if trials had followed
+    assert any("not final" in line for line in found.verdicts()) == any(t.untuned for t in found.trials())
 
 
 def test_a_form_learns_the_features_of_the_parent(run: Run) -> None:
@@ -1238,18 +1243,20 @@ def test_a_form_of_a_vit_is_trained_and_exported_for_images_of_another_size(tmp_
         assert torch.allclose(model(images), built[smaller](images), atol=1e-5)
 
 
-def test_a_search_that_was_stopped_while_it_tuned_says_so(run: Run, tmp_path: Path) -> None:
-    copy = Run.open(shutil.copytree(run.path, tmp_path / "copy"))
-    untuned = [t for t in run.trials() if t.untuned]
-    assert all(t.failure.startswith("not tuned further") for t in untuned)
-    assert not any("not final" in line for line in run.verdicts())
-    with copy.study() as study:
-        study.set_user_attr("finished", 0)  # trials have followed since
-    assert {t.key: t.failure for t in copy.trials() if t.untuned} == {
-        t.key: "not tuned yet: the search has not ended" for t in untuned
-    }
-    assert any("not final: resume the search" in line for line in copy.verdicts()) == bool(untuned)
-    assert [row["count"] for row in endings(run.trials(), 0) if row["state"] == "not tuned"] == [len(untuned)]
+def test_forms_that_are_not_tuned_say_why(run: Run) -> None:
+    scored, tuned = run.trials(remeasured=False, tuned=False), run.attributes["tuned"]
+    complete = [t for t in scored if t.state == "complete"]
+    last = complete[-1].key
+    for finished, why in (
+        (0, "not tuned yet: the search has not ended"),
+        (len(complete), "others looked better before"),
+    ):
+        entries = {key: entry for key, entry in tuned.items() if key != last}
+        (untuned,) = (t for t in with_tunings(scored, {"tuned": entries, "finished": finished}) if t.untuned)
+        assert untuned.key == last
+        assert why in untuned.failure
+        assert not untuned.stopped
+        assert [(row["state"], row["count"]) for row in endings([untuned], 0)] == [("not tuned", 1)]
 
 
 def test_a_resumed_search_tunes_what_is_new_and_repeats_nothing(run: Run) -> None:
