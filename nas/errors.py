@@ -84,7 +84,7 @@ class NotApplicable(TrialFailure):
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UsageError:
     """Returns a `UsageError` that lists the allowed names and suggests a similar one.
 
-    Of more than 20 names, the message lists only the nearest.
+    If there are more than 20 names, the message lists only the nearest.
     """
     names = sorted(allowed)
     close = difflib.get_close_matches(str(name), names, n=5)

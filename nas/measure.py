@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,12 +202,12 @@ def _shares(whole: Latency, parts: dict[str, Latency]) -> list[dict[str, Any]]:
 
 def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Compares the recorded order of each run's points with the order measured now, in a line for each run."""
-    runs: dict[str, dict[int, Interval]] = defaultdict(dict)
+    runs: dict[Path | None, dict[int, Interval]] = defaultdict(dict)
     for i, target in enumerate(targets):
         if target.run is not None and target.run.recorded is not None:
-            runs[target.run.name][i] = target.run.recorded
+            runs[target.origin.folder][i] = target.run.recorded
     lines = []
-    for run, members in runs.items():
+    for folder, members in runs.items():
         if len(members) < 2:
             continue
         before = {targets[i].name: recorded for i, recorded in members.items()}
@@ -215,9 +216,10 @@ def agreement(targets: Sequence[Target], rows: Sequence[dict[str, Any]]) -> list
         rho = rank_correlation(*([figure.value for figure in each.values()] for each in (before, now)))
         first = next(iter(members))
         row, point = rows[first], targets[first].run
+        told = point.name if point is not None and len(runs) == 1 else folder
         precision = f" in {row['dtype']}" if point is not None and row["dtype"] != point.latency[0].dtype else ""
         lines.append(
-            f"{run}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "
+            f"{told}: {held.held} of {held.pairs} neighbouring pairs of its points have the same order on "
             f"{row['device']}-{row['runtime']}{precision} as in the run"
             + (f", rank correlation {rho:.2f}" if rho is not None else "")
         )

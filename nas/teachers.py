@@ -102,8 +102,8 @@ def teacher_of_candidates(name: str, weights: str | None, data: ImageData, image
     folder = Path(name)
     if is_training(folder) and not Trained.open(folder).spared(images):
         log.warning(
-            "%s was trained on images that are held out here, so all accuracies come out too high. The folder "
-            "`parent` of a search with a `parent` on these images leaves them out",
+            "%s was trained on images that are held out here, so all accuracies come out too high. A search "
+            "with `parent` on these images keeps a training that leaves them out, in the subfolder parent of its run",
             name,
         )
     try:

@@ -508,7 +508,7 @@ def test_messages_of_the_library_name_arguments():
         (["search", "--data", "/no/such"], "--data /no/such: no such file or folder"),
         (["search", "--data", "torch/cifar10"], "--data torch/cifar10 needs --data-root, the folder"),
         (["search", "--images", "1"], "--images 1: at least 2"),
-        (["search", "--max", "accuracy=5"], "--max accuracy=5: accuracy is maximised"),
+        (["search", "--max", "accuracy=5"], "--max accuracy: it is maximised"),
         (["train", "cas_vit_xs", "--workers", "999"], "--workers 999: it must be from 0 to 256"),
         (["train", "cas_vit_xs", "--device", "cpu", "--teacher", "x"], "--teacher x: give a trained folder"),
         (["train", "cas_vit_xs", "--set", "x"], "--set x: give KEY=VALUE"),

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nas.data import DIGITS_TEST_SHARE, HOLDOUT_SHARE, ImageData, load_data, reduced, stratified_split
+from nas.data import (
+    DIGITS_TEST_SHARE,
+    HOLDOUT_SHARE,
+    ImageData,
+    load_data,
+    open_data_set,
+    reduced,
+    stratified_split,
+)
 from nas.errors import DataError, UsageError
 
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")
@@ -370,6 +378,23 @@ def test_named_sets_need_a_root(name, tmp_path):
 def test_named_sets_are_never_downloaded(name, tmp_path):
     refused(DataError, "not found under", name, data_root=tmp_path)
     assert list(tmp_path.rglob("*.gz")) == []
+
+
+def test_a_set_with_further_facts_beside_its_labels(tmp_path):
+    """QMNIST has eight numbers an image; the first is the class."""
+    rng, labels = np.random.default_rng(0), np.arange(40) % 4
+    folder = tmp_path / "QMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, kind, values in (
+        ("qmnist-train-images-idx3-ubyte", 8, rng.integers(0, 256, (40, 28, 28), np.uint8)),
+        ("qmnist-train-labels-idx2-int", 12, np.stack([labels, *rng.integers(0, 999, (7, 40))], axis=1).astype(">i4")),
+    ):
+        header = bytes([0, 0, kind, values.ndim]) + b"".join(side.to_bytes(4, "big") for side in values.shape)
+        (folder / name).write_bytes(header + values.tobytes())
+    source = open_data_set("torch/qmnist", str(tmp_path)).train
+    assert source is not None
+    assert source.targets.tolist() == labels.tolist()
+    assert source.listing.images[:4] == (10, 10, 10, 10)
 
 
 def test_hugging_face_sets_are_never_downloaded(tmp_path, monkeypatch):

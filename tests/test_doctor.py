@@ -215,7 +215,7 @@ DAMAGES = {
         manifest(lambda m: m["config"].update(storage="postgresql://me@127.0.0.1:9/x")),
         "storage",
         "warning",
-        ["at postgresql://me@127.0.0.1:9/x", "`storage`"],  # a server that a folder names is not asked
+        ["at postgresql://***@127.0.0.1:9/x", "`storage`"],  # a server that a folder names is not asked
     ),
     "manifest cut": (truncate("run.json", 0.7), "manifest", "problem", ["run.json", "from a copy"]),
     "manifest missing": (delete("run.json"), "manifest", "problem", ["no run.json"]),
@@ -272,7 +272,7 @@ DAMAGES = {
         ["is damaged"],
     ),
     "weights swapped": (swap_weights, "weights", "problem", ["weights of another network"]),
-    "weights of nobody": (rename_weights, "weights", "warning", ["of no architecture"]),
+    "weights of nobody": (rename_weights, "weights", "warning", ["to no architecture"]),
     "export cut": (truncate("exports/*/model.safetensors"), "exports", "problem", ["is damaged", "export"]),
     "export without source": (delete("exports/*/mixnas_model"), "exports", "problem", ["lacks mixnas_model"]),
     "export changed": (

@@ -302,7 +302,7 @@ def test_workers_end_with_the_search_and_a_resumed_one_goes_on(tmp_path, databas
 
 
 def test_parts_are_refused_where_there_is_but_one(tmp_path):
-    with pytest.raises(UsageError, match="there is but one part"):
+    with pytest.raises(UsageError, match="this search has only one"):
         analytic_config(tmp_path, storage="sqlite:///s.db", only="measure")
     with pytest.raises(UsageError, match="needs workers"):
         analytic_config(tmp_path, objectives=("latency", "accuracy"), only="measure")

@@ -1225,6 +1225,21 @@ def test_a_form_that_was_trained_on_images_of_another_size_is_exported_for_these
     assert model.pretrained_cfg["input_size"] == (3, 48, 48)
 
 
+def test_a_training_without_a_teacher_is_resumed_by_its_folder(run: Run, tmp_path: Path) -> None:
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    out, trial = tmp_path / "trained", run.front()[0]
+    asked = TrainConfig(
+        f"{run.path}@{trial.key}", Auto(("epochs=2",)), teacher="none", device="cpu", workers=0, out=out
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_fully(asked, stop)
+    trained = train_fully(TrainConfig(str(out), device="cpu", workers=0))
+    assert trained.result is not None
+    assert trained.manifest.teacher is None
+
+
 def test_a_form_of_a_vit_is_trained_and_exported_for_images_of_another_size(tmp_path: Path) -> None:
     form, smaller = (Graft("test_vit", side, ("blocks.1",)) for side in (96, 48))
     (tmp_path / "form.json").write_text(form.to_json())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 
@@ -52,16 +54,30 @@ def test_the_threads_are_torch_s_again_afterwards(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
 def test_a_busy_program_is_seen(caplog):
-    """One that does nothing else gets a third of a core or more, however busy this machine is."""
-    with subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    """One that does nothing else gets a third of a core or more, however busy this machine is.
+
+    It is no child of this process: those, such as readers of images, are its own work.
+    """
+    program = "import os\nprint(os.getpid(), flush=True)\nwhile True: pass"
+    start = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {program!r}])"
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True) as between:
+        assert between.stdout is not None
+        other = int(between.stdout.readline())
+        between.wait()
         limits.busy_cores()
         seen = limits.busy_cores()
-        other.kill()
+        os.kill(other, signal.SIGKILL)
     assert seen > 0.3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_were_read_take_no_memory(version, monkeypatch, tmp_path):
+    v1 = {"memory.limit_in_bytes": "9000", "memory.usage_in_bytes": "8000", "memory.stat": "total_inactive_file 2500\n"}
+    v2 = {"memory.max": "9000", "memory.current": "8000", "memory.stat": "anon 5500\ninactive_file 2500\n"}
+    for name, content in (v1 if version == 1 else v2).items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(limits, "control_groups", lambda controller: [tmp_path])
+    assert limits.free_memory() == 3500
 
 
 def test_it_is_said_once(monkeypatch, caplog):

@@ -18,7 +18,9 @@ import search_spaces
 from nas import commands
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
-from nas.report import plots
+from nas.interval import Interval
+from nas.objectives.latency import Latency
+from nas.report import plots, scored
 from nas.report.html import report
 from nas.report.scored import describe_stages
 from nas.search import SearchConfig, search
@@ -121,6 +123,27 @@ def test_numbers_of_baselines_do_not_cover_each_other(run, monkeypatch):
     assert not any(one.overlaps(other) for one, other in itertools.combinations(labels, 2))
     stars = figure.axes[0].transData.transform([at for _, *at in close])
     assert not any(label.padded(3).contains(*star) for label in labels for star in stars)
+
+
+def test_a_baseline_on_a_logarithmic_axis_is_drawn_or_listed(run, monkeypatch, tmp_path):
+    copy = Run.open(shutil.copytree(run.path, tmp_path / "copy"))
+    runs, trials = scored.read_runs([copy])
+    ((_, trials_of, front),) = runs
+    fast, slow = (
+        replace(trial, scores=replace(trial.scores, latency=Latency(Interval.exact(ms))))
+        for trial, ms in zip(trials_of[:2], (0.4, 10.0), strict=True)
+    )
+    wide = [fast, slow, *trials_of[2:]]
+    monkeypatch.setattr(plots, "read_runs", lambda _: ([(copy, wide, front)], trials))
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or [])
+    plots.plot([copy])
+    axes = drawn[0].axes[0]
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    listed = scored.far_off([(copy, wide, front)])
+    for name, scores in copy.baselines().items():
+        assert (low <= scores.latency.ms <= high) != any(line.startswith(name) for line in listed)
 
 
 def test_a_long_legend_does_not_cover_the_notes(run, monkeypatch):

@@ -247,7 +247,10 @@ def test_a_budget_nothing_meets_ends_with_its_own_error_and_how_far_it_is_off(tm
     least = min(t.scores.params for t in Run.open(tmp_path / "run").trials()[:10])
     assert line.startswith("the last 10 trials scored nothing")
     nearest = format_value(OBJECTIVES["params"], least)
-    assert f"the nearest is at {nearest}, and `budgets` params is 10: raise it, or search a space of" in line
+    assert (
+        f"The nearest one over budget is at {nearest}, and `budgets` params is 10. Raise it, or search a space of"
+        in line
+    )
 
 
 def test_the_bend_is_the_nearest_to_the_best_in_everything(exhausted):

@@ -200,6 +200,9 @@ def test_auto_grows_with_the_images_and_follows_what_is_set():
     assert auto_recipe(500, 6, pretrained=False, batch_norms=False) == auto_recipe(500, 6, pretrained=False)
     assert find_recipe("auto", ["epochs=3"]) == Auto(("epochs=3",))
     assert Auto(("holdout=0.2",)).holdout == 0.2
+    for setting in ("batch_size=-4", "batch_size=0", f"epochs={'9' * 400}"):
+        with pytest.raises(UsageError, match=r"it must be from \d"):
+            Auto((setting,))
     assert Auto().holdout is None
     with pytest.raises(UsageError, match="such as epochs"):
         Auto(("epoch=3",))

@@ -81,7 +81,7 @@ def _print_explanation(found: Explanation, limit: int) -> None:
         "measured changes in accuracy: on the same images; the seeds of the trainings add to their intervals"
     ] * paired
     told += [
-        "`to the model`: what the model says of the architecture itself, so of a change that does nothing"
+        "`to the model`: the model's prediction for the architecture itself; a change without effect would get the same"
     ] * smoothed
     table.caption = "\n".join(told)
     print_table(table)

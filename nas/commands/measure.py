@@ -84,8 +84,8 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
             parts.add_section()
             parts.add_row("whole", format_ms(row["latency_ms"]), "", "100.0 %")
             parts.caption = (
-                f"each part is timed alone; {REST} is the whole less all parts: what lies between them, less what each "
-                "costs as a call of its own, so that it may be negative"
+                f"each part is timed alone; {REST} is the time of the whole minus that of all parts. It may be "
+                "negative, because each part has the overhead of a call of its own"
             )
             print_table(parts)
     names = ("runtime", "dtype", "batch_size", "threads", "device", "machine", "folded")
@@ -99,7 +99,10 @@ def _print_measured(rows: list[dict[str, Any]]) -> None:
         if row["delegated"] is not None:
             click.echo(f"{row['target']}: the backend of {row['runtime']} runs {row['delegated']:.1%} of the operators")
         if row["disputed"]:
-            click.echo(f"counted by what ran in {row['target']}, more than the rules say: {', '.join(row['disputed'])}")
+            click.echo(
+                f"{row['target']}: operations give more MACs than the rules of the layers, and count: "
+                f"{', '.join(row['disputed'])}"
+            )
         if not row["within_target"]:
             click.echo(
                 f"{row['target']}: rounds still spread by ±{100 * row['latency_spread']:.1f} % when time was up, which "

@@ -374,7 +374,7 @@ def search_command(context: click.Context, /, out: Path | None, as_json: bool, *
             click.echo(f"resume with: {program()} search --out {path}", err=True)
         elif parent is not None:
             where = "" if out is not None else ", with the --out that was named at the start"
-            click.echo(f"interrupted before the run was created; to go on, repeat the whole command{where}", err=True)
+            click.echo(f"interrupted before the run was created; to resume, repeat the whole command{where}", err=True)
         raise
     front = run.front()
     if as_json:

@@ -1,6 +1,6 @@
 """Decodes encoded images to RGB, as a viewer shows them.
 
-- Of several frames, the first one is taken. It is turned as its EXIF orientation says.
+- If an image has several frames, the first one is taken. It is turned as its EXIF orientation says.
 - Transparent parts are composited on white (`BACKGROUND`).
 - Grey values of more than 8 bits are scaled to 8 bits by their range and never clipped (`to_8_bits`).
 - Pillow converts CMYK, palettes, grey and bilevel images to RGB. Colour profiles are not applied.

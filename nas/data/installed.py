@@ -47,6 +47,8 @@ def torchvision(name: str, data_root: str | Path, test: bool) -> Source:
     if targets is None:
         targets = [dataset[i][1] for i in range(len(dataset))]
     labels = np.asarray(targets, dtype=np.int64)
+    if labels.ndim == 2:
+        labels = labels[:, 0]  # QMNIST keeps further facts beside each label
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(int(labels.max()) + 1)]
     return _installed(labels, classes, lambda i: dataset[i][0], lambda i: f"{name}[{i}]")
 
@@ -64,11 +66,13 @@ def hugging_face(name: str, data_root: str | Path, test: bool) -> Source:
             reader = create_reader(name, root=str(data_root), split=split)
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             why = first_line(error)
-        else:
+            continue
+        labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
+        if len(labels) and labels.min() >= 0:
             break
+        why = f"the labels of {split} are hidden"
     else:
         raise DataError(f"`data` = {name}: not found under {data_root} ({why})")
-    labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
     by_index = {index: label for label, index in reader.class_to_idx.items()}
     classes = [str(by_index.get(c, c)) for c in range(int(labels.max()) + 1)]
 

@@ -158,9 +158,9 @@ def _check_disk(patient: Patient) -> Finding:
     free = shutil.disk_usage(place).free
     text = f"{free / GIB:.1f} GiB free where results go ({place})"
     if not os.access(place, os.W_OK):
-        return warning(f"{place} cannot be written", "give a folder that can by `out`")
+        return warning(f"{place} cannot be written", "name a writable folder with `out`")
     if free < 100 * MIB:
-        return problem(text, "make room, or give a folder elsewhere by `out`")
+        return problem(text, "make room, or name a folder elsewhere with `out`")
     return warning(text, "weights may need more: make room") if free < GIB else ok(text)
 
 

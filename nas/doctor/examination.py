@@ -38,7 +38,7 @@ def run_check(check: Check, patient: Patient) -> Finding:
         return problem(str(error), "")
     except Exception as error:  # one broken check must not hide the findings of the others
         first = str(error).strip().partition("\n")[0][:200]
-        return problem(f"cannot be checked ({type(error).__name__}: {first})", "mend that first")
+        return problem(f"cannot be checked ({type(error).__name__}: {first})", "fix this, then run doctor again")
 
 
 @contextlib.contextmanager

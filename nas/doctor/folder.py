@@ -45,7 +45,10 @@ def _check_folder(patient: Patient) -> Finding:
     if patient.holder is None:
         return ok("no other process works in the folder")
     who = f"process {patient.holder}" if patient.holder else "another process"
-    return warning(f"{who} works in the folder, which changes meanwhile", "wait for it; other commands do, too")
+    return warning(
+        f"{who} works in the folder, which changes meanwhile",
+        "wait until it ends; commands that write to the folder refuse until then",
+    )
 
 
 def _check_storage(patient: Patient) -> Finding:
@@ -218,7 +221,7 @@ def _check_weights(patient: Patient) -> Finding:
             again = "they may be in a worker's folder; a point without weights cannot be exported"
         return warning(f"no weights of {', '.join(missing)}, of the front", again)
     if foreign:
-        return warning(f"{foreign[0]} is of no architecture of the run ({len(foreign)} such)", "it may be deleted")
+        return warning(f"{foreign[0]} belongs to no architecture of the run ({len(foreign)} such)", "it may be deleted")
     if not patient.keeps_weights:
         return ok("the proxy trains nothing, so there are none")
     return ok(f"{len(files)} readable, each of an architecture of the run; the front has all of its own")

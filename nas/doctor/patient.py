@@ -68,7 +68,7 @@ class Patient:
         try:
             consent.check_storage(storage, str(self.path))
         except NasError as refused:
-            raise NotChecked(f"the study lies at {storage}", "say so by `storage` to have it looked at") from refused
+            raise NotChecked(str(refused), "") from refused
         url = make_url(storage)
         return Path(url.database) if url.drivername.startswith("sqlite") and url.database else None
 

@@ -32,7 +32,7 @@ def kept_state(training: Training | None) -> bytes | None:
 def save_state(run: Run, key: str, state: bytes) -> None:
     """Writes the state of the training of a candidate, unless the other states fill the disk budget.
 
-    Nothing depends on a state, so one that cannot be written is only told.
+    No result depends on a state, so a failure to write it is only logged.
     """
     file = run.tuning_file(key)
     others = 0
@@ -44,5 +44,5 @@ def save_state(run: Run, key: str, state: bytes) -> None:
     try:
         write_file(file, state)
     except RunError as error:
-        told = f"The state of a training could not be kept, so a longer one begins again ({error})."
+        told = f"The state of a training could not be written, so a longer one starts again ({error})."
         REPEATS.tell(log, "states that could not be kept", told)

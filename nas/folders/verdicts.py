@@ -69,7 +69,7 @@ def trust_in_words(told: Mapping[str, Any], what: str = "architectures") -> str:
     kendall, ceiling = (format_figure(Interval.of(told[name])) for name in ("kendall", "ceiling"))
     return (
         f"proxy {told['estimator']}: Kendall {kendall} with trainings of {counted(told['epochs'], 'epoch')}, "
-        f"these with another seed {ceiling}; {told['count']} {what}, {told['calibration']}"
+        f"two such trainings with other seeds {ceiling}; measured on {told['count']} {what} in {told['calibration']}"
     )
 
 
@@ -125,7 +125,7 @@ def _lengths(run: Run, trials: Sequence[Trial], front: Sequence[Trial]) -> list[
     if wanted is None:
         return []
     if not is_trained_on(run, front):
-        return [f"the front is not trained for {counted(wanted, 'epoch')} yet: resume the search, which trains it on"]
+        return [f"the front is not trained for {counted(wanted, 'epoch')} yet: resume the search to train it further"]
     counts = Counter(t.scores.curve[-1][0] for t in trials if t.scores.curve)
     told = ", ".join(f"{count} after epoch {epochs}" for epochs, count in sorted(counts.items()))
     return [

@@ -1,7 +1,8 @@
 """Calibrates the estimators of a search for grafts: long tunings of random forms against what a search knows before.
 
-The truths are tunings as the search scores by, only longer. The estimators are the sum of single harms, from which the
-search takes its first forms, the accuracy of what was assembled, and shorter tunings, by which it ranks forms.
+The truths are tunings like those that score forms in the search, but longer. The estimators are the sum of single
+harms, from which the search takes its first forms, the accuracy of what was assembled, and shorter tunings, by which it
+ranks forms.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class _Grafts:
     folder: Path
     estimators: tuple[str, ...] = (ADDITIVE, ASSEMBLED, *BASELINES)
     taught: Tuning | None = field(default=None, init=False)  # the parent teaches every tuning
-    keeps_checkpoints: bool = field(default=False, init=False)  # of a parent of 100 MB, all of them would be tens of GB
+    keeps_checkpoints: bool = field(default=False, init=False)  # those of a 100 MB parent would take tens of GB
 
     @property
     def size(self) -> int:
@@ -194,7 +195,7 @@ class _Grafts:
 
     @cached_property
     def harms(self) -> Harms:
-        """The losses of single changes, without those that the run keeps: else nobody would know their seconds."""
+        """The losses of single changes. They are computed again here, so that their seconds are measured."""
         parent, data = self.evaluator.parent, self.evaluator.data
         assert parent is not None
         of = key_of(f"{parent.fingerprint} {data.fingerprint} {data.input_size[1]}")
@@ -209,7 +210,7 @@ class _Grafts:
     def sample(self, rng: np.random.Generator) -> Graft:
         """Draws how many knobs change, then which ones, then their choices.
 
-        If all knobs were drawn, nearly all grafts would have changes everywhere, as none of a front has.
+        If every knob were drawn, nearly all grafts would have changes everywhere, unlike those of a front.
         """
         knobs = self.space.knobs
         choices: dict[str, Choice] = {name: of[0] for name, of in knobs.items()}

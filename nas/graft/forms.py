@@ -43,7 +43,7 @@ LEAST_SHARE = 0.03
 MOST_WORK = 0.8
 """Largest number of multiply-adds of an option, as a share of those of the layers that it replaces."""
 BEHIND = 1.05
-"""An option is taught no further if its error in an epoch is so many times that of a cheaper one in its place."""
+"""An option is taught no further if its error in an epoch is more than so many times that of a cheaper one."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,8 @@ def _offered(networks: Mapping[int, nn.Module], offer: Offer) -> tuple[list[Repl
             log.info("%s gives layers to %d places of the parent", donor.name, len(given))
         else:
             log.warning(
-                "%s gives no layers: none that need less work than the parent's fit every size of its images",
+                "%s gives no layers: no part of it needs less work than the parent's layers and fits every size of its "
+                "images",
                 donor.name,
             )
     return found, work.of_options

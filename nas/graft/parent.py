@@ -92,7 +92,8 @@ class ParentConfig:
         """The settings, each as a short text: files by their hash, libraries by what they offer.
 
         Raises:
-            UsageError: if a file is missing or damaged.
+            UsageError: if the library is not valid.
+            RunError: if a file cannot be read.
         """
         offered = library(self.library)
         return {

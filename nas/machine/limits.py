@@ -61,9 +61,14 @@ def free_memory() -> int | None:
         if found:
             free.append(1024 * int(found.group(1)))
     for folder in control_groups("memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
             with contextlib.suppress(OSError, ValueError):
-                free.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(left + int(stat.get(cached, 0)))  # files that were read give way to what needs memory
     return max(0, min(free)) if free else None
 
 
@@ -129,7 +134,7 @@ _ASKED: list[tuple[float, float]] = []
 
 
 def _core_time() -> tuple[float, float]:
-    """Returns the time now, and the core seconds that other processes have used on the cores of this process."""
+    """Returns the time now, and the core seconds that programs other than this one have used on its cores."""
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     ticks = 0
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
@@ -137,4 +142,17 @@ def _core_time() -> tuple[float, float]:
         if name in cores:
             user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
             ticks += user + nice + system + irq + softirq + steal
-    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    ended = os.times()
+    own = time.process_time() + ended.children_user + ended.children_system
+    return time.monotonic(), (ticks - _child_ticks()) / os.sysconf("SC_CLK_TCK") - own
+
+
+def _child_ticks() -> int:
+    """Returns the core time of the children of this process that run, such as readers of images, in clock ticks."""
+    ticks = 0
+    for file in Path("/proc/self/task").glob("*/children"):
+        for child in file.read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):  # it has ended
+                _, _, fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+                ticks += sum(map(int, fields.split()[11:13]))
+    return ticks

@@ -29,7 +29,7 @@ class Stability:
     def verdict(self) -> str:
         """The agreement as one line for people."""
         if not self.pairs:
-            return "order stability: it has fewer than two points, so there is no order to compare"
+            return "order stability: fewer than two points were measured twice, so there is no order to compare"
         text = f"order stability: {self.held} of {self.pairs} neighbouring pairs kept their order when measured again"
         if not self.tied:
             return text

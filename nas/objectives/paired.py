@@ -27,7 +27,7 @@ def unpack(packed: str, count: int) -> Hits:
     """Returns the hits on `count` images from the text of `pack`.
 
     Raises:
-        ValueError: if the text is not that of so many images.
+        ValueError: if the text does not hold hits on `count` images.
     """
     found = np.frombuffer(bytes.fromhex(packed), np.uint8)
     if len(found) != -(-count // 8):

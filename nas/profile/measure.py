@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ def _profile(found: Profile, minutes: float, on_network: Callable[[int, float], 
     return found
 
 
+def _key(record: Mapping[str, Any]) -> str:
+    return Architecture.from_dict(record["architecture"]).key
+
+
 def hold_out(
     found: Profile,
     count: int,
@@ -108,10 +112,9 @@ def hold_out(
     config = found.config
     model = found.fit(trials)
     draws = random_architectures(config.space, config.seed + 1)
-    records = found.records("held_out")
-    seen = {Architecture.from_dict(r["architecture"]).key for r in [*found.records(), *records]} | {
-        a.key for a, _ in trials
-    }
+    fitted = {_key(r) for r in found.records()} | {a.key for a, _ in trials}
+    records = [r for r in found.records("held_out") if _key(r) not in fitted]  # a profile may have learnt some since
+    seen = fitted | {_key(r) for r in records}
     tries = 0
     while sum("failure" not in r for r in records) < count:
         tries += 1

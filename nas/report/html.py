@@ -25,7 +25,7 @@ PAGE = Path(__file__).parent / "page"
 
 
 def report(runs: Sequence[Run], out: Path | None = None, spell: Callable[[str], str] = str) -> Path:
-    """Write one page with all that is known of the runs; returns its path.
+    """Writes one page with all that is known of the runs, and returns its path.
 
     Args:
         runs: runs with the same objectives.
@@ -89,7 +89,7 @@ def _page(runs: Sequence[Run], spell: Callable[[str], str]) -> str:
 
 
 def _panels(run: Run, trials: list[Any], front: list[Any], spell: Callable[[str], str]) -> dict[str, Any]:
-    """What the page says of one run."""
+    """Returns the content of the page for one run."""
     scored, wanted = sum(t.scored for t in trials), run.manifest.config.trials
     return {
         "name": run.name,

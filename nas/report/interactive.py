@@ -86,14 +86,14 @@ def interactive(scored: Scored) -> Any:
                 shown.add("baseline")
         everything = [t for _, trials, _ in scored for t in trials]
         for which, update in ((objectives[0], figure.update_xaxes), (objective, figure.update_yaxes)):
-            values = values_of(which, everything)
-            scale = "log" if uses_log_scale(values) else "linear"
+            scale = "log" if uses_log_scale(values_of(which, everything)) else "linear"
             title = escape(axis_title(which, scored[0][0])).replace("\n", "<br>")
             update(title_text=title, type=scale, row=1, col=column)
+            ends = axis_range(which, scored)
             if scale == "log":
-                update(range=[math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)], row=1, col=column)
+                update(range=[math.log10(end) for end in ends], row=1, col=column)
             elif any(run.baselines() for run, _, _ in scored):
-                update(range=axis_range(which, scored), row=1, col=column)
+                update(range=ends, row=1, col=column)
     return figure
 
 

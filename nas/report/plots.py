@@ -119,10 +119,9 @@ def _draw(scored: Scored, spell: Callable[[str], str]) -> Figure:
             (objectives[0], axes.set_xscale, axes.set_xlim),
             (objective, axes.set_yscale, axes.set_ylim),
         ):
-            if uses_log_scale(values := values_of(which, everything)):
+            if log := uses_log_scale(values_of(which, everything)):
                 set_scale("log")
-                set_limits(min(values) / 1.3, max(values) * 1.3)  # intervals are ignored, because some of them reach 0
-            elif any(run.baselines() for run, _, _ in scored):
+            if log or any(run.baselines() for run, _, _ in scored):
                 set_limits(*axis_range(which, scored))
     present = {name for run, trials, _ in scored for name, _ in by_kind(run, trials)}
     handles = [

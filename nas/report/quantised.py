@@ -1,4 +1,4 @@
-"""What quantisation to 8 bits costs the candidates of a search in accuracy, by mixer and stage."""
+"""The accuracy that quantisation to 8 bits costs the candidates of a search, by mixer and stage."""
 
 from __future__ import annotations
 

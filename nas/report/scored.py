@@ -98,7 +98,7 @@ def title_of(scored: Scored) -> str:
 def describe_stages(architecture: Candidate) -> list[str]:
     """Describes each stage in one line: mixer with options, depth x width, compression, MLP ratio, block features.
 
-    Of a graft, it describes the size of the images, and what it changes of its parent.
+    For a graft, it describes the size of the images and the changes of its parent.
     """
     if isinstance(architecture, Graft):
         return architecture.lines
@@ -155,21 +155,26 @@ def axis_range(objective: Objective, scored: Scored) -> tuple[float, float]:
     """Chooses the range of an axis.
 
     It shows all architectures, the intervals of the front, and baselines that are near enough to leave them room. The
-    parent of grafts and its plain forms are always shown.
+    parent of grafts and its plain forms are always shown. A logarithmic axis leaves the intervals out, because some of
+    them reach 0.
     """
     own = values_of(objective, [t for _, trials, _ in scored for t in trials])
-    intervals = [objective.interval(t.scores) for _, _, front in scored for t in front]
-    own += [end for interval in intervals if interval is not None for end in interval.ends]
+    log = uses_log_scale(own)
+    if not log:
+        intervals = [objective.interval(t.scores) for _, _, front in scored for t in front]
+        own += [end for interval in intervals if interval is not None for end in interval.ends]
     low, high = min(own), max(own)
     reach = high - low or abs(high) or 1.0
+    least, most = (low * low / high, high * high / low) if log else (low - reach, high + reach)
     near = [
         value
         for run, _, _ in scored
         for scores in run.baselines().values()
-        if (value := objective.read(scores)) is not None
-        and (has_grafts(run.manifest.space) or low - reach <= value <= high + reach)
+        if (value := objective.read(scores)) is not None and (has_grafts(run.manifest.space) or least <= value <= most)
     ]
     low, high = min([low, *near]), max([high, *near])
+    if log:
+        return low / 1.3, high * 1.3
     margin = 0.07 * (high - low or abs(high) or 1.0)
     return low - margin, high + margin
 

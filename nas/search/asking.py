@@ -42,7 +42,7 @@ class Alone:
     """Asks the study of one process: what a process that died left comes first.
 
     Args:
-        state: of the process.
+        state: state of the process.
     """
 
     def __init__(self, state: State[Any]) -> None:

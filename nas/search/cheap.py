@@ -49,7 +49,7 @@ def known_beforehand(
 ) -> Cheap | None:
     """Returns the function that computes what is known of any number of candidates: the cheap objectives and `INPUTS`.
 
-    Of grafts, only the sums of single losses and times are known, or nothing (None): to count one takes a forward pass,
+    For grafts, it knows only the sums of single losses and times, or nothing (None). Counting one takes a forward pass,
     and a sampler asks for hundreds.
 
     Args:

@@ -1,4 +1,4 @@
-"""What settings of a search do not go together."""
+"""Checks that the settings of a search fit together."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_for_parent(config: SearchConfig, proxy: str) -> None:
     """
     if not wants_accuracy(config.objectives) or proxy not in ESTIMATORS or not ESTIMATORS[proxy].trained:
         raise UsageError(
-            "a search with a `parent` keeps its accuracy: accuracy is an objective, and `proxy` is assembled or train"
+            "a search with a `parent` needs accuracy among its objectives, and `proxy` = train or assembled"
         )
     for name, given, why in (
         ("profile", config.profile, "a profile knows no parts of other networks"),

@@ -237,8 +237,8 @@ class SearchConfig:
         wanted = {*self.objectives, *self.budgets}
         if self.only != ALL and not (wants_accuracy(wanted) and MEASURED & wanted):
             raise UsageError(
-                f"`only` = {self.only}: there is but one part. The objectives must include accuracy, and objectives or "
-                "budgets must include latency or memory"
+                f"`only` = {self.only} splits a trial in two parts, but this search has only one. The objectives must "
+                "include accuracy, and objectives or budgets must include latency or memory"
             )
         if self.only != ALL and self.engine == "ray":
             raise UsageError("on a Ray cluster one actor does all measurements: leave `only` out")

@@ -400,7 +400,7 @@ def _curve(rungs: Sequence[Rung]) -> tuple[tuple[int, float], ...]:
 
 
 def _together(hits: Sequence[str], counts: Sequence[int]) -> tuple[float, float, str]:
-    """Returns accuracy, its standard error and hits on all images, from the hits on parts of so many images."""
+    """Returns accuracy, its standard error and hits on all images, from hits and number of images of each part."""
     right = np.concatenate([unpack(packed, count) for packed, count in zip(hits, counts, strict=True)])
     accuracy = 100 * float(right.mean())
     return accuracy, accuracy_error(accuracy, len(right)), pack(right)

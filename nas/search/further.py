@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int, last: int, processes: int = 1) -> None:
-    """Trains on the candidates that may end on the front.
+    """Trains the candidates that may end on the front further.
 
     Args:
         study: the study, which gets the results as attributes.
@@ -59,7 +59,7 @@ def train_front(study: optuna.Study, run: Run, evaluator: Evaluator, begun: int,
         return [None if "failure" in entry else float(dict(entry["curve"])[epochs[rung]]) for entry in entries]
 
     costs = [costs_of(run.objectives, t.scores) for t in trials]
-    with SideBySide(trainer, processes, "training on") as trainings:
+    with SideBySide(trainer, processes, "training further") as trainings:
         freeze_and_thaw(costs, [t.scores.accuracy or 0.0 for t in trials], len(epochs) - 1, advance)
     study.set_user_attr(FINISHED, len(trials))
     for state in run.unfinished_tunings():

@@ -102,8 +102,8 @@ class GivingUp:
             budget = self._config.budgets[name]
             least, most = (format_value(OBJECTIVES[name], v) for v in ((1 + nearest) * budget, budget))
             log.warning(
-                "the last %d trials scored nothing; of those over budget the nearest is at %s, and `budgets` %s is %s: "
-                "raise it, or %s; %d in a row end the search",
+                "the last %d trials scored nothing. The nearest one over budget is at %s, and `budgets` %s is %s. "
+                "Raise it, or %s. The search ends after %d such trials in a row.",
                 *(len(streak), least, name, most, _instead(self._config), MAX_OVER_BUDGET),
             )
 

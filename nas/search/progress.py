@@ -20,7 +20,7 @@ class Progress:
         scored: complete trials so far.
         target: complete trials wanted.
         front: the current front.
-        hypervolume: of the current front.
+        hypervolume: hypervolume of the front.
         fleet: other workers that are at work.
         trials: all that ended, in the order in which this process saw them.
     """

@@ -215,7 +215,7 @@ def _score_baselines(study: optuna.Study, run: Run, evaluator: Evaluator, names:
 
 
 def _is_short(entry: Mapping[str, Any], epochs: int | None) -> bool:
-    """Whether a baseline was scored before the front was trained for so many epochs; None if it never is."""
+    """Whether a baseline was trained for fewer epochs than the front; False if the front is not trained further."""
     return epochs is not None and "scores" in entry and epochs not in dict(entry["scores"].get("curve", ()))
 
 

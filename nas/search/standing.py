@@ -24,8 +24,8 @@ class Standing:
     Attributes:
         front: the front's trials.
         near: the front and what may come onto it when latencies are measured again.
-        finished: the trainings that went to their end.
-        hypervolume: of the front.
+        finished: trainings that were not stopped early.
+        hypervolume: hypervolume of the front.
     """
 
     run: Run

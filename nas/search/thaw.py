@@ -1,4 +1,4 @@
-"""Freeze and thaw: trains on the candidates that may end on the front, and leaves the others as they are.
+"""Freeze and thaw: trains the candidates that may end on the front further, and leaves the others as they are.
 
 All candidates were trained equally long in the search. Their final accuracies are predicted from their learning curves
 and from those of the candidates that were trained longer. At each rung, the candidates that are most likely to end on

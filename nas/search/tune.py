@@ -1,10 +1,10 @@
 """Tunes the best grafts of a search, and the parent's forms that need no search, all in the same way.
 
-Accuracies after the first epochs say which grafts go on to the end. These epochs are the search's own scores, or else
-the grafts with the best assembled accuracies are tuned for one epoch first. A front is made of networks alone that were
-tuned to the end. The results are attributes of the study, `raced:KEY` and `tuned:KEY` (accuracy, and which held-out
-images were right); the weights lie in the run folder. Each tuning begins where the search's own ended (if that had the
-same images), and a killed one at its last state, with the same results as in one go.
+Accuracies after the first epochs decide which grafts are tuned to the end. These epochs are the search's own scores, or
+else the grafts with the best assembled accuracies are tuned for one epoch first. Only networks that were tuned to the
+end can be on the front. The results are attributes of the study, `raced:KEY` and `tuned:KEY` (accuracy, and which
+held-out images were right); the weights lie in the run folder. A tuning continues the search's own training, if that
+used the same images. A killed one resumes from its last state, with the same results as without the kill.
 """
 
 from __future__ import annotations

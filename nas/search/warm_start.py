@@ -12,7 +12,7 @@ from ..targets import resolve_all
 
 
 def starting_points(space: Space, names: Sequence[str]) -> tuple[Candidate, ...]:
-    """Architectures to score first.
+    """Returns the architectures to score first.
 
     Args:
         space: the space of the search.
@@ -32,7 +32,8 @@ def starting_points(space: Space, names: Sequence[str]) -> tuple[Candidate, ...]
                 fitting.append(architecture)
         if not fitting:
             raise UsageError(
-                f"`warm_start` = {name}: not in space {space.name}, whose points alone can be scored first"
+                f"`warm_start` = {name}: none of its architectures lies in space {space.name}, and only those "
+                "can be scored first"
             )
         found += fitting
     return tuple(dict.fromkeys(found))

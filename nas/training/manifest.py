@@ -90,20 +90,19 @@ def as_begun(trained: Trained, config: TrainConfig) -> TrainConfig:
     asked = {name: getattr(manifest.asked, name) for name in ASKED} | {"classes": tuple(manifest.asked.classes)}
     for name in ASKED[1:]:
         given = getattr(config, name)
+        if name == "teacher" and asked[name] is None:
+            asked[name] = "none"  # or a form of a parent would get the parent
         if given not in (asked[name], getattr(TrainConfig(""), name)):
             its = asked[name] or "none"
             raise UsageError(f"{trained.path} was begun with another `{name}` ({its}): leave it out to resume")
-    recipe = Recipe.from_dict(dict(manifest.recipe))
+    recipe: Recipe | Auto = Recipe.from_dict(dict(manifest.recipe))
     if config.recipe not in (Auto(), recipe) and not chosen_before(config.recipe, manifest):
         raise UsageError(f"{trained.path} was begun with another recipe: leave `recipe` and `settings` out to resume")
     if config.out is not None and config.out.resolve() != trained.path.resolve():
         raise UsageError(f"{trained.path} is an unfinished training: leave `out` out to resume it")
-    return replace(
-        config,
-        **asked,
-        recipe=recipe,
-        out=trained.path,
-    )
+    if manifest.asked.settings is not None:
+        recipe = Auto(tuple(manifest.asked.settings))  # which also leaves it to the images how many are held out
+    return replace(config, **asked, recipe=recipe, out=trained.path)
 
 
 def chosen_before(asked: Recipe | Auto, manifest: TrainingManifest) -> bool:

@@ -55,6 +55,8 @@ def build(target: Target, data: TrainingData | ImageData, drop_path: float) -> n
         create = partial(create_network, target.model, classes, data.input_size)
     try:
         return create(drop_path_rate=drop_path)
+    except UsageError:
+        raise
     except (TypeError, ValueError):
         REPEATS.once(log, f"{target.name} does not support drop path, so it is trained without")
         return create()

@@ -359,6 +359,8 @@ class Auto:
     def choose(self, images: int, classes: int, pretrained: bool, batch_norms: bool = True) -> Recipe:
         """Chooses the recipe for a training set, see `auto_recipe`."""
         given = parse_settings(self.settings)
+        sizes = {name: given[name] for name in ("epochs", "batch_size") if name in given}
+        replace(STANDARD, warmup_epochs=0, mixup=0, cutmix=0, **sizes)  # refuses what no recipe can have
         chosen = auto_recipe(images, classes, pretrained, given.get("epochs"), given.get("batch_size"), batch_norms)
         return replace(chosen, **given)
 

@@ -102,7 +102,7 @@ def _train(
             distributed.barrier()
         trained = Trained.open(out)
         if trained.result is not None:
-            log.info("%s is trained to its end already", out)
+            log.info("%s is already fully trained", out)
             return trained
         recipe = Recipe.from_dict(dict(trained.manifest.recipe))
         with seeded(config.seed):
@@ -260,7 +260,10 @@ def _chosen_by(config: TrainConfig, target: Target, test: Subset | None) -> bool
             held_out = open_test_set(of_run.holdout_data, config.data_root, argument=HOLDOUT)
             chosen = shared_images(test.source, held_out) > 0
     if chosen:
-        message = "the final test is on images by which the search chose this network: expect a little less on new ones"
+        message = (
+            "the final test uses images by which the search chose this network, so expect a slightly lower accuracy on "
+            "new images"
+        )
         REPEATS.once(log, message)
     return chosen
 
@@ -303,10 +306,13 @@ def _initial(config: TrainConfig, target: Target) -> Path | None:
     return file
 
 
+def _folder_of_run(config: TrainConfig) -> str:
+    return "tested" if config.recipe.untrained else "trained"
+
+
 def _folder(config: TrainConfig, target: Target) -> Path:
     if target.run and target.origin.folder is not None and target.architecture is not None:
-        folder = "tested" if config.recipe.untrained else "trained"
-        return target.origin.folder / folder / target.architecture.key
+        return target.origin.folder / _folder_of_run(config) / target.architecture.key
     plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(target.name).name.replace("timm:", ""))
     return RESULTS / f"train-{plain}-{Path(config.data or '').stem}"
 
@@ -380,7 +386,8 @@ def train_front(
                 rows.append(row | found)
         front_training = FrontTraining(tuple(rows), _order(rows))
         if processes.first:
-            write_file(run.path / "trained" / "front.json", json.dumps(front_training.to_dict(), indent=2) + "\n")
+            folder = run.path / _folder_of_run(config)
+            write_file(folder / "front.json", json.dumps(front_training.to_dict(), indent=2) + "\n")
     return front_training
 
 

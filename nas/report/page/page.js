@@ -5,7 +5,7 @@
   data.stages = data.stages.rows.map((row) => Object.fromEntries(data.stages.fields.map((field, i) => [field, row[i]])));
   const several = data.runs.length > 1;
   const PAGE_ROWS = 25;
-  const INK = "#333333", PAPER = "#ffffff"; // as nas/report/plots.py has them: replaced by the theme's own
+  const INK = "#333333", PAPER = "#ffffff"; // as nas/report/scored.py has them: replaced by the theme's own
 
   const element = (name, properties = {}, ...children) => {
     const made = Object.assign(document.createElement(name), properties);

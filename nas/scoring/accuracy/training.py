@@ -308,7 +308,7 @@ def loss_of(
 
 
 def estimate_batch_norms(network: nn.Module, data: ImageData, batch_size: int, seed: int, device: str) -> None:
-    """Computes the statistics of a network's batch norms anew, from up to 16 batches of training images.
+    """Recomputes the statistics of a network's batch norms from up to 16 batches of training images.
 
     Args:
         network: the network, on `device`. Its weights stay. It is left in eval mode, unless it has no batch norms.

@@ -1,4 +1,4 @@
-"""Conditions and results of latency measurements."""
+"""The conditions of latency measurements, and the abilities of the runtimes."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def _beat(trial: FrozenTrial) -> tuple[Any, Any]:
 
 def _place(trial: FrozenTrial) -> str:
     worker = trial.user_attrs.get(WORKER)
-    return f"{worker['host']}, process {worker['pid']}" if worker else "of unknown place"
+    return f"{worker['host']}, process {worker['pid']}" if worker else "unknown place"
 
 
 def has_begun(trial: FrozenTrial) -> bool:

@@ -26,7 +26,7 @@ class Executor(Protocol):
         """Begins to score a candidate.
 
         Args:
-            number: of its trial.
+            number: number of the trial.
             task: arguments of the function that scores; in a search those of `Evaluator.evaluate`.
         """
 

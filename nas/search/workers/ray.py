@@ -191,7 +191,10 @@ def _check_gpus(nodes: list[dict[str, float]], gpus: float, on_gpu: bool, evalua
     if gpus > max(there):
         raise RunError(f"a training asks for {gpus:g} GPUs, no node of the cluster has more than {max(there):g}")
     if on_gpu and sum(there) < 1 + gpus:
-        raise RunError("the GPU that is measured on is for that alone, and the cluster has no other one to train on")
+        raise RunError(
+            "latency is measured on a GPU of its own, and the cluster has no further GPU to train on: add "
+            "one, or set `train_device` = cpu"
+        )
     other = sorted({config.device for config in evaluator.latency} - {"cpu", "cuda:0"})
     if other:
         raise UsageError(f"on a Ray cluster the GPU that is measured on is cuda:0, not {other[0]}")
@@ -225,7 +228,7 @@ def _connected(address: str) -> Any:
         raise RunError(
             f"no Ray cluster at {address} ({cause}): `ray start --head` starts one, as `address` = local does"
         ) from None
-    signal.signal(signal.SIGTERM, ours)  # Ray has put its own in the place of it
+    signal.signal(signal.SIGTERM, ours)  # Ray has replaced the handler
     resources, alive = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
     log.info(
         "on a Ray cluster of %d nodes with %g CPUs and %g GPUs, joined after %.0f s",

@@ -27,7 +27,7 @@ class Shared:
     """Asks a study that several processes work on.
 
     Args:
-        state: of this process.
+        state: state of this process.
         fleet: its view of the others.
         lead: whether it holds the run folder; then it stays until the others have ended their trials.
         catch_up: takes in and reports what has ended, from the trials just read, or from the study for None.
