@@ -27,7 +27,7 @@ from test_search import analytic_config
 from nas import consent
 from nas.errors import RunError, UsageError
 from nas.folders.run import Run
-from nas.search import SearchConfig, search
+from nas.search import SearchConfig, giving_up, search
 from nas.search.samplers.history import SPARED
 from nas.search.samplers.knobs import Knobs
 from nas.search.samplers.problem import Problem
@@ -293,12 +293,17 @@ def test_one_measures_while_others_train(tmp_path, database, start):
     assert {t.user_attrs["worker"]["only"] for t in frozen if t.state == TrialState.COMPLETE} == {"train"}
 
 
-def test_workers_end_with_the_search_and_a_resumed_one_goes_on(tmp_path, database):
+def test_workers_end_with_the_search_and_a_resumed_one_goes_on(tmp_path, database, monkeypatch):
+    monkeypatch.setattr(giving_up, "RESUME_SECONDS", 0)
     run = search(analytic_config(tmp_path, storage=database, trials=2))
     joined = join(database, "run", tmp_path / "worker")
     work(joined, replace(SearchConfig.from_run(joined), trials=5))  # it could have joined while time ran out
     assert len(run.trials()) == 2
-    assert len(search(analytic_config(tmp_path, storage=database, trials=4)).trials()) == 4
+    ended = []
+    search(analytic_config(tmp_path, storage=database, trials=4), lambda _: ended.append(run.attributes.get("ended")))
+    assert len(run.trials()) == 4
+    assert ended == [False] * len(ended)
+    assert run.attributes["ended"]
 
 
 def test_parts_are_refused_where_there_is_but_one(tmp_path):

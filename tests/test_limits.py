@@ -64,9 +64,11 @@ def test_a_busy_program_is_seen(caplog):
         assert between.stdout is not None
         other = int(between.stdout.readline())
         between.wait()
-        limits.busy_cores()
-        seen = limits.busy_cores()
-        os.kill(other, signal.SIGKILL)
+        try:
+            limits.busy_cores()
+            seen = limits.busy_cores()
+        finally:
+            os.kill(other, signal.SIGKILL)
     assert seen > 0.3
 
 

@@ -891,6 +891,10 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     save_file(weights, tmp_path / "x.safetensors")
     with pytest.raises(RunError, match=r"not finite \(head\.weight\)"):
         load_weights(timm.create_model("test_vit"), tmp_path / "x.safetensors")
+    norm = torch.nn.BatchNorm2d(3)
+    save_file({**norm.state_dict(), "running_var": torch.tensor([1, value, 1])}, tmp_path / "norm.safetensors")
+    with pytest.raises(RunError, match=r"not finite \(running_var\)"):
+        load_weights(norm, tmp_path / "norm.safetensors")
 
 
 def test_weights_for_images_of_another_size_are_interpolated(tmp_path, caplog):

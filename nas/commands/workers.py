@@ -68,7 +68,7 @@ def worker_command(
     config = worker_config(run, storage, only, command, device=device, train_device=train_device, **images, **taught)
     with Display() as display:
         work(run, config, SearchView(display).update)
-    click.echo(f"{study} is done; its front is in the folder of the search that started it")
+    click.echo(f"this worker of {study} is done; the front is in the folder of the search that started it")
 
 
 @command("serve-storage")

@@ -61,18 +61,20 @@ def hugging_face(name: str, data_root: str | Path, test: bool) -> Source:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     from timm.data.readers import create_reader
 
+    reasons: list[str] = []
     for split in ("test", "validation") if test else ("train",):
         try:
             reader = create_reader(name, root=str(data_root), split=split)
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
-            why = first_line(error)
+            reasons.append(f"not found under {data_root} ({first_line(error)})")
             continue
-        labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
-        if len(labels) and labels.min() >= 0:
+        targets = list(reader.iter_targets())
+        if targets and all(target is not None and target >= 0 for target in targets):
             break
-        why = f"the labels of {split} are hidden"
+        reasons.append(f"the labels of its split {split} are hidden" if targets else f"its split {split} is empty")
     else:
-        raise DataError(f"`data` = {name}: not found under {data_root} ({why})")
+        raise DataError(f"`data` = {name}: {reasons[0]}")
+    labels = np.asarray(targets, dtype=np.int64)
     by_index = {index: label for label, index in reader.class_to_idx.items()}
     classes = [str(by_index.get(c, c)) for c in range(int(labels.max()) + 1)]
 

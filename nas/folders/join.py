@@ -40,10 +40,10 @@ def remove_unfinished_study(path: Path) -> None:
 
 
 def is_unfinished(storage: BaseStorage, study_id: int) -> bool:
-    """Whether the creation of a run was interrupted before its study had a manifest. It may hold start points."""
+    """Whether the creation of a run was interrupted. Its study may hold start points, but then no manifest yet."""
     trials, attributes = storage.get_all_trials(study_id, deepcopy=False), storage.get_study_user_attrs(study_id)
-    begun = "reference" in attributes and all(trial.state == TrialState.WAITING for trial in trials)
-    return MANIFEST not in attributes and (begun or not trials)
+    waiting = all(trial.state == TrialState.WAITING for trial in trials)
+    return not trials or ("reference" in attributes and MANIFEST not in attributes and waiting)
 
 
 def join_run(path: Path, url: str, study: str) -> Run:

@@ -13,7 +13,7 @@ from ..errors import RunError, UsageError, one_line
 from ..foreign_files import check
 from ..objectives.latency import Latency
 from ..objectives.objectives import Scores
-from .attributes import FINISHED, RACED, TUNED
+from .attributes import FINISHED, RACED, REMEASURED, TUNED
 from .shapes import TRIAL
 
 NOT_YET_TUNED = "not tuned yet: the search has not ended"
@@ -110,7 +110,9 @@ def with_tunings(trials: list[Trial], attributes: Mapping[str, Any]) -> list[Tri
     """
     tuned, complete = attributes.get(TUNED), [t for t in trials if t.state == "complete"]
     of_grafts = any(isinstance(t.architecture, Graft) for t in complete)
-    finished = attributes.get(FINISHED) == len(complete)
+    # earlier releases wrote no number after the tunings of grafts, but measured the front again then too
+    before = len(complete) if of_grafts and REMEASURED in attributes else None
+    finished = attributes.get(FINISHED, before) == len(complete)
     if not tuned or not (of_grafts or finished):
         return trials
     return [_with_tuning(t, tuned, attributes.get(RACED, {}), finished) for t in trials]

@@ -85,7 +85,7 @@ def verdicts(run: Run) -> list[str]:
     first = {t.key: t.scores for t in run.front(run.trials(remeasured=False))}
     lines = [trust_in_words(told, candidates_of(run.manifest.space))] if (told := run.manifest.trust) else []
     if any(t.failure == NOT_YET_TUNED for t in trials):
-        lines.append("the tunings have not ended, so this front is not final: resume the search")
+        lines.append("the tunings have not ended, so this front is not final: resume the search, if it does not run")
     lines += graft_verdicts(run, front, attributes)
     lines += _lengths(run, trials, front)
     for objective in (o for o in run.objectives if o.is_latency):

@@ -65,7 +65,8 @@ def load_weights(model: nn.Module, file: Path, adapt: Callable[[dict[str, Any]],
         if differing and own.keys() == weights.keys() and all(map(is_of_positions, differing)):
             advice = "are its images of another size? Give the size of its training by `input_size`"
         raise RunError(f"{file} does not hold the weights of this network ({why}): {advice}") from None
-    if broken := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+    statistics = [(name, own[name]) for name in own if name.endswith(("running_mean", "running_var"))]
+    if broken := [n for n, tensor in (*model.named_parameters(), *statistics) if not tensor.isfinite().all()]:
         raise RunError(
             f"{file} holds weights that are not finite ({_some(broken)}): give those of a training that did not diverge"
         )

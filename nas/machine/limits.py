@@ -66,9 +66,9 @@ def free_memory() -> int | None:
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             with contextlib.suppress(OSError, ValueError):
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                free.append(left + int(stat.get(cached, 0)))  # files that were read give way to what needs memory
+                free.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+                stat = dict(line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines())
+                free[-1] += int(stat.get(cached, 0))  # files that were read give way to what needs memory
     return max(0, min(free)) if free else None
 
 
@@ -151,8 +151,8 @@ def _child_ticks() -> int:
     """Returns the core time of the children of this process that run, such as readers of images, in clock ticks."""
     ticks = 0
     for file in Path("/proc/self/task").glob("*/children"):
-        for child in file.read_text(encoding="ascii").split():
-            with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # a thread or a child has ended
+            for child in file.read_text(encoding="ascii").split():
                 _, _, fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
                 ticks += sum(map(int, fields.split()[11:13]))
     return ticks

@@ -361,15 +361,20 @@ def tell_of_less_memory(failure: TrialFailure) -> None:
     REPEATS.tell(log, "trainings out of memory", told)
 
 
-def baseline_entry(name: str, score: Callable[[], Scores]) -> dict[str, Any]:
+def baseline_entry(name: str, score: Callable[[], Scores], caught: type[Exception] = Exception) -> dict[str, Any]:
     """Scores a baseline, and returns what a study records of it: its `scores`, or the `failure`.
 
-    A foreign network may fail in any way, and after a long search this must not cost its results.
+    Args:
+        name: the baseline.
+        score: returns its scores.
+        caught: errors that are recorded. A foreign network may fail in any way, and after a long search this must not
+            cost the results.
     """
     log.info("scoring the baseline %s", name)
     try:
         return {"scores": score().to_dict()}
-    except Exception as error:
+    except caught as error:
+        log.debug("the error of the baseline %s", name, exc_info=True)
         failure = str(error) if isinstance(error, NasError) else f"{type(error).__name__}: {error}"
         log.warning("the baseline %s cannot be scored: %s", name, failure.partition("\n")[0])
         return {"failure": failure}

@@ -29,6 +29,9 @@ MAX_FAILURES = 10
 HINTS = (10, 20, 40, 80)
 """Numbers of consecutive trials without scores after which a warning says how far the budgets are off."""
 
+RESUME_SECONDS = 300
+"""A worker that finds the search ended waits for so long until a process resumes it."""
+
 LATE, ORPHANED, OVER, EXHAUSTED = "late", "orphaned", "over", "exhausted"
 INFEASIBLE, NO_GAIN = "infeasible", "no gain"
 """Why a process ended early: its time is over, the process that started it is gone, the lead has ended the search, all
@@ -48,6 +51,7 @@ class GivingUp:
     def __init__(self, state: State[Trial], config: SearchConfig, parent: int | None = None, lead: bool = True) -> None:
         self._state, self._config, self._parent, self._lead = state, config, parent, lead
         self._started, self._before, self._hinted = time.monotonic(), len(state.ended), 0
+        self._goes_on, self._waits = False, False
 
     def __call__(self, running: int, waiting: int) -> str | None:
         """Returns why the search is to end, or None.
@@ -66,7 +70,7 @@ class GivingUp:
         if self._parent is not None and os.getppid() != self._parent:
             log.warning("the process that started this worker is gone")
             return ORPHANED
-        if not self._lead and self._state.study.user_attrs.get(ENDED):
+        if not self._lead and self._is_over():
             log.info("the search has ended: if it is resumed, start this worker again")
             return OVER
         hopeless = self._scores_nothing()
@@ -78,6 +82,14 @@ class GivingUp:
             log.warning("stopped: a further architecture is expected to add less than `until` asks for")
             return NO_GAIN
         return None
+
+    def _is_over(self) -> bool:
+        """Whether the lead has ended the search. A worker that is there first waits for a lead that resumes it."""
+        ended = bool(self._state.study.user_attrs.get(ENDED))
+        if ended and not self._goes_on and not self._waits:
+            log.info("the search has ended: waiting up to %d s for a process that resumes it", RESUME_SECONDS)
+        self._waits, self._goes_on = ended, self._goes_on or not ended
+        return ended and (self._goes_on or time.monotonic() - self._started >= RESUME_SECONDS)
 
     def _scores_nothing(self) -> bool:
         """Whether this process has seen nothing scored for too long; warns on the way there."""

@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 
 from ..architecture import Graft
+from ..errors import TrialFailure
 from ..folders.attributes import BASELINES, CONTROL, FINISHED, RACED, TUNED, add_baseline, entry_name
 from ..folders.graft_verdicts import PARENT, SHARES
 from ..folders.run import Run
@@ -62,13 +63,15 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
         tuner = _Tuner(study, run, trainings, first, scored)
         others = {} if evaluator.parent is None else evaluator.parent.others
         rivals = space.rivals() | {name: other.whole for name, other in others.items()}
-        _score_rivals(study, run, evaluator, rivals, tuner, trials)
+        _score_rivals(study, run, evaluator, space, rivals, tuner, trials)
         if config.tune_epochs > first:
             if not scored:
                 tuner.race(starters(run, trials, WIDER * config.tune_count))
             chosen = winners(run, trials, tuner.raced, config.tune_count)
         else:
             chosen = starters(run, trials, config.tune_count)
+        if any(graft.key not in tuner.done for graft in chosen):
+            study.set_user_attr(FINISHED, 0)
         _forget(run, {graft.key for graft in chosen})  # the disk budget of states is for the chosen ones
         tuner.tune(chosen)
     study.set_user_attr(FINISHED, len(trials))
@@ -158,6 +161,7 @@ def _score_rivals(
     study: optuna.Study,
     run: Run,
     evaluator: Evaluator,
+    space: GraftSpace,
     rivals: Mapping[str, Graft],
     tuner: _Tuner,
     trials: Sequence[Trial],
@@ -168,7 +172,9 @@ def _score_rivals(
     free = replace(evaluator, budgets={})
     for name, graft in rivals.items():
         if name not in known:
-            found = baseline_entry(name, partial(_scores_of, graft, run, free, scored))
+            # a form of the parent fails as a trial does, and after another error the next call tries it again
+            caught = TrialFailure if graft.parent == space.parent else Exception
+            found = baseline_entry(name, partial(_scores_of, graft, run, free, scored), caught)
             add_baseline(study, known, name, found if "failure" in found else {**found, "graft": graft.to_dict()})
     measured = {name: Scores.from_dict(known[name]["scores"]) for name in rivals if "failure" not in known[name]}
     left = {name: scores for name, scores in measured.items() if scores.accuracy_assembled is None}  # not tuned yet

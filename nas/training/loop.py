@@ -327,7 +327,7 @@ class TrainingLoop:
             "step": self.step,
             "seconds": self.seconds,
             "rows": self.rows,
-            "loss": self._epoch_loss * self.processes.count,  # about the sum over all processes
+            "loss": self._epoch_loss,
             "network": self.network.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -361,8 +361,7 @@ class TrainingLoop:
         self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
         if not 0 <= self.step <= self.recipe.epochs * self.steps or len(self.rows) != self.step // self.steps:
             raise ValueError("its step and its log do not fit")
-        if self.processes.first:
-            self._epoch_loss.copy_(state["loss"])
+        self._epoch_loss.copy_(state["loss"])  # that of the first process, which the others take for theirs
 
 
 def scaled_side(side: int, scale: float) -> int:

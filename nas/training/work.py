@@ -365,7 +365,9 @@ def train_front(
     if not front:
         raise UsageError(f"{config.target} has no front yet: no architecture is scored")
     if config.out is not None:
-        raise UsageError(f"`out`: leave it out, because a front is trained in its run folder, {run.path / 'trained'}")
+        raise UsageError(
+            f"`out`: leave it out, because a front is trained in its run folder, {run.path / _folder_of_run(config)}"
+        )
     rows: list[dict[str, Any]] = []
     with together(config.device) as (processes, _):
         for i, trial in enumerate(front):

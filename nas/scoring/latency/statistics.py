@@ -7,7 +7,11 @@ load. A minimum depends on single lucky passes, and a median jumps when load sta
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from ...interval import Z95
 
 RESAMPLES = 400
 
@@ -28,7 +32,8 @@ def ratio_interval(candidate_ms: np.ndarray, reference_ms: np.ndarray, seed: int
     """Returns the 95 % interval of `ratio`, by resampling rounds.
 
     Rounds are drawn in blocks of neighbours, whose length is the cube root of the number of rounds. So a disturbance
-    over several rounds widens the interval as it should (Künsch 1989).
+    over several rounds widens the interval as it should (Künsch 1989). Resamples of few blocks spread too little, so
+    the interval is widened: `benchmarks/latency_coverage.py` measures how often it holds the ratio.
 
     Args:
         candidate_ms: times of shape (rounds, passes).
@@ -45,4 +50,18 @@ def ratio_interval(candidate_ms: np.ndarray, reference_ms: np.ndarray, seed: int
     )
     low, high = np.quantile(ratios, [0.025, 0.975])
     middle = ratio(candidate_ms, reference_ms)  # with few, skewed rounds, all resamples may lie on one side
-    return min(float(low), middle), max(float(high), middle)
+    wider = _widening(rounds, length)
+    return middle * (min(float(low), middle) / middle) ** wider, middle * (max(float(high), middle) / middle) ** wider
+
+
+def _widening(rounds: int, length: int) -> float:
+    """Returns the factor for the widths of intervals, on a log scale, from resamples of so few blocks.
+
+    The variance of a mean of blocks is estimated with the divisor rounds instead of rounds - length, and the ends of
+    its interval are those of Student's t with a degree of freedom for each block but one.
+    """
+    from scipy.special import stdtrit
+
+    if rounds <= length:
+        return 1.0
+    return float(math.sqrt(rounds / (rounds - length)) * stdtrit(rounds / length - 1, 0.975) / Z95)

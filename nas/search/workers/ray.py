@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...architecture import Candidate
-from ...errors import RunError, TrialFailure, UsageError
+from ...errors import NasError, RunError, TrialFailure, UsageError
 from ...objectives.objectives import Scores, wants_accuracy
 from ..early_stopping import Judge
 from ..evaluate import MEASURE, MEASURED, PARTS, TRAIN, Evaluation, Evaluator
@@ -72,7 +72,7 @@ class Cluster:
         on_gpu = measured and any(config.device.startswith("cuda") for config in evaluator.latency)
         try:
             _check_gpus(nodes, gpus, on_gpu, evaluator)
-        except RunError:
+        except NasError:
             ray.shutdown()  # or a corrected call could not connect
             raise
         cores = [int(node.get("CPU", 0)) for node in nodes]

@@ -73,6 +73,8 @@ class Shared:
             fleet.kept.discard(left.number)
             trial.set_user_attr("attempts", attempts)
             return Asked(trial, state.knobs.point(suggest(trial, state.knobs)), attempts)
+        if not self._lead and state.study.user_attrs.get(ENDED):
+            return None
         drawn = fleet.draw(self._draws)
         return None if drawn is None else Asked(*drawn)
 
@@ -112,6 +114,7 @@ class Shared:
         fleet.kept.clear()
         self._draws = False
         done, open_states = state.counted >= state.wanted, (TrialState.RUNNING, TrialState.WAITING)
+        looked = False
         while True:
             fleet.bury()
             found = state.study.get_trials(deepcopy=False, states=open_states)
@@ -121,7 +124,8 @@ class Shared:
                     if LEFT in trial.user_attrs or fleet.worker.only != ALL:
                         fleet.drop(trial._trial_id, SPARED)
                 step()
-            elif any(t.state == TrialState.RUNNING for t in found):
-                self.wait()
+            elif any(t.state == TrialState.RUNNING for t in found) or not looked:
+                looked = not any(t.state == TrialState.RUNNING for t in found)
+                self.wait()  # also before the last look: a worker may just have drawn
             else:
                 return
