@@ -15,7 +15,7 @@ from torch import nn
 from . import consent
 from .architecture import Architecture, block_label, mixer_label, resolutions
 from .errors import NasError, UsageError
-from .folders.profile import Profile
+from .folders.profile import NUM_CLASSES, Profile
 from .folding import Fused, fuse_branches
 from .foreign_files import MAX_SIDE
 from .interval import Interval
@@ -271,13 +271,15 @@ def describe(target: Target, input_size: int | None = None, profile: Profile | N
             if macs or params
         ],
     }
-    return data if profile is None else data | {"predicted": _predicted(target, profile)}
+    return data if profile is None else data | {"predicted": _predicted(target, fused.model, profile)}
 
 
-def _predicted(target: Target, profile: Profile) -> dict[str, Any]:
+def _predicted(target: Target, model: nn.Module, profile: Profile) -> dict[str, Any]:
     if not isinstance(target.architecture, Architecture):
         raise UsageError(f"{target.name} is no architecture of ours: a profile cannot predict it. Measure it instead")
-    ((ms,), (std,)) = profile.predict(profile.fit(), [target.architecture])
+    ((ms,), (std,)) = profile.predict(
+        profile.fit(), [target.architecture], int(getattr(model, "num_classes", NUM_CLASSES))
+    )
     return {"latency_ms": float(ms), "std": float(std), "profile": profile.label}
 
 

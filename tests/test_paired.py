@@ -207,6 +207,19 @@ def test_a_cross_fitting_scores_all_images(run: Run, tmp_path: Path) -> None:
         search(replace(config, cross_fit=False, trials=3))
 
 
+def test_repeats_on_the_same_images_share_their_luck(run: Run) -> None:
+    """More seeds average out their own luck, but not which images are held out."""
+    evaluator, _ = evaluator_of(run, replace(local_config(run), epochs=1))
+    form, proxy, count = run.front()[0].architecture, evaluator.proxy, len(evaluator.data.holdout)
+    seeds = (proxy.seed, proxy.seed + 1)
+    each = [replace(evaluator, proxy=replace(proxy, seed=seed)).evaluate(form).scores for seed in seeds]
+    found = replace(evaluator, proxy=replace(proxy, repeats=2)).evaluate(form).scores
+    assert found.accuracy == pytest.approx(sum(s.accuracy for s in each) / 2)
+    shares = np.mean([unpack(scores.hits, count) for scores in each], axis=0)
+    assert found.accuracy_std >= 100 * shares.std() / math.sqrt(count) - 1e-6
+    assert found.accuracy_std > math.hypot(*(scores.accuracy_std for scores in each)) / 2
+
+
 def test_only_candidates_that_may_reach_the_front_are_trained_on_further_parts(run: Run) -> None:
     evaluator, _ = evaluator_of(run, replace(local_config(run), cross_fit=True, epochs=1))
     judge = Judge(run.objectives, (Finished((0.0,), {1: 0.0}, 100.0),) * 8)

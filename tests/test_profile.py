@@ -197,12 +197,14 @@ def test_the_trials_of_a_run_teach_the_model_too(profiled, tmp_path):
         )
     )
     trials = trials_of(run, profiled)
-    assert [a.key for a, _ in trials] == [t.key for t in run.trials()]
+    assert [a.key for a, *_ in trials] == [t.key for t in run.trials()]
     scale = profiled.reference_ms / run.manifest.latency_references["cpu-eager"]
-    assert [ms for _, ms in trials] == pytest.approx([t.scores.latency.ms * scale for t in run.trials()])
-    slow = [(a, 1000.0 * ms) for a, ms in trials] * 20
-    (taught,), _ = profiled.predict(profiled.fit(slow), [trials[0][0]])
-    assert taught > 10 * profiled.predict(profiled.fit(), [trials[0][0]])[0], "many of them outvote what was profiled"
+    assert [ms for _, ms, _ in trials] == pytest.approx([t.scores.latency.ms * scale for t in run.trials()])
+    slow = [(a, 1000.0 * ms, classes) for a, ms, classes in trials] * 20
+    (taught,), _ = profiled.predict(profiled.fit(slow), [trials[0][0]], 10)
+    assert taught > 10 * profiled.predict(profiled.fit(), [trials[0][0]], 10)[0], (
+        "many of them outvote what was profiled"
+    )
     other = replace(profiled, config=replace(CONFIG, input_size=64))
     with pytest.raises(UsageError, match=r"was measured with input size 32, the profile .* with 64"):
         trials_of(run, other)
@@ -258,7 +260,8 @@ def test_a_search_knows_latency_from_a_profile(profiled, tmp_path):
     cheap = known_beforehand(MINI, run.objectives, (), (CONFIG.input_size, 10), profiled, 2 * profiled.reference_ms)
     architecture = run.trials()[0].architecture
     (ms,), (std,) = cheap([MINI.encode(architecture)])["latency"]
-    (own,), (share,) = profiled.predict(model, [architecture])
+    (own,), (share,) = profiled.predict(model, [architecture], 10)
+    assert own < profiled.predict(model, [architecture], 100_000)[0][0], "its classifier is that of the run"
     assert (ms, std) == (2 * own, 2 * own * share), "in the run's own terms"
     problem = Problem(("latency", "accuracy"), (True, False), {}, cheap, {"latency": 2 * budget})
     study = optuna.create_study(directions=["minimize", "maximize"])

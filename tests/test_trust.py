@@ -631,3 +631,25 @@ def test_no_search_or_calibration_touches_validation_or_test_images(tmp_path, mo
 def test_ties_in_scores_and_truths_are_broken_independently() -> None:
     """All equal: a tenth of the networks is drawn by score, and a tenth of these are in the tenth drawn by truth."""
     assert trust.top_recall(np.zeros(100), np.zeros(100)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("count", "least_low"), [(3, -1.0), (4, -1.0), (5, -0.5), (8, 0.5), (9, 0.5)])
+def test_a_rank_correlation_of_few_is_not_certain(count, least_low):
+    """Three architectures are in order by chance once in six times, so a correlation of 1 says little of them."""
+    truths = np.arange(count, dtype=float)
+    for statistic in (trust.kendall, trust.spearman):
+        found = trust.figure(statistic, truths, truths)
+        assert found.value == pytest.approx(1)
+        assert least_low <= found.low < 0.95
+        assert found.high == pytest.approx(1, abs=0.02)
+
+
+def test_intervals_of_few_hold_the_correlation():
+    """The truth of a bivariate normal distribution is known: 2 / pi times the arcsine of its correlation."""
+    rng, truth = np.random.default_rng(0), 2 / np.pi * np.arcsin(0.7)
+    held = 0
+    for _ in range(200):
+        a, b = rng.normal(size=(2, 7))
+        found = trust.figure(trust.kendall, a, 0.7 * a + np.sqrt(1 - 0.7**2) * b)
+        held += found.low <= truth <= found.high
+    assert held >= 184

@@ -6,7 +6,7 @@ A truth is the accuracy of an architecture after a long training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from ..interval import Interval
 from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
 from ..words import counted
+
+POWER = ((1.96 + 0.84) / 1.96) ** 2
+"""So many times the truths whose interval just reaches 0 are needed to see a difference in four of five cases."""
 
 FEWEST = 10
 """Fewest truths for a report."""
@@ -229,13 +232,10 @@ def _agreement(scores: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
     return {name: _figure(statistic, scores, truths) for name, statistic in statistics.items()}
 
 
-Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray | None], float]
-
-
-def _figure(statistic: Statistic, scores: np.ndarray, truths: np.ndarray) -> dict[str, float] | None:
+def _figure(statistic: trust.Statistic, scores: np.ndarray, truths: np.ndarray) -> dict[str, float] | None:
     if len(scores) < 3:
         return None
-    return _plain(trust.bootstrap(lambda counts: statistic(scores, truths, counts), len(truths)))
+    return _plain(trust.figure(statistic, scores, truths))
 
 
 def _plain(figure: Interval) -> dict[str, float] | None:
@@ -315,7 +315,7 @@ def _verdict(report: Mapping[str, Any], what: str) -> list[str]:
             lines.append(f"it orders {what} worse than {other} does: by {format_figure(difference)}")
         else:
             width, value = difference.half_width, abs(middle)
-            needed = math.ceil(report["count"] * (width / value) ** 2) if value > 1e-3 else None
+            needed = math.ceil(report["count"] * POWER * (width / value) ** 2) if value > 1e-3 else None
             advice = (
                 f"about {needed} truths would tell" if needed and needed < 10_000 else "no number of truths may tell"
             )

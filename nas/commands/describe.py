@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..interval import Z95
 from .options import JSON, STORAGE, command, option
 from .printing import large_number, new_table, print_json, print_table, print_uncounted
 
@@ -70,7 +71,9 @@ def describe_command(target: str, input_size: int | None, profile_path: Path | N
     print_table(table)
     if "predicted" in data:
         told = data["predicted"]
-        click.echo(f"predicted latency {told['latency_ms']:.2f} ms ± {100 * told['std']:.0f} % ({told['profile']})")
+        click.echo(
+            f"predicted latency {told['latency_ms']:.2f} ms ± {100 * Z95 * told['std']:.0f} % ({told['profile']})"
+        )
     if data["note"]:
         click.echo(f"{data['target']}: {data['note']}")
     if data["form"]:

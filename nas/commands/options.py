@@ -275,7 +275,8 @@ def latency(several: bool = False) -> Decorator:
             type=float,
             default=100 * defaults.LATENCY_TARGET,
             callback=percent,
-            help="Wanted half-width of a latency's 95 % interval, in percent of the latency.",
+            help="Wanted half-width of a latency's 95 % interval, as far as it comes from the spread of the rounds, in "
+            "percent of the latency.",
         ),
         timing(
             "--latency-seconds",

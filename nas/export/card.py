@@ -123,7 +123,8 @@ def _accuracies(subject: Subject) -> dict[str, Mapping[str, Any]]:
     if scores.accuracy is None or (subject.run and "accuracy_int8" in subject.run.manifest.config.objectives):
         return {}  # that of the quantised network is not that of these weights
     accuracy, error = scores.accuracy, scores.accuracy_std or 0.0
-    if subject.run is not None and subject.run.manifest.config.cross_fit:  # the weights are those of its first training
+    config = None if subject.run is None else subject.run.manifest.config
+    if config is not None and (config.cross_fit or config.proxy_repeats > 1):  # the weights are of its first training
         accuracy = scores.curve[-1][1]
         error = accuracy_error(accuracy, data.num_holdout)
     low, high = Interval.around(accuracy, error).ends

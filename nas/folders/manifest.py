@@ -73,6 +73,7 @@ class StoredConfig(Record):
     holdout_data: str | None = None
     trials: int = 0
     finish_epochs: int | None = None
+    proxy_repeats: int = 1
     cross_fit: bool = False
     proxy_images: int | None = None
     teacher: str | None = None

@@ -192,12 +192,12 @@ class Profile:
         whole = "".join(json.dumps(r) + "\n" for r in [*self.records(name), record])
         write_file(file, whole)
 
-    def fit(self, trials: Sequence[tuple[Architecture, float]] = ()) -> LatencyModel:
+    def fit(self, trials: Sequence[tuple[Architecture, float, int]] = ()) -> LatencyModel:
         """Fits the latency model to all measurements.
 
         Args:
-            trials: further architectures with the latency of the whole network in milliseconds, such as `trials_of` a
-                run.
+            trials: further architectures with the latency of the whole network in milliseconds and the number of its
+                classes, such as `trials_of` a run.
 
         Raises:
             RunError: if there are too few measurements.
@@ -210,27 +210,30 @@ class Profile:
             if "failure" in record:
                 continue
             architecture = Architecture.from_dict(record["architecture"])
-            features = self._features(architecture)
+            features = self._features(architecture, NUM_CLASSES)
             if len(features) != len(record["pieces_ms"]):
                 raise RunError(f"{self.path} is damaged: a network has not as many pieces as were timed")
             pieces += list(features)
             pieces_ms += record["pieces_ms"]
             wholes.append(features)
             wholes_ms.append(record["ms"])
-        for architecture, ms in trials:
-            wholes.append(self._features(architecture))
+        for architecture, ms, num_classes in trials:
+            wholes.append(self._features(architecture, num_classes))
             wholes_ms.append(ms)
         if len(wholes) < 5 or len(pieces) < 40:
             raise RunError(f"{self.path} holds {len(pieces)} pieces and {len(wholes)} networks: profile for longer")
         return LatencyModel.fit(np.array(pieces), np.array(pieces_ms), wholes, np.array(wholes_ms))
 
-    def _features(self, architecture: Architecture) -> np.ndarray:
-        return count_pieces(architecture, self.config.input_size, self.config.latency.batch_size).features
+    def _features(self, architecture: Architecture, num_classes: int) -> np.ndarray:
+        batch_size = self.config.latency.batch_size
+        return count_pieces(architecture, self.config.input_size, batch_size, num_classes).features
 
-    def predict(self, model: LatencyModel, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
-        """Predicts the latency of each architecture.
+    def predict(
+        self, model: LatencyModel, architectures: Sequence[Architecture], num_classes: int = NUM_CLASSES
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicts the latency of each architecture with so many classes.
 
         Returns:
             Latencies in milliseconds, and the standard deviations of their errors, as shares of the latency.
         """
-        return model.predict([self._features(a) for a in architectures])
+        return model.predict([self._features(a, num_classes) for a in architectures])

@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def stopped(self) -> bool:
-        """Whether its training ended early because it could hardly reach the front."""
+        """Whether its training ended early because it would probably not reach the front."""
         ended = self.state == "pruned" and not self.frozen and not self.untuned
         return ended and bool(self.scores.curve) and self.scores.accuracy is None
 

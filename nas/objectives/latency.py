@@ -26,7 +26,7 @@ class Latency:
             fifth slower than it was when the latency was stored.
         passes: number of timed passes of the network.
         rounds: number of interleaved rounds.
-        steady: whether the interval came within the target; False if the time limit came first.
+        steady: whether `spread` came within the target; False if the time limit came first.
         waited: share of the time in which another program used this thread's core. This time is not part of any figure.
         prepare_seconds: seconds for export, compilation and session, which are not part of the latency.
         delegated: share of the operators that the runtime's backend runs (LiteRT, ExecuTorch: XNNPACK). The others run

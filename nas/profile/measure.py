@@ -92,7 +92,7 @@ def hold_out(
     found: Profile,
     count: int,
     on_network: Callable[[int, int], None] | None = None,
-    trials: Sequence[tuple[Architecture, float]] = (),
+    trials: Sequence[tuple[Architecture, float, int]] = (),
 ) -> dict[str, Any]:
     """Measures architectures that were not profiled by the full protocol, and compares them with the predictions.
 
@@ -112,7 +112,7 @@ def hold_out(
     config = found.config
     model = found.fit(trials)
     draws = random_architectures(config.space, config.seed + 1)
-    fitted = {_key(r) for r in found.records()} | {a.key for a, _ in trials}
+    fitted = {_key(r) for r in found.records()} | {a.key for a, *_ in trials}
     records = [r for r in found.records("held_out") if _key(r) not in fitted]  # a profile may have learnt some since
     seen = fitted | {_key(r) for r in records}
     tries = 0
@@ -160,8 +160,8 @@ def hold_out(
     }
 
 
-def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
-    """Returns the latencies of a run's trials, scaled to the reference network of a profile.
+def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float, int]]:
+    """Returns a run's trials for `Profile.fit`: latencies are scaled to the reference network of the profile.
 
     Raises:
         UsageError: if the run measured under other conditions.
@@ -174,7 +174,7 @@ def trials_of(run: Run, found: Profile) -> list[tuple[Architecture, float]]:
         raise UsageError(f"{run.path} has no latency on {found.config.latency.label}")
     scale = found.reference_ms / reference
     return [
-        (t.architecture, t.scores.latency.ms * scale)
+        (t.architecture, t.scores.latency.ms * scale, len(run.manifest.data.classes))
         for t in run.trials()
         if isinstance(t.architecture, Architecture) and t.scores.latency is not None
     ]

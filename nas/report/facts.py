@@ -253,7 +253,7 @@ def _ending(trial: Trial, enough: bool) -> tuple[str, str]:
     if trial.frozen:
         return "frozen", "its training was not continued, because others were more likely to end on the front"
     if trial.stopped:
-        return "stopped early", "its training could not reach the front"
+        return "stopped early", "its training would probably not have reached the front"
     if trial.state == "pruned":
         return "over budget", ", ".join(_over(trial)) or "of the search"
     if trial.state == "failed":

@@ -77,7 +77,7 @@ def known_beforehand(
         for name in counted:
             found[name] = np.array([COUNTS[name](p) for p in pieces]), np.zeros(len(pieces))
         if profile is not None and model is not None:
-            predicted, share = profile.predict(model, architectures)
+            predicted, share = profile.predict(model, architectures, classes)
             ms = predicted * ((reference_ms or profile.reference_ms) / profile.reference_ms)
             found |= dict.fromkeys(timed, (ms, ms * share))
         return found

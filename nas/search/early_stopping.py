@@ -96,7 +96,7 @@ def best_final(epoch: int, accuracy: float, finished: Sequence[Finished], level:
 def check_rung(
     epoch: int, accuracy: float, costs: Sequence[float], finished: Sequence[Finished], level: float = LEVEL
 ) -> None:
-    """Stops a training at a rung if it can no longer reach the front.
+    """Stops a training at a rung if it will probably not reach the front.
 
     Args:
         epoch: epoch of the rung.
@@ -106,14 +106,14 @@ def check_rung(
         level: as in `best_final`.
 
     Raises:
-        Stopped: if it cannot reach the front.
+        Stopped: if it will probably not reach the front.
     """
     needed = needed_accuracy(costs, finished)
     best = best_final(epoch, accuracy, finished, level)
     if best < needed:
         raise Stopped(
-            f"stopped after epoch {epoch} at {accuracy:.2f} %: it would hardly end above {best:.2f} %, and "
-            f"{needed:.2f} % is known at no higher cost",
+            f"stopped after epoch {epoch} at {accuracy:.2f} %: with a probability of {level:.0%} it would end "
+            f"below {best:.2f} %, and {needed:.2f} % is known at no higher cost",
             1 - best / needed,
         )
 

@@ -333,6 +333,8 @@ class Evaluator:
                     scores = replace(scores, curve=_curve(rungs), hits=rungs[-1].hits if kept else "")
                     return Evaluation(scores, {}, stopped=stopped.with_traceback(None))
         score, std = _mean([e.score for e in estimates], [e.std for e in estimates])
+        if estimator.trained and proxy.repeats > 1:
+            std = max(std, _error_on_images([e.hits for e in estimates], len(data.holdout)))
         if estimator.trained:
             hits, before = (estimates[0].hits, estimates[0].hits_fp32) if proxy.repeats == 1 else ("", "")
             if proxy.cross_fit:
@@ -409,6 +411,12 @@ def _together(hits: Sequence[str], counts: Sequence[int]) -> tuple[float, float,
     right = np.concatenate([unpack(packed, count) for packed, count in zip(hits, counts, strict=True)])
     accuracy = 100 * float(right.mean())
     return accuracy, accuracy_error(accuracy, len(right)), pack(right)
+
+
+def _error_on_images(hits: Sequence[str], count: int) -> float:
+    """Returns the standard error of a mean accuracy of trainings that were scored on the same images, in percent."""
+    shares = np.mean([unpack(packed, count) for packed in hits], axis=0)
+    return 100 * float(shares.std()) / math.sqrt(count)
 
 
 def _mean(scores: Sequence[float], stds: Sequence[float]) -> tuple[float, float]:

@@ -8,10 +8,10 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 from torch import distributed
 
@@ -404,6 +404,6 @@ def _order(rows: list[dict[str, Any]]) -> Interval | None:
         both = [row for row in both if row["init"] != "scratch"]
     if len(both) < FEWEST_COMPARED:
         return None
-    proxy, final = [row["proxy"] for row in both], [row["accuracy"] for row in both]
-    figure = trust.bootstrap(partial(trust.kendall, proxy, final), len(both))
+    proxy, final = (np.array([row[name] for row in both], float) for name in ("proxy", "accuracy"))
+    figure = trust.figure(trust.kendall, proxy, final)
     return figure if math.isfinite(figure.value) else None

@@ -70,9 +70,13 @@ class Fidelity:
 
 
 def accuracy_error(percent: float, count: int) -> float:
-    """Returns the standard error of an accuracy on `count` images, in percent points."""
-    share = percent / 100
-    return 100 * math.sqrt(max(share * (1 - share), 0.0) / count)
+    """Returns the standard error of an accuracy on `count` images, in percent points.
+
+    It counts as two right and two wrong images at least: an accuracy of 0 or 100 % is no exact figure either.
+    """
+    least = 2 / (count + 4)
+    share = min(max(percent / 100, least), 1 - least)
+    return 100 * math.sqrt(share * (1 - share) / count)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,22 @@ several times; a pair of an architecture with itself does not count as a pair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...interval import Interval
+from ...interval import Z95, Interval
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
 TOP = 0.1
+FEW = 10
+"""Below so many architectures, resamples say too little of a rank correlation."""
+
+Statistic = Callable[[Floats, Floats, Floats | None], float]
 
 
 def kendall(scores: Sequence[float] | Floats, truths: Sequence[float] | Floats, counts: Floats | None = None) -> float:
@@ -71,6 +76,29 @@ def bootstrap(statistic: Callable[[Floats], float], count: int, seed: int = 0, r
     found = found[np.isfinite(found)]
     low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (float("nan"), float("nan"))
     return Interval(statistic(np.ones(count)), float(low), float(high))
+
+
+def figure(statistic: Statistic, scores: Floats, truths: Floats) -> Interval:
+    """Returns a statistic of scores and truths with its interval.
+
+    Resamples of few architectures spread too little, down to no width at all. So below `FEW` architectures, the
+    interval of a rank correlation also holds that of its Fisher transform (Fieller, Hartley and Pearson 1957), and
+    nothing is known of four or less.
+    """
+    count = len(truths)
+    found = bootstrap(lambda counts: statistic(scores, truths, counts), count)
+    if statistic not in _FISHER or count >= FEW or not math.isfinite(found.value):
+        return found
+    variance, lost = _FISHER[statistic]
+    if count <= 4:
+        return Interval(found.value, -1.0, 1.0)
+    most = 1 - 2 / (count * (count - 1))  # one pair in the other order would give twice the distance from 1
+    z, half = math.atanh(min(max(found.value, -most), most)), Z95 * math.sqrt(variance / (count - lost))
+    return Interval(found.value, min(found.low, math.tanh(z - half)), max(found.high, math.tanh(z + half)))
+
+
+_FISHER: dict[Statistic, tuple[float, int]] = {kendall: (0.437, 4), spearman: (1.06, 3)}
+"""Rank correlation -> its variance times (count - the second number), after Fisher's transform."""
 
 
 def share_of(correct: int, count: int) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class LatencyConfig:
         command: for the runtime `command`, the program and its arguments. `{model}` (ONNX), `{input}` and `{output}`
             (NumPy files) stand for paths. The program runs without a shell.
         command_timeout: seconds after which one call of the program is aborted. A call is tried three times.
-        target: wanted half-width of the 95 % interval, as a share of the latency.
+        target: wanted half-width of the part of the 95 % interval that comes from the spread of the rounds, as a share
+            of the latency.
         max_seconds: time limit in seconds for a network's rounds. The minimum number of rounds is always made.
         warmup_seconds: time limit in seconds for untimed passes, which run until the time of a pass is steady.
         block_ms: approximate time in milliseconds that a network runs in one turn. Short turns limit drift; long turns

@@ -45,8 +45,8 @@ BUSY = 0.1
 """Share of the time that this thread may wait for a core before the user is warned."""
 DRIFT_UNCERTAINTY = 0.3
 """How differently networks react to the same drift: if the reference slows down by a factor d, a network slows down by
-d ** p. The interval takes p as 1 ± this, as one standard deviation. Measured values of p lie between 0.75 and 1.16 in
-`benchmarks/latency_repeatability.py`, and their mean is 0.71 in `benchmarks/latency_order.py`."""
+d ** p. The interval takes p as 1 ± this, as one standard deviation. Measured values of p lie between 0.75 and 1.32 in
+`benchmarks/latency_repeatability.py`, and their mean is 0.71 in `benchmarks/latency_order.py`, so the 1 is assumed."""
 
 
 def measure_latency(
