@@ -1510,7 +1510,7 @@ def test_a_resumed_search_says_how_far_its_scores_can_be_trusted(run: Run, calib
     assert more.manifest.trust is not None
     assert more.manifest.trust["kendall"] == row["kendall"]
     assert more.verdicts()[0].startswith("proxy assembled: Kendall")
-    assert "; 10 forms, " in more.verdicts()[0]
+    assert "measured on 10 forms in " in more.verdicts()[0]
     with pytest.raises(RunError, match="which has no ensemble"):
         calibrated.ensemble()
 

@@ -553,7 +553,7 @@ def test_a_search_may_begin_from_a_front(exhausted, tmp_path):
     run = exhausted
     begun = configure(analytic_config(tmp_path), tmp_path / "next", warm_start=[str(run.path)])
     assert [a.key for a in begun.start] == [t.key for t in run.front()]
-    with pytest.raises(UsageError, match="cas_vit_xs: not in space mini"):
+    with pytest.raises(UsageError, match="cas_vit_xs: none of its architectures lies in space mini"):
         configure(SearchConfig(MINI), warm_start=["cas_vit_xs"])
     with pytest.raises(UsageError, match="this one has begun"):
         configure(SearchConfig(TINY), run.path, warm_start=[str(run.path)])
