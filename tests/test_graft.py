@@ -1345,6 +1345,8 @@ def test_a_worker_with_its_own_folder_needs_a_copy_of_the_parent(
     shutil.copytree(run.path / "parent", out / "parent")
     shared = replace(config, out=out, storage=url, trials=2, tune_count=1, tune_epochs=1, control=False)
     lead = graft(_parent(run.path.parent / "weights.safetensors"), shared)
+    with lead.study() as study:
+        study.set_user_attr("ended", False)  # as if it went on
     joined = join(url, "run", elsewhere)
     here = replace(worker_config(joined, url), trials=len(lead.trials()) + 1)
     with pytest.raises(RunError, match=f"{elsewhere} lacks the folder parent"):
