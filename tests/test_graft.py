@@ -944,6 +944,10 @@ def test_a_search_tunes_its_front_and_the_forms_that_need_no_search(run: Run) ->
     baselines = run.baselines()
     assert set(baselines) == set(space.rivals())
     assert all(scores.latency is not None and scores.accuracy is not None for scores in baselines.values())
+    both = {t.key: t.scores.latency for t in trials}
+    for name, form in space.rivals().items():
+        if form.key in both:
+            assert both[form.key].ms == baselines[name].latency.ms, "a network has one latency"
     budget = run.manifest.config.budgets["latency"]
     assert 0.5 * budget / 0.95 < baselines["parent"].latency.ms < 2 * budget / 0.95
     assert any("parent's latency" in line for line in run.verdicts())

@@ -82,7 +82,9 @@ def finish(study: optuna.Study, run: Run, evaluator: Evaluator, baselines: Seque
     others = {name: _baseline_builder(evaluator, name) for name in scored}
     others |= {name: _builder(evaluator, graft) for name, graft in rivals.items() if graft.key not in networks}
     _remeasure(study, run, evaluator, networks | others)
-    _copy_measured(study, {name: graft.key for name, graft in rivals.items() if graft.key in networks})
+    # a network that is a candidate and a baseline has one latency
+    same = {name: graft.key for name, graft in rivals.items()}
+    _copy_measured(study, dict((n, k) if k in networks else (k, n) for n, k in same.items()))
     # A network that is slower in the second measurement may let others onto the front. They are measured again too.
     while new := [t for t in run.front() if t.scores.latency_search_ms is None and t.key not in networks]:
         more = {t.key: _builder(evaluator, t.architecture) for t in new}
@@ -131,9 +133,9 @@ def _remeasure(study: optuna.Study, run: Run, evaluator: Evaluator, networks: Bu
 
 
 def _copy_measured(study: optuna.Study, same: Mapping[str, str]) -> None:
-    """Gives baselines that are candidates too the second measurement of the candidate: name -> key."""
+    """Gives some keys or names the second measurement of others: new one -> measured one."""
     found: dict[str, dict[str, Any]] = study.user_attrs.get(REMEASURED, {})
-    copied = {target: each | {name: each[key] for name, key in same.items()} for target, each in found.items()}
+    copied = {target: each | {new: each[measured] for new, measured in same.items()} for target, each in found.items()}
     if copied != found:
         study.set_user_attr(REMEASURED, copied)
 
