@@ -15,13 +15,13 @@ import numpy as np
 from ..defaults import GRAFT_EPOCHS
 from ..errors import RunError
 from ..folders.calibration import Calibration
-from ..interval import Interval
+from ..interval import Z95, Interval
 from ..objectives.text import format_figure
 from ..scoring.accuracy import ESTIMATORS, Ensemble, Fidelity, Rung, trust
 from ..words import counted
 
-POWER = ((1.96 + 0.84) / 1.96) ** 2
-"""So many times the truths whose interval just reaches 0 are needed to see a difference in four of five cases."""
+POWER = ((Z95 + 0.84) / Z95) ** 2
+"""Truths that show a difference in four cases of five, as a multiple of those whose interval just reaches 0."""
 
 FEWEST = 10
 """Fewest truths for a report."""

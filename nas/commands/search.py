@@ -217,7 +217,7 @@ OF_PARENT = {
     "--early-stopping/--no-early-stopping",
     default=True,
     section=ACCURACY,
-    help="Stop a training that can no longer reach the front.",
+    help="Stop a training that will probably not reach the front.",
 )
 @option(
     "--finish-epochs",

@@ -16,10 +16,8 @@ from ..foreign_files import is_file
 from ..scoring.memory import is_out_of_memory
 from .files import write_file
 
-_DAMAGED = (
-    *(OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
+_PLAIN = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
+_DAMAGED = (*_PLAIN, pickle.UnpicklingError, zipfile.BadZipFile)
 """What `torch.load` raises for damaged files."""
 
 

@@ -151,8 +151,11 @@ def _child_ticks() -> int:
     """Returns the core time of the children of this process that run, such as readers of images, in clock ticks."""
     ticks = 0
     for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread or a child has ended
-            for child in file.read_text(encoding="ascii").split():
+        children: list[str] = []
+        with contextlib.suppress(OSError):  # the thread has ended
+            children = file.read_text(encoding="ascii").split()
+        for child in children:
+            with contextlib.suppress(OSError):  # the child has ended, and the times of the others count
                 _, _, fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
                 ticks += sum(map(int, fields.split()[11:13]))
     return ticks

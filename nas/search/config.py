@@ -72,7 +72,7 @@ class SearchConfig:
         tune_count: largest number of grafts that are tuned to the end, or more if the front after the first epoch has
             more. If the search scores without tuning, twice as many are tuned for the first epoch.
         control: whether a graft of the front is also trained from random weights, as long as it was tuned.
-        early_stopping: whether to stop a training that can no longer reach the front. It counts as scored.
+        early_stopping: whether to stop a training that will probably not reach the front. It counts as scored.
         epochs: epochs of the short training.
         train_batch_size: images per training step.
         finish_epochs: epochs to which the candidates that may end on the front are trained on after the last trial

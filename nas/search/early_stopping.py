@@ -1,4 +1,4 @@
-"""Early stopping: ends a training that can no longer reach the front.
+"""Early stopping: ends a training that will probably not reach the front.
 
 The costs of an architecture (latency, MACs, …) are known before its training. So is the accuracy that it needs: the
 best accuracy among architectures that cost no more. At each rung of its learning curve, the final accuracy is predicted
@@ -112,7 +112,7 @@ def check_rung(
     best = best_final(epoch, accuracy, finished, level)
     if best < needed:
         raise Stopped(
-            f"stopped after epoch {epoch} at {accuracy:.2f} %: with a probability of {level:.0%} it would end "
+            f"stopped after epoch {epoch} at {accuracy:.2f} %: with a probability of {100 * level:.0f} % it would end "
             f"below {best:.2f} %, and {needed:.2f} % is known at no higher cost",
             1 - best / needed,
         )
@@ -120,7 +120,7 @@ def check_rung(
 
 @dataclass(frozen=True)
 class Judge:
-    """Stops trainings that can no longer reach the front; plain data, so that other processes can have a copy.
+    """Stops trainings that will probably not reach the front; plain data, so that other processes can have a copy.
 
     Args:
         objectives: objectives of the search.

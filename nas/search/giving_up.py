@@ -30,7 +30,7 @@ HINTS = (10, 20, 40, 80)
 """Numbers of consecutive trials without scores after which a warning says how far the budgets are off."""
 
 RESUME_SECONDS = 300
-"""A worker that finds the search ended waits for so long until a process resumes it."""
+"""Seconds for which a worker that finds the search ended waits for a process that resumes it."""
 
 LATE, ORPHANED, OVER, EXHAUSTED = "late", "orphaned", "over", "exhausted"
 INFEASIBLE, NO_GAIN = "infeasible", "no gain"

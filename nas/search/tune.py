@@ -63,7 +63,7 @@ def tune(study: optuna.Study, run: Run, evaluator: Evaluator, space: GraftSpace,
         tuner = _Tuner(study, run, trainings, first, scored)
         others = {} if evaluator.parent is None else evaluator.parent.others
         rivals = space.rivals() | {name: other.whole for name, other in others.items()}
-        _score_rivals(study, run, evaluator, space, rivals, tuner, trials)
+        _score_rivals(study, run, evaluator, rivals, tuner, trials)
         if config.tune_epochs > first:
             if not scored:
                 tuner.race(starters(run, trials, WIDER * config.tune_count))
@@ -161,7 +161,6 @@ def _score_rivals(
     study: optuna.Study,
     run: Run,
     evaluator: Evaluator,
-    space: GraftSpace,
     rivals: Mapping[str, Graft],
     tuner: _Tuner,
     trials: Sequence[Trial],
@@ -173,7 +172,7 @@ def _score_rivals(
     for name, graft in rivals.items():
         if name not in known:
             # a form of the parent fails as a trial does, and after another error the next call tries it again
-            caught = TrialFailure if graft.parent == space.parent else Exception
+            caught = TrialFailure if graft.parent == rivals[PARENT].parent else Exception
             found = baseline_entry(name, partial(_scores_of, graft, run, free, scored), caught)
             add_baseline(study, known, name, found if "failure" in found else {**found, "graft": graft.to_dict()})
     measured = {name: Scores.from_dict(known[name]["scores"]) for name in rivals if "failure" not in known[name]}

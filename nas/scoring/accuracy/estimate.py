@@ -72,7 +72,7 @@ class Fidelity:
 def accuracy_error(percent: float, count: int) -> float:
     """Returns the standard error of an accuracy on `count` images, in percent points.
 
-    It counts as two right and two wrong images at least: an accuracy of 0 or 100 % is no exact figure either.
+    The accuracy counts as at least 2 / (count + 4) away from 0 and from 1, so that 0 and 100 % have an error too.
     """
     least = 2 / (count + 4)
     share = min(max(percent / 100, least), 1 - least)

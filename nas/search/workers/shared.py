@@ -124,8 +124,9 @@ class Shared:
                     if LEFT in trial.user_attrs or fleet.worker.only != ALL:
                         fleet.drop(trial._trial_id, SPARED)
                 step()
-            elif any(t.state == TrialState.RUNNING for t in found) or not looked:
-                looked = not any(t.state == TrialState.RUNNING for t in found)
-                self.wait()  # also before the last look: a worker may just have drawn
-            else:
+                continue
+            running = any(t.state == TrialState.RUNNING for t in found)
+            if not running and looked:
                 return
+            looked = not running  # once more after a pause, because a worker may just have drawn
+            self.wait()
